@@ -1,0 +1,33 @@
+# Each target makes .venv first when it is missing.
+PYTHON ?= python3
+# Pinned, and installed first: pip then keeps this build instead of the newest one.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+# --no-deps: its metadata pins a requests release from 2020; what it needs is in the dev extra.
+TORCHATTACKS ?= torchattacks==3.5.1
+
+.PHONY: setup demo test check clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCHATTACKS)"
+	touch $@
+
+demo: setup
+	$(BIN)/cure demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

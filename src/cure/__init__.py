@@ -1,0 +1,39 @@
+"""CURE: make an image classifier withstand adversarial changes and keep its natural accuracy.
+
+>>> import cure
+>>> run = cure.train("digits", quiet=True)                          # doctest: +SKIP
+>>> cure.evaluate(run, attacks=["pgd20"])["natural"]["accuracy"]    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cure.api import Run, evaluate, resume, train
+    from cure.data import ImageSet
+    from cure.errors import CureError
+    from cure.recipe import load_recipe
+
+__all__ = ["CureError", "ImageSet", "Run", "evaluate", "load_recipe", "resume", "train"]
+
+_HOMES = {
+    "CureError": "cure.errors",
+    "ImageSet": "cure.data",
+    "Run": "cure.api",
+    "evaluate": "cure.api",
+    "load_recipe": "cure.recipe",
+    "resume": "cure.api",
+    "train": "cure.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # PyTorch takes seconds to import; `cure --help` and `import cure.errors` do not need it.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cure' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,5 @@
+"""``python -m cure``."""
+
+from cure.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""The ball an adversary may move in, and the three things a norm decides about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number, or one number a sample [B], as a tensor that broadcasts over ``like`` [B, ...]."""
+    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return tensor.reshape(-1, *[1] * (like.dim() - 1)) if tensor.dim() else tensor
+
+
+def l2_norm(change: Tensor) -> Tensor:
+    """Euclidean norm of each sample of [B, ...], as [B, 1, ...]."""
+    length: Tensor = change.flatten(1).norm(dim=1)
+    return length.reshape(-1, *[1] * (change.dim() - 1))
+
+
+@dataclass(frozen=True)
+class Threat:
+    """Images within ``epsilon`` of the natural one, inside [0, 1].
+
+    Attributes:
+        norm: "Linf" (largest change of a value) or "L2" (Euclidean length of the change).
+        epsilon: radius, for images in [0, 1].
+    """
+
+    norm: Literal["Linf", "L2"]
+    epsilon: float
+
+    def project(self, change: Tensor, epsilon: float | Tensor | None = None) -> Tensor:
+        """The nearest change [B, ...] inside the ball; ``epsilon`` may be one number a sample."""
+        radius = per_sample(self.epsilon if epsilon is None else epsilon, change)
+        if self.norm == "Linf":
+            return torch.minimum(torch.maximum(change, -radius), radius)
+        # The small number only guards 0/0: a change of length 0 stays 0.
+        return change * (radius / l2_norm(change).clamp_min(1e-12)).clamp_max(1.0)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The direction of length 1 in this norm that raises the objective fastest."""
+        if self.norm == "Linf":
+            return gradient.sign()
+        # Scaling by the largest entry first keeps tiny gradients from vanishing when squared.
+        largest = gradient.abs().flatten(1).amax(dim=1).reshape(-1, *[1] * (gradient.dim() - 1))
+        scaled = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
+        return scaled / l2_norm(scaled).clamp_min(1e-12)
+
+    def sample(
+        self, like: Tensor, generator: torch.Generator, epsilon: float | Tensor | None = None
+    ) -> Tensor:
+        """A change drawn uniformly from the ball, in the shape of ``like`` [B, ...]."""
+        radius = per_sample(self.epsilon if epsilon is None else epsilon, like)
+        if self.norm == "Linf":
+            noise = torch.rand(
+                like.shape, generator=generator, device=like.device, dtype=like.dtype
+            )
+            return radius * (2 * noise - 1)
+        direction = torch.randn(
+            like.shape, generator=generator, device=like.device, dtype=like.dtype
+        )
+        share = torch.rand(like.shape[0], generator=generator, device=like.device, dtype=like.dtype)
+        # In d dimensions a uniform point has radius u^(1/d); d is what one image holds.
+        length = radius * per_sample(share ** (1 / like[0].numel()), like)
+        return length * direction / l2_norm(direction).clamp_min(1e-12)
+
+    def distance(self, change: Tensor) -> Tensor:
+        """Length of each change in this norm, [B]."""
+        if self.norm == "Linf":
+            return change.abs().flatten(1).amax(dim=1)
+        return l2_norm(change).flatten()

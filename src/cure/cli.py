@@ -1,0 +1,280 @@
+"""The command ``cure``: parses and prints, nothing else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cure.errors import ConfigError, CureError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make an image classifier withstand adversarial changes and keep its natural accuracy.",
+)
+out, err = Console(), Console(stderr=True)
+
+
+class Checkpoint(StrEnum):
+    """Which weights of a run."""
+
+    best = "best"
+    last = "last"
+
+
+class Split(StrEnum):
+    """Which images."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    methods = "methods"
+    models = "models"
+    recipes = "recipes"
+    attacks = "attacks"
+    data = "data"
+
+
+RunOption = Annotated[
+    Path | None,
+    typer.Option("--run", help="Folder to make for the run [default: runs/NAME]."),
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A name from `cure list recipes`, or a YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: training.epochs=10"),
+    ] = None,
+    run: RunOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the run is.")] = False,
+) -> None:
+    """Train by a recipe into a new run folder."""
+    from cure.api import train as start
+
+    done = start(recipe, settings or [], run=run, quiet=quiet)
+    _print_ended(done.path)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the run is.")] = False,
+) -> None:
+    """Continue a run that was stopped or killed, to the bits it would have ended with."""
+    from cure.api import resume as go_on
+
+    _print_ended(go_on(run, quiet=quiet).path)
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        str | None, typer.Argument(help="A run folder; or name a network with --model.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A network: `cure list models`, package.module:callable, hf:..., timm:..."
+        ),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights file for --model.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of --model, for example width=16; repeatable.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What --model subtracts from its input: 0.49,0.48,0.45")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="What --model divides its input by.")] = None,
+    checkpoint: Annotated[Checkpoint, typer.Option(help="Weights of a run.")] = Checkpoint.best,
+    data: Annotated[
+        str | None, typer.Option(help="Images [default: those of the run]; see `cure list data`.")
+    ] = None,
+    data_option: Annotated[
+        list[str] | None, typer.Option(help="Key of the data section: resize=32; repeatable.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="For example natural,pgd20,cw,autoattack.")
+    ] = None,
+    epsilon: Annotated[str | None, typer.Option(help="Radius, 8/255 [default: the run's].")] = None,
+    norm: Annotated[str | None, typer.Option(help="Linf or L2 [default: the run's].")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images attacked at once.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Measure accuracy on natural and on attacked images."""
+    from cure.api import evaluate as measure
+
+    if (target is None) == (model is None):
+        raise ConfigError("expected a run folder, or --model NAME, and not both")
+    if target is not None and (weights or option or mean or std):
+        raise ConfigError("--weights, --option, --mean and --std go with --model")
+    with _progress() as progress:
+        result = measure(
+            target if target is not None else str(model),
+            data=data,
+            split=split.value,
+            limit=limit,
+            attacks=None if attacks is None else [a.strip() for a in attacks.split(",")],
+            epsilon=epsilon,
+            norm=norm,
+            checkpoint=checkpoint.value,
+            weights=weights,
+            mean=_numbers("mean", mean),
+            std=_numbers("std", std),
+            options=_pairs(option),
+            data_options=_pairs(data_option),
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            output=output,
+            progress=progress,
+        )
+    print_results([result])
+
+
+@app.command("list")
+def list_(what: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """List what can be named in a recipe or on the command line."""
+    from cure.listing import listing
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, description in listing(what.value):
+        table.add_row(escape(name), escape(description))
+    out.print(table)
+
+
+@app.command()
+def demo(run: RunOption = None) -> None:
+    """Handwritten digits: train naturally, make robust with CURE, evaluate both (a minute)."""
+    from cure.api import evaluate as measure
+    from cure.api import train as start
+
+    done = start("digits", run=run)
+    results = []
+    for folder in (done.path / "natural", done.path):
+        with _progress() as progress:
+            results.append(measure(folder, output=folder / "evaluation.json", progress=progress))
+    print_results(results)
+    _print_ended(done.path)
+
+
+def print_results(results: Sequence[dict[str, Any]]) -> None:
+    """A table of results of one threat, one row each; intervals are Wilson's at 95 %."""
+    threat, data = results[0]["threat"], results[0]["data"]
+    names = list(dict.fromkeys(name for result in results for name in result["attacks"]))
+    table = Table(
+        title=escape(
+            f"{data['name']} {data['split']}, {data['n']:,} images, "
+            f"{threat['norm']} {threat['epsilon_text']}"
+        ),
+        caption="accuracy in percent, 95 % interval; NRR: harmonic mean with natural accuracy",
+    )
+    table.add_column("model")
+    for name in ("natural", *names):
+        table.add_column(name, justify="right")
+    ratios = [name for name in ("cw", "autoattack") if name in names]
+    for name in ratios:
+        table.add_column(f"NRR {name}", justify="right")
+    for result in results:
+        cells = [result["natural"], *(result["attacks"].get(name) for name in names)]
+        table.add_row(
+            escape(result["target"]),
+            *(_accuracy(cell) for cell in cells),
+            *(_ratio(result["nrr"][name]) for name in ratios),
+        )
+    out.print(table)
+
+
+def _accuracy(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    low, high = cell["interval"]
+    return f"{cell['accuracy']:.1f} ({low:.1f}-{high:.1f})"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _print_ended(path: Path) -> None:
+    out.print(f"run folder: {path}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"next: cure evaluate {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _numbers(name: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"--{name}: expected numbers such as 0.49,0.48,0.45, got '{text}'"
+        ) from None
+
+
+def _pairs(words: list[str] | None) -> dict[str, object]:
+    from cure.recipe import parse_override
+
+    return dict(parse_override(word) for word in words or [])
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar an attack on a terminal, a line an attack elsewhere."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bars: dict[str, TaskID] = {}
+    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+
+        def tell(name: str, done: int, count: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=count)
+            progress.update(bars[name], completed=done)
+            if done >= count and not err.is_terminal:
+                err.print(f"{name}: done on {count} images", highlight=False, markup=False)
+
+        yield tell
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one message and status 2."""
+    try:
+        app()
+    except CureError as error:
+        from cure.trainer import Interrupted
+
+        stopped = isinstance(error, Interrupted)
+        word = "stopped" if stopped else "error"
+        err.print(f"{word}: {error}", markup=False, highlight=False, soft_wrap=True, style="bold")
+        sys.exit(INTERRUPTED if stopped else USER_MISTAKE)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,342 @@
+"""What a run is: data, start, model, threat, attack, method, training, evaluation.
+
+The docstring under each field is its help text, with its unit and its source.  Nothing here knows
+a method: the ``method`` section is checked by the class that the method's own file declares (see
+:mod:`cure.recipe`).
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializeAsAny,
+    field_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+
+class Ratio(float):
+    """A number that may be written as a fraction, and remembers how it was written.
+
+    ``Ratio("8/255")`` equals ``8 / 255`` and prints as ``8/255``.  The text is parsed as a
+    fraction, never evaluated.
+    """
+
+    text: str
+
+    def __new__(cls, value: str | float | int) -> Ratio:
+        """Parse ``value``; a ``ValueError`` says what a number looks like."""
+        text = str(value).strip()
+        try:
+            number = float(Fraction(text.replace(" ", "")))
+        except ZeroDivisionError:
+            raise ValueError(f"expected a number, got '{text}', which divides by zero") from None
+        except ValueError:
+            raise ValueError(f"expected a number such as 0.031 or 8/255, got '{text}'") from None
+        ratio = super().__new__(cls, number)
+        ratio.text = text
+        return ratio
+
+    def __reduce__(self) -> tuple[type[Ratio], tuple[str]]:
+        return Ratio, (self.text,)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        def check(value: object) -> Ratio:
+            if isinstance(value, bool) or not isinstance(value, str | int | float):
+                raise PydanticCustomError("ratio", "expected a number such as 0.031 or 8/255")
+            try:
+                ratio = value if isinstance(value, Ratio) else cls(value)
+            except (ValueError, OverflowError) as error:
+                raise PydanticCustomError("ratio", "{text}", {"text": str(error)}) from None
+            if not math.isfinite(ratio):
+                raise PydanticCustomError("ratio", "expected a finite number")
+            return ratio
+
+        return core_schema.no_info_plain_validator_function(
+            check, serialization=core_schema.to_string_ser_schema()
+        )
+
+
+def _positive(value: Ratio) -> Ratio:
+    if value <= 0:
+        raise PydanticCustomError(
+            "positive",
+            "expected a number above 0 (for images in [0, 1], 8/255 is usual for Linf), got {text}",
+            {"text": value.text},
+        )
+    return value
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values do not change once read."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class AugmentConfig(Section):
+    """What happens to a training image on its way into a batch."""
+
+    crop_padding: NonNegativeInt = 4
+    """Pixels added on each side before a crop of the original size; 0 turns it off."""
+    padding: Literal["zeros", "reflect"] = "zeros"
+    """What fills the added pixels (TRADES lineage: zeros; Rice et al. and ACT: reflect)."""
+    flip: bool = True
+    """Mirror left and right with probability one half."""
+
+
+class DataConfig(Section):
+    """Where images come from and how they are split."""
+
+    source: str = Field(min_length=1)
+    """``digits``; a short name (``cifar10``); a hub name (``uoft-cs/cifar10``); a folder of
+    parquet files; a folder of images, one sub-folder a class; or a ``.npz`` file."""
+    train_split: str = "train"
+    """Name of the split that is trained on."""
+    test_split: str | None = None
+    """Name of the split that ``evaluate`` uses; by default ``test``, else ``validation``."""
+    image_column: str | None = None
+    """Column (parquet, hub) or array (npz) of the images; found by itself when not given."""
+    label_column: str | None = None
+    """Column or array of the labels; found by itself when not given."""
+    resize: PositiveInt | None = None
+    """Resize every image to this many pixels a side (antialiased); needed for mixed sizes."""
+    color: Literal["keep", "rgb", "grey"] = "keep"
+    """Convert every image; needed when grey and RGB images are mixed."""
+    limit: PositiveInt | None = None
+    """Use only the first so many images of the training split (before the validation split)."""
+    validation: PositiveInt = 1000
+    """Images carved from the training split; every choice of a checkpoint uses them alone."""
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    """Share carved as the test split from a source that has none."""
+    split_seed: NonNegativeInt = 0
+    """Seed of both carvings; not the run's seed, so that runs share their splits."""
+    augment: AugmentConfig = AugmentConfig()
+    """Augmentation of training images."""
+
+
+class ModelConfig(Section):
+    """The network."""
+
+    name: str = Field(min_length=1)
+    """A registered architecture (``cure list models``), ``package.module:callable``,
+    ``hf:NAME_OR_FOLDER`` (transformers) or ``timm:NAME``."""
+    options: dict[str, Any] = {}
+    """Arguments of the builder, for example ``{width: 16}``."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted from each channel of the [0, 1] image inside the model."""
+    std: Annotated[tuple[PositiveFloat, ...] | None, Field()] = None
+    """Divides each channel afterwards; given together with ``mean``."""
+
+    @field_validator("std")
+    @classmethod
+    def _std_goes_with_mean(cls, std: Any, info: Any) -> Any:
+        mean = info.data.get("mean")
+        if (std is None) != (mean is None) or (std and len(std) != len(mean)):
+            raise PydanticCustomError(
+                "mean_std", "mean and std are given together, with one number a channel each"
+            )
+        return std
+
+
+class ThreatConfig(Section):
+    """What the adversary may do: change the image within a ball, inside [0, 1]."""
+
+    norm: Literal["Linf", "L2"] = "Linf"
+    """Norm of the change."""
+    epsilon: Ratio = Ratio("8/255")
+    """Radius of the ball, for images in [0, 1]."""
+
+    _epsilon_positive = field_validator("epsilon")(_positive)
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _aliases(cls, norm: object) -> object:
+        key = str(norm).lower().replace("_", "")
+        return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2"}.get(key, norm)
+
+
+class AttackConfig(Section):
+    """How training images are attacked; what is maximised is the method's affair."""
+
+    steps: PositiveInt = 10
+    """Steps of gradient ascent."""
+    step_size: Ratio = Ratio("2/255")
+    """Length of a step in the threat's norm, for images in [0, 1]."""
+    start: Literal["gaussian", "uniform", "none"] = "gaussian"
+    """``gaussian``: image + 0.001 N(0, 1) (TRADES, CURE); ``uniform`` in the ball (Madry);
+    ``none``: the image itself."""
+    mode: Literal["eval", "train"] = "eval"
+    """Mode of the network while it is attacked.  In ``train`` mode BatchNorm uses the batch's
+    statistics; its running statistics are put back afterwards."""
+
+    _step_size_positive = field_validator("step_size")(_positive)
+
+
+class MethodConfig(Section):
+    """Base of every method's own settings."""
+
+    name: str
+    """The registered name of the method (``cure list methods``)."""
+
+
+class OptimizerConfig(Section):
+    """Stochastic gradient descent."""
+
+    learning_rate: PositiveFloat = 0.1
+    """Peak learning rate."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """L2 penalty, added to the gradient."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run; times are shares of the run, so a shorter run keeps the shape."""
+
+    name: Literal["constant", "piecewise", "cosine", "one_cycle"] = "piecewise"
+    """``piecewise`` drops at the milestones; ``cosine`` falls to 0; ``one_cycle`` rises linearly
+    to the peak, then falls linearly to 0."""
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    """Shares of the run at which ``piecewise`` drops (0.5 and 0.75: epochs 100 and 150 of 200)."""
+    factor: float = Field(default=0.1, gt=0, lt=1)
+    """What ``piecewise`` multiplies the rate with at each milestone."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the run over which the rate rises linearly from 0 (all schedules)."""
+    peak: float = Field(default=0.25, gt=0, lt=1)
+    """Share of the run at which ``one_cycle`` is highest."""
+
+    @field_validator("milestones")
+    @classmethod
+    def _ascending(cls, milestones: tuple[float, ...]) -> tuple[float, ...]:
+        if list(milestones) != sorted(set(milestones)):
+            raise PydanticCustomError("milestones", "expected milestones in ascending order")
+        return milestones
+
+
+class AveragingConfig(Section):
+    """A moving average of the weights, evaluated in the place of the trained ones."""
+
+    decay: float = Field(default=0.999, ge=0, lt=1)
+    """Share of the average that a step keeps."""
+    start: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the run after which averaging begins."""
+
+
+class TrainingConfig(Section):
+    """How long, how fast, and what is kept."""
+
+    epochs: PositiveInt = 200
+    """Passes over the training images."""
+    batch_size: PositiveInt = 128
+    """Images a step; an incomplete last batch is left out."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimiser."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over time."""
+    clip_norm: PositiveFloat | None = None
+    """Scale the whole gradient down to this Euclidean norm when it is longer."""
+    precision: Literal["fp32", "bf16_attack", "bf16"] = "fp32"
+    """``bf16_attack`` crafts adversarial images in bfloat16 and trains in float32."""
+    channels_last: bool = True
+    """Store images with the channel innermost: faster convolutions, float32 rounding differs."""
+    averaging: AveragingConfig | None = None
+    """Average the weights over steps."""
+    validate_every: PositiveInt = 1
+    """Epochs between two measurements on the validation split (the last epoch always is)."""
+    validation_steps: PositiveInt = 10
+    """PGD steps for robust accuracy on the validation split, with the training attack's size."""
+    checkpoint_every: PositiveInt | None = None
+    """Also write the resumable state every so many steps inside an epoch."""
+    collapse_patience: PositiveInt = 5
+    """Stop after so many validations in a row at chance level."""
+    device: str = "auto"
+    """``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``."""
+    threads: PositiveInt | None = None
+    """Processor threads; by default PyTorch's choice.  Part of what makes a run repeat."""
+    deterministic: bool = True
+    """Refuse GPU operations whose result differs from run to run."""
+    tensorboard: bool = True
+    """Write TensorBoard files when TensorBoard is installed."""
+
+
+class NaturalConfig(Section):
+    """The natural training that ``start: natural`` does first, where it differs from the main one.
+
+    Each value replaces the one of the same name in ``training``.
+    """
+
+    epochs: PositiveInt | None = None
+    """Passes over the training images."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat | None = None
+    """L2 penalty."""
+    schedule: ScheduleConfig | None = None
+    """Learning rate over the natural run."""
+
+
+class EvaluationConfig(Section):
+    """What ``cure evaluate RUN`` measures unless it is told otherwise."""
+
+    attacks: tuple[str, ...] = ("natural", "pgd20", "cw")
+    """Names from ``cure list attacks``."""
+    limit: PositiveInt | None = None
+    """Only the first so many images of the split."""
+    batch_size: PositiveInt = 256
+    """Images attacked at once."""
+
+
+class RunConfig(Section):
+    """Everything that determines a run."""
+
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$")
+    """Name for results and for the default run folder."""
+    description: str = ""
+    """One line on what the recipe is for."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random in the run."""
+    data: DataConfig
+    """Images."""
+    model: ModelConfig
+    """Network."""
+    start: str = "natural"
+    """Weights at the beginning: ``natural`` trains naturally first; ``scratch`` keeps the random
+    initialisation; ``model`` keeps the weights the model was built with (hub models, your own);
+    anything else is the path of a checkpoint or run folder."""
+    natural: NaturalConfig = NaturalConfig()
+    """The natural training of ``start: natural``."""
+    threat: ThreatConfig = ThreatConfig()
+    """What the adversary may do."""
+    attack: AttackConfig = AttackConfig()
+    """The attack that training uses."""
+    method: SerializeAsAny[MethodConfig]
+    """The training method and its settings."""
+    training: TrainingConfig = TrainingConfig()
+    """The training loop."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """The default evaluation."""

@@ -1,0 +1,99 @@
+"""Batches: shuffled and augmented for training, in order for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cure.config import AugmentConfig
+from cure.data.augment import augment as augment_images
+from cure.data.images import Batch, ImageSet
+from cure.errors import DataError
+from cure.randomness import generator
+
+
+def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
+    """Full batches in one pass; an incomplete last batch is left out.
+
+    Raises:
+        DataError: there are fewer images than one batch has.
+    """
+    if len(images) < batch_size:
+        raise DataError(
+            f"expected at least one batch of {batch_size} images, got {len(images)} in the "
+            f"{images.split} split of '{images.name}'; lower training.batch_size or use more images"
+        )
+    return len(images) // batch_size
+
+
+def epoch(
+    images: ImageSet,
+    *,
+    batch_size: int,
+    epoch: int,
+    seed: int,
+    augment: AugmentConfig | None,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """One pass over the images in random order.
+
+    The order is keyed by (seed, "order", epoch) and the augmentation of a batch by
+    (seed, "augment", step), so a pass taken up at ``start`` gives the batches that an
+    uninterrupted one would have given.
+
+    Args:
+        images: the training images; batches are made on their device.
+        batch_size: images a batch.
+        epoch: number of the pass, from 0.
+        seed: the run's seed.
+        augment: augmentation, or None for the images as they are.
+        start: batches at the beginning to skip without computing them.
+
+    Returns:
+        Batches k = start, ..., steps_per_epoch - 1 of float32 images in [0, 1], with
+        ``step = epoch * steps_per_epoch + k``.
+
+    Raises:
+        DataError: there are fewer images than one batch has (at once, not at the first batch).
+    """
+    steps = steps_per_epoch(images, batch_size)
+    device = images.image.device
+
+    def iterate() -> Iterator[Batch]:
+        # Drawn on the CPU, so that every device sees the same order.
+        order = torch.randperm(len(images), generator=generator("cpu", seed, "order", epoch))
+        order = order.to(device)
+        for k in range(start, steps):
+            step = epoch * steps + k
+            index = order[k * batch_size : (k + 1) * batch_size]
+            image = images.image[index]
+            if augment is not None:
+                image = augment_images(image, augment, generator(device, seed, "augment", step))
+            yield Batch(to_unit(image), images.label[index], index, step)
+
+    return iterate()
+
+
+def batches(images: ImageSet, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    """The images in order and as they are, with the incomplete last batch, for evaluation.
+
+    Args:
+        images: any split; batches are made on its device.
+        batch_size: images a batch.
+        limit: only the first so many images.
+
+    Returns:
+        Batches of float32 images in [0, 1]; ``step`` is the number of the batch, from 0.
+    """
+    count = len(images) if limit is None else min(limit, len(images))
+    for step, first in enumerate(range(0, count, batch_size)):
+        part = slice(first, min(first + batch_size, count))
+        index = torch.arange(part.start, part.stop, device=images.image.device)
+        yield Batch(to_unit(images.image[part]), images.label[part], index, step)
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """uint8 0..255 as float32 in [0, 1]."""
+    return image.to(torch.float32) / 255

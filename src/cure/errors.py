@@ -1,0 +1,47 @@
+"""Errors a user can mend, each said in one sentence.
+
+Everything that is the user's to mend is a :class:`CureError`: the command line prints its text and
+ends with status 2, a notebook shows it as the last line.  Anything else that is raised is a fault
+of this project and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CureError(Exception):
+    """A mistake the user can mend: what was expected, what came, what to do."""
+
+
+class ConfigError(CureError):
+    """A recipe or a setting that is unknown, of the wrong type, or out of range."""
+
+
+class DataError(CureError):
+    """Images or labels that are missing, unreadable or do not fit together."""
+
+
+class ModelError(CureError):
+    """A model or weights that cannot be built, do not fit, or do not behave as a classifier."""
+
+
+class CheckpointError(CureError):
+    """A run folder or checkpoint that is missing, damaged, unsafe or in use."""
+
+
+class TrainingStopped(CureError):
+    """Training ended itself: a loss that is not finite, or a network that fell to chance."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The sentence for a name nobody registered: the nearest known name, then all of them.
+
+    >>> unknown("method", "cuer", ["cure", "natural"])
+    "unknown method 'cuer'; did you mean 'cure'? Known: cure, natural"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    return f"unknown {kind} '{name}'{hint} Known: {', '.join(names)}"

@@ -1,0 +1,123 @@
+"""The contract of a training method: one batch in, a loss or finished gradients out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cure.attacks import Attack
+from cure.config import MethodConfig
+from cure.data.images import Batch
+from cure.engine import Engine, Grads
+from cure.registry import Registry
+
+Metrics = dict[str, Tensor]
+
+METHODS: Registry[type[Method]] = Registry("method", "cure.methods")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may use besides its batch; nothing is global.
+
+    Attributes:
+        engine: gradients, device, precision, keyed generators.
+        attack: the run's training attack.
+        seed: the run's seed.
+        classes: number of classes.
+        samples: number of training images; ``Batch.index`` lies below it.
+        steps_per_epoch: optimiser steps in one epoch.
+        epochs: epochs of the run.
+    """
+
+    engine: Engine
+    attack: Attack
+    seed: int
+    classes: int
+    samples: int
+    steps_per_epoch: int
+    epochs: int
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps in the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+    def generator(self, purpose: str, step: int) -> torch.Generator:
+        """A fresh generator for one purpose at one step."""
+        return self.engine.generator(self.seed, purpose, step)
+
+
+@dataclass
+class StepOutput:
+    """What a step hands to the trainer.
+
+    Attributes:
+        loss: 0-dim mean over the samples, which the trainer differentiates; or
+        grads: finished gradients by parameter name.
+        frozen: by parameter name, True where the optimiser must not move a weight at all, neither
+            by the gradient nor by momentum or weight decay.
+        metrics: detached 0-dim tensors; averaged over the epoch, read only when it ends.
+    """
+
+    loss: Tensor | None = None
+    grads: Grads | None = None
+    frozen: dict[str, Tensor] | None = None
+    metrics: Metrics = field(default_factory=dict)
+
+
+class Method(nn.Module):
+    """A way to train ``model``.
+
+    It is a Module so that whatever it owns besides the model (a revision model, a teacher) moves,
+    saves and loads by itself.  It never touches the optimiser.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+    selection: ClassVar[Literal["natural", "robust"]] = "robust"
+    """Which accuracy on the validation split chooses the best checkpoint."""
+
+    def __init__(self, model: nn.Module, config: Any, context: Context) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.context = context
+
+    @abstractmethod
+    def step(self, batch: Batch) -> StepOutput:
+        """Loss or gradients for one batch.  The model is in training mode before and after."""
+
+    def after_step(self, step: int) -> Metrics:  # noqa: ARG002
+        """What follows the optimiser's step number ``step`` (0 the first): moving averages."""
+        return {}
+
+    def on_epoch(self, epoch: int) -> None:
+        """Schedules: what is true of epoch number ``epoch`` (0 the first).
+
+        Called when an epoch begins and again when a run is resumed inside it, so it must depend
+        on the number alone; what happens once belongs in :meth:`step`, keyed by ``batch.step``.
+        """
+
+    def inference_model(self) -> nn.Module:
+        """The network that is validated, saved and evaluated."""
+        return self.model
+
+    def warnings(self) -> list[str]:
+        """What a user should know before the run starts, one sentence each."""
+        return []
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that the optimiser moves, by name in :attr:`model`."""
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def logits(self, image: Tensor) -> Tensor:
+        """The model's logits [B, K] for images [B, C, H, W], in the run's training precision."""
+        return self.context.engine.logits(self.model, image)

@@ -1,0 +1,334 @@
+"""CURE: conserve the weights of low prominence, update the others, revise by a slow average.
+
+Source: Gowda, Zonooz, Arani, "Conserve-Update-Revise to Cure Generalization and Robustness
+Trade-off in Adversarial Training", ICLR 2024.  The defaults are the paper's form; each difference
+of the released code is a setting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor
+
+from cure.attacks.objectives import KL, with_cross_entropy
+from cure.config import MethodConfig, Section
+from cure.data.images import Batch
+from cure.engine import Grads
+from cure.errors import ConfigError
+from cure.methods.base import METHODS, Context, Method, Metrics, StepOutput
+from cure.methods.losses import kl_divergence
+from cure.methods.revision import RevisionConfig, RevisionModel
+
+Scope = Literal["layer", "global"]
+
+
+def prominence(
+    natural: Mapping[str, Tensor],
+    adversarial: Mapping[str, Tensor],
+    alpha: float,
+    *,
+    signed: bool = False,
+) -> Grads:
+    """Robust Gradient Prominence of every weight.
+
+    ``RGP(w) = alpha |dCE(x)/dw| + (1 - alpha) |dCE(x_adv)/dw|``
+
+    Args:
+        natural: gradient of the natural loss by parameter name.
+        adversarial: gradient of the adversarial loss, same names and shapes.
+        alpha: weight of the natural term, in [0, 1].
+        signed: leave out the absolute values, as the released code does.
+
+    Source: CURE, Eq. 6.
+    """
+    size = (lambda gradient: gradient) if signed else torch.abs
+    return {
+        name: alpha * size(gradient) + (1 - alpha) * size(adversarial[name])
+        for name, gradient in natural.items()
+    }
+
+
+def threshold(scores: Tensor, percent: float) -> Tensor:
+    """A 0-dim value with exactly those scores strictly below it that lie below the percentile.
+
+    With linear interpolation the ``percent``-th percentile of n scores lies between the order
+    statistics of ranks floor(r) and ceil(r), r = percent (n - 1) / 100.  What is strictly below
+    it is strictly below the upper of the two, so one partition finds it and nothing is rounded.
+    """
+    flat = scores.detach().flatten()
+    rank = math.ceil(percent * (flat.numel() - 1) / 100)
+    if flat.device.type == "cpu":
+        # NumPy's introselect is about ten times faster here than torch.kthvalue or a sort.
+        return torch.from_numpy(np.partition(flat.numpy(), rank)[rank : rank + 1]).reshape(())
+    return flat.kthvalue(rank + 1).values
+
+
+def conserved(
+    scores: Mapping[str, Tensor], percent: float, scope: Scope = "layer"
+) -> dict[str, Tensor]:
+    """Masks by parameter name, True for the ``percent`` % of weights with the lowest scores.
+
+    Args:
+        scores: one score a weight, by parameter name.
+        percent: share to conserve, in [0, 100).
+        scope: one threshold for each tensor ("layer": Algorithm 1), or one for all ("global").
+
+    Ties with the threshold are updated, as with ``numpy.percentile`` and a strict comparison: a
+    tensor whose scores are all equal keeps moving.
+    """
+    if not scores:
+        return {}
+    if scope == "global":
+        limit = threshold(torch.cat([score.flatten() for score in scores.values()]), percent)
+        return {name: score < limit for name, score in scores.items()}
+    return {name: score < threshold(score, percent) for name, score in scores.items()}
+
+
+def conserve(
+    gradients: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor],
+    percent: float,
+    scope: Scope = "layer",
+) -> Grads:
+    """The gradients with 0 where a weight is conserved; tensors without a score pass unchanged.
+
+    Args:
+        gradients: gradient of the total loss by parameter name.
+        scores: prominence by parameter name, see :func:`prominence`.
+        percent: share of weights to conserve, in [0, 100).
+        scope: "layer" or "global", see :func:`conserved`.
+
+    Source: CURE, Algorithm 1, line 11.
+    """
+    masks = conserved(scores, percent, scope)
+    return {
+        name: gradient.masked_fill(masks[name], 0) if name in masks else gradient
+        for name, gradient in gradients.items()
+    }
+
+
+class MaskConfig(Section):
+    """Which weights a step conserves."""
+
+    kind: Literal["prominence", "random", "none"] = "prominence"
+    """``random`` conserves as many weights drawn at each step, ``none`` conserves nothing: the
+    controls that show what prominence adds."""
+    scope: Scope = "layer"
+    """One threshold a parameter tensor (paper), or one for the network."""
+    score: Literal["absolute", "signed"] = "absolute"
+    """``signed`` drops the absolute values: the released code, which so conserves the most
+    negative gradients."""
+    adversarial_loss: Literal["ce", "kl"] = "ce"
+    """Loss of the adversarial term of the score: cross-entropy (Eq. 6), or the KL divergence that
+    the released code takes."""
+    source: Literal["prominence", "own_gradient"] = "prominence"
+    """``own_gradient`` scores by the gradient of the total loss itself (released modes ``rgp``,
+    ``rgp_old``; with ``score: signed`` the mode ``grad_mode=all``)."""
+    layers: Literal["all", "matrices", "convs", "conv1"] = "all"
+    """Tensors that are masked: all (paper); those of two or more dimensions; convolutions; or, as
+    in the released code, those with ``conv1`` in their name but for the first tensor."""
+    strict_freeze: bool = False
+    """Conserved weights do not move by momentum and weight decay either."""
+
+
+class CureConfig(MethodConfig):
+    """Settings of CURE; the defaults are ResNet-18 on CIFAR-10 (Table 9)."""
+
+    name: Literal["cure"] = "cure"
+    """CURE."""
+    percent: float = Field(default=30.0, ge=0, lt=100)
+    """p: percentage of weights that a step conserves."""
+    alpha: float = Field(default=0.1, ge=0, le=1)
+    """Weight of the natural gradient in the prominence; higher keeps more natural accuracy."""
+    beta: NonNegativeFloat = 1.0
+    """Weight of the adversarial term of the loss (paper: 1; released code: 5)."""
+    gamma: NonNegativeFloat = 1.0
+    """Weight of the consistency with the revision model; 0 leaves the revision model out."""
+    adversarial_term: Literal["kl", "ce"] = "kl"
+    """KL to the natural prediction (Eq. 5), or cross-entropy on the adversarial image (released
+    mode ``rgp``)."""
+    attack_loss: Literal["kl", "ce+kl"] = "kl"
+    """What the attack maximises: Eq. 4, or CE + alpha KL as Algorithm 1 prints."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """CURE_Eff: share of the run trained naturally first, from scratch (released code: 0.395)."""
+    mask: MaskConfig = MaskConfig()
+    """Which weights are conserved."""
+    revision: RevisionConfig = RevisionConfig()
+    """How the revision model remembers."""
+
+
+@METHODS.register("cure")
+class Cure(Method):
+    """One step, in the order of Algorithm 1.
+
+    1. ``x_adv``: climb KL(p(x) || p(x_adv)) from x with the network in training.
+    2. ``CE(x)`` and ``CE(x_adv)``, whose gradients make the prominence.
+    3. With probability r the revision model moves.
+    4. ``L = CE(x) + beta KL(p(x) || p(x_adv)) + gamma [KL(rev(x) || p(x)) + KL(rev(x_adv) ||
+       p(x_adv))]``.
+    5. The gradient of L, with 0 where the prominence is among the lowest p % of its layer.
+
+    Costs 13 forward and 14 backward passes with 10 attack steps, and 2 forward passes of the
+    revision model: CE(x) 1, CE(x_adv) 1 and the rest of L 2 backward passes.  The gradient of L is
+    their sum, since gradients are linear; CE(x) is not differentiated a second time.
+
+    Source: CURE, ICLR 2024, Eqs. 4-8 and Algorithm 1.
+    Differs from the released code: docs/methods/cure.md has the list.
+    """
+
+    Config = CureConfig
+
+    def __init__(self, model: torch.nn.Module, config: CureConfig, context: Context) -> None:
+        super().__init__(model, config, context)
+        self.warmup_steps = round(config.warmup * context.epochs) * context.steps_per_epoch
+        self.revision = RevisionModel(model, config.revision, context) if config.gamma else None
+        self.objective = KL if config.attack_loss == "kl" else with_cross_entropy(config.alpha)
+        self.masked = self._masked_names()
+
+    def _masked_names(self) -> list[str]:
+        wanted = self.config.mask.layers
+        names = [
+            name
+            for position, (name, parameter) in enumerate(self.trainable().items())
+            if wanted == "all"
+            or (wanted == "matrices" and parameter.dim() >= 2)
+            or (wanted == "convs" and parameter.dim() == 4)
+            or (wanted == "conv1" and "conv1" in name and position > 0)
+        ]
+        if not names:
+            raise ConfigError(
+                f"method.mask.layers: '{wanted}' selects no parameter of this model; "
+                "say all, matrices or convs"
+            )
+        return names
+
+    def warnings(self) -> list[str]:
+        """The revision model's memory must fit the run."""
+        config, total = self.config.revision, self.context.total_steps
+        if not self.config.gamma or config.ramp or config.memory(total) <= total:
+            return []
+        return [
+            f"the revision model remembers {config.memory(total):,.0f} steps but the run has only "
+            f"{total:,}: it will stay near its start and hold the network there; set "
+            "method.revision.horizon (the paper's share is 0.064) instead of the decay"
+        ]
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Masked gradients for one batch (natural loss during a warm-up)."""
+        if batch.step < self.warmup_steps:
+            loss = F.cross_entropy(self.logits(batch.image), batch.label)
+            return StepOutput(loss=loss, metrics={"loss": loss.detach()})
+        if batch.step == self.warmup_steps > 0 and self.revision is not None:
+            self.revision.restart(self.model)
+        image, label = batch.image, batch.label
+        attack = self.context.attack
+        draws = self.context.generator("attack", batch.step)
+        adversarial_image = attack(self.model, image, label, self.objective, draws)
+        natural, adversarial = self.logits(image), self.logits(adversarial_image)
+
+        natural_loss = F.cross_entropy(natural, label)
+        adversarial_losses = {
+            "ce": F.cross_entropy(adversarial, label),
+            "kl": kl_divergence(natural, adversarial),
+        }
+        consistency = self._consistency(batch, adversarial_image, natural, adversarial)
+        gradient, scores = self._gradients(natural_loss, adversarial_losses, consistency, batch)
+        masks = conserved(scores, self.config.percent, self.config.mask.scope)
+        for name, mask in masks.items():
+            gradient[name] = gradient[name].masked_fill(mask, 0)
+
+        term = adversarial_losses[self.config.adversarial_term]
+        loss = natural_loss + self.config.beta * term + self.config.gamma * consistency
+        return StepOutput(
+            grads=gradient,
+            frozen=masks if self.config.mask.strict_freeze else None,
+            metrics={
+                "loss": loss.detach(),
+                "natural_loss": natural_loss.detach(),
+                "adversarial_loss": term.detach(),
+                "consistency": consistency.detach(),
+                "accuracy": (natural.detach().argmax(dim=1) == label).float().mean(),
+                "robust_accuracy": (adversarial.detach().argmax(dim=1) == label).float().mean(),
+                "conserved": self._share(masks),
+            },
+        )
+
+    def _consistency(
+        self, batch: Batch, adversarial_image: Tensor, natural: Tensor, adversarial: Tensor
+    ) -> Tensor:
+        """L_CR (Eq. 8), after the draw that may move the revision model."""
+        if self.revision is None:
+            return natural.new_zeros(())
+        if self.config.revision.update == "before_losses":
+            self.revision.maybe_update(self.model, batch.step)
+        targets = self.revision.logits(self.model, batch.image, adversarial_image)
+        return kl_divergence(targets[0], natural) + kl_divergence(targets[1], adversarial)
+
+    def _gradients(
+        self,
+        natural_loss: Tensor,
+        adversarial_losses: dict[str, Tensor],
+        consistency: Tensor,
+        batch: Batch,
+    ) -> tuple[Grads, Grads]:
+        """Gradient of the total loss, and the scores that decide what it may move."""
+        config, mask = self.config, self.config.mask
+        parameters, engine = self.trainable(), self.context.engine
+        regulariser = config.gamma * consistency
+        term = config.beta * adversarial_losses[config.adversarial_term]
+
+        if mask.kind != "prominence" or mask.source == "own_gradient":
+            total = engine.gradients(natural_loss + term + regulariser, parameters)
+            return total, self._other_scores(total, batch)
+
+        scored = adversarial_losses[mask.adversarial_loss]
+        by_natural = engine.gradients(natural_loss, parameters, retain=True)
+        by_adversarial = engine.gradients(scored, parameters, retain=True)
+        known = config.beta if mask.adversarial_loss == config.adversarial_term else 0.0
+        rest = regulariser if known else term + regulariser
+        total = engine.gradients(rest, parameters) if rest.requires_grad else by_natural
+        if total is not by_natural:
+            total = {name: by_natural[name] + total[name] for name in parameters}
+        if known:
+            total = {name: total[name] + known * by_adversarial[name] for name in parameters}
+        scores = prominence(
+            {name: by_natural[name] for name in self.masked},
+            by_adversarial,
+            config.alpha,
+            signed=mask.score == "signed",
+        )
+        return dict(total), scores
+
+    def _other_scores(self, total: Grads, batch: Batch) -> Grads:
+        mask = self.config.mask
+        if mask.kind == "none":
+            return {}
+        if mask.kind == "random":
+            draws = self.context.generator("mask", batch.step)
+            return {
+                name: torch.rand(total[name].shape, generator=draws, device=total[name].device)
+                for name in self.masked
+            }
+        signed = mask.score == "signed"
+        return {name: total[name] if signed else total[name].abs() for name in self.masked}
+
+    def _share(self, masks: dict[str, Tensor]) -> Tensor:
+        """Share of the trainable weights that the step conserves, as a 0-dim tensor."""
+        total = sum(parameter.numel() for parameter in self.trainable().values())
+        device = self.context.engine.device
+        counts = [mask.sum() for mask in masks.values()]
+        return (torch.stack(counts).sum() if counts else torch.zeros((), device=device)) / total
+
+    def after_step(self, step: int) -> Metrics:
+        """The revision model's move where the released code has it."""
+        late = self.config.revision.update == "after_step" and step >= self.warmup_steps
+        if self.revision is not None and late:
+            self.revision.maybe_update(self.model, step)
+        return {}

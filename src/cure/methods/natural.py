@@ -1,0 +1,37 @@
+"""Natural training: cross-entropy on unchanged images."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+
+from cure.config import MethodConfig
+from cure.data.images import Batch
+from cure.methods.base import METHODS, Method, StepOutput
+
+
+class NaturalConfig(MethodConfig):
+    """Natural training has no settings of its own."""
+
+    name: Literal["natural"] = "natural"
+    """Natural training."""
+
+
+@METHODS.register("natural")
+class Natural(Method):
+    """``min CE(f(x), y)``: the start of a robust recipe, and the accuracy it has to keep.
+
+    Costs one forward and one backward pass a step.  Source: CURE, ICLR 2024, Sec. 3 (standard
+    training).
+    """
+
+    Config = NaturalConfig
+    selection = "natural"
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Mean cross-entropy of the batch."""
+        logits = self.logits(batch.image)
+        loss = F.cross_entropy(logits, batch.label)
+        accuracy = (logits.detach().argmax(dim=1) == batch.label).float().mean()
+        return StepOutput(loss=loss, metrics={"loss": loss.detach(), "accuracy": accuracy})

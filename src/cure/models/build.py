@@ -1,0 +1,111 @@
+"""From the ``model`` section of a recipe to a network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, get_type_hints
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import nn
+
+from cure.config import ModelConfig
+from cure.errors import ConfigError, unknown
+from cure.models.external import build_external, is_external
+from cure.models.registry import MODELS, Builder
+from cure.models.wrapper import Normalised, core
+from cure.randomness import derive
+
+_NAME = "_cure_name"
+
+
+def build_model(
+    config: ModelConfig, *, classes: int, channels: int, size: tuple[int, int], seed: int
+) -> nn.Module:
+    """The network that ``config`` names, on the processor.
+
+    Its random initialisation depends on ``seed`` alone; PyTorch's global generators are left as
+    they were.
+
+    Args:
+        config: name, options, and the constants for standardising images.
+        classes: number of logits.
+        channels: channels of the images.
+        size: height and width of the images in pixels.
+        seed: the run's seed.
+
+    Returns:
+        A network that takes images [B, channels, H, W] in [0, 1] and returns logits [B, classes].
+
+    Raises:
+        ConfigError: when the name or an option is unknown, an option's value does not fit, or
+            ``mean`` has not one number a channel.
+        ModelError: when a network from elsewhere cannot be had or is no such classifier.
+    """
+    if config.mean is not None and len(config.mean) != channels:
+        raise ConfigError(
+            f"expected model.mean and model.std with {channels} numbers, one for each channel of "
+            f"the images, got {len(config.mean)}"
+        )
+    with _seeded(derive(seed, "model")):
+        if is_external(config.name):
+            model = build_external(config, classes=classes, channels=channels, size=size)
+        else:
+            builder = MODELS[config.name]
+            options = _checked(config.name, builder, config.options)
+            model = builder(classes, channels, size, **options)
+    if config.mean is not None and config.std is not None:
+        model = Normalised(model, config.mean, config.std)
+    setattr(model, _NAME, config.name)
+    return model
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What a report says of a network.
+
+    Returns:
+        ``name`` (as in the recipe, else the class's name) and ``parameters`` (how many numbers
+        are trained or frozen; buffers such as running means are not counted).
+    """
+    return {
+        "name": getattr(model, _NAME, type(core(model)).__name__),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed PyTorch's global generators inside, and put them back afterwards."""
+    # Where CUDA was not touched yet, only the processor's generator is seeded: seeding CUDA's
+    # would outlive the block, and saving its state would start CUDA.
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if started else []
+    with torch.random.fork_rng(devices=devices):
+        if devices:
+            torch.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _checked(name: str, builder: Builder, options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` checked against the keyword-only parameters of a registered builder."""
+    parameters = inspect.signature(builder).parameters.values()
+    known = [item.name for item in parameters if item.kind is inspect.Parameter.KEYWORD_ONLY]
+    hints = get_type_hints(builder, include_extras=True)
+    values: dict[str, Any] = {}
+    for option, value in options.items():
+        if option not in known:
+            raise ConfigError(unknown(f"option of model {name}", option, known))
+        adapter: TypeAdapter[Any] = TypeAdapter(hints[option], config=ConfigDict(strict=True))
+        try:
+            values[option] = adapter.validate_python(value)
+        except ValidationError as error:
+            text = error.errors()[0]["msg"]
+            raise ConfigError(
+                f"option '{option}' of model {name} does not fit: {text[0].lower()}{text[1:]}, "
+                f"got {value!r}"
+            ) from None
+    return values

@@ -1,0 +1,189 @@
+"""From a recipe and ``key=value`` words to a checked :class:`~cure.config.RunConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cure.config import MethodConfig, RunConfig, Section
+from cure.errors import ConfigError, unknown
+from cure.methods import METHODS
+
+Raw = dict[str, Any]
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    folder = resources.files("cure") / "recipes"
+    return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run that a recipe and its overrides describe.
+
+    Args:
+        recipe: a name from :func:`recipe_names` or the path of a YAML file.
+        overrides: words ``section.key=value``, values in YAML ("8/255", 0.1, [0.5, 0.75], null).
+
+    Raises:
+        ConfigError: for anything unknown, of the wrong type or out of range; all at once.
+    """
+    raw = read_recipe(recipe)
+    for word in overrides:
+        override(raw, *parse_override(word))
+    return check(raw, f"recipe {recipe}")
+
+
+def read_recipe(recipe: str | Path) -> Raw:
+    """The recipe as plain data, with what it ``extends`` filled in."""
+    text, folder = _find(recipe)
+    raw = _parse(text, str(recipe))
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    beside = folder / f"{parent}.yaml" if folder else None
+    if Path(str(parent)).stem == Path(str(recipe)).stem:
+        raise ConfigError(f"recipe {recipe} extends itself; name another recipe")
+    return _merge(read_recipe(beside if beside and beside.exists() else str(parent)), raw)
+
+
+def _find(recipe: str | Path) -> tuple[str, Path | None]:
+    """Text of a recipe, and its folder when it is a file of the user's."""
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        try:
+            return path.read_text(encoding="utf-8"), path.parent
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {recipe} cannot be read as text: {error}") from None
+    if str(recipe) not in recipe_names():
+        raise ConfigError(unknown("recipe", str(recipe), recipe_names()))
+    return (resources.files("cure") / "recipes" / f"{recipe}.yaml").read_text("utf-8"), None
+
+
+def _parse(text: str, name: str) -> Raw:
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" in line {where.line + 1}" if where else ""
+        raise ConfigError(
+            f"recipe {name} is not valid YAML{line}: {getattr(error, 'problem', error)}"
+        ) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"recipe {name} holds no sections; `cure list recipes` shows examples")
+    return raw
+
+
+def _merge(base: Raw, change: Raw) -> Raw:
+    merged = dict(base)
+    for key, value in change.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def parse_override(word: str) -> tuple[str, object]:
+    """The place and the value in a word ``key=value``, the value in YAML.
+
+    Raises:
+        ConfigError: when the word is none.
+    """
+    key, equals, text = word.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"expected key=value, for example training.epochs=10, got '{word}'")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value in '{word}' is not valid YAML; quote it?") from None
+
+
+def override(raw: Raw, key: str, value: object) -> None:
+    """Set one value in a recipe, in place: ``override(raw, "training.epochs", 10)``.
+
+    Raises:
+        ConfigError: when the place lies inside a plain value.
+    """
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = raw.setdefault(section, {})
+        if inner is None:
+            inner = raw[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: '{section}' is a value, not a section with keys")
+        raw = inner
+    raw[last] = value
+
+
+def check(raw: Mapping[str, Any], where: str) -> RunConfig:
+    """Plain data as a checked configuration; every mistake is named in one message."""
+    mistakes: list[str] = []
+    method, method_type = _check_method(raw.get("method"), mistakes)
+    try:
+        config = RunConfig.model_validate({**raw, "method": method})
+    except ValidationError as error:
+        mistakes += [_explain(item, RunConfig, ()) for item in error.errors()]
+    if mistakes:
+        count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise ConfigError(f"{where} has {count}:\n" + "\n".join(f"  - {m}" for m in mistakes))
+    assert isinstance(config.method, method_type)
+    return config
+
+
+def _check_method(raw: object, mistakes: list[str]) -> tuple[MethodConfig, type[MethodConfig]]:
+    """The method's section, checked by the method's own class."""
+    placeholder = MethodConfig(name="unknown"), MethodConfig
+    if isinstance(raw, str):
+        raw = {"name": raw}
+    if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
+        mistakes.append(
+            "method: expected a section with a name, for example {name: cure}; "
+            f"known: {', '.join(METHODS.names())}"
+        )
+        return placeholder
+    if raw["name"] not in METHODS:
+        mistakes.append("method.name: " + unknown("method", raw["name"], METHODS.names()))
+        return placeholder
+    kind = METHODS[raw["name"]].Config
+    try:
+        return kind.model_validate(raw), kind
+    except ValidationError as error:
+        mistakes += [_explain(item, kind, ("method",)) for item in error.errors()]
+        return placeholder
+
+
+def _explain(item: Any, root: type[BaseModel], prefix: tuple[str, ...]) -> str:
+    """One mistake in words: where, what was expected, what came."""
+    location = tuple(str(part) for part in item["loc"])
+    name = ".".join((*prefix, *location))
+    if item["type"] == "extra_forbidden":
+        fields = _section_at(root, location[:-1]).model_fields
+        return f"{'.'.join((*prefix, *location[:-1])) or 'recipe'}: " + unknown(
+            "key", location[-1], fields
+        )
+    if item["type"] == "missing":
+        return f"{name}: is missing"
+    message = item["msg"][0].lower() + item["msg"][1:]
+    came = item["input"]
+    shown = "" if "got" in message or isinstance(came, dict) else f", got {came!r}"
+    return f"{name}: {message}{shown}"
+
+
+def _section_at(root: type[BaseModel], location: tuple[str, ...]) -> type[BaseModel]:
+    section = root
+    for part in location:
+        field = section.model_fields[part].annotation
+        options = [field, *getattr(field, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
+    return section
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML that :func:`check` reads back to the same run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,74 @@
+"""Names for things that users choose: methods, models.
+
+A package of plug-ins (``cure.methods``) is imported file by file on the first look-up, so a new
+method is one new file: nothing else lists it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from cure.errors import ConfigError, unknown
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A table of named things that fills itself from the modules of one package.
+
+    Args:
+        kind: what one entry is, in the singular, for messages ("method").
+        package: the package whose modules register entries when they are imported.
+    """
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._entries: dict[str, T] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files what it decorates under ``name``.
+
+        Raises:
+            ValueError: when the name is taken by something else.
+        """
+
+        def keep(entry: T) -> T:
+            if self._entries.get(name, entry) is not entry:
+                raise ValueError(f"two entries claim the {self.kind} name '{name}'")
+            self._entries[name] = entry
+            return entry
+
+        return keep
+
+    def __getitem__(self, name: str) -> T:
+        """The entry called ``name``.
+
+        Raises:
+            ConfigError: when there is none; the message gives the nearest and all known names.
+        """
+        self._load()
+        if name not in self._entries:
+            raise ConfigError(unknown(self.kind, name, self._entries))
+        return self._entries[name]
+
+    def __contains__(self, name: str) -> bool:
+        self._load()
+        return name in self._entries
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._load()
+        return sorted(self._entries)
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")

@@ -1,0 +1,238 @@
+"""A run on disk: what it is, how far it came, what it produced.
+
+``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line an epoch, the same bits
+for the same run), ``timing.jsonl`` (seconds, which differ), ``status.json``,
+``checkpoints/{last,best}.safetensors`` (weights for anyone), ``checkpoints/state.safetensors`` (all
+that resuming needs), ``natural/`` (the run that trained the start).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cure
+from cure.config import RunConfig
+from cure.errors import CheckpointError
+from cure.models.weights import write_atomically
+from cure.recipe import check, dump
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and command, so that a number can be traced to what made it."""
+    packages = {}
+    for package in ("torch", "numpy", "datasets", "safetensors", "pyautoattack"):
+        try:
+            packages[package] = version(package)
+        except PackageNotFoundError:
+            packages[package] = "not installed"
+    return {
+        "cure": cure.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "command": " ".join(["cure", *sys.argv[1:]]) if sys.argv else "",
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that is running, when it is a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON whole or not at all."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+class RunFolder:
+    """One run's folder.  Nothing here deletes or replaces a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.state = self.checkpoints / "state.safetensors"
+
+    @classmethod
+    def create(cls, path: Path | str | None, config: RunConfig) -> RunFolder:
+        """A new folder for ``config``; without a path the first free ``runs/NAME[-N]``.
+
+        Raises:
+            CheckpointError: when the path exists, or cannot be written.
+        """
+        given = Path(path) if path is not None else None
+        try:
+            for target in [given] if given else cls._numbered(config.name):
+                try:
+                    target.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    if given:
+                        raise
+            folder = cls(target)
+            folder.checkpoints.mkdir()
+        except FileExistsError:
+            raise CheckpointError(
+                f"{given} exists; a run never overwrites: name another folder with --run, "
+                f"or continue that run with `cure resume {given}`"
+            ) from None
+        except OSError as error:
+            raise CheckpointError(f"the run folder cannot be made: {error}") from None
+        write_json(target / "environment.json", environment())
+        text = dump(config)
+        # Written last: a folder with a configuration is a run that can be resumed.
+        write_atomically(target / "config.yaml", lambda temporary: temporary.write_text(text))
+        return folder
+
+    @staticmethod
+    def _numbered(name: str) -> Iterator[Path]:
+        yield Path("runs") / name
+        for number in itertools.count(2):
+            yield Path("runs") / f"{name}-{number}"
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """The run at ``path``.
+
+        Raises:
+            CheckpointError: when there is none.
+        """
+        folder = cls(Path(path))
+        if not (folder.path / "config.yaml").is_file():
+            what = "holds no run (no config.yaml)" if folder.path.exists() else "does not exist"
+            raise CheckpointError(f"{path} {what}; name the folder that `cure train` printed")
+        return folder
+
+    @property
+    def config(self) -> RunConfig:
+        """What the run is."""
+        import yaml
+
+        path = self.path / "config.yaml"
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path} holds no configuration; restore it from a copy")
+        return check(raw, str(path))
+
+    def weights(self, checkpoint: str = "best") -> Path:
+        """The weights file called ``checkpoint`` ("best" or "last").
+
+        Raises:
+            CheckpointError: when the run has not written it yet.
+        """
+        path = self.checkpoints / f"{checkpoint}.safetensors"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.path} has no '{checkpoint}' checkpoint yet; "
+                f"let it finish an epoch with `cure resume {self.path}`"
+            )
+        return path
+
+    def status(self) -> dict[str, Any]:
+        """How far the run came: {"state": "new"|"running"|"stopped"|"failed"|"finished", ...}."""
+        try:
+            content = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {"state": "new"}
+        return content if isinstance(content, dict) else {"state": "new"}
+
+    def set_status(self, state: str, **details: object) -> None:
+        """Record how far the run came."""
+        write_json(self.path / "status.json", {"state": state, **details})
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The complete lines of ``metrics.jsonl``, an epoch each."""
+        return self._lines("metrics.jsonl")
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add one line of JSON to the file ``name``."""
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path / name} cannot be written ({error.strerror}); make room and "
+                f"continue with `cure resume {self.path}`"
+            ) from None
+
+    def rewind(self, epochs: int) -> None:
+        """Drop what was recorded after the first ``epochs`` epochs: it will be done again."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            lines = [line for line in self._lines(name) if line["epoch"] <= epochs]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            if (self.path / name).exists():
+                write_atomically(
+                    self.path / name, lambda temporary, text=text: temporary.write_text(text)
+                )
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        if not path.exists():
+            return []
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break  # The run was killed while it wrote this line.
+        return records
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep a second process from training in this folder.
+
+        Raises:
+            CheckpointError: when another process does.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CheckpointError(
+                    f"{self.path} is being trained by another process; wait for it or stop it"
+                ) from None
+            yield

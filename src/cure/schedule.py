@@ -1,0 +1,28 @@
+"""Learning rate as a pure function of how far the run is: nothing to store, nothing to restore."""
+
+from __future__ import annotations
+
+import math
+
+from cure.config import ScheduleConfig
+
+
+def rate_factor(schedule: ScheduleConfig, progress: float) -> float:
+    """What the peak learning rate is multiplied with.
+
+    Args:
+        schedule: the schedule.
+        progress: steps done over steps in the run, in [0, 1).
+    """
+    if schedule.warmup and progress < schedule.warmup:
+        return progress / schedule.warmup
+    if schedule.name == "constant":
+        return 1.0
+    if schedule.name == "piecewise":
+        return schedule.factor ** sum(progress >= milestone for milestone in schedule.milestones)
+    if schedule.name == "cosine":
+        since = (progress - schedule.warmup) / (1 - schedule.warmup)
+        return 0.5 * (1 + math.cos(math.pi * since))
+    if progress < schedule.peak:
+        return progress / schedule.peak
+    return (1 - progress) / (1 - schedule.peak)

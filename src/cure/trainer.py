@@ -1,0 +1,429 @@
+"""The training loop.  It knows no method by name: it is handed gradients, or a loss.
+
+One step is :meth:`Trainer.train_step`; everything else is about stopping, resuming and measuring.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cure.attacks import Attack, Threat
+from cure.attacks.objectives import CROSS_ENTROPY
+from cure.checkpoint import load_state, save_state
+from cure.config import RunConfig
+from cure.data import Batch, ImageSet, batches, epoch, steps_per_epoch
+from cure.engine import Engine
+from cure.errors import CheckpointError, CureError, TrainingStopped
+from cure.methods import Method, Metrics
+from cure.models.weights import save_weights
+from cure.run_folder import RunFolder
+from cure.schedule import rate_factor
+from cure.tracking import Tracker
+
+# Steps between two looks at the loss: each look waits for the device.
+GUARD_EVERY = 50
+
+
+class Interrupted(CureError):
+    """The user stopped the run; its state is on disk."""
+
+
+class Trainer:
+    """Trains one method in one run folder, from wherever the folder is."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        training: ImageSet,
+        validation: ImageSet,
+        engine: Engine,
+        folder: RunFolder,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.training = training.to(engine.device)
+        self.validation = validation.to(engine.device)
+        self.engine = engine
+        self.folder = folder
+        self.trackers = trackers
+        self.parameters = method.trainable()
+        settings = config.training.optimizer
+        self.optimizer = torch.optim.SGD(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            weight_decay=settings.weight_decay,
+        )
+        self.steps_per_epoch = steps_per_epoch(training, config.training.batch_size)
+        self.total_steps = self.steps_per_epoch * config.training.epochs
+        self.done = 0
+        self.totals = Totals(engine.device)
+        self.best: dict[str, Any] | None = None
+        self.at_chance = 0
+        self._stop_asked = False
+
+    # -- one run -------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the end of the run, or raise having kept a state to resume from.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM.
+            TrainingStopped: when the loss is not finite or the network stays at chance.
+        """
+        if self.folder.state.exists():
+            self.restore()
+        self.folder.rewind(self.done // self.steps_per_epoch)
+        for tracker in self.trackers:
+            tracker.start(self.total_steps, self.done)
+        self.folder.set_status("running", step=self.done, steps=self.total_steps)
+        try:
+            with self._stop_on_signal():
+                while self.done < self.total_steps:
+                    self._train_epoch(self.done // self.steps_per_epoch)
+        except TrainingStopped as error:
+            self.folder.set_status("failed", step=self.done, reason=str(error))
+            raise
+        except Interrupted:
+            self.folder.set_status("stopped", step=self.done, steps=self.total_steps)
+            raise
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+        self.folder.set_status("finished", step=self.done, steps=self.total_steps, best=self.best)
+
+    def _train_epoch(self, number: int) -> None:
+        self.method.on_epoch(number)
+        self.method.train()
+        began, before = time.perf_counter(), self.done
+        settings = self.config.training
+        for batch in epoch(
+            self.training,
+            batch_size=settings.batch_size,
+            epoch=number,
+            seed=self.config.seed,
+            augment=self.config.data.augment,
+            start=self.done % self.steps_per_epoch,
+        ):
+            self.totals.add(self.train_step(batch), batch.step)
+            self.done += 1
+            for tracker in self.trackers:
+                tracker.step(len(batch.label))
+            last = self.done % self.steps_per_epoch == 0
+            if self.done % GUARD_EVERY == 0:
+                self._check_finite()
+            if not last:
+                self._maybe_save_inside(settings.checkpoint_every)
+        seconds = time.perf_counter() - began
+        images = (self.done - before) * settings.batch_size
+        self._finish_epoch(number + 1, seconds, images)
+
+    def train_step(self, batch: Batch) -> Metrics:
+        """The method's gradients, the optimiser's step, the method's averages."""
+        batch = Batch(self.engine.arrange(batch.image), batch.label, batch.index, batch.step)
+        self._set_learning_rate(batch.step)
+        out = self.method.step(batch)
+        if out.grads is not None:
+            grads = out.grads
+        elif out.loss is not None:
+            grads = self.engine.gradients(out.loss, self.parameters)
+        else:
+            raise TypeError(f"{type(self.method).__name__}.step returned neither loss nor grads")
+        for name, parameter in self.parameters.items():
+            parameter.grad = grads[name]
+        if self.config.training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
+        with holding(self.optimizer, self.parameters, out.frozen or {}):
+            self.optimizer.step()
+        return out.metrics | self.method.after_step(batch.step)
+
+    def _set_learning_rate(self, step: int) -> None:
+        settings = self.config.training
+        factor = rate_factor(settings.schedule, step / self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.optimizer.learning_rate * factor
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def _finish_epoch(self, number: int, seconds: float, images: int) -> None:
+        """Validate, record, save: in that order, so that a killed run repeats the whole of it."""
+        self._check_finite()
+        record: dict[str, Any] = {
+            "epoch": number,
+            "epochs": self.config.training.epochs,
+            "step": self.done,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train": self.totals.means(),
+        }
+        began = time.perf_counter()
+        due = number % self.config.training.validate_every == 0
+        if due or self.done == self.total_steps:
+            record["validation"] = self.validate()
+        timing = {
+            "epoch": number,
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+            "validation_seconds": time.perf_counter() - began,
+        }
+        self.folder.append("metrics.jsonl", record)
+        self.folder.append("timing.jsonl", timing)
+        for tracker in self.trackers:
+            tracker.epoch(record, timing)
+        self.totals = Totals(self.engine.device)
+        if self._is_alive(record.get("validation")):
+            self._save_weights(record)
+            self.save()
+        if self._stop_asked:
+            self._interrupt()
+
+    def validate(self) -> dict[str, float]:
+        """Natural and robust accuracy in percent on the validation split.
+
+        Robust: PGD on cross-entropy, uniform start, the training attack's step size, the same
+        random numbers at every epoch so that epochs compare.
+        """
+        model = self.method.inference_model()
+        attack = validation_attack(self.config, self.engine)
+        natural = robust = 0
+        was_training = model.training
+        model.eval()
+        for batch in batches(self.validation, self.config.evaluation.batch_size):
+            image = self.engine.arrange(batch.image)
+            draws = self.engine.generator(0, "validation", batch.step)
+            adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
+            with torch.no_grad():
+                natural += int((model(image).argmax(dim=1) == batch.label).sum())
+                robust += int((model(adversarial).argmax(dim=1) == batch.label).sum())
+        model.train(was_training)
+        count = len(self.validation)
+        return {"natural": 100 * natural / count, "robust": 100 * robust / count}
+
+    def _check_finite(self) -> None:
+        """Stop when a loss since the last look was not finite, or the weights are not."""
+        bad = self.totals.first_bad()
+        weights: list[Tensor] = list(self.parameters.values())
+        if bad is None and torch.stack(torch._foreach_norm(weights)).sum().isfinite():
+            return
+        at = self.done - 1 if bad is None else bad
+        rate = self.optimizer.param_groups[0]["lr"]
+        raise TrainingStopped(
+            f"the loss or the weights stopped being finite at step {at} (epoch "
+            f"{at // self.steps_per_epoch + 1}, learning rate {rate:.3g}); {self._kept()}. Try a "
+            "lower training.optimizer.learning_rate, training.clip_norm=1, a "
+            "training.schedule.warmup, or training.precision=fp32 in a new run"
+        )
+
+    def _is_alive(self, validation: dict[str, float] | None) -> bool:
+        """Whether the network is above chance; too long at chance ends the run.
+
+        A state at chance is not saved: the last good one stays.
+        """
+        if validation is None:
+            return self.at_chance == 0
+        chance = 1 / len(self.training.classes)
+        # Two standard deviations above what guessing scores on so many images.
+        limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
+        if validation["natural"] > 100 * limit:
+            self.at_chance = 0
+            return True
+        self.at_chance += 1
+        patience = self.config.training.collapse_patience
+        if self.at_chance >= patience:
+            raise TrainingStopped(
+                f"natural accuracy on the validation split was at chance "
+                f"({validation['natural']:.1f} %) {patience} times in a row up to epoch "
+                f"{self.done // self.steps_per_epoch}; {self._kept()}. Try a lower "
+                "training.optimizer.learning_rate, a training.schedule.warmup, a smaller "
+                "threat.epsilon at first, or start=natural in a new run"
+            )
+        return False
+
+    def _kept(self) -> str:
+        weights = self.folder.checkpoints / "last.safetensors"
+        return (
+            f"the last good weights are kept in {weights}"
+            if weights.exists()
+            else ("no checkpoint had been written yet")
+        )
+
+    # -- stopping and resuming -----------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write everything that resuming needs."""
+        save_state(
+            self.folder.state,
+            {
+                "done": self.done,
+                "method": dict(self.method.state_dict()),
+                "optimizer": self.optimizer.state_dict(),
+                "totals": self.totals.state(),
+                "best": self.best,
+            },
+        )
+
+    def restore(self) -> None:
+        """Continue from the folder's state, with the same bits.
+
+        Raises:
+            CheckpointError: when the state is damaged or of another network.
+        """
+        state = load_state(self.folder.state)
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.folder.state} does not fit the run's recipe "
+                f"({str(error).splitlines()[0]}); restore config.yaml or the state from a copy"
+            ) from None
+        self.done = state["done"]
+        self.totals = Totals.of(state["totals"], self.engine.device)
+        self.best = state["best"]
+
+    def _save_weights(self, record: dict[str, Any]) -> None:
+        model = self.method.inference_model()
+        validation = record.get("validation")
+        facts = {"epoch": str(record["epoch"]), "run": self.config.name}
+        if validation is not None:
+            score = validation[self.method.selection]
+            facts |= {f"validation_{name}": str(value) for name, value in validation.items()}
+            if self.best is None or score > self.best["validation"][self.method.selection]:
+                self.best = {"epoch": record["epoch"], "validation": validation}
+                save_weights(model, self.folder.checkpoints / "best.safetensors", facts)
+        save_weights(model, self.folder.checkpoints / "last.safetensors", facts)
+
+    def _maybe_save_inside(self, every: int | None) -> None:
+        due = every is not None and self.done % every == 0
+        if not (due or self._stop_asked):
+            return
+        self._check_finite()
+        # A network at chance is not saved over the last good state (see _is_alive).
+        if self.at_chance == 0:
+            self.save()
+        if self._stop_asked:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        raise Interrupted(
+            f"stopped after step {self.done} of {self.total_steps}; "
+            f"continue with `cure resume {self.folder.path}`"
+        )
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """Let the first Ctrl-C or SIGTERM finish the step; a second one is not caught."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            self._stop_asked = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def validation_attack(config: RunConfig, engine: Engine) -> Attack:
+    """The attack that measures robust accuracy while training."""
+    return Attack(
+        Threat(config.threat.norm, config.threat.epsilon),
+        steps=config.training.validation_steps,
+        step_size=config.attack.step_size,
+        start="uniform",
+        precision=engine.attack_precision,
+    )
+
+
+class Totals:
+    """Sums of the metrics of an epoch, on the device; nothing waits for it until it is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.bad = torch.full((), -1, device=device)
+
+    def add(self, metrics: Metrics, step: int) -> None:
+        """Add one step's metrics; remember the first step whose loss was not finite."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        fresh = (self.bad < 0) & ~metrics["loss"].isfinite()
+        self.bad = torch.where(fresh, torch.full_like(self.bad, step), self.bad)
+
+    def first_bad(self) -> int | None:
+        """The first step whose loss was not finite."""
+        step = int(self.bad)
+        return step if step >= 0 else None
+
+    def means(self) -> dict[str, float]:
+        """Mean of each metric over the steps that gave it."""
+        return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        """For :meth:`of`."""
+        return {"sums": self.sums, "counts": self.counts}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> Totals:
+        """The totals that :meth:`state` described."""
+        totals = cls(device)
+        totals.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        totals.counts = dict(state["counts"])
+        return totals
+
+
+@contextmanager
+def holding(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    frozen: dict[str, Tensor],
+) -> Iterator[None]:
+    """Undo what an optimiser step does to frozen weights and to their momentum.
+
+    A zero gradient alone does not hold a weight still: momentum and weight decay move it.
+
+    Args:
+        optimizer: the optimiser that steps inside.
+        parameters: by name.
+        frozen: by name, True where nothing may change.
+    """
+    before = {
+        name: (parameters[name].detach().clone(), _moments(optimizer, parameters[name], clone=True))
+        for name in frozen
+    }
+    yield
+    with torch.no_grad():
+        for name, (weight, moments) in before.items():
+            parameter, mask = parameters[name], frozen[name]
+            parameter.copy_(torch.where(mask, weight, parameter))
+            for key, moment in _moments(optimizer, parameter).items():
+                old = moments.get(key, torch.zeros_like(moment))
+                moment.copy_(torch.where(mask, old, moment))
+
+
+def _moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, clone: bool = False
+) -> dict[str, Tensor]:
+    """The optimiser's tensors of the shape of the weights: momentum and its like."""
+    return {
+        key: value.clone() if clone else value
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }

@@ -1,0 +1,362 @@
+"""Weights on disk: what is read, what is refused, and that writing loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from cure.errors import CheckpointError
+from cure.models import (
+    Normalised,
+    digest,
+    load_weights,
+    read_weights,
+    save_weights,
+    write_atomically,
+)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        value.dtype == second[key].dtype and torch.equal(value, second[key])
+        for key, value in first.items()
+    )
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        return dict(file.metadata())
+
+
+def test_written_weights_are_read_back(tmp_path: Path) -> None:
+    model, path = network(), tmp_path / "weights.safetensors"
+    save_weights(Normalised(model, [0.5], [0.2]), path, {"epoch": "3"})
+    assert same(read_weights(path), model.state_dict())
+    assert same(safetensors.torch.load_file(path), model.state_dict())
+    header = metadata(path)
+    assert header["epoch"] == "3"
+    assert header["sha256"] == digest(model.state_dict())
+    other = Normalised(network(), [0.5], [0.2])
+    load_weights(other, path)
+    assert same(other.network.state_dict(), model.state_dict())
+    assert os.listdir(tmp_path) == ["weights.safetensors"]
+
+
+def test_tied_and_strided_weights_are_written(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
+    model[1].weight = model[0].weight
+    model = model.to(memory_format=torch.channels_last)
+    save_weights(model, tmp_path / "w.safetensors", {})
+    assert same(read_weights(tmp_path / "w.safetensors"), model.state_dict())
+
+
+def test_digest_depends_on_names_types_shapes_and_bytes() -> None:
+    tensors = {"a": torch.arange(6.0), "b": torch.tensor(3), "c": torch.ones(2, dtype=torch.bool)}
+    reordered = dict(reversed(tensors.items()))
+    assert digest(tensors) == digest(reordered)
+    variants: list[dict[str, Tensor]] = [
+        {"d": tensors["a"], "b": tensors["b"], "c": tensors["c"]},
+        tensors | {"a": tensors["a"].view(2, 3)},
+        tensors | {"a": tensors["a"].view(torch.int32)},
+        tensors | {"b": torch.tensor(4)},
+        {"a": tensors["a"]},
+    ]
+    assert len({digest(item) for item in [tensors, *variants]}) == 6
+    strided = torch.arange(6.0).view(2, 3).t()
+    assert digest({"a": strided}) == digest({"a": strided.contiguous()})
+    assert digest({"a": torch.empty(0), "h": torch.ones(2, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: OrderedDict(state),
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model_state_dict": state, "optimizer": {"lr": 0.1}},
+        lambda state: {"model": {"net": state}},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+        lambda state: {f"module._orig_mod.model.{key}": value for key, value in state.items()},
+    ],
+)
+def test_common_checkpoints_are_unwrapped(
+    tmp_path: Path, wrap: Callable[[dict[str, Tensor]], Any], legacy: bool
+) -> None:
+    model = network()
+    path = tmp_path / "checkpoint.pt"
+    torch.save(wrap(model.state_dict()), path, _use_new_zipfile_serialization=not legacy)
+    assert same(read_weights(path), model.state_dict())
+    other = network()
+    load_weights(other, path)
+    assert same(other.state_dict(), model.state_dict())
+
+
+class Inside(nn.Module):
+    """A network whose own names all start as a wrapper's would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = network()
+
+
+def test_prefixes_that_belong_to_the_network_stay(tmp_path: Path) -> None:
+    model = Inside()
+    torch.save(
+        {f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "w"
+    )
+    other = Inside()
+    load_weights(other, tmp_path / "w")
+    assert same(other.state_dict(), model.state_dict())
+    save_weights(model, tmp_path / "w.safetensors", {})
+    assert same(read_weights(tmp_path / "w.safetensors"), model.state_dict())
+
+
+class Spy:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (os.environ["SPY_FOLDER"],)
+
+
+@pytest.mark.parametrize("form", ["archive", "legacy", 0, 2, 4, 5])
+def test_pickle_with_code_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str | int
+) -> None:
+    trap, path = tmp_path / "ran", tmp_path / "checkpoint.pt"
+    monkeypatch.setenv("SPY_FOLDER", str(trap))
+    content = {"state_dict": network().state_dict(), "extra": Spy()}
+    if isinstance(form, int):
+        path.write_bytes(pickle.dumps(content, protocol=form))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "archive")
+    with pytest.raises(CheckpointError, match=r"loading it would run code.*safetensors"):
+        read_weights(path)
+    assert not trap.exists()
+
+
+def test_the_conversion_that_the_refusal_names_works(tmp_path: Path) -> None:
+    path = tmp_path / "a 'strange' name.pt"
+    model = network()
+    torch.save({"state_dict": model.state_dict(), "arguments": Path("x")}, path)
+    with pytest.raises(CheckpointError, match="once with: ") as caught:
+        read_weights(path)
+    command = str(caught.value).split("once with: ")[1].split(" (adapt")[0]
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
+    assert same(read_weights(path.with_suffix(".safetensors")), model.state_dict())
+
+
+def test_a_program_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "module.pt"
+    torch.save(nn.Linear(2, 2), path)
+    with pytest.raises(CheckpointError, match="would run code"):
+        read_weights(path)
+
+
+def test_no_warning_reaches_the_user(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "w.pt").write_bytes(pickle.dumps({"a": 1}, protocol=4))
+    with pytest.raises(CheckpointError):
+        read_weights(tmp_path / "w.pt")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.ones(2), "expected a dictionary of tensors .* got a Tensor"),
+        ([1, 2], "got a list"),
+        ({}, "got a dictionary with"),
+        ({"epoch": 3, "rate": 0.1}, "got a dictionary with 2 entries: epoch, rate"),
+        ({"a": torch.ones(2), "epoch": 3}, "got a dictionary with 2 entries: a, epoch"),
+    ],
+)
+def test_files_without_weights_are_told(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=message):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_missing_empty_and_foreign_files_are_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="found no file with weights at"):
+        read_weights(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match="got the folder"):
+        read_weights(tmp_path)
+    for suffix in ("pt", "safetensors"):
+        path = tmp_path / f"w.{suffix}"
+        path.write_bytes(b"")
+        with pytest.raises(CheckpointError, match="is empty"):
+            read_weights(path)
+        for content in (b"<!DOCTYPE html>", b"version https://git-lfs", b"hello", b"\0" * 99):
+            path.write_bytes(content)
+            with pytest.raises(CheckpointError, match="damaged or cut off"):
+                read_weights(path)
+    safetensors.torch.save_file({}, tmp_path / "no.safetensors")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_weights(tmp_path / "no.safetensors")
+
+
+def _written(folder: Path, form: str) -> tuple[bytes, dict[str, Tensor]]:
+    model = nn.Linear(2, 2)
+    path = folder / f"whole.{form}"
+    if form == "safetensors":
+        save_weights(model, path, {"epoch": "3"})
+    else:
+        torch.save(model.state_dict(), path)
+    return path.read_bytes(), model.state_dict()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_no_flipped_byte_changes_weights_in_silence(tmp_path: Path, form: str) -> None:
+    content, state = _written(tmp_path, form)
+    path = tmp_path / f"flipped.{form}"
+    found = 0
+    for index in range(len(content)):
+        flipped = bytearray(content)
+        flipped[index] ^= 0xFF
+        path.write_bytes(flipped)
+        try:
+            read = read_weights(path)
+        except CheckpointError:
+            found += 1
+        else:
+            assert same({key: read[key] for key in state}, state), index
+    assert found > len(content) / 4
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_altered_and_truncated_weights_are_told(tmp_path: Path, form: str) -> None:
+    content, state = _written(tmp_path, form)
+    path = tmp_path / f"changed.{form}"
+    index = content.index(state["weight"].numpy().tobytes())
+    path.write_bytes(content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :])
+    with pytest.raises(CheckpointError, match="altered after it was written"):
+        read_weights(path)
+    for length in (5, 60, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(CheckpointError, match="damaged or cut off"):
+            read_weights(path)
+
+
+def _refused(model: nn.Module, state: dict[str, Tensor], path: Path, message: str) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(model, path)
+    assert same(model.state_dict(), before)
+
+
+def test_weights_that_do_not_fit_are_told_and_nothing_is_loaded(tmp_path: Path) -> None:
+    model, path = network(), tmp_path / "w.pt"
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    _refused(
+        model,
+        {key: value for key, value in state.items() if not key.startswith("1.")},
+        path,
+        r"does not fit the model \(Sequential\): 5 missing: 1.weight, 1.bias, 1.running_mean, "
+        r"1.running_var, 1.num_batches_tracked; check",
+    )
+    more = {f"extra.{index}": torch.ones(1) for index in range(7)}
+    _refused(model, state | more, path, r"7 unexpected: extra.0, .*extra.4, \.\.\.; check")
+    other = state | {"3.weight": torch.ones(4, 8), "3.bias": torch.ones(4)}
+    _refused(
+        model,
+        other,
+        path,
+        r"2 of another shape: 3.weight \[4, 8\] for \[3, 8\], 3.bias \[4\] for \[3\]",
+    )
+    for value in (float("nan"), float("inf")):
+        broken = state | {"3.bias": torch.tensor([0.0, value, 0.0])}
+        _refused(model, broken, path, r"not finite \(1 in all: 3.bias\)")
+    # Finite in the file, infinite in the network's type.
+    huge = state | {"3.bias": torch.full((3,), 1e300, dtype=torch.float64)}
+    _refused(model, huge, path, "not finite")
+
+
+@pytest.mark.parametrize(
+    "names", [("mean", "std"), ("mu", "sigma"), ("normalize.mean", "normalize.std")]
+)
+def test_checkpoint_that_standardises_inside_needs_the_same_constants(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    model, path = network(), tmp_path / "w.pt"
+    state = {f"module.{key}": value for key, value in network().state_dict().items()}
+    state[names[0]] = torch.tensor([0.5]).view(1, 1, 1, 1)
+    state[names[1]] = torch.tensor([0.2]).view(1, 1, 1, 1)
+    message = r"standardises images inside .* model.mean \[0.5\] and model.std \[0.2\]"
+    _refused(model, state, path, message)
+    _refused(Normalised(model, [0.4], [0.2]), state, path, message)
+    fitting = Normalised(model, [0.5], [0.2])
+    load_weights(fitting, path)
+    assert torch.equal(model[3].weight, state["module.3.weight"])
+    del state[names[1]]
+    _refused(fitting, state, path, "standardises images inside")
+
+
+def test_a_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w.safetensors"
+    old = network()
+    save_weights(old, path, {})
+
+    def full(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        CheckpointError, match="no space is left on the disk; nothing that existed was lost"
+    ):
+        write_atomically(path, full)
+
+    def archive(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 960 vs 854")
+
+    with pytest.raises(CheckpointError, match=r"could not write .*nothing that existed was lost"):
+        write_atomically(path, archive)
+
+    def stopped(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, stopped)
+
+    def refuse(first: object, second: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(CheckpointError, match="Permission denied"):
+            save_weights(network(), path, {})
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+    assert same(read_weights(path), old.state_dict())
+    with pytest.raises(CheckpointError, match="No such file or directory; nothing"):
+        save_weights(old, tmp_path / "no" / "w.safetensors", {})
+
+
+def test_content_is_flushed_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    flush, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append("flush"), flush(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), rename(a, b)))
+    write_atomically(tmp_path / "x", Path.touch)
+    assert events == ["flush", "rename", "flush"]
