@@ -19,6 +19,7 @@ from cure.engine import Engine
 from cure.errors import CheckpointError, ConfigError
 from cure.evaluate import Progress, Result, check_outputs, measure, silent
 from cure.methods import METHODS, Context
+from cure.methods.averaging import Averaged
 from cure.models import MODELS, build_model, describe, load_weights
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.run_folder import RunFolder, environment, write_json
@@ -263,6 +264,8 @@ def _carry_out(
             epochs=settings.epochs,
         )
         method = METHODS[config.method.name](engine.place(network), config.method, context)
+        if settings.averaging is not None:
+            method = Averaged(method, settings.averaging)
         trackers: list[Tracker] = [] if quiet else [TerminalTracker(title or config.name)]
         if settings.tensorboard:
             trackers += tensorboard_tracker(folder.path / "tensorboard")

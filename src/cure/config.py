@@ -273,13 +273,13 @@ class TrainingConfig(Section):
     checkpoint_every: PositiveInt | None = None
     """Also write the resumable state every so many steps inside an epoch."""
     collapse_patience: PositiveInt = 5
-    """Stop after so many validations in a row at chance level."""
+    """Stop after so many validations in a row with natural accuracy at chance."""
     device: str = "auto"
     """``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``."""
     threads: PositiveInt | None = None
     """Processor threads; by default PyTorch's choice.  Part of what makes a run repeat."""
     deterministic: bool = True
-    """Refuse GPU operations whose result differs from run to run."""
+    """On a GPU, prefer operations that repeat exactly; warns where PyTorch has none."""
     tensorboard: bool = True
     """Write TensorBoard files when TensorBoard is installed."""
 

@@ -81,7 +81,7 @@ class Engine:
         module = module.to(self.device)
         if self.channels_last:
             # A tensor layout for four dimensions; parameters of other shapes stay as they are.
-            module = module.to(memory_format=torch.channels_last)
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return module
 
     def arrange(self, image: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import cure
 from cure.config import RunConfig
@@ -78,10 +79,14 @@ def _processor() -> str:
         return platform.processor()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 class RunFolder:
@@ -118,9 +123,8 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"the run folder cannot be made: {error}") from None
         write_json(target / "environment.json", environment())
-        text = dump(config)
         # Written last: a folder with a configuration is a run that can be resumed.
-        write_atomically(target / "config.yaml", lambda temporary: temporary.write_text(text))
+        write_text(target / "config.yaml", dump(config))
         return folder
 
     @staticmethod
@@ -145,8 +149,6 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """What the run is."""
-        import yaml
-
         path = self.path / "config.yaml"
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -203,11 +205,8 @@ class RunFolder:
         """Drop what was recorded after the first ``epochs`` epochs: it will be done again."""
         for name in ("metrics.jsonl", "timing.jsonl"):
             lines = [line for line in self._lines(name) if line["epoch"] <= epochs]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
             if (self.path / name).exists():
-                write_atomically(
-                    self.path / name, lambda temporary, text=text: temporary.write_text(text)
-                )
+                write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.path / name

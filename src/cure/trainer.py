@@ -71,6 +71,7 @@ class Trainer:
         self.done = 0
         self.totals = Totals(engine.device)
         self.best: dict[str, Any] | None = None
+        self.above_chance = False
         self.at_chance = 0
         self._stop_asked = False
 
@@ -226,29 +227,30 @@ class Trainer:
         )
 
     def _is_alive(self, validation: dict[str, float] | None) -> bool:
-        """Whether the network is above chance; too long at chance ends the run.
+        """Whether the network may be saved: not when it was above chance and fell back to it.
 
-        A state at chance is not saved: the last good one stays.
+        Raises:
+            TrainingStopped: when it stays at chance too long, or ends there.
         """
         if validation is None:
-            return self.at_chance == 0
+            return self.at_chance == 0 or not self.above_chance
         chance = 1 / len(self.training.classes)
         # Two standard deviations above what guessing scores on so many images.
         limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
         if validation["natural"] > 100 * limit:
-            self.at_chance = 0
+            self.above_chance, self.at_chance = True, 0
             return True
         self.at_chance += 1
-        patience = self.config.training.collapse_patience
-        if self.at_chance >= patience:
+        ended = self.above_chance and self.done == self.total_steps
+        if self.at_chance >= self.config.training.collapse_patience or ended:
             raise TrainingStopped(
                 f"natural accuracy on the validation split was at chance "
-                f"({validation['natural']:.1f} %) {patience} times in a row up to epoch "
+                f"({validation['natural']:.1f} %) {self.at_chance} times in a row up to epoch "
                 f"{self.done // self.steps_per_epoch}; {self._kept()}. Try a lower "
                 "training.optimizer.learning_rate, a training.schedule.warmup, a smaller "
                 "threat.epsilon at first, or start=natural in a new run"
             )
-        return False
+        return not self.above_chance
 
     def _kept(self) -> str:
         weights = self.folder.checkpoints / "last.safetensors"
@@ -270,6 +272,8 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "totals": self.totals.state(),
                 "best": self.best,
+                "above_chance": self.above_chance,
+                "at_chance": self.at_chance,
             },
         )
 
@@ -291,6 +295,7 @@ class Trainer:
         self.done = state["done"]
         self.totals = Totals.of(state["totals"], self.engine.device)
         self.best = state["best"]
+        self.above_chance, self.at_chance = state["above_chance"], state["at_chance"]
 
     def _save_weights(self, record: dict[str, Any]) -> None:
         model = self.method.inference_model()
@@ -309,8 +314,7 @@ class Trainer:
         if not (due or self._stop_asked):
             return
         self._check_finite()
-        # A network at chance is not saved over the last good state (see _is_alive).
-        if self.at_chance == 0:
+        if self._is_alive(None):
             self.save()
         if self._stop_asked:
             self._interrupt()
