@@ -18,7 +18,7 @@ from cure.data import ImageSet, batches, carve, load, steps_per_epoch
 from cure.engine import Engine
 from cure.errors import CheckpointError, ConfigError
 from cure.evaluate import Progress, Result, check_outputs, measure, silent
-from cure.methods import METHODS, Context
+from cure.methods import METHODS, Context, Method
 from cure.methods.averaging import Averaged
 from cure.models import MODELS, build_model, describe, load_weights
 from cure.recipe import check, override, parse_override, read_recipe
@@ -175,7 +175,11 @@ def _prepare(
         module.training = mode
     if fresh and config.start not in ("natural", "scratch", "model"):
         load_weights(network, _checkpoint(config.start))
-    return Prepared(engine, training, validation, network)
+    prepared = Prepared(engine, training, validation, network)
+    # Made once here and thrown away, so that a setting that does not fit the network or the length
+    # of the run is refused now and not after the natural start.
+    _method(config, prepared)
+    return prepared
 
 
 def _check_start(config: RunConfig) -> None:
@@ -252,20 +256,9 @@ def _carry_out(
         if config.start == "natural" and not folder.state.exists():
             natural = _natural_start(folder, config, prepared, model, quiet)
             load_weights(network, natural.weights("best"))
-        engine = prepared.engine
-        settings = config.training
-        context = Context(
-            engine=engine,
-            attack=training_attack(config, engine),
-            seed=config.seed,
-            classes=len(prepared.training.classes),
-            samples=len(prepared.training),
-            steps_per_epoch=steps_per_epoch(prepared.training, settings.batch_size),
-            epochs=settings.epochs,
-        )
-        method = METHODS[config.method.name](engine.place(network), config.method, context)
-        if settings.averaging is not None:
-            method = Averaged(method, settings.averaging)
+        engine, settings = prepared.engine, config.training
+        engine.place(network)
+        method = _method(config, prepared)
         trackers: list[Tracker] = [] if quiet else [TerminalTracker(title or config.name)]
         if settings.tensorboard:
             trackers += tensorboard_tracker(folder.path / "tensorboard")
@@ -276,6 +269,22 @@ def _carry_out(
             for tracker in trackers:
                 tracker.warn(sentence)
         trainer.fit()
+
+
+def _method(config: RunConfig, prepared: Prepared) -> Method:
+    """The method of a run, on the network as it is now."""
+    settings = config.training
+    context = Context(
+        engine=prepared.engine,
+        attack=training_attack(config, prepared.engine),
+        seed=config.seed,
+        classes=len(prepared.training.classes),
+        samples=len(prepared.training),
+        steps_per_epoch=steps_per_epoch(prepared.training, settings.batch_size),
+        epochs=settings.epochs,
+    )
+    method = METHODS[config.method.name](prepared.network, config.method, context)
+    return Averaged(method, settings.averaging) if settings.averaging is not None else method
 
 
 def training_attack(config: RunConfig, engine: Engine) -> Attack:

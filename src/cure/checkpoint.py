@@ -54,7 +54,7 @@ def load_state(path: Path) -> dict[str, Any]:
         ) from None
     if header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no run state of this project; expected {FORMAT}")
-    tree = header["tree"]
+    tree = header.get("tree", "")
     if header.get("sha256") != digest(tensors) or header.get("tree_sha256") != _sum(tree):
         raise CheckpointError(f"{path} was altered after it was written; restore it from a copy")
     state = _decode(json.loads(tree), tensors)

@@ -41,15 +41,21 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def read_recipe(recipe: str | Path) -> Raw:
     """The recipe as plain data, with what it ``extends`` filled in."""
+    return _read(recipe, ())
+
+
+def _read(recipe: str | Path, children: tuple[str, ...]) -> Raw:
     text, folder = _find(recipe)
+    own = str(Path(recipe).resolve()) if folder else str(recipe)
+    if own in children:
+        raise ConfigError(f"recipe {recipe} extends itself; name another recipe")
     raw = _parse(text, str(recipe))
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
     beside = folder / f"{parent}.yaml" if folder else None
-    if Path(str(parent)).stem == Path(str(recipe)).stem:
-        raise ConfigError(f"recipe {recipe} extends itself; name another recipe")
-    return _merge(read_recipe(beside if beside and beside.exists() else str(parent)), raw)
+    found = beside if beside is not None and beside.exists() else str(parent)
+    return _merge(_read(found, (*children, own)), raw)
 
 
 def _find(recipe: str | Path) -> tuple[str, Path | None]:

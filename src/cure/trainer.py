@@ -71,7 +71,7 @@ class Trainer:
         self.done = 0
         self.totals = Totals(engine.device)
         self.best: dict[str, Any] | None = None
-        self.above_chance = False
+        self.risen = False
         self.at_chance = 0
         self._stop_asked = False
 
@@ -227,21 +227,23 @@ class Trainer:
         )
 
     def _is_alive(self, validation: dict[str, float] | None) -> bool:
-        """Whether the network may be saved: not when it was above chance and fell back to it.
+        """Whether the network may be saved: not when it had learnt and fell back to chance.
 
         Raises:
             TrainingStopped: when it stays at chance too long, or ends there.
         """
+        fallen = self.risen and self.at_chance > 0
         if validation is None:
-            return self.at_chance == 0 or not self.above_chance
+            return not fallen
         chance = 1 / len(self.training.classes)
         # Two standard deviations above what guessing scores on so many images.
         limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
-        if validation["natural"] > 100 * limit:
-            self.above_chance, self.at_chance = True, 0
-            return True
-        self.at_chance += 1
-        ended = self.above_chance and self.done == self.total_steps
+        natural = validation["natural"] / 100
+        # A fifth of the way from guessing to perfection: noise does not carry a network there.
+        self.risen |= natural > limit + 0.2 * (1 - limit)
+        self.at_chance = self.at_chance + 1 if natural <= limit else 0
+        fallen = self.risen and self.at_chance > 0
+        ended = fallen and self.done == self.total_steps
         if self.at_chance >= self.config.training.collapse_patience or ended:
             raise TrainingStopped(
                 f"natural accuracy on the validation split was at chance "
@@ -250,7 +252,7 @@ class Trainer:
                 "training.optimizer.learning_rate, a training.schedule.warmup, a smaller "
                 "threat.epsilon at first, or start=natural in a new run"
             )
-        return not self.above_chance
+        return not fallen
 
     def _kept(self) -> str:
         weights = self.folder.checkpoints / "last.safetensors"
@@ -272,7 +274,7 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "totals": self.totals.state(),
                 "best": self.best,
-                "above_chance": self.above_chance,
+                "risen": self.risen,
                 "at_chance": self.at_chance,
             },
         )
@@ -295,7 +297,7 @@ class Trainer:
         self.done = state["done"]
         self.totals = Totals.of(state["totals"], self.engine.device)
         self.best = state["best"]
-        self.above_chance, self.at_chance = state["above_chance"], state["at_chance"]
+        self.risen, self.at_chance = state["risen"], state["at_chance"]
 
     def _save_weights(self, record: dict[str, Any]) -> None:
         model = self.method.inference_model()

@@ -18,7 +18,7 @@ def images(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tup
     draws = torch.Generator().manual_seed(seed)
     label = torch.randint(CLASSES, (count,), generator=draws)
     noise = torch.randn(count, 2, 8, 8, generator=draws, dtype=torch.float64)
-    return (pictures[label] + 0.35 * noise).clamp(0, 1).to(dtype), label
+    return (pictures[label] + 0.6 * noise).clamp(0, 1).to(dtype), label
 
 
 def untrained(seed: int = 0) -> nn.Sequential:

@@ -33,7 +33,9 @@ def test_cross_entropy_of_two_samples_by_hand():
     logits = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
     values = cross_entropy(logits, torch.tensor([0, 2]))
     # log(1 + e + e^2) and log 3
-    torch.testing.assert_close(values, torch.tensor([2.4076059644443806, 1.0986122886681098]).double())
+    torch.testing.assert_close(
+        values, torch.tensor([2.4076059644443806, 1.0986122886681098]).double()
+    )
 
 
 def test_kl_to_natural_by_hand_and_not_the_other_way_round():

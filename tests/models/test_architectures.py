@@ -184,7 +184,8 @@ def test_initialisation_depends_on_the_seed_alone(name: str) -> None:
 
 def test_wide_resnet_is_initialised_as_in_its_lineage() -> None:
     model = make("wide_resnet", {"depth": 10, "width": 4}).state_dict()
-    weight = model["block3.layer.0.conv2.weight"]
+    weight = model["block3.layer.0.conv1.weight"]
+    assert weight.shape == (256, 128, 3, 3)
     assert float(weight.std()) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
     assert float(model["fc.bias"].abs().max()) == 0
     assert float(model["bn1.weight"].min()) == 1

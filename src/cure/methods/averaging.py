@@ -31,6 +31,11 @@ class Averaged(Method):
         self.average = copy.deepcopy(inner.inference_model()).requires_grad_(False)
         self.begun = False
 
+    @property
+    def model(self) -> nn.Module:  # type: ignore[override]
+        """The network in training."""
+        return self.inner.model
+
     def step(self, batch: Batch) -> StepOutput:
         """The method's own step."""
         return self.inner.step(batch)

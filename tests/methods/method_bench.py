@@ -1,0 +1,111 @@
+"""A small bench for methods: networks, batches and a context, all seeded and on the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cure.attacks import Attack, Threat
+from cure.data.images import Batch
+from cure.engine import Engine
+from cure.methods import METHODS, Context, Method
+
+CLASSES = 3
+SAMPLES = 24
+
+
+class Block(nn.Module):
+    """Two convolutions, named as in a ResNet."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(x + change)
+
+
+class TinyNetwork(nn.Module):
+    """[B, 1, 6, 6] to [B, 3]; the first tensor and one of the block have "conv1" in their name."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.block = Block(width)
+        self.linear = nn.Linear(width * 9, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.block(torch.relu(self.bn1(self.conv1(x))))
+        return self.linear(nn.functional.avg_pool2d(x, 2).flatten(1))
+
+
+def tiny_network(seed: int = 0, dtype: torch.dtype = torch.float32) -> TinyNetwork:
+    """A tiny network in training mode; its BatchNorm weights are not all one."""
+    torch.manual_seed(seed)
+    model = TinyNetwork().to(dtype)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+    return model.train()
+
+
+def batch(
+    step: int = 0, count: int = SAMPLES, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Batch:
+    """Separable images: class k is bright in its own two rows."""
+    draws = torch.Generator().manual_seed(seed)
+    label = torch.arange(count) % CLASSES
+    image = 0.4 * torch.rand(count, 1, 6, 6, generator=draws, dtype=torch.float64)
+    for position, own in enumerate(label.tolist()):
+        image[position, :, 2 * own : 2 * own + 2] += 0.5
+    return Batch(image.to(dtype), label, torch.arange(count), step)
+
+
+def context(
+    *, steps: int = 2, epsilon: float = 0.1, seed: int = 0, attack: Any = None, **changes: Any
+) -> Context:
+    """A run of 4 epochs of 10 steps, with a short attack."""
+    plain = Attack(Threat("Linf", epsilon), steps, epsilon / 2, "gaussian")
+    whole = Context(
+        engine=Engine(torch.device("cpu")),
+        attack=plain if attack is None else attack,
+        seed=seed,
+        classes=CLASSES,
+        samples=SAMPLES,
+        steps_per_epoch=10,
+        epochs=4,
+    )
+    return replace(whole, **changes)
+
+
+def build(
+    name: str, model: nn.Module | None = None, within: Context | None = None, **settings: Any
+) -> Method:
+    """The method called ``name`` with these settings, in training mode."""
+    kind = METHODS[name]
+    model = tiny_network() if model is None else model
+    method = kind(model, kind.Config(name=name, **settings), within or context())
+    return method.train()
+
+
+def gradients_of(method: Method, out: Any) -> dict[str, Tensor]:
+    """What a trainer would put into ``.grad``."""
+    if out.grads is not None:
+        return out.grads
+    return method.context.engine.gradients(out.loss, method.trainable())
+
+
+def fixed_attack(adversarial_image: Tensor) -> Callable[..., Tensor]:
+    """An attack that answers with images made beforehand."""
+    return lambda *arguments, **options: adversarial_image

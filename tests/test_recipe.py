@@ -1,0 +1,151 @@
+"""Recipes: every one that ships is right, and mistakes are named all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import cure
+from cure.config import Ratio, RunConfig
+from cure.errors import ConfigError
+from cure.recipe import check, dump, load_recipe, parse_override, read_recipe, recipe_names
+
+# What a recipe for the user's own model leaves to the user.
+OWN = {"finetune": ["data.source=digits", "model.name=small_cnn", "start=scratch"]}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_is_valid_and_survives_its_own_dump(name: str) -> None:
+    config = load_recipe(name, OWN.get(name, []))
+    assert config.name == name
+    assert config.description
+    assert check(yaml.safe_load(dump(config)), "dump") == config
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_runs_when_shrunk(name: str, tmp_path: Path) -> None:
+    """The same method, schedule and start, on digits with a small network for two epochs."""
+    small = {"wide_resnet": "{name: wide_resnet, options: {depth: 10, width: 1}}"}
+    model = load_recipe(name, OWN.get(name, [])).model.name
+    tiny = small.get(model, "{name: small_cnn, options: {width: 4}}")
+    run = cure.train(
+        name,
+        [
+            *OWN.get(name, []),
+            f"model={tiny}",
+            "data.source=digits",
+            "data.limit=200",
+            "data.validation=100",
+            "natural.epochs=1",
+            "training.epochs=2",
+            "training.batch_size=32",
+            "training.optimizer.learning_rate=0.01",
+            "training.tensorboard=false",
+            "method.revision={rate: 0.2, horizon: 1.0}",
+            "attack.steps=2",
+            # small_cnn has no layer called conv1 behind the first
+            *(["method.mask.layers=matrices"] if "released" in name else []),
+        ],
+        run=tmp_path / "run",
+        quiet=True,
+    )
+    assert [record["epoch"] for record in run.metrics] == [1, 2]
+    assert (run.path / "natural").exists() == (run.config.start == "natural")
+
+
+def paper(name: str) -> tuple[float, float, float]:
+    method = load_recipe(name).method
+    return method.percent, method.alpha, method.gamma  # type: ignore[attr-defined]
+
+
+def test_the_rows_of_table_9() -> None:
+    assert paper("cifar10-resnet18-cure") == (30, 0.1, 1.0)
+    assert paper("cifar100-resnet18-cure") == (30, 0.1, 1.0)
+    assert paper("svhn-resnet18-cure") == (30, 0.2, 1.0)
+    assert paper("cifar10-wrn-34-10-cure") == (50, 0.3, 0.5)
+    assert paper("cifar100-wrn-34-10-cure") == (50, 0.3, 0.5)
+    assert paper("cifar10-preactresnet18-cure") == (20, 0.2, 1.0)
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.endswith("-cure")])
+def test_the_common_settings_of_the_paper(name: str) -> None:
+    config = load_recipe(name)
+    training, method = config.training, config.method
+    assert (training.epochs, training.batch_size) == (200, 128)
+    assert (training.optimizer.learning_rate, training.optimizer.momentum) == (0.1, 0.9)
+    assert training.optimizer.weight_decay == 5e-4
+    assert load_recipe(f"{name}-printed-decay").training.optimizer.weight_decay == 5e-3
+    assert (config.threat.norm, float(config.threat.epsilon)) == ("Linf", 8 / 255)
+    assert (config.attack.steps, float(config.attack.step_size)) == (10, 2 / 255)
+    assert method.beta == 1.0  # type: ignore[attr-defined]
+    revision = method.revision  # type: ignore[attr-defined]
+    assert (revision.rate, revision.decay) == (0.2, 0.999)
+
+
+def test_every_mistake_is_named_at_once_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(
+            "digits",
+            ["training.epoch=3", "method.percnt=20", "attack.steps=-3", "seed=x", "model.nme=a"],
+        )
+    message = str(caught.value)
+    assert "5 mistakes" in message
+    for part in ("'epochs'", "'percent'", "attack.steps", "seed", "did you mean 'name'"):
+        assert part in message
+
+
+def test_a_method_is_found_by_its_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cure'"):
+        load_recipe("digits", ["method={name: cuer}"])
+
+
+def test_ratios_are_parsed_not_evaluated() -> None:
+    assert Ratio("8/255") == 8 / 255
+    assert str(Ratio("8/255")) == "8/255"
+    for text in ("__import__('os')", "8//255", "", "2*4"):
+        with pytest.raises(ValueError, match="expected a number"):
+            Ratio(text)
+    with pytest.raises(ValueError, match="divides by zero"):
+        Ratio("1/0")
+
+
+def test_a_recipe_extends_a_neighbour_and_its_own_words_win(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: digits\nname: mine\ntraining: {epochs: 3}\n")
+    (tmp_path / "more.yaml").write_text("extends: mine\nname: more\nmethod: {percent: 10}\n")
+    config = load_recipe(tmp_path / "more.yaml")
+    assert (config.name, config.training.epochs, config.training.batch_size) == ("more", 3, 64)
+    assert config.method.percent == 10  # type: ignore[attr-defined]
+    (tmp_path / "loop.yaml").write_text("extends: loop\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        read_recipe(tmp_path / "loop.yaml")
+    (tmp_path / "a.yaml").write_text("extends: b\n")
+    (tmp_path / "b.yaml").write_text("extends: a\n")
+    with pytest.raises(ConfigError, match="extends itself"):
+        read_recipe(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("word", "pair"),
+    [
+        ("training.epochs=3", ("training.epochs", 3)),
+        ("threat.epsilon=8/255", ("threat.epsilon", "8/255")),
+        ("a=[0.5, 0.75]", ("a", [0.5, 0.75])),
+        ("a=null", ("a", None)),
+        ("a=b=c", ("a", "b=c")),
+    ],
+)
+def test_overrides_are_yaml(word: str, pair: tuple[str, object]) -> None:
+    assert parse_override(word) == pair
+
+
+def test_every_field_has_a_help_text() -> None:
+    def fields(section: type) -> None:
+        for name, field in section.model_fields.items():  # type: ignore[attr-defined]
+            assert field.description, f"{section.__name__}.{name} has no docstring"
+            kind = field.annotation
+            if isinstance(kind, type) and hasattr(kind, "model_fields"):
+                fields(kind)
+
+    fields(RunConfig)
