@@ -212,7 +212,8 @@ class Cure(Method):
     def warnings(self) -> list[str]:
         """The revision model's memory must fit the run."""
         config, total = self.config.revision, self.context.total_steps
-        if not self.config.gamma or config.ramp or config.memory(total) <= total:
+        # A horizon of 1 asks for the whole run; rounding must not make that a warning.
+        if not self.config.gamma or config.ramp or config.memory(total) <= total * (1 + 1e-6):
             return []
         return [
             f"the revision model remembers {config.memory(total):,.0f} steps but the run has only "

@@ -60,10 +60,15 @@ class RevisionConfig(Section):
             return PAPER_DECAY if self.decay is None else self.decay
         updates = self.rate * self.horizon * total_steps
         if updates < 1:
+            needed = 1 / (self.rate * total_steps)
+            mend = (
+                f"use a horizon of {needed:.3g} or more, or train longer"
+                if needed <= 1
+                else f"train for {1 / self.rate:.0f} steps or more, or raise the rate"
+            )
             raise ConfigError(
                 f"method.revision.horizon: {self.horizon} of {total_steps} steps holds "
-                f"{updates:.2f} updates at rate {self.rate}; at least 1 is needed: "
-                f"use a horizon of {1 / (self.rate * total_steps):.3g} or more, or train longer"
+                f"{updates:.2f} updates at rate {self.rate}, at least 1 is needed: {mend}"
             )
         return 1 - 1 / updates
 
