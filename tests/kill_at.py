@@ -80,6 +80,8 @@ def plant(moment: str) -> None:
         Path.write_bytes = half_written(12)
     elif moment == "renaming":
         weights.os.replace = after(26, os.replace)
+    elif moment == "making-the-natural-folder":
+        Path.rename = after(2, Path.rename)
     elif moment == "after-metrics":
         RunFolder.append = after(2 * 2 + 2 * 1 + 1, RunFolder.append, late=True)
     elif moment == "ctrl-c":

@@ -24,7 +24,7 @@ from cure.attacks.suite import AUTOATTACK, EvaluationAttack, Outcome, evaluation
 from cure.data import ImageSet
 from cure.engine import Engine
 from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
-from cure.evaluate import accuracy_of, check_outputs, measure, nrr, wilson
+from cure.evaluation import accuracy_of, check_outputs, measure, nrr, wilson
 from cure.randomness import derive, generator
 
 # The module, under whatever name: `cure.evaluate` is the function of the public interface.
@@ -443,6 +443,7 @@ def test_autoattack_gives_the_verdicts_of_its_package(
 
     spied = EvaluationAttack("autoattack", "", AUTOATTACK.settings, run)
     monkeypatch.setattr(EVALUATION, "evaluation_attack", lambda name: spied)
+    network.zero_grad()
     network[0].bias.requires_grad_(False)
     network[3].bias.grad = torch.full_like(network[3].bias, 7.0)
     learning = [parameter.requires_grad for parameter in network.parameters()]

@@ -55,7 +55,15 @@ def disturb(moment: str, run: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "moment",
-    ["natural", "between-steps", "inside-a-step", "writing-weights", "renaming", "after-metrics"],
+    [
+        "natural",
+        "between-steps",
+        "inside-a-step",
+        "writing-weights",
+        "renaming",
+        "after-metrics",
+        "making-the-natural-folder",
+    ],
 )
 def test_a_killed_run_ends_with_the_same_bits(
     moment: str, undisturbed: Path, tmp_path: Path

@@ -104,7 +104,7 @@ def trainer_of(
     method = kind(network(), MethodConfig(name="plain"), context)
     if config.training.averaging:
         method = Averaged(method, config.training.averaging)
-    folder = RunFolder.create(path / "run", config)
+    folder = RunFolder.create(path / "run", config, training.kind)
     trackers = [recorder] if recorder else []
     return Trainer(config, method, training, validation, context.engine, folder, trackers)
 

@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import ValidationError
 from torch import nn
 
 from cure.attacks import Attack, Threat
-from cure.config import DataConfig, ModelConfig, RunConfig, ThreatConfig
+from cure.attacks.suite import evaluation_attack
+from cure.config import RunConfig, ThreatConfig
 from cure.data import ImageSet, batches, carve, load, steps_per_epoch
-from cure.engine import Engine
+from cure.engine import Engine, pick_device
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluate import Progress, Result, check_outputs, measure, silent
+from cure.evaluation import Progress, Result, check_outputs, measure, silent
 from cure.methods import METHODS, Context, Method
 from cure.methods.averaging import Averaged
-from cure.models import MODELS, build_model, describe, load_weights
+from cure.models import MODELS, describe, load_weights
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.run_folder import RunFolder, environment, write_json
+from cure.subject import (
+    MEMORY,
+    OBJECT,
+    ModelOptions,
+    Split,
+    check_not_memory,
+    network_of,
+    subject_of,
+)
 from cure.tracking import TerminalTracker, Tracker, tensorboard_tracker
 from cure.trainer import Trainer
-
-OBJECT = "object:"
-"""Prefix of ``model.name`` when the network was passed as a Python object."""
-
-Split = Literal["train", "validation", "test"]
-Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run on disk."""
+    """A training run on disk.
+
+    Attributes:
+        path: its folder.
+        network: the network that :func:`train` was given as a Python object, which no folder can
+            remember.
+    """
 
     path: Path
+    network: nn.Module | None = field(default=None, compare=False, repr=False)
 
     @property
     def config(self) -> RunConfig:
@@ -49,21 +59,16 @@ class Run:
         """One record an epoch: training means and accuracies on the validation split."""
         return RunFolder.open(self.path).metrics()
 
-    def model(
-        self, checkpoint: Literal["best", "last"] = "best", network: nn.Module | None = None
-    ) -> nn.Module:
-        """The trained network on the processor, in evaluation mode.
+    def model(self, checkpoint: Literal["best", "last"] = "best") -> nn.Module:
+        """The trained network on the processor, in evaluation mode, with its best or last weights.
 
-        Args:
-            checkpoint: which weights.
-            network: the architecture, when the run was given one as a Python object.
+        Raises:
+            CureError: when there are none yet, or the network was given as a Python object in
+                another process: say ``Run(path, network).model()``.
         """
         folder = RunFolder.open(self.path)
-        weights = folder.weights(checkpoint)
-        config = folder.config
-        images = load_split(config.data, "test")
-        model = _network(config, images, network)
-        load_weights(model, weights)
+        model = network_of(folder.config, folder.kind, self.network)
+        load_weights(model, folder.weights(checkpoint))
         return model.eval()
 
 
@@ -102,21 +107,22 @@ def train(
             override(raw, *parse_override(word))
     if model is not None:
         given = {"name": OBJECT + f"{type(model).__module__}.{type(model).__qualname__}"}
-        raw["model"] = {k: v for k, v in raw.get("model", {}).items() if k in ("mean", "std")}
-        raw["model"] |= given
+        old = raw.get("model")
+        kept = {k: old[k] for k in ("mean", "std") if k in old} if isinstance(old, dict) else {}
+        raw["model"] = kept | given
         if raw.get("start", "natural") in ("natural", "scratch"):
             raw["start"] = "model"
     if isinstance(data, ImageSet):
-        override(raw, "data.source", f"memory:{data.name}")
+        override(raw, "data.source", MEMORY + data.name)
     elif data is not None:
         override(raw, "data.source", str(data))
     config = check(raw, f"recipe {recipe}")
     images = data if isinstance(data, ImageSet) else None
     # Everything that can be wrong is found before the folder is made.
     prepared = _prepare(config, images, model, fresh=True)
-    folder = RunFolder.create(run, config)
+    folder = RunFolder.create(run, config, prepared.training.kind)
     _carry_out(folder, config, prepared, model, quiet)
-    return Run(folder.path)
+    return Run(folder.path, model)
 
 
 def resume(
@@ -137,10 +143,10 @@ def resume(
     folder = RunFolder.open(run)
     config = folder.config
     if folder.status()["state"] == "finished":
-        return Run(folder.path)
+        return Run(folder.path, model)
     prepared = _prepare(config, data, model, fresh=not folder.state.exists())
     _carry_out(folder, config, prepared, model, quiet)
-    return Run(folder.path)
+    return Run(folder.path, model)
 
 
 @dataclass(frozen=True)
@@ -162,12 +168,13 @@ def _prepare(
     """
     engine = Engine.of(config.training)
     _check_start(config)
+    _check_attacks(config.evaluation.attacks)
     if images is None:
-        _check_not_memory(config)
+        check_not_memory(config)
         images = load(config.data, "train")
     training, validation = carve(images, config.data.validation, config.data.split_seed)
     steps_per_epoch(training, config.training.batch_size)
-    network = _network(config, training, model)
+    network = network_of(config, training.kind, model)
     sample = next(batches(training, 2)).image
     modes = [(module, module.training) for module in network.modules()]
     check_outputs(network.eval(), sample, len(training.classes))
@@ -189,44 +196,6 @@ def _check_start(config: RunConfig) -> None:
             f"start: scratch needs an architecture of `cure list models`; {config.model.name} "
             "brings its own weights: say start=model"
         )
-
-
-def _check_not_memory(config: RunConfig) -> None:
-    if config.data.source.startswith("memory:"):
-        raise ConfigError(
-            f"the run was given its images ('{config.data.source}') in Python; continue it with "
-            "cure.resume(run, data=...) or name other images"
-        )
-
-
-def load_split(config: DataConfig, split: Split) -> ImageSet:
-    """The images of one split: "train" without those that validate, "validation", or "test"."""
-    if split == "test":
-        return load(config, "test")
-    training, validation = carve(load(config, "train"), config.validation, config.split_seed)
-    return training if split == "train" else validation
-
-
-def _network(config: RunConfig, images: ImageSet, model: nn.Module | None) -> nn.Module:
-    if config.model.name.startswith(OBJECT):
-        if model is None:
-            raise ConfigError(
-                f"the run was given its network ({config.model.name}) in Python; pass it again: "
-                "cure.resume(run, model=...) or cure.evaluate(model, weights=..., data=...)"
-            )
-        network = copy.deepcopy(model)
-        if config.model.mean is not None and config.model.std is not None:
-            from cure.models import Normalised
-
-            network = Normalised(network, config.model.mean, config.model.std)
-        return network
-    return build_model(
-        config.model,
-        classes=len(images.classes),
-        channels=images.channels,
-        size=images.size,
-        seed=config.seed,
-    )
 
 
 def _checkpoint(path: str | Path) -> Path:
@@ -332,7 +301,10 @@ def _natural_start(
     """The finished natural run inside ``folder``, trained now where it is missing."""
     path = folder.path / "natural"
     first = natural_config(config)
-    inner = RunFolder.open(path) if path.exists() else RunFolder.create(path, first)
+    if path.exists():
+        inner = RunFolder.open(path)
+    else:
+        inner = RunFolder.create(path, first, prepared.training.kind)
     if inner.status()["state"] != "finished":
         start = replace(prepared, network=copy.deepcopy(prepared.network))
         _carry_out(inner, first, start, model, quiet)
@@ -389,23 +361,29 @@ def evaluate(
     Raises:
         CureError: for every mistake a user can mend; nothing is written then.
     """
-    if output is not None and Path(output).exists():
-        raise ConfigError(f"{output} exists and is kept; name another output file")
-    subject = _subject(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
+    _check_output(output)
+    for name, count in (("limit", limit), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name}: expected 1 or more images, got {count}")
+    how = ModelOptions(mean, std, dict(options or {}))
+    if isinstance(target, Run):
+        subject = subject_of(target.path, checkpoint, weights, how, target.network)
+    else:
+        subject = subject_of(target, checkpoint, weights, how)
     config = subject.config
+    if attacks is None:
+        attacks = config.evaluation.attacks if config else ("natural", "pgd20", "cw")
+    _check_attacks(attacks)
     images, model = subject.load(data, split, data_options or {})
     if limit is not None:
-        if limit < 1:
-            raise ConfigError(f"limit: expected 1 or more images, got {limit}")
         images = images.subset(slice(0, limit))
     threat = _threat(config.threat if config else ThreatConfig(), epsilon, norm)
-    default = config.evaluation.attacks if config else ("natural", "pgd20", "cw")
     # The evaluation attacks in float32 with the layout that is fastest; nothing else varies.
-    engine = Engine(_device(device), channels_last=True)
+    engine = Engine(pick_device(device), channels_last=True)
     result = measure(
         engine.place(model),
         images,
-        tuple(attacks) if attacks is not None else default,
+        attacks,
         Threat(threat.norm, threat.epsilon),
         engine=engine,
         batch_size=batch_size or (config.evaluation.batch_size if config else 256),
@@ -423,9 +401,10 @@ def evaluate(
         },
         "data": {
             "name": images.name,
-            "split": split,
+            "split": images.split,
             "n": len(images),
             "classes": list(images.classes),
+            "classes_present": len(set(images.label.tolist())),
             "size": [images.channels, *images.size],
         },
         "model": describe(model) | subject.facts,
@@ -434,160 +413,26 @@ def evaluate(
     }
     if output is not None:
         write_json(Path(output), result)
+    if subject.folder is not None:
+        subject.folder.keep_evaluation(result)
     return result
 
 
-@dataclass(frozen=True)
-class ModelOptions:
-    """How a named network is built and what input it expects."""
-
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    options: Mapping[str, Any] | None = None
+def _check_attacks(names: Iterable[str]) -> None:
+    """Refuse an unknown attack before anything is read or computed."""
+    for name in names:
+        if name != "natural":
+            evaluation_attack(name)
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: where its network and its default images come from."""
-
-    name: str
-    facts: dict[str, Any]
-    config: RunConfig | None
-    build: Callable[[ImageSet], nn.Module]
-
-    def load(
-        self, data: str | Path | ImageSet | None, split: Split, options: Mapping[str, Any]
-    ) -> tuple[ImageSet, nn.Module]:
-        """The images and the network."""
-        if isinstance(data, ImageSet):
-            images = data
-        else:
-            images = load_split(self._data_config(data, options), split)
-        return images, self.build(images)
-
-    def _data_config(self, source: str | Path | None, options: Mapping[str, Any]) -> DataConfig:
-        if self.config is None and source is None:
-            raise ConfigError("a model needs images: name them with data (--data)")
-        known = self.config.data.model_dump(mode="json") if self.config else {}
-        if source is not None:
-            known["source"] = str(source)
-        elif self.config is not None:
-            _check_not_memory(self.config)
-        try:
-            return DataConfig.model_validate(known | dict(options))
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"data.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def _subject(
-    target: str | Path | Run | nn.Module,
-    checkpoint: Literal["best", "last"],
-    weights: str | Path | None,
-    how: ModelOptions,
-) -> Subject:
-    if isinstance(target, nn.Module):
-        return _given_model(target, weights, how)
-    path = target.path if isinstance(target, Run) else Path(target)
-    if (path / "config.yaml").is_file() or isinstance(target, Run):
-        return _given_run(RunFolder.open(path), checkpoint)
-    if path.exists():
-        raise CheckpointError(
-            f"{path} holds no run (no config.yaml); to evaluate a weights file, name its network "
-            "too: --model NAME --weights FILE"
-        )
-    name = str(target)
-    if "/" in name and ":" not in name:
-        raise CheckpointError(
-            f"{name} does not exist; expected a run folder or the name of a model"
-        )
-    return _named_model(name, weights, how)
-
-
-def _given_run(folder: RunFolder, checkpoint: Literal["best", "last"]) -> Subject:
-    config, path = folder.config, folder.weights(checkpoint)
-
-    def build(images: ImageSet) -> nn.Module:
-        model = _network(config, images, None)
-        load_weights(model, path)
-        return model
-
-    facts = {
-        "checkpoint": checkpoint,
-        "epoch": _epoch(path),
-        "method": config.method.name,
-        "recipe": config.name,
-        "run_seed": config.seed,
-    }
-    return Subject(folder.path.name, facts, config, build)
-
-
-def _epoch(path: Path) -> int | None:
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        epoch = (file.metadata() or {}).get("epoch")
-    return int(epoch) if epoch else None
-
-
-def _given_model(model: nn.Module, weights: str | Path | None, how: ModelOptions) -> Subject:
-    def build(images: ImageSet) -> nn.Module:
-        from cure.models import Normalised
-
-        network = copy.deepcopy(model)
-        if how.mean is not None or how.std is not None:
-            section = model_config("given", how)
-            assert section.mean is not None
-            assert section.std is not None
-            if len(section.mean) != images.channels:
-                raise ConfigError(
-                    f"expected mean and std with {images.channels} numbers, one a channel, "
-                    f"got {len(section.mean)}"
-                )
-            network = Normalised(network, section.mean, section.std)
-        if weights is not None:
-            load_weights(network, weights)
-        return network
-
-    return Subject(type(model).__name__, {"weights": _file_name(weights)}, None, build)
-
-
-def _named_model(name: str, weights: str | Path | None, how: ModelOptions) -> Subject:
-    section = model_config(name, how)
-    if name in MODELS and weights is None:
-        raise ConfigError(f"{name} without weights is random: name its weights file (--weights)")
-
-    def build(images: ImageSet) -> nn.Module:
-        model = build_model(
-            section,
-            classes=len(images.classes),
-            channels=images.channels,
-            size=images.size,
-            seed=0,
-        )
-        if weights is not None:
-            load_weights(model, weights)
-        return model
-
-    return Subject(name, {"weights": _file_name(weights)}, None, build)
-
-
-def model_config(name: str, how: ModelOptions) -> ModelConfig:
-    """The model section that command-line options describe."""
-    try:
-        return ModelConfig(
-            name=name,
-            options=dict(how.options or {}),
-            mean=tuple(how.mean) if how.mean is not None else None,
-            std=tuple(how.std) if how.std is not None else None,
-        )
-    except ValidationError as error:
-        raise ConfigError(f"model: {error.errors()[0]['msg']}") from None
-
-
-def _file_name(path: str | Path | None) -> str | None:
-    """The name only: a result file says which weights, not where they lay."""
-    return Path(path).name if path is not None else None
+def _check_output(output: str | Path | None) -> None:
+    """Refuse a file that exists or cannot be made before anything is computed."""
+    if output is None:
+        return
+    if Path(output).exists():
+        raise ConfigError(f"{output} exists and is kept; name another output file")
+    if not Path(output).absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")
 
 
 def _threat(base: ThreatConfig, epsilon: str | float | None, norm: str | None) -> ThreatConfig:
@@ -600,9 +445,3 @@ def _threat(base: ThreatConfig, epsilon: str | float | None, norm: str | None) -
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
-
-
-def _device(name: str) -> torch.device:
-    from cure.engine import pick_device
-
-    return pick_device(name)

@@ -86,7 +86,10 @@ def resume(
 ) -> None:
     """Continue a run that was stopped or killed, to the bits it would have ended with."""
     from cure.api import resume as go_on
+    from cure.run_folder import RunFolder
 
+    if RunFolder.open(run).status()["state"] == "finished":
+        err.print(f"{run} had already finished; nothing was changed", markup=False)
     _print_ended(go_on(run, quiet=quiet).path)
 
 
@@ -157,6 +160,14 @@ def evaluate(
             progress=progress,
         )
     print_results([result])
+    present, known = result["data"]["classes_present"], len(result["data"]["classes"])
+    if present < known:
+        err.print(
+            f"warning: these {result['data']['n']:,} images hold only {present} of the {known} "
+            "classes; the images may be sorted by class: leave out --limit",
+            markup=False,
+            highlight=False,
+        )
 
 
 @app.command("list")
@@ -164,10 +175,11 @@ def list_(what: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List what can be named in a recipe or on the command line."""
     from cure.listing import listing
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, description in listing(what.value):
-        table.add_row(escape(name), escape(description))
-    out.print(table)
+    rows = listing(what.value)
+    width = max(len(name) for name, _ in rows)
+    for name, description in rows:
+        # A row a line, whatever the terminal's width, so that grep finds whole rows.
+        typer.echo(f"{name:<{width}}  {description}")
 
 
 @app.command()

@@ -1,9 +1,13 @@
 """A run on disk: what it is, how far it came, what it produced.
 
-``config.yaml`` (resolved), ``environment.json``, ``metrics.jsonl`` (a line an epoch, the same bits
-for the same run), ``timing.jsonl`` (seconds, which differ), ``status.json``,
-``checkpoints/{last,best}.safetensors`` (weights for anyone), ``checkpoints/state.safetensors`` (all
-that resuming needs), ``natural/`` (the run that trained the start).
+- ``config.yaml``: what the run is, every setting resolved; ``environment.json``: on what.
+- ``data.json``: classes and size of its images.
+- ``metrics.jsonl``: a line an epoch, the same bits for the same run; ``timing.jsonl``: seconds.
+- ``status.json``: how far it came.
+- ``checkpoints/{last,best}.safetensors``: weights for anyone.
+- ``checkpoints/state.safetensors``: all that resuming needs.
+- ``evaluations/``: results of ``cure evaluate``.
+- ``natural/``: the run that trained the start.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +32,7 @@ import yaml
 
 import cure
 from cure.config import RunConfig
+from cure.data.images import ImageKind
 from cure.errors import CheckpointError
 from cure.models.weights import write_atomically
 from cure.recipe import check, dump
@@ -50,9 +56,15 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": " ".join(["cure", *sys.argv[1:]]) if sys.argv else "",
+        "command": _command(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _command() -> str:
+    """What was typed; an absolute path says where on a machine, so only its last part is kept."""
+    words = ["cure" if not index else word for index, word in enumerate(sys.argv)]
+    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
 def _commit() -> str | None:
@@ -98,34 +110,35 @@ class RunFolder:
         self.state = self.checkpoints / "state.safetensors"
 
     @classmethod
-    def create(cls, path: Path | str | None, config: RunConfig) -> RunFolder:
+    def create(cls, path: Path | str | None, config: RunConfig, kind: ImageKind) -> RunFolder:
         """A new folder for ``config``; without a path the first free ``runs/NAME[-N]``.
+
+        Args:
+            path: where; parents are made.
+            config: what the run is.
+            kind: the images it is trained on.
 
         Raises:
             CheckpointError: when the path exists, or cannot be written.
         """
-        given = Path(path) if path is not None else None
-        try:
-            for target in [given] if given else cls._numbered(config.name):
-                try:
-                    target.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    if given:
-                        raise
-            folder = cls(target)
-            folder.checkpoints.mkdir()
-        except FileExistsError:
+        candidates = [Path(path)] if path is not None else cls._numbered(config.name)
+        target = next((place for place in candidates if not place.exists()), None)
+        if target is None:
             raise CheckpointError(
-                f"{given} exists; a run never overwrites: name another folder with --run, "
-                f"or continue that run with `cure resume {given}`"
-            ) from None
+                f"{path} exists; a run never overwrites: name another folder with --run, "
+                f"or continue that run with `cure resume {path}`"
+            )
+        # Filled under another name, so that a folder with the run's name is always a whole one.
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            (temporary / "checkpoints").mkdir(parents=True)
+            write_json(temporary / "environment.json", environment())
+            write_json(temporary / "data.json", asdict(kind))
+            write_text(temporary / "config.yaml", dump(config))
+            temporary.rename(target)
         except OSError as error:
-            raise CheckpointError(f"the run folder cannot be made: {error}") from None
-        write_json(target / "environment.json", environment())
-        # Written last: a folder with a configuration is a run that can be resumed.
-        write_text(target / "config.yaml", dump(config))
-        return folder
+            raise CheckpointError(f"the run folder {target} cannot be made: {error}") from None
+        return cls(target)
 
     @staticmethod
     def _numbered(name: str) -> Iterator[Path]:
@@ -158,6 +171,18 @@ class RunFolder:
             raise CheckpointError(f"{path} holds no configuration; restore it from a copy")
         return check(raw, str(path))
 
+    @property
+    def kind(self) -> ImageKind:
+        """The images that the run was trained on."""
+        path = self.path / "data.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return ImageKind(tuple(content["classes"]), content["channels"], tuple(content["size"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error}); restore it from a copy"
+            ) from None
+
     def weights(self, checkpoint: str = "best") -> Path:
         """The weights file called ``checkpoint`` ("best" or "last").
 
@@ -187,6 +212,14 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The complete lines of ``metrics.jsonl``, an epoch each."""
         return self._lines("metrics.jsonl")
+
+    def keep_evaluation(self, result: dict[str, Any]) -> None:
+        """File a result of ``evaluate`` with the run, under the first free number."""
+        folder = self.path / "evaluations"
+        folder.mkdir(exist_ok=True)
+        name = f"{result['model']['checkpoint']}-{result['data']['split']}"
+        paths = (folder / f"{name}-{number}.json" for number in itertools.count(1))
+        write_json(next(path for path in paths if not path.exists()), result)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line of JSON to the file ``name``."""

@@ -123,7 +123,7 @@ def test_crafting_is_a_context_of_its_own(mode):
 
 def count_passes(model: nn.Module) -> dict[str, int]:
     """Forward passes, and gradients that reach the logits: one a backward pass."""
-    counts = {"forward": 0, "backward": 0}
+    counts = {"forward": 0, "graphs": 0, "backward": 0}
 
     def arrived(gradient: Tensor) -> None:
         counts["backward"] += 1
@@ -131,6 +131,7 @@ def count_passes(model: nn.Module) -> dict[str, int]:
     def passed(module: nn.Module, inputs: object, output: Tensor) -> None:
         counts["forward"] += 1
         if output.requires_grad:
+            counts["graphs"] += 1
             output.register_hook(arrived)
 
     model.register_forward_hook(passed)
@@ -147,7 +148,7 @@ def test_passes(name, steps):
     objective = with_cross_entropy(0.1) if name == "ce+kl" else OBJECTIVES[name]
     attack = Attack(Threat("Linf", 0.1), steps, 0.03, "none")
     attack(model, image, label, objective, None)
-    assert counts == {"forward": steps + ("kl" in name), "backward": steps}
+    assert counts == {"forward": steps + ("kl" in name), "graphs": steps, "backward": steps}
 
 
 def test_no_gradient_of_a_weight_is_computed():

@@ -573,6 +573,7 @@ def test_warning_when_the_revision_model_remembers_longer_than_the_run():
     assert "5,000" in sentence
     assert "40" in sentence
     assert "method.revision.horizon" in sentence
+    assert len(build("cure", within=context(epochs=490)).warnings()) == 1  # against 4,900
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cure.attacks.objectives import CROSS_ENTROPY, MARGIN
 from cure.attacks.perturb import Attack, crafting
 from cure.attacks.threat import Threat
-from cure.errors import ConfigError, ModelError, unknown
+from cure.errors import ConfigError, unknown
 from cure.randomness import derive, generator
 
 
@@ -41,12 +41,14 @@ class EvaluationAttack:
         description: one line for ``cure list attacks``.
         settings: what stands in the result file; sizes as shares of epsilon where they scale.
         run: (model, image, label, threat, seed, batch number) to an outcome.
+        least_classes: the attack is not defined for fewer.
     """
 
     name: str
     description: str
     settings: dict[str, Any]
     run: Callable[[nn.Module, Tensor, Tensor, Threat, int, int], Outcome]
+    least_classes: int = 2
 
 
 def pgd(steps: int) -> EvaluationAttack:
@@ -109,11 +111,6 @@ def _autoattack(
 
     with torch.no_grad():
         classes = model(image[:1]).shape[1]
-    if classes < 4:
-        raise ModelError(
-            f"AutoAttack's standard version needs at least 4 classes (its targeted parts compare "
-            f"four logits), the model has {classes}; use pgd100 and cw instead"
-        )
     adversarial = image.clone()
     standing = torch.arange(len(label), device=image.device)
     parts: dict[str, int] = {}
@@ -155,6 +152,8 @@ AUTOATTACK = EvaluationAttack(
         "package_version": version("pyautoattack"),
     },
     _autoattack,
+    # Targeted DLR compares the true logit, the target and the two largest others.
+    least_classes=4,
 )
 
 KNOWN = {"natural": "accuracy on unchanged images"} | {

@@ -1,7 +1,7 @@
 """Images: sources, splits, augmentation, batches."""
 
 from cure.data.augment import augment
-from cure.data.images import Batch, ImageSet
+from cure.data.images import Batch, ImageKind, ImageSet
 from cure.data.loader import batches, epoch, steps_per_epoch, to_unit
 from cure.data.sources import SHORT_NAMES, known_sources, load
 from cure.data.splits import carve, stratified
@@ -9,6 +9,7 @@ from cure.data.splits import carve, stratified
 __all__ = [
     "SHORT_NAMES",
     "Batch",
+    "ImageKind",
     "ImageSet",
     "augment",
     "batches",

@@ -9,6 +9,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ImageKind:
+    """What a network must know of images to be built for them.
+
+    Attributes:
+        classes: name of each class, by label.
+        channels: 1 (grey) or 3 (RGB).
+        size: height and width in pixels.
+    """
+
+    classes: tuple[str, ...]
+    channels: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """Images and labels of one split, decoded once and held as one tensor.
 
@@ -38,6 +53,11 @@ class ImageSet:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.image.shape[2], self.image.shape[3]
+
+    @property
+    def kind(self) -> ImageKind:
+        """Classes, channels and size."""
+        return ImageKind(self.classes, self.channels, self.size)
 
     def subset(self, index: Tensor | slice, split: str | None = None) -> ImageSet:
         """The images at ``index``, in that order."""

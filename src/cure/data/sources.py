@@ -92,16 +92,32 @@ def load(config: DataConfig, split: Literal["train", "test"]) -> ImageSet:
         table, label = train, train.label
         classes = _classes(train, name, config.train_split)
         rows = _rows(label, split, test_name is None, config, name)
-    if split == "train" and len(np.unique(label[rows])) < 2:
-        mend = "use more images"
-        if config.limit is not None:
-            mend = f"raise or leave out data.limit={config.limit}, as rows may be sorted by class"
-        raise DataError(
-            f"expected images of at least two classes in the training split of '{name}', got only "
-            f"'{classes[int(label[rows[0]])]}' among the first {len(rows)}; {mend}"
-        )
+    if split == "train":
+        _check_classes(label, rows, classes, config, name)
     image = decode(table.cells(rows.tolist()), len(rows), config.color, config.resize)
     return ImageSet(image, torch.from_numpy(label[rows]), classes, name, split)
+
+
+def _check_classes(
+    label: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    classes: tuple[str, ...],
+    config: DataConfig,
+    name: str,
+) -> None:
+    """Two classes at least, and with ``data.limit`` no class fewer than without it."""
+    kept, whole = np.unique(label[rows]), np.unique(label)
+    if config.limit is not None and len(kept) < len(whole):
+        raise DataError(
+            f"expected all {len(whole)} classes among the first {len(rows)} training images of "
+            f"'{name}', got {len(kept)}; its rows may be sorted by class: raise or leave out "
+            f"data.limit={config.limit}"
+        )
+    if len(kept) < 2:
+        raise DataError(
+            f"expected images of at least two classes in the training split of '{name}', got only "
+            f"'{classes[int(kept[0])]}'; use more images"
+        )
 
 
 def known_sources() -> list[tuple[str, str]]:

@@ -142,6 +142,12 @@ def measure(
     try:
         first = next(batches(images, batch_size))
         check_outputs(model, engine.arrange(first.image), len(images.classes))
+        for attack in chosen:
+            if len(images.classes) < attack.least_classes:
+                raise ModelError(
+                    f"{attack.name} needs at least {attack.least_classes} classes, the data has "
+                    f"{len(images.classes)}; leave it out and use pgd100 and cw"
+                )
         began = time.perf_counter()
         natural = _predict(model, images, engine, batch_size) == images.label
         result: Result = {"natural": accuracy_of(natural, time.perf_counter() - began)}
