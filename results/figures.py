@@ -21,7 +21,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def cell(part: dict[str, Any]) -> str:
     low, high = part["interval"]
-    return f"{part['accuracy']:.1f} ({low:.1f}–{high:.1f})"
+    return f"{part['accuracy']:.1f} ({low:.1f} to {high:.1f})"
 
 
 def seeds() -> list[int]:

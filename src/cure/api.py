@@ -13,10 +13,10 @@ from torch import nn
 
 from cure.attacks import Attack, Threat
 from cure.attacks.suite import evaluation_attack
-from cure.config import RunConfig, ThreatConfig
+from cure.config import DataConfig, RunConfig, ThreatConfig
 from cure.data import ImageSet, batches, carve, load, steps_per_epoch
 from cure.engine import Engine, pick_device
-from cure.errors import CheckpointError, ConfigError
+from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStopped
 from cure.evaluation import Progress, Result, check_outputs, measure, silent
 from cure.methods import METHODS, Context, Method
 from cure.methods.averaging import Averaged
@@ -33,7 +33,7 @@ from cure.subject import (
     subject_of,
 )
 from cure.tracking import TerminalTracker, Tracker, tensorboard_tracker
-from cure.trainer import Trainer
+from cure.trainer import Interrupted, Trainer
 
 
 @dataclass(frozen=True)
@@ -172,9 +172,15 @@ def _prepare(
     if images is None:
         check_not_memory(config)
         images = load(config.data, "train")
+    else:
+        images = _limited(images, config.data)
     training, validation = carve(images, config.data.validation, config.data.split_seed)
     steps_per_epoch(training, config.training.batch_size)
     network = network_of(config, training.kind, model)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ModelError(
+            "no weight of the model may change: set requires_grad to True for those to train"
+        )
     sample = next(batches(training, 2)).image
     modes = [(module, module.training) for module in network.modules()]
     check_outputs(network.eval(), sample, len(training.classes))
@@ -187,6 +193,18 @@ def _prepare(
     # of the run is refused now and not after the natural start.
     _method(config, prepared)
     return prepared
+
+
+def _limited(images: ImageSet, config: DataConfig) -> ImageSet:
+    """Images in memory under the settings of the data section that apply to them."""
+    for key, untouched in (("resize", None), ("color", "keep")):
+        if getattr(config, key) != untouched:
+            raise ConfigError(
+                f"data.{key} applies to images that are read, not to images in memory; convert "
+                "them before you pass them"
+            )
+    images = images.checked()
+    return images if config.limit is None else images.subset(slice(0, config.limit))
 
 
 def _check_start(config: RunConfig) -> None:
@@ -305,9 +323,15 @@ def _natural_start(
         inner = RunFolder.open(path)
     else:
         inner = RunFolder.create(path, first, prepared.training.kind)
+    inner.resumed_by = folder.path
     if inner.status()["state"] != "finished":
+        folder.set_status("running", phase="natural start")
         start = replace(prepared, network=copy.deepcopy(prepared.network))
-        _carry_out(inner, first, start, model, quiet)
+        try:
+            _carry_out(inner, first, start, model, quiet)
+        except (Interrupted, TrainingStopped):
+            folder.set_status(**(inner.status() | {"phase": "natural start"}))
+            raise
     return inner
 
 

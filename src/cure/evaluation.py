@@ -14,7 +14,7 @@ from cure.attacks import Threat
 from cure.attacks.suite import EvaluationAttack, evaluation_attack
 from cure.data import ImageSet, batches
 from cure.engine import Engine
-from cure.errors import DataError, ModelError
+from cure.errors import ModelError
 
 Result = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -130,13 +130,11 @@ def measure(
 
     Raises:
         ConfigError: for an unknown attack, before anything is computed.
-        DataError: when there is no image.
+        DataError: when there is no image, or a label without a class.
         ModelError: when the model's output is no logits.
     """
     chosen = [evaluation_attack(name) for name in dict.fromkeys(attacks) if name != "natural"]
-    if not len(images):
-        raise DataError(f"there is no image to evaluate on in the {images.split} split")
-    images = images.to(engine.device)
+    images = images.checked().to(engine.device)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -102,10 +102,16 @@ def write_json(path: Path, content: object) -> None:
 
 
 class RunFolder:
-    """One run's folder.  Nothing here deletes or replaces a run."""
+    """One run's folder.  Nothing here deletes or replaces a run.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        path: where it is.
+        resumed_by: the run to name to ``cure resume``: itself, or the run whose start it trains.
+    """
+
+    def __init__(self, path: Path, resumed_by: Path | None = None) -> None:
         self.path = path
+        self.resumed_by = resumed_by or path
         self.checkpoints = path / "checkpoints"
         self.state = self.checkpoints / "state.safetensors"
 
@@ -193,7 +199,7 @@ class RunFolder:
         if not path.is_file():
             raise CheckpointError(
                 f"{self.path} has no '{checkpoint}' checkpoint yet; "
-                f"let it finish an epoch with `cure resume {self.path}`"
+                f"let it finish an epoch with `cure resume {self.resumed_by}`"
             )
         return path
 
@@ -231,7 +237,7 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(
                 f"{self.path / name} cannot be written ({error.strerror}); make room and "
-                f"continue with `cure resume {self.path}`"
+                f"continue with `cure resume {self.resumed_by}`"
             ) from None
 
     def rewind(self, epochs: int) -> None:

@@ -31,8 +31,8 @@ def check_not_memory(config: RunConfig) -> None:
     """Refuse to look for images that only ever were in memory."""
     if config.data.source.startswith(MEMORY):
         raise ConfigError(
-            f"the run was given its images ('{config.data.source}') in Python; continue it with "
-            "cure.resume(run, data=...) or name other images"
+            f"the run was given its images ('{config.data.source}') in Python; pass images again "
+            "(data=...)"
         )
 
 

@@ -79,11 +79,13 @@ class TerminalTracker:
                 f"robust {record['validation']['robust']:.1f} %",
             ]
         parts.append(f"{timing['images_per_second']:,.0f} images/s")
-        self.console.print("  ".join(parts), highlight=False, markup=False)
+        self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         """Print the sentence."""
-        self.console.print(f"[yellow]warning:[/] {escape(sentence)}", highlight=False)
+        self.console.print(
+            f"[yellow]warning:[/] {escape(sentence)}", highlight=False, soft_wrap=True
+        )
 
     def close(self) -> None:
         """Take the bar away."""

@@ -324,7 +324,7 @@ class Trainer:
     def _interrupt(self) -> None:
         raise Interrupted(
             f"stopped after step {self.done} of {self.total_steps}; "
-            f"continue with `cure resume {self.folder.path}`"
+            f"continue with `cure resume {self.folder.resumed_by}`"
         )
 
     @contextmanager

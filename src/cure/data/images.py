@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from cure.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,76 @@ class ImageSet:
     classes: tuple[str, ...]
     name: str
     split: str
+
+    def __post_init__(self) -> None:
+        # Shapes and types only: values may lie on a device that should not be waited for.
+        image, label = self.image, self.label
+        fits = image.dim() == 4 and image.shape[1] in (1, 3) and image.dtype == torch.uint8
+        if not fits:
+            raise DataError(
+                "expected images [N, C, H, W] of uint8 with C of 1 or 3, got "
+                f"{list(image.shape)} of {image.dtype}; ImageSet.of(images, labels) converts floats"
+            )
+        if label.shape != image.shape[:1] or label.dtype != torch.int64:
+            raise DataError(
+                f"expected {image.shape[0]} labels of int64, one an image, got "
+                f"{list(label.shape)} of {label.dtype}"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        image: Tensor,
+        label: Tensor,
+        classes: Sequence[str] | None = None,
+        *,
+        name: str = "memory",
+        split: str = "train",
+    ) -> ImageSet:
+        """Your own tensors as an image set.
+
+        Args:
+            image: [N, C, H, W], uint8 in 0..255 or floats in [0, 1] (kept to the nearest of the
+                256 levels, as an image file would).
+            label: [N] integers from 0.
+            classes: name of each class; by default the numbers up to the largest label.
+            name: for results.
+            split: "train", "validation" or "test".
+
+        Raises:
+            DataError: for values outside [0, 1], negative labels, labels without a name, shapes
+                that do not fit, or no image at all.
+        """
+        if image.is_floating_point():
+            low, high = (float(image.min()), float(image.max())) if image.numel() else (0.0, 1.0)
+            if not (low >= 0 and high <= 1):
+                raise DataError(
+                    f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; undo "
+                    "their standardisation and give mean and std to the model instead"
+                )
+            image = (image * 255).round().to(torch.uint8)
+        label = label if label.is_floating_point() else label.to(torch.int64)
+        if classes is None:
+            count = 1 + int(label.max()) if label.numel() else 1
+            classes = tuple(map(str, range(count)))
+        return cls(image, label, tuple(classes), name, split).checked()
+
+    def checked(self) -> ImageSet:
+        """The same set, once its labels were looked at (which waits for the device).
+
+        Raises:
+            DataError: when it is empty or a label has no class.
+        """
+        if not len(self):
+            raise DataError(f"there is no image in the {self.split} split of '{self.name}'")
+        lowest, highest = int(self.label.min()), int(self.label.max())
+        if lowest < 0 or highest >= len(self.classes):
+            raise DataError(
+                f"expected labels from 0 to {len(self.classes) - 1} for the {len(self.classes)} "
+                f"classes of '{self.name}', got {lowest} to {highest}; correct the labels or the "
+                "class names"
+            )
+        return self
 
     def __len__(self) -> int:
         return self.image.shape[0]

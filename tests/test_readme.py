@@ -1,0 +1,143 @@
+"""What the README promises: its code runs, its commands exist, its figures are in results/."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cure.models import save_weights
+from cure.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+CLASSIFIER = """
+from torch import nn
+
+def build(classes=2):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, classes),
+    )
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with ``photos/`` (red and blue squares with noise) and ``classifier.py``."""
+    draws = np.random.default_rng(0)
+    for number, name in enumerate(("blue", "red")):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for index in range(800):
+            pixels = draws.integers(0, 120, (8, 8, 3))
+            pixels[:, :, 2 - 2 * number] += 100
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
+    (tmp_path / "classifier.py").write_text(CLASSIFIER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "classifier", raising=False)
+    return tmp_path
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_runs_as_it_stands(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) == 5
+    (place / "script.py").write_text(code)
+    names = runpy.run_path(str(place / "script.py"))
+    assert "pgd20" in capsys.readouterr().out
+    assert names["robust"] is not names["build"]
+    assert not names["robust"].training
+    assert (place / "runs" / "finetune" / "checkpoints" / "best.safetensors").is_file()
+
+
+def test_the_one_command_runs_and_its_run_can_be_evaluated(place: Path) -> None:
+    from classifier import build  # type: ignore[import-not-found]
+
+    (command,) = [line for block in blocks("") for line in block.splitlines() if "start=" in line]
+    save_weights(build(), place / "weights.safetensors", {})
+    words = shlex.split(command)
+    assert words[0] == "cure"
+    subprocess.run([sys.executable, "-m", "cure", *words[1:], "training.epochs=15"], check=True)
+    evaluate = [sys.executable, "-m", "cure", "evaluate", "runs/mine", "--attacks", "pgd20"]
+    done = subprocess.run(evaluate, check=True, capture_output=True, text=True)
+    assert "natural" in done.stdout
+    assert "pgd20" in done.stdout
+
+
+def test_the_settings_that_the_text_names_are_settings() -> None:
+    words = re.findall(r"`((?:threat|training|data|model)\.[a-z_.]+=[^` ]+)", README)
+    words = [word for word in words if "model" not in word]
+    assert len(words) >= 3
+    load_recipe("digits", words)
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_links_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+def test_every_method_has_its_card() -> None:
+    from cure.methods import METHODS
+
+    for name in METHODS.names():
+        card = (ROOT / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8")
+        for part in ("**Idea.**", "Formula", "Command", "Cost of a step", "logged"):
+            assert part in card, f"{name}: {part}"
+
+
+def test_the_card_of_cure_names_every_setting_and_its_default() -> None:
+    from pydantic import BaseModel
+
+    from cure.methods.cure import CureConfig
+
+    card = (ROOT / "docs" / "methods" / "cure.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| `?([^`|]+?)`? \|", card, flags=re.MULTILINE))
+
+    def check(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            default = field.default
+            if isinstance(default, BaseModel):
+                check(type(default), f"{prefix}{name}.")
+            elif prefix + name != "name":
+                shown = rows[prefix + name]
+                if isinstance(default, bool):
+                    assert shown == str(default).lower()
+                elif isinstance(default, float):
+                    assert float(shown) == default
+                elif default is not None:
+                    assert shown == str(default)
+
+    check(CureConfig, "")
+
+
+def test_the_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = runpy.run_path(str(ROOT / "results" / "figures.py"))
+    table = re.search(
+        r"<!-- results/cifar10-mini/table.md -->\n(.*?)<!-- end -->", README, re.DOTALL
+    )
+    assert table is not None
+    expected = f"{figures['mini_table']()}\n\n{figures['mini_conditions']()}\n"
+    assert table[1].strip() == expected.strip()
+    assert (ROOT / "results" / "cifar10-mini" / "table.md").read_text() == expected
