@@ -84,6 +84,8 @@ def plant(moment: str) -> None:
         Path.rename = after(2, Path.rename)
     elif moment == "after-metrics":
         RunFolder.append = after(2 * 2 + 2 * 1 + 1, RunFolder.append, late=True)
+    elif moment == "ctrl-c-in-natural":
+        trainer.Trainer.train_step = after(3, step, signal.SIGINT)
     elif moment == "ctrl-c":
         trainer.Trainer.train_step = after(8 + 6, step, signal.SIGINT)
     else:

@@ -91,6 +91,17 @@ def test_ctrl_c_keeps_the_step_and_says_how_to_go_on(undisturbed: Path, tmp_path
     assert files_that_count(run) == files_that_count(undisturbed)
 
 
+def test_a_stopped_natural_start_names_the_run_to_resume(undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ended = disturb("ctrl-c-in-natural", run)
+    assert ended.returncode == 1
+    assert ended.stderr.strip().endswith(f"`cure resume {run}`")
+    status = RunFolder.open(run).status()
+    assert (status["state"], status["phase"]) == ("stopped", "natural start")
+    cure.resume(run, quiet=True)
+    assert files_that_count(run) == files_that_count(undisturbed)
+
+
 def test_a_finished_run_is_left_alone(undisturbed: Path) -> None:
     before = files_that_count(undisturbed)
     cure.resume(undisturbed, quiet=True)

@@ -74,7 +74,7 @@ class Run:
 
 def train(
     recipe: str | Path,
-    overrides: Iterable[str] | Mapping[str, Any] = (),
+    overrides: str | Iterable[str] | Mapping[str, Any] = (),
     *,
     run: str | Path | None = None,
     model: nn.Module | None = None,
@@ -85,7 +85,7 @@ def train(
 
     Args:
         recipe: a name (``cure list recipes``) or the path of a YAML file.
-        overrides: ``["training.epochs=10"]`` or ``{"training.epochs": 10}``.
+        overrides: ``{"training.epochs": 10}``, ``["training.epochs=10"]``, or one such word.
         run: the folder to make; by default the first free ``runs/NAME[-N]``.
         model: your network: images [B, C, H, W] in [0, 1] to logits.  It is copied, not changed;
             training starts from its weights unless the recipe says otherwise.
@@ -103,7 +103,7 @@ def train(
         for key, value in overrides.items():
             override(raw, key, value)
     else:
-        for word in overrides:
+        for word in [overrides] if isinstance(overrides, str) else overrides:
             override(raw, *parse_override(word))
     if model is not None:
         given = {"name": OBJECT + f"{type(model).__module__}.{type(model).__qualname__}"}
@@ -341,7 +341,7 @@ def evaluate(
     data: str | Path | ImageSet | None = None,
     split: Split = "test",
     limit: int | None = None,
-    attacks: Sequence[str] | None = None,
+    attacks: str | Sequence[str] | None = None,
     epsilon: str | float | None = None,
     norm: str | None = None,
     checkpoint: Literal["best", "last"] = "best",
@@ -364,7 +364,8 @@ def evaluate(
         data: images; needed unless the target is a run, which knows its own.
         split: which split; test images are for final figures.
         limit: only the first so many images.
-        attacks: names from ``cure list attacks``; "natural" is implied.
+        attacks: names from ``cure list attacks``, as a list or as "pgd20,cw"; "natural" is
+            implied.
         epsilon: radius of the threat, "8/255" or a number; by default the run's, else 8/255.
         norm: "Linf" or "L2"; by default the run's, else Linf.
         checkpoint: which weights of a run.
@@ -395,6 +396,8 @@ def evaluate(
     else:
         subject = subject_of(target, checkpoint, weights, how)
     config = subject.config
+    if isinstance(attacks, str):
+        attacks = [name.strip() for name in attacks.split(",")]
     if attacks is None:
         attacks = config.evaluation.attacks if config else ("natural", "pgd20", "cw")
     _check_attacks(attacks)

@@ -54,6 +54,7 @@ class Kind(StrEnum):
     recipes = "recipes"
     attacks = "attacks"
     data = "data"
+    settings = "settings"
 
 
 RunOption = Annotated[
@@ -144,7 +145,7 @@ def evaluate(
             data=data,
             split=split.value,
             limit=limit,
-            attacks=None if attacks is None else [a.strip() for a in attacks.split(",")],
+            attacks=attacks,
             epsilon=epsilon,
             norm=norm,
             checkpoint=checkpoint.value,
@@ -180,6 +181,19 @@ def list_(what: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     for name, description in rows:
         # A row a line, whatever the terminal's width, so that grep finds whole rows.
         typer.echo(f"{name:<{width}}  {description}")
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="A name from `cure list recipes`, or a YAML file.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
+    ] = None,
+) -> None:
+    """Print every setting of a recipe as it would run, in YAML."""
+    from cure.recipe import dump, load_recipe
+
+    typer.echo(dump(load_recipe(recipe, settings or [])), nl=False)
 
 
 @app.command()
@@ -244,7 +258,7 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(part) for part in text.strip("[]() ").replace(",", " ").split()]
     except ValueError:
         raise ConfigError(
             f"--{name}: expected numbers such as 0.49,0.48,0.45, got '{text}'"

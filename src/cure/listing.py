@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from cure.attacks.suite import KNOWN
+from cure.config import MethodConfig, RunConfig, Section
 from cure.data import known_sources
 from cure.methods import METHODS
 from cure.models import MODELS
@@ -14,7 +15,12 @@ Rows = list[tuple[str, str]]
 
 
 def listing(kind: str) -> Rows:
-    """Names and descriptions of "methods", "models", "recipes", "attacks" or "data"."""
+    """Names and descriptions of one kind.
+
+    Args:
+        kind: "methods", "models", "recipes", "attacks", "data", or "settings" (keys of a recipe
+            with their defaults).
+    """
     if kind == "methods":
         return [(name, _first_line(METHODS[name])) for name in METHODS.names()]
     if kind == "models":
@@ -27,6 +33,11 @@ def listing(kind: str) -> Rows:
         ]
     if kind == "recipes":
         return [(name, str(read_recipe(name).get("description", ""))) for name in recipe_names()]
+    if kind == "settings":
+        rows = [row for row in _settings(RunConfig, "") if row[0] != "method"]
+        for name in METHODS.names():
+            rows += _settings(METHODS[name].Config, "method.", f"{name}: ")
+        return rows
     if kind == "attacks":
         return [*KNOWN.items(), ("pgdK", "PGD with any number of steps K")]
     return known_sources()
@@ -34,3 +45,29 @@ def listing(kind: str) -> Rows:
 
 def _first_line(thing: object) -> str:
     return (inspect.getdoc(thing) or "").split("\n")[0].replace("``", "")
+
+
+def _settings(section: type[Section], prefix: str, owner: str = "") -> Rows:
+    """Every key below a section of a recipe, with its default and help text."""
+    rows: Rows = []
+    for name, field in section.model_fields.items():
+        inner = _inner_section(field.annotation)
+        if inner is not None:
+            rows += _settings(inner, f"{prefix}{name}.", owner)
+        elif (prefix, name) != ("method.", "name"):
+            default = "" if field.is_required() else f" = {_shown(field.default)}"
+            text = " ".join((field.description or "").replace("``", "").split())
+            rows.append((f"{prefix}{name}{default}", owner + text))
+    return rows
+
+
+def _inner_section(annotation: object) -> type[Section] | None:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    sections = [o for o in options if isinstance(o, type) and issubclass(o, Section)]
+    return sections[0] if sections and sections[0] is not MethodConfig else None
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool) or default is None:
+        return str(default).lower().replace("none", "null")
+    return str(list(default)) if isinstance(default, tuple) else str(default)

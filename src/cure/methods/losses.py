@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,3 +18,70 @@ def kl_divergence(target: Tensor, logits: Tensor) -> Tensor:
         reduction="batchmean",
         log_target=True,
     )
+
+
+def kl_divergence_per_sample(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(target) || softmax(logits)) of each sample, [B]; gradient through both."""
+    return F.kl_div(
+        F.log_softmax(logits, dim=1),
+        F.log_softmax(target, dim=1),
+        reduction="none",
+        log_target=True,
+    ).sum(dim=1)
+
+
+def accuracy(logits: Tensor, label: Tensor) -> Tensor:
+    """Share of samples whose largest logit is the label's, 0-dim, without a graph."""
+    return (logits.detach().argmax(dim=1) == label).float().mean()
+
+
+def boosted_cross_entropy(logits: Tensor, label: Tensor, *, constants: bool = False) -> Tensor:
+    """Cross-entropy plus a margin: also the likeliest wrong class shall be unlikely.
+
+    ``mean_i [- log p_iy - log(1 - max_{k != y} p_ik)]``
+
+    Args:
+        logits: [B, K], of the adversarial images in MART.
+        label: [B].
+        constants: as in the released code, ``- log(1.0001 - max p + 1e-12)``, which bounds the
+            second term by 9.2.  Without them ``1 - p_j`` is the sum of the other probabilities,
+            computed from logits, so it neither rounds to 0 nor needs a bound.
+
+    Source: Wang et al. (MART), ICLR 2020.
+    """
+    rival = logits.scatter(1, label[:, None], -torch.inf).argmax(dim=1, keepdim=True)
+    if constants:
+        probability = F.softmax(logits, dim=1).gather(1, rival)
+        margin = -(1.0001 - probability + 1e-12).log().mean()
+    else:
+        others = logits.scatter(1, rival, -torch.inf)
+        margin = (logits.logsumexp(dim=1) - others.logsumexp(dim=1)).mean()
+    return F.cross_entropy(logits, label) + margin
+
+
+def doubt_weighted_kl(
+    natural: Tensor, adversarial: Tensor, label: Tensor, *, constants: bool = False
+) -> Tensor:
+    """KL to the natural prediction, weighted by how unsure the network is of the natural image.
+
+    ``mean_i (1 - p_iy(x)) KL(p_i(x) || p_i(x_adv))``; gradient through p(x), the weight included,
+    and p(x_adv).
+
+    Args:
+        natural: logits [B, K] of the natural images.
+        adversarial: logits [B, K] of the adversarial images.
+        label: [B].
+        constants: as in the released code, ``1.0000001 - p_iy`` and ``log(p_i(x_adv) + 1e-12)``.
+
+    Source: Wang et al. (MART), ICLR 2020.
+    """
+    if constants:
+        chances = F.softmax(natural, dim=1)
+        logarithms = (F.softmax(adversarial, dim=1) + 1e-12).log()
+        per_sample = F.kl_div(logarithms, chances, reduction="none").sum(dim=1)
+        weight = 1.0000001 - chances.gather(1, label[:, None]).squeeze(1)
+    else:
+        per_sample = kl_divergence_per_sample(natural, adversarial)
+        # 1 - p without the rounding of p to 1.
+        weight = -F.log_softmax(natural, dim=1).gather(1, label[:, None]).squeeze(1).expm1()
+    return (weight * per_sample).mean()

@@ -1,0 +1,82 @@
+"""MART: adversarial training that minds the images the network already gets wrong."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import NonNegativeFloat
+from torch import Tensor
+
+from cure.attacks.objectives import CROSS_ENTROPY
+from cure.config import MethodConfig
+from cure.data.images import Batch
+from cure.methods.base import METHODS, Method, StepOutput
+from cure.methods.losses import accuracy, boosted_cross_entropy, doubt_weighted_kl
+
+
+def mart(
+    natural: Tensor, adversarial: Tensor, label: Tensor, beta: float, *, constants: bool = False
+) -> StepOutput:
+    """``BCE(x_adv) + beta mean (1 - p_y(x)) KL(p(x) || p(x_adv))`` with its parts as metrics.
+
+    Args:
+        natural: logits [B, K] of the natural images.
+        adversarial: logits [B, K] of the adversarial images.
+        label: [B].
+        beta: weight of the second term, the paper's lambda.
+        constants: put the released code's constants into the logarithms and the weight.
+
+    Source: MART, ICLR 2020.
+    """
+    boosted = boosted_cross_entropy(adversarial, label, constants=constants)
+    weighted = doubt_weighted_kl(natural, adversarial, label, constants=constants)
+    loss = boosted + beta * weighted
+    return StepOutput(
+        loss=loss,
+        metrics={
+            "loss": loss.detach(),
+            "boosted_loss": boosted.detach(),
+            "weighted_kl": weighted.detach(),
+            "accuracy": accuracy(natural, label),
+            "robust_accuracy": accuracy(adversarial, label),
+        },
+    )
+
+
+class MartConfig(MethodConfig):
+    """Settings of MART; the defaults are ResNet-18 on CIFAR-10."""
+
+    name: Literal["mart"] = "mart"
+    """MART."""
+    beta: NonNegativeFloat = 5.0
+    """Weight of the KL term, the paper's lambda: 5 for ResNet-18, 6 for WRN-34-10 (released
+    code)."""
+    constants: bool = False
+    """Released code: the constants 1.0001, 1.0000001 and 1e-12 in the logarithms and the weight,
+    which bound the margin term by 9.2."""
+
+
+@METHODS.register("mart")
+class Mart(Method):
+    """``min BCE(x_adv, y) + beta (1 - p_y(x)) KL(p(x) || p(x_adv))``, x_adv climbing CE: MART.
+
+    ``BCE = - log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv))``.  Nothing is detached.
+
+    Costs 12 forward and 12 backward passes with 10 attack steps: the attack's 10 and 10, the
+    loss's two images 2 and 2.
+
+    Source: Wang et al., ICLR 2020.
+    Differs from the released code: its constants are the setting ``constants``.
+    """
+
+    Config = MartConfig
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Boosted cross-entropy and weighted KL of one batch."""
+        draws = self.context.generator("attack", batch.step)
+        adversarial_image = self.context.attack(
+            self.model, batch.image, batch.label, CROSS_ENTROPY, draws
+        )
+        natural, adversarial = self.logits(batch.image), self.logits(adversarial_image)
+        config = self.config
+        return mart(natural, adversarial, batch.label, config.beta, constants=config.constants)
