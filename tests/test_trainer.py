@@ -218,6 +218,42 @@ def test_clipping_limits_the_whole_gradient(tmp_path: Path) -> None:
     assert torch.stack(norms).norm() == pytest.approx(0.001, rel=1e-3)
 
 
+class WithDropout(Plain):
+    """A network that draws random numbers of its own."""
+
+    def __init__(self, model: nn.Module, *arguments: Any) -> None:
+        super().__init__(nn.Sequential(*model, nn.Dropout(0.5)), *arguments)
+
+
+def test_chance_inside_the_network_is_repeated_after_a_restart(tmp_path: Path) -> None:
+    config = config_of("training.checkpoint_every=2")
+    whole = trainer_of(tmp_path / "whole", config, WithDropout)
+    before = torch.get_rng_state()
+    whole.fit()
+    assert torch.equal(torch.get_rng_state(), before), "the caller's generator is untouched"
+
+    part = trainer_of(tmp_path / "part", config, WithDropout)
+    step = part.train_step
+
+    def dies(batch: Batch) -> Any:
+        if batch.step == 7:
+            raise RuntimeError("power cut")
+        return step(batch)
+
+    part.train_step = dies  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="power cut"):
+        part.fit()
+    torch.manual_seed(1234)
+    again = trainer_of(tmp_path / "again", config, WithDropout)
+    again.folder = part.folder
+    again.fit()
+    assert again.method.steps[0] == 6
+    for one, other in zip(
+        whole.method.state_dict().values(), again.method.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 class Exploding(Plain):
     """A loss that is not a number from step 6 on."""
 

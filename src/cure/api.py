@@ -87,8 +87,8 @@ def train(
         recipe: a name (``cure list recipes``) or the path of a YAML file.
         overrides: ``{"training.epochs": 10}``, ``["training.epochs=10"]``, or one such word.
         run: the folder to make; by default the first free ``runs/NAME[-N]``.
-        model: your network: images [B, C, H, W] in [0, 1] to logits.  It is copied, not changed;
-            training starts from its weights unless the recipe says otherwise.
+        model: your network: images [B, C, H, W] in [0, 1] to logits.  It is copied, not changed.
+            Its weights are what ``start: model`` begins with and ``start: natural`` trains first.
         data: what ``data.source`` would say, or images in memory (its training split).
         quiet: print nothing.
 
@@ -110,8 +110,6 @@ def train(
         old = raw.get("model")
         kept = {k: old[k] for k in ("mean", "std") if k in old} if isinstance(old, dict) else {}
         raw["model"] = kept | given
-        if raw.get("start", "natural") in ("natural", "scratch"):
-            raw["start"] = "model"
     if isinstance(data, ImageSet):
         override(raw, "data.source", MEMORY + data.name)
     elif data is not None:
@@ -212,7 +210,7 @@ def _check_start(config: RunConfig) -> None:
     if config.start == "scratch" and not ours:
         raise ConfigError(
             f"start: scratch needs an architecture of `cure list models`; {config.model.name} "
-            "brings its own weights: say start=model"
+            "brings its own weights: say start=model, or start=natural to train it naturally first"
         )
 
 

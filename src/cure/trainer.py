@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
@@ -25,6 +25,7 @@ from cure.engine import Engine
 from cure.errors import CheckpointError, CureError, TrainingStopped
 from cure.methods import Method, Metrics
 from cure.models.weights import save_weights
+from cure.randomness import derive
 from cure.run_folder import RunFolder
 from cure.schedule import rate_factor
 from cure.tracking import Tracker
@@ -91,7 +92,7 @@ class Trainer:
             tracker.start(self.total_steps, self.done)
         self.folder.set_status("running", step=self.done, steps=self.total_steps)
         try:
-            with self._stop_on_signal():
+            with self._stop_on_signal(), self._own_chance():
                 while self.done < self.total_steps:
                     self._train_epoch(self.done // self.steps_per_epoch)
         except TrainingStopped as error:
@@ -134,6 +135,8 @@ class Trainer:
     def train_step(self, batch: Batch) -> Metrics:
         """The method's gradients, the optimiser's step, the method's averages."""
         batch = Batch(self.engine.arrange(batch.image), batch.label, batch.index, batch.step)
+        # For dropout and its like inside the network, which draw from PyTorch's own generator.
+        torch.manual_seed(derive(self.config.seed, "network", batch.step))
         self._set_learning_rate(batch.step)
         out = self.method.step(batch)
         if out.grads is not None:
@@ -326,6 +329,11 @@ class Trainer:
             f"stopped after step {self.done} of {self.total_steps}; "
             f"continue with `cure resume {self.folder.resumed_by}`"
         )
+
+    def _own_chance(self) -> AbstractContextManager[None]:
+        """Give PyTorch's generators back as they were: each step seeds them."""
+        device = self.engine.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
