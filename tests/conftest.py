@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 
+from cure.cli import main
 from cure.data import ImageSet
 
 
@@ -29,3 +34,43 @@ def brightness() -> ImageSet:
 def one_thread() -> None:
     """Tests share a small machine."""
     torch.set_num_threads(1)
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Ended]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs ``cure WORDS`` in this process, which saves importing PyTorch again."""
+
+    def run(*words: object) -> Ended:
+        capsys.readouterr()
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["cure", *map(str, words)])
+        try:
+            main()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        return Ended(status, *capsys.readouterr())
+
+    return run
+
+
+def refused(ended: Ended, *words: str) -> None:
+    """One message, on stderr, that names these words, and status 2."""
+    assert ended.status == 2, ended
+    assert "Traceback" not in ended.err
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("error: ") == 1
+    assert ended.out == ""
+    for word in words:
+        assert word in ended.err, f"'{word}' is not in: {ended.err}"

@@ -10,9 +10,8 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from conftest import Command, refused
 from cure.api import evaluate, resume, train
 from cure.checkpoint import load_state, save_state
-from cure.cli import main
 from cure.data import ImageSet
 from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
 from cure.run_folder import RunFolder
@@ -47,47 +46,11 @@ evaluation: {attacks: [pgd1]}
 """
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Command:
-    """Runs ``cure WORDS`` in this process and in ``tmp_path``."""
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each test works in a folder of its own and knows no data but its own."""
     monkeypatch.delenv("CURE_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-
-    def run(*words: object) -> Ended:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["cure", *map(str, words)])
-        try:
-            main()
-            status = 0
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        return Ended(status, *capsys.readouterr())
-
-    return run
-
-
-def refused(ended: Ended, *words: str) -> None:
-    """One message, on stderr, that names these words."""
-    assert ended.status == 2, ended
-    assert ended.err.startswith("error: ")
-    assert ended.err.count("error: ") == 1
-    assert "Traceback" not in ended.err
-    assert ended.out == ""
-    for word in words:
-        assert word in ended.err, f"'{word}' is not in: {ended.err}"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -638,5 +601,5 @@ def test_a_run_with_images_in_memory_says_what_it_needs(
     assert contents(run) == before
     result = evaluate(run, data=pictures(), attacks=[])
     assert result["natural"]["n"] == 120
-    with pytest.raises(CheckpointError, match="of another shape"):
+    with pytest.raises(ModelError, match="2 logits but the data has 3"):
         evaluate(run, data=pictures(classes=3), attacks=[])

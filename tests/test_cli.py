@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from conftest import Command, refused
 from cure.attacks.suite import KNOWN
-from cure.cli import main
 from cure.config import DataConfig
 from cure.data import load
 from cure.methods import METHODS
@@ -32,35 +31,6 @@ SHRUNK = [
     "training.validation_steps=2",
     "training.tensorboard=false",
 ]
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs ``cure WORDS`` in this process, which saves importing PyTorch again."""
-
-    def run(*words: object) -> Ended:
-        capsys.readouterr()
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["cure", *map(str, words)])
-        try:
-            main()
-            status = 0
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        return Ended(status, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +54,6 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
-
-
-def refused(ended: Ended, *words: str) -> None:
-    assert ended.status == 2, ended
-    assert "Traceback" not in ended.err
-    assert ended.err.startswith("error: ")
-    assert ended.out == ""
-    for word in words:
-        assert word in ended.err
 
 
 # Help and lists.

@@ -20,7 +20,7 @@ from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStoppe
 from cure.evaluation import Progress, Result, check_outputs, measure, silent
 from cure.methods import METHODS, Context, Method
 from cure.methods.averaging import Averaged
-from cure.models import MODELS, describe, load_weights
+from cure.models import describe, load_weights
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.run_folder import RunFolder, environment, write_json
 from cure.subject import (
@@ -206,11 +206,10 @@ def _limited(images: ImageSet, config: DataConfig) -> ImageSet:
 
 
 def _check_start(config: RunConfig) -> None:
-    ours = config.model.name in MODELS
-    if config.start == "scratch" and not ours:
+    if config.start == "scratch" and config.model.name.startswith("hf:"):
         raise ConfigError(
-            f"start: scratch needs an architecture of `cure list models`; {config.model.name} "
-            "brings its own weights: say start=model, or start=natural to train it naturally first"
+            f"start: scratch does not fit {config.model.name}, which comes with trained weights: "
+            "say start=model, or start=natural to train it naturally first"
         )
 
 
@@ -300,7 +299,7 @@ def natural_config(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "name": f"{config.name}-natural",
-            "start": "scratch" if config.model.name in MODELS else "model",
+            "start": "model",
             "method": METHODS["natural"].Config(name="natural"),
             "training": training,
         }

@@ -89,9 +89,11 @@ def resume(
     from cure.api import resume as go_on
     from cure.run_folder import RunFolder
 
-    if RunFolder.open(run).status()["state"] == "finished":
+    finished = RunFolder.open(run).status()["state"] == "finished"
+    done = go_on(run, quiet=quiet)
+    if finished:
         err.print(f"{run} had already finished; nothing was changed", markup=False)
-    _print_ended(go_on(run, quiet=quiet).path)
+    _print_ended(done.path)
 
 
 @app.command()

@@ -325,9 +325,9 @@ class RunConfig(Section):
     model: ModelConfig
     """Network."""
     start: str = "natural"
-    """Weights at the beginning: ``natural`` trains naturally first; ``scratch`` keeps the random
-    initialisation; ``model`` keeps the weights the model was built with (hub models, your own);
-    anything else is the path of a checkpoint or run folder."""
+    """Weights at the beginning: ``natural`` trains naturally first; ``model`` or ``scratch`` keep
+    those the model is built with (trained ones for hub models, random ones otherwise); anything
+    else is the path of a checkpoint or run folder."""
     natural: NaturalConfig = NaturalConfig()
     """The natural training of ``start: natural``."""
     threat: ThreatConfig = ThreatConfig()
