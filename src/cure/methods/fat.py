@@ -43,11 +43,11 @@ class FatConfig(MethodConfig):
     tau: NonNegativeInt = 0
     """Steps that a misclassified image may still take, at the beginning of the run."""
     tau_rises: tuple[Share, ...] | None = None
-    """Shares of the run at which tau grows by one; by default those of the form's released code:
+    """Shares of the run after which tau grows by one; by default those of the form's released code:
     epochs 50, 90 of 120; 30, 50, 70 of 85; 20, 40, 60, 80 of 90.  Empty: tau stays."""
     omega: NonNegativeFloat = 0.0
-    """Standard deviation of noise after every attack step (Algorithm 1: none; released code: 0.001
-    in the form ``ce``).  Only 0 is offered so far."""
+    """Standard deviation of normal noise added after every attack step (released code: 0.001 in the
+    form ``ce``, else 0).  Only 0 is offered so far."""
 
     @field_validator("omega")
     @classmethod
@@ -61,7 +61,7 @@ class FatConfig(MethodConfig):
     def tau_at(self, epoch: int, epochs: int) -> int:
         """Tau in epoch number ``epoch`` (0 the first) of a run of ``epochs``."""
         rises = RISES[self.form] if self.tau_rises is None else self.tau_rises
-        return self.tau + sum(epoch >= round(share * epochs) for share in rises)
+        return self.tau + sum(epoch / epochs >= share for share in rises)
 
 
 @METHODS.register("fat")
@@ -73,14 +73,15 @@ class Fat(Method):
     Tau, the number left at the start, grows over the run; tau at the number of attack steps is the
     plain method.
 
-    Costs, with 10 attack steps, at most what the plain method does: 11 forward and 11 backward
-    passes (``ce``), 13 and 12 (``trades``), 12 and 12 (``mart``).  Images that have stopped stay in
-    their batch, so it is not less.
+    Costs what the plain method costs, with 10 attack steps 11 forward and 11 backward passes
+    (``ce``), 13 and 12 (``trades``), 12 and 12 (``mart``): images that have stopped stay in their
+    batch.
 
     Source: Zhang et al., ICML 2020, Algorithm 1.
     Differs from the released code: keeps the order of the samples; one natural forward pass less
     in the forms ``ce`` and ``mart``, whose attack does not compare with it; natural before
-    adversarial images in the form ``mart``; no noise after the steps (``omega``).
+    adversarial images in the form ``mart``; no noise after the steps (``omega``); a random start
+    is projected on the ball.
     """
 
     Config = FatConfig

@@ -82,6 +82,6 @@ def doubt_weighted_kl(
         weight = 1.0000001 - chances.gather(1, label[:, None]).squeeze(1)
     else:
         per_sample = kl_divergence_per_sample(natural, adversarial)
-        # 1 - p without the rounding of p to 1.
-        weight = -F.log_softmax(natural, dim=1).gather(1, label[:, None]).squeeze(1).expm1()
+        # The other probabilities, where 1 - p would lose its digits to a p near 1.
+        weight = F.softmax(natural, dim=1).scatter(1, label[:, None], 0).sum(dim=1)
     return (weight * per_sample).mean()

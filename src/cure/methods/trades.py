@@ -24,7 +24,7 @@ def trades(natural: Tensor, adversarial: Tensor, label: Tensor, beta: float) -> 
         label: [B].
         beta: weight of the KL term, whose gradient flows through both predictions.
 
-    Source: TRADES, ICML 2019, Eq. 5 (beta is its 1 / lambda).
+    Source: TRADES, ICML 2019 (beta is its 1 / lambda).
     """
     natural_loss = F.cross_entropy(natural, label)
     adversarial_loss = kl_divergence(natural, adversarial)
@@ -58,7 +58,7 @@ class Trades(Method):
     Costs 13 forward and 12 backward passes with 10 attack steps: the natural logits that the
     attack compares with 1, its steps 10, the loss's two images 2 and 2.
 
-    Source: Zhang et al., ICML 2019, Eq. 5 and Algorithm 1.
+    Source: Zhang et al., ICML 2019, Algorithm 1.
     Differs from the released code: that computes the natural logits again at every attack step
     (23 forward passes) and twice in the loss, so that BatchNorm sees x twice and x_adv once.
     """
