@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=results/cifar10-mini
+mkdir -p $out
 for seed in "${@:-0}"; do
   run=runs/cifar10-mini-seed$seed
   if [ -e "$run" ]; then cure resume "$run"; else
