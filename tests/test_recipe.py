@@ -149,3 +149,12 @@ def test_every_field_has_a_help_text() -> None:
                 fields(kind)
 
     fields(RunConfig)
+
+
+def test_a_bare_name_stands_for_a_section() -> None:
+    config = load_recipe(
+        "digits",
+        ["method=trades", "method.beta=3", "model=resnet10", "training.schedule=constant"],
+    )
+    assert (config.method.name, config.method.beta) == ("trades", 3)  # type: ignore[attr-defined]
+    assert (config.model.name, config.training.schedule.name) == ("resnet10", "constant")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
@@ -94,6 +95,11 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+
+def _by_name(section: object) -> object:
+    """A bare name, ``model: resnet18``, for a section with that name."""
+    return {"name": section} if isinstance(section, str) else section
 
 
 class AugmentConfig(Section):
@@ -256,7 +262,7 @@ class TrainingConfig(Section):
     """Images a step; an incomplete last batch is left out."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: Annotated[ScheduleConfig, BeforeValidator(_by_name)] = ScheduleConfig()
     """The learning rate over time."""
     clip_norm: PositiveFloat | None = None
     """Scale the whole gradient down to this Euclidean norm when it is longer."""
@@ -296,7 +302,7 @@ class NaturalConfig(Section):
     """Peak learning rate."""
     weight_decay: NonNegativeFloat | None = None
     """L2 penalty."""
-    schedule: ScheduleConfig | None = None
+    schedule: Annotated[ScheduleConfig | None, BeforeValidator(_by_name)] = None
     """Learning rate over the natural run."""
 
 
@@ -322,7 +328,7 @@ class RunConfig(Section):
     """Seed of everything random in the run."""
     data: DataConfig
     """Images."""
-    model: ModelConfig
+    model: Annotated[ModelConfig, BeforeValidator(_by_name)]
     """Network."""
     start: str = "natural"
     """Weights at the beginning: ``natural`` trains naturally first; ``model`` or ``scratch`` keep

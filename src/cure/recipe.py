@@ -121,6 +121,9 @@ def override(raw: Raw, key: str, value: object) -> None:
         inner = raw.setdefault(section, {})
         if inner is None:
             inner = raw[section] = {}
+        if isinstance(inner, str):
+            # `method=trades method.beta=3`: a name stands for a section with that name.
+            inner = raw[section] = {"name": inner}
         if not isinstance(inner, dict):
             raise ConfigError(f"{key}: '{section}' is a value, not a section with keys")
         raw = inner

@@ -429,3 +429,27 @@ def test_gaussian_start_is_projected_on_a_smaller_ball():
         generator=torch.Generator().manual_seed(0),
     )
     assert (changed - image).abs().max().item() == pytest.approx(1e-4)
+
+
+def test_noise_after_a_step_is_what_the_generator_draws_and_is_projected() -> None:
+    """A flat objective leaves the noise alone to move the image."""
+    image = torch.full((2, 1, 3, 3), 0.5)
+    options: dict[str, object] = {"steps": 1, "step_size": 0.0, "noise": 0.2}
+    moved = perturb(
+        lambda x: x.flatten(1),
+        lambda logits: logits.sum(dim=1),
+        image,
+        Threat("Linf", 0.1),
+        generator=torch.Generator().manual_seed(3),
+        **options,  # type: ignore[arg-type]
+    )
+    drawn = torch.randn(image.shape, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(moved, 0.5 + (0.2 * drawn).clamp(-0.1, 0.1))
+    with pytest.raises(ValueError, match="give a generator"):
+        perturb(
+            lambda x: x.flatten(1),
+            lambda logits: logits.sum(dim=1),
+            image,
+            Threat("Linf", 0.1),
+            **options,  # type: ignore[arg-type]
+        )

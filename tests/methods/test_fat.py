@@ -238,10 +238,21 @@ def test_passes_of_a_step(form, expected):
     assert int(method.model.bn1.num_batches_tracked) == (1 if form == "ce" else 2)
 
 
-def test_noise_after_the_steps_is_refused_clearly():
-    assert FatConfig(omega=0.0).omega == 0
-    with pytest.raises(ValidationError, match="not offered yet; leave omega at 0"):
-        FatConfig(omega=0.001)
+def test_noise_after_the_steps_reaches_the_attack():
+    with pytest.raises(ValidationError):
+        FatConfig(omega=-0.001)
+    silent, noisy = [], []
+    for omega, seen in ((0.0, silent), (0.01, noisy)):
+        method = build("fat", omega=omega)
+        attack = method.context.attack
+
+        def spy(*arguments, seen=seen, attack=attack, **options):
+            seen.append(attack(*arguments, **options))
+            return seen[-1]
+
+        method.context = replace(method.context, attack=spy)
+        method.step(batch())
+    assert not torch.equal(silent[0], noisy[0])
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,16 @@ class Objective:
         return self.function(logits, label, natural)
 
 
+def kl_divergence_per_sample(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(target) || softmax(logits)) of each sample, [B]; gradient through both."""
+    return F.kl_div(
+        F.log_softmax(logits, dim=1),
+        F.log_softmax(target, dim=1),
+        reduction="none",
+        log_target=True,
+    ).sum(dim=1)
+
+
 def cross_entropy(logits: Tensor, label: Tensor, natural: Tensor | None = None) -> Tensor:
     """Cross-entropy of each sample, [B]. Source: Madry et al., ICLR 2018."""
     return F.cross_entropy(logits, label, reduction="none")
@@ -37,12 +47,7 @@ def kl_to_natural(logits: Tensor, label: Tensor, natural: Tensor | None) -> Tens
     Source: Zhang et al. (TRADES), ICML 2019; CURE, ICLR 2024, Eq. 4.
     """
     assert natural is not None
-    return F.kl_div(
-        F.log_softmax(logits, dim=1),
-        F.log_softmax(natural, dim=1),
-        reduction="none",
-        log_target=True,
-    ).sum(dim=1)
+    return kl_divergence_per_sample(natural, logits)
 
 
 def margin(

@@ -76,6 +76,7 @@ def perturb(
     epsilon: float | Tensor | None = None,
     label: Tensor | None = None,
     patience: int | Tensor | None = None,
+    noise: float = 0.0,
 ) -> Tensor:
     """Climb ``objective(forward(x))`` from ``image``, never leaving the ball or [0, 1].
 
@@ -95,6 +96,8 @@ def perturb(
         patience: early stop a sample (Zhang et al., FAT, ICML 2020): how many more steps an
             already misclassified sample may take; it stops when it is misclassified with none
             left.  The test precedes the step, so 0 leaves a sample that starts misclassified.
+        noise: standard deviation of normal noise added after each step, before the projection
+            (FAT's omega); needs ``generator``.
 
     Returns:
         [B, C, H, W], detached, in the order of ``image``.
@@ -104,6 +107,8 @@ def perturb(
     """
     if patience is not None and label is None:
         raise ValueError("an early stop needs labels: give label together with patience")
+    if noise and generator is None:
+        raise ValueError("noise after the steps draws random numbers: give a generator")
     image = image.detach()
     length = per_sample(step_size, image)
     budget = torch.as_tensor(steps, device=image.device)
@@ -120,6 +125,10 @@ def perturb(
             (gradient,) = torch.autograd.grad(objective(logits).sum(), x)
         x = x.detach()
         moved = x + length * threat.steepest(gradient)
+        if noise:
+            moved = moved + noise * torch.randn(
+                x.shape, generator=generator, device=x.device, dtype=x.dtype
+            )
         moved = (image + threat.project(moved - image, epsilon)).clamp(0, 1)
         if not selective:
             x = moved
@@ -166,6 +175,7 @@ class Attack:
         step_size: float | Tensor | None = None,
         epsilon: float | Tensor | None = None,
         patience: int | Tensor | None = None,
+        noise: float = 0.0,
     ) -> Tensor:
         """Adversarial images for one batch [B, C, H, W]; the keywords replace the run's settings.
 
@@ -194,4 +204,5 @@ class Attack:
                 epsilon=epsilon,
                 label=label,
                 patience=patience,
+                noise=noise,
             )

@@ -24,7 +24,7 @@ from cure.data.images import Batch
 from cure.engine import Grads
 from cure.errors import ConfigError
 from cure.methods.base import METHODS, Context, Method, Metrics, StepOutput
-from cure.methods.losses import kl_divergence
+from cure.methods.losses import accuracy, kl_divergence
 from cure.methods.revision import RevisionConfig, RevisionModel
 
 Scope = Literal["layer", "global"]
@@ -258,8 +258,8 @@ class Cure(Method):
                 "natural_loss": natural_loss.detach(),
                 "adversarial_loss": term.detach(),
                 "consistency": consistency.detach(),
-                "accuracy": (natural.detach().argmax(dim=1) == label).float().mean(),
-                "robust_accuracy": (adversarial.detach().argmax(dim=1) == label).float().mean(),
+                "accuracy": accuracy(natural, label),
+                "robust_accuracy": accuracy(adversarial, label),
                 "conserved": self._share(masks),
             },
         )

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import nn
 
 from cure.attacks.objectives import CROSS_ENTROPY, KL
@@ -47,16 +46,7 @@ class FatConfig(MethodConfig):
     epochs 50, 90 of 120; 30, 50, 70 of 85; 20, 40, 60, 80 of 90.  Empty: tau stays."""
     omega: NonNegativeFloat = 0.0
     """Standard deviation of normal noise added after every attack step (released code: 0.001 in the
-    form ``ce``, else 0).  Only 0 is offered so far."""
-
-    @field_validator("omega")
-    @classmethod
-    def _no_noise(cls, omega: float) -> float:
-        if omega:
-            raise PydanticCustomError(
-                "omega", "noise after the attack's steps is not offered yet; leave omega at 0"
-            )
-        return omega
+    form ``ce``, else 0)."""
 
     def tau_at(self, epoch: int, epochs: int) -> int:
         """Tau in epoch number ``epoch`` (0 the first) of a run of ``epochs``."""
@@ -80,8 +70,8 @@ class Fat(Method):
     Source: Zhang et al., ICML 2020, Algorithm 1.
     Differs from the released code: keeps the order of the samples; one natural forward pass less
     in the forms ``ce`` and ``mart``, whose attack does not compare with it; natural before
-    adversarial images in the form ``mart``; no noise after the steps (``omega``); a random start
-    is projected on the ball.
+    adversarial images in the form ``mart``; noise after the steps (``omega``) by setting; a random
+    start is projected on the ball.
     """
 
     Config = FatConfig
@@ -100,7 +90,7 @@ class Fat(Method):
         image, label, config = batch.image, batch.label, self.config
         draws = self.context.generator("attack", batch.step)
         friendly_image = self.context.attack(
-            self.model, image, label, self.objective, draws, patience=self.tau
+            self.model, image, label, self.objective, draws, patience=self.tau, noise=config.omega
         )
         if config.form == "ce":
             friendly = self.logits(friendly_image)

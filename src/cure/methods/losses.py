@@ -6,28 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cure.attacks.objectives import kl_divergence_per_sample
+
 
 def kl_divergence(target: Tensor, logits: Tensor) -> Tensor:
     """Batch mean of KL(softmax(target) || softmax(logits)), both [B, K]; gradient through both.
 
     ``mean_i sum_k p_ik (log p_ik - log q_ik)``; detach ``target`` where it is to be fixed.
     """
-    return F.kl_div(
-        F.log_softmax(logits, dim=1),
-        F.log_softmax(target, dim=1),
-        reduction="batchmean",
-        log_target=True,
-    )
-
-
-def kl_divergence_per_sample(target: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(target) || softmax(logits)) of each sample, [B]; gradient through both."""
-    return F.kl_div(
-        F.log_softmax(logits, dim=1),
-        F.log_softmax(target, dim=1),
-        reduction="none",
-        log_target=True,
-    ).sum(dim=1)
+    return kl_divergence_per_sample(target, logits).mean()
 
 
 def accuracy(logits: Tensor, label: Tensor) -> Tensor:

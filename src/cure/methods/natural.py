@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Method, StepOutput
+from cure.methods.losses import accuracy
 
 
 class NaturalConfig(MethodConfig):
@@ -33,5 +34,5 @@ class Natural(Method):
         """Mean cross-entropy of the batch."""
         logits = self.logits(batch.image)
         loss = F.cross_entropy(logits, batch.label)
-        accuracy = (logits.detach().argmax(dim=1) == batch.label).float().mean()
-        return StepOutput(loss=loss, metrics={"loss": loss.detach(), "accuracy": accuracy})
+        metrics = {"loss": loss.detach(), "accuracy": accuracy(logits, batch.label)}
+        return StepOutput(loss=loss, metrics=metrics)
