@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
 
 from cure.cli import main
 from cure.data import ImageSet
-
-
-def bright_or_dark(count: int = 96, split: str = "train", classes: int = 2) -> ImageSet:
-    """Grey 8x8 images whose brightness tells their class, with noise: learnt in a few steps."""
-    draws = torch.Generator().manual_seed(count)
-    label = torch.arange(count) % classes
-    level = 40 + 170 * label.float() / (classes - 1)
-    noise = 25 * torch.randn((count, 1, 8, 8), generator=draws)
-    image = (level[:, None, None, None] + noise).clamp(0, 255).to(torch.uint8)
-    names = tuple(f"level {number}" for number in range(classes))
-    return ImageSet(image, label, names, "brightness", split)
+from helpers import Command, Ended, bright_or_dark
 
 
 @pytest.fixture
@@ -34,17 +22,6 @@ def brightness() -> ImageSet:
 def one_thread() -> None:
     """Tests share a small machine."""
     torch.set_num_threads(1)
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -63,14 +40,3 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Ended(status, *capsys.readouterr())
 
     return run
-
-
-def refused(ended: Ended, *words: str) -> None:
-    """One message, on stderr, that names these words, and status 2."""
-    assert ended.status == 2, ended
-    assert "Traceback" not in ended.err
-    assert ended.err.startswith("error: ")
-    assert ended.err.count("error: ") == 1
-    assert ended.out == ""
-    for word in words:
-        assert word in ended.err, f"'{word}' is not in: {ended.err}"

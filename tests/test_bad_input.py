@@ -20,12 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import Command, refused
 from cure.api import evaluate, resume, train
 from cure.checkpoint import load_state, save_state
 from cure.data import ImageSet
 from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
 from cure.run_folder import RunFolder
+from helpers import Command, refused
 
 RECIPE = """\
 name: tiny

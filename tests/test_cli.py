@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from conftest import Command, refused
 from cure.attacks.suite import KNOWN
 from cure.config import DataConfig
 from cure.data import load
 from cure.methods import METHODS
 from cure.models import MODELS
 from cure.recipe import recipe_names
+from helpers import Command, refused
 
 SHRUNK = [
     "training.epochs=2",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import cure
 from cure.api import evaluate
 from cure.attacks import Threat
-from cure.attacks.suite import AUTOATTACK, EvaluationAttack, Outcome, evaluation_attack
+from cure.attacks.suite import AUTOATTACK, EvaluationAttack, Outcome, PlainLayout, evaluation_attack
 from cure.data import ImageSet
 from cure.engine import Engine
 from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
@@ -778,3 +778,17 @@ def test_a_network_without_images_and_weights_that_do_not_fit(tmp_path: Path) ->
     torch.save(linear(torch.zeros(3, 16), torch.zeros(3)).state_dict(), tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="of another shape"):
         evaluate(model, data=images, weights=tmp_path / "other.pt")
+
+
+def test_autoattack_sees_gradients_in_the_layout_it_can_reshape() -> None:
+    """With the channel innermost its check for zero gradients fails on ``grad.view``."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+    network = network.to(memory_format=torch.channels_last)
+    gradients = []
+    for model in (network, PlainLayout(network)):
+        image = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        image.requires_grad_(True)
+        gradients.append(torch.autograd.grad(model(image)[:, 0].sum(), image)[0])
+    assert torch.equal(gradients[0], gradients[1])
+    assert not gradients[0].is_contiguous(), "else the wrapper is not needed any more"
+    assert gradients[1].is_contiguous()

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cure
-from conftest import bright_or_dark
 from cure import data
 from cure.attacks import Attack, Threat
 from cure.config import AveragingConfig, MethodConfig, RunConfig
@@ -25,6 +24,7 @@ from cure.models import read_weights
 from cure.recipe import load_recipe
 from cure.run_folder import RunFolder
 from cure.trainer import Totals, Trainer, holding
+from helpers import bright_or_dark
 
 
 class Plain(Method):

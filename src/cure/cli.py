@@ -28,7 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make an image classifier withstand adversarial changes and keep its natural accuracy.",
 )
-out, err = Console(), Console(stderr=True)
+# Written to a file or a pipe, a table keeps its rows whole.
+out = Console() if sys.stdout.isatty() else Console(width=160)
+err = Console(stderr=True)
 
 
 class Checkpoint(StrEnum):

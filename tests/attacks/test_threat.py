@@ -176,7 +176,7 @@ def test_distance_by_hand(norm):
 
 def test_a_number_a_sample_broadcasts_over_the_image():
     like = torch.zeros(2, 3, 4, 4)
-    assert per_sample(0.5, like).shape == ()
+    assert per_sample(0.5, like) == 0.5
     spread = per_sample(torch.tensor([1.0, 2.0]), like)
     assert spread.shape == (2, 1, 1, 1)
     assert spread.flatten().tolist() == [1.0, 2.0]

@@ -111,14 +111,14 @@ def perturb(
         raise ValueError("noise after the steps draws random numbers: give a generator")
     image = image.detach()
     length = per_sample(step_size, image)
-    budget = torch.as_tensor(steps, device=image.device)
     left = None
     if patience is not None:
         left = torch.as_tensor(patience, device=image.device).expand(image.shape[0]).clone()
     alive = torch.ones(image.shape[0], dtype=torch.bool, device=image.device)
-    selective = patience is not None or budget.dim() > 0
+    selective = patience is not None or isinstance(steps, Tensor)
+    most = int(steps.max()) if isinstance(steps, Tensor) else steps
     x = starting_point(image, threat, start, generator, epsilon)
-    for step in range(int(budget.max())):
+    for step in range(most):
         x.requires_grad_(True)
         with torch.enable_grad():
             logits = forward(x)
@@ -138,8 +138,8 @@ def perturb(
             wrong = logits.detach().argmax(dim=1).ne(label)
             alive &= ~(wrong & (left == 0))
             left = left - wrong.to(left.dtype)
-        go = alive & (step < budget)
-        x = torch.where(per_sample(go, image).bool(), moved, x)
+        go = alive if not isinstance(steps, Tensor) else alive & (step < steps.to(alive.device))
+        x = torch.where(go.reshape(-1, *[1] * (x.dim() - 1)), moved, x)
     return x.detach()
 
 

@@ -103,6 +103,26 @@ CW = EvaluationAttack(
 AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
+class PlainLayout(nn.Module):
+    """A network whose input gradients are laid out channel by channel.
+
+    AutoAttack reshapes gradients in a way that fails on images stored with the channel innermost.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        # A copy, so that the hook sees the gradient that comes out of the network.
+        inside = image.clone()
+        if inside.requires_grad:
+            inside.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
+        logits: Tensor = self.model(inside)
+        return logits
+
+
 def _autoattack(
     model: nn.Module, image: Tensor, label: Tensor, threat: Threat, seed: int, number: int
 ) -> Outcome:
@@ -111,6 +131,7 @@ def _autoattack(
 
     with torch.no_grad():
         classes = model(image[:1]).shape[1]
+    image = image.contiguous()
     adversarial = image.clone()
     standing = torch.arange(len(label), device=image.device)
     parts: dict[str, int] = {}
@@ -119,7 +140,7 @@ def _autoattack(
     # It seeds PyTorch's global generator and calls backward: lend it the model and the generator.
     with crafting(model), torch.random.fork_rng(devices=devices):
         suite = AutoAttack(
-            model,
+            PlainLayout(model),
             norm=threat.norm,
             eps=threat.epsilon,
             seed=derive(seed, "autoattack", number) % 2**31,

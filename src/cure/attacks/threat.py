@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 
-def per_sample(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number, or one number a sample [B], as a tensor that broadcasts over ``like`` [B, ...]."""
-    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    return tensor.reshape(-1, *[1] * (like.dim() - 1)) if tensor.dim() else tensor
+def per_sample(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number as it is, or one number a sample [B] so that it broadcasts over ``like`` [B, ...].
+
+    A plain number stays one: as a tensor it would have to be copied to a GPU at every step.
+    """
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.to(like).reshape(-1, *[1] * (like.dim() - 1))
 
 
 def l2_norm(change: Tensor) -> Tensor:
@@ -37,7 +41,9 @@ class Threat:
         """The nearest change [B, ...] inside the ball; ``epsilon`` may be one number a sample."""
         radius = per_sample(self.epsilon if epsilon is None else epsilon, change)
         if self.norm == "Linf":
-            return torch.minimum(torch.maximum(change, -radius), radius)
+            if isinstance(radius, Tensor):
+                return torch.minimum(torch.maximum(change, -radius), radius)
+            return change.clamp(-radius, radius)
         # The small number only guards 0/0: a change of length 0 stays 0.
         return change * (radius / l2_norm(change).clamp_min(1e-12)).clamp_max(1.0)
 
