@@ -95,7 +95,19 @@ def mini_curves(target: Path) -> None:
     figure.savefig(target, metadata={"Date": None})
 
 
+def insert(document: Path, text: str) -> None:
+    """Put the table between the document's two marks."""
+    whole = document.read_text(encoding="utf-8")
+    before, rest = whole.split("cifar10-mini/table.md -->\n", 1)
+    _, after = rest.split("<!-- end -->", 1)
+    middle = f"cifar10-mini/table.md -->\n{text}<!-- end -->"
+    document.write_text(before + middle + after, encoding="utf-8")
+
+
 if __name__ == "__main__":
     mini_curves(MINI / "curves.svg")
-    (MINI / "table.md").write_text(f"{mini_table()}\n\n{mini_conditions()}\n", encoding="utf-8")
-    print((MINI / "table.md").read_text(encoding="utf-8"))
+    table = f"{mini_table()}\n\n{mini_conditions()}\n"
+    (MINI / "table.md").write_text(table, encoding="utf-8")
+    for document in (HERE / "README.md", HERE.parent / "README.md"):
+        insert(document, table)
+    print(table)

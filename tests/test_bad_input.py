@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -23,7 +22,7 @@ from torch import nn
 from cure.api import evaluate, resume, train
 from cure.checkpoint import load_state, save_state
 from cure.data import ImageSet
-from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
+from cure.errors import CheckpointError, ConfigError, DataError, ModelError
 from cure.run_folder import RunFolder
 from helpers import Command, refused
 
@@ -133,7 +132,7 @@ SETTINGS: dict[str, tuple[list[str], list[str]]] = {
     "no equals": (["digits", "training.epochs"], ["key=value", "'training.epochs'"]),
     "no key": (["digits", "=3"], ["key=value"]),
     "value is no YAML": (["digits", "name=[1"], ["not valid YAML"]),
-    "inside a value": (["digits", "start.deeper=1"], ["'start' is a value"]),
+    "inside a value": (["digits", "training.epochs.deeper=1"], ["'epochs' is a value"]),
     "epsilon 0": (["digits", "threat.epsilon=0"], ["threat.epsilon", "above 0"]),
     "epsilon negative": (["digits", "threat.epsilon=-8/255"], ["above 0", "-8/255"]),
     "epsilon 1/0": (["digits", "threat.epsilon=1/0"], ["1/0", "divides by zero"]),
@@ -233,15 +232,18 @@ def test_recipes_that_extend_each_other(command: Command, tmp_path: Path) -> Non
     refused(command("train", "one.yaml"), "extend")
 
 
-def test_a_model_section_that_is_none_with_a_model_given(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("section", ["[small_cnn]", "3", "null"])
+def test_a_model_section_that_is_none_gives_way_to_a_model(
+    section: str, recipe: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mine.yaml").write_text(
-        recipe.read_text().replace("{name: small_cnn, options: {width: 2}}", "small_cnn")
+        recipe.read_text().replace("{name: small_cnn, options: {width: 2}}", section)
     )
     with pytest.raises(ConfigError, match="model"):
         train(tmp_path / "mine.yaml", run=tmp_path / "new", quiet=True)
+    assert not (tmp_path / "new").exists()
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
-    with contextlib.suppress(CureError):  # Taking the network alone would be as good.
-        train(tmp_path / "mine.yaml", run=tmp_path / "new", model=net, quiet=True)
+    assert train(tmp_path / "mine.yaml", run=tmp_path / "new", model=net, quiet=True).metrics
 
 
 @pytest.mark.parametrize(

@@ -500,7 +500,7 @@ def test_autoattack_works_with_few_classes(classes: int) -> None:
 
 def test_autoattack_says_that_three_classes_are_too_few() -> None:
     model, images, _, _ = linear_case(3, 0.05)
-    with pytest.raises(ModelError, match=r"at least 4 classes.*the model has 3.*pgd100 and cw"):
+    with pytest.raises(ModelError, match=r"at least 4 classes, the data has 3.*pgd100 and cw"):
         measure(model, images, ["autoattack"], Threat("Linf", 0.05), engine=ENGINE)
 
 
@@ -579,6 +579,7 @@ def test_evaluate_a_module_on_images_in_memory() -> None:
         "split": "test",
         "n": len(images),
         "classes": ["0", "1"],
+        "classes_present": 2,
         "size": [1, 4, 4],
     }
     assert model.training

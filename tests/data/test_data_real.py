@@ -50,8 +50,8 @@ def test_cifar10_test_and_limit(real_data) -> None:
 
 
 def test_a_folder_reads_like_the_short_name(real_data) -> None:
-    by_name = load(DataConfig(source="cifar10", limit=20), "train")
-    by_path = load(DataConfig(source=str(real_data / "cifar10"), limit=20), "train")
+    by_name = load(DataConfig(source="cifar10", limit=60), "train")
+    by_path = load(DataConfig(source=str(real_data / "cifar10"), limit=60), "train")
     assert torch.equal(by_name.image, by_path.image)
     assert by_path.name == "cifar10"
 
