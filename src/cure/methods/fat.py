@@ -56,7 +56,7 @@ class FatConfig(MethodConfig):
 
 @METHODS.register("fat")
 class Fat(Method):
-    """The loss of AT, TRADES or MART on images whose attack stops early: friendly training, FAT.
+    """Friendly adversarial training (FAT): AT, TRADES or MART with an attack that stops early.
 
     Before each attack step the network looks at each image: one that is misclassified stops for
     good when it has no step left, else it has one less left and goes on like one that is right.
