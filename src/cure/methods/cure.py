@@ -168,7 +168,9 @@ class CureConfig(MethodConfig):
 
 @METHODS.register("cure")
 class Cure(Method):
-    """CURE (conserve, update, revise); one step, in the order of Algorithm 1:
+    """CURE: conserve, update, revise.
+
+    One step, in the order of Algorithm 1:
 
     1. ``x_adv``: climb KL(p(x) || p(x_adv)) from x with the network in training.
     2. ``CE(x)`` and ``CE(x_adv)``, whose gradients make the prominence.
