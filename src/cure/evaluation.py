@@ -35,7 +35,10 @@ def wilson(correct: int, count: int, z: float = 1.959963984540054) -> tuple[floa
     share = correct / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+    # At the ends the limit is exact; rounding would leave 4e-17 in its place.
+    low = 0.0 if correct == 0 else centre - half
+    high = 1.0 if correct == count else centre + half
+    return 100 * low, 100 * high
 
 
 def nrr(natural: float, robust: float) -> float:
