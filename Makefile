@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # --no-deps: its metadata pins a requests release from 2020; what it needs is in the dev extra.
 TORCHATTACKS ?= torchattacks==3.5.1
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check mini third-party clean
 
 setup: $(VENV)/.ready
 
@@ -28,6 +28,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The figures in results/.  CURE_DATA names the folder that holds cifar10/; what is done is skipped.
+mini: setup
+	PATH="$(abspath $(BIN)):$$PATH" results/run_mini.sh 0
+
+third-party: setup
+	PATH="$(abspath $(BIN)):$$PATH" results/run_third_party.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
