@@ -61,7 +61,8 @@ class StepOutput:
         grads: finished gradients by parameter name.
         frozen: by parameter name, True where the optimiser must not move a weight at all, neither
             by the gradient nor by momentum or weight decay.
-        metrics: detached 0-dim tensors; averaged over the epoch, read only when it ends.
+        metrics: detached 0-dim tensors, ``loss`` among them; averaged over the epoch and read only
+            when it ends.
     """
 
     loss: Tensor | None = None
