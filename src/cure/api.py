@@ -232,7 +232,6 @@ def _carry_out(
     prepared: Prepared,
     model: nn.Module | None,
     quiet: bool,
-    title: str = "",
 ) -> None:
     """Train in ``folder`` from wherever it is, its natural start first."""
     with folder.lock():
@@ -243,7 +242,7 @@ def _carry_out(
         engine, settings = prepared.engine, config.training
         engine.place(network)
         method = _method(config, prepared)
-        trackers: list[Tracker] = [] if quiet else [TerminalTracker(title or config.name)]
+        trackers: list[Tracker] = [] if quiet else [TerminalTracker(config.name)]
         if settings.tensorboard:
             trackers += tensorboard_tracker(folder.path / "tensorboard")
         trainer = Trainer(
