@@ -6,6 +6,8 @@ agree on is averaged here, before a method scores it.
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -116,3 +118,10 @@ class Engine:
     def generator(self, seed: int, *key: str | int) -> torch.Generator:
         """A generator on this device, keyed by purpose and step."""
         return generator(self.device, seed, *key)
+
+    def peak_memory(self) -> float:
+        """The most memory used so far, in MiB: by tensors on a GPU, by the process elsewhere."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return used / (2**20 if sys.platform == "darwin" else 2**10)
