@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
 from cure.attacks.suite import evaluation_attack
@@ -20,9 +20,11 @@ from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStoppe
 from cure.evaluation import Progress, Result, check_outputs, measure, silent
 from cure.methods import METHODS, Context, Method
 from cure.methods.averaging import Averaged
+from cure.methods.weight_perturbation import WeightPerturbed
 from cure.models import describe, load_weights
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.run_folder import RunFolder, environment, write_json
+from cure.schedule import learning_rate
 from cure.subject import (
     MEMORY,
     OBJECT,
@@ -257,17 +259,31 @@ def _carry_out(
 def _method(config: RunConfig, prepared: Prepared) -> Method:
     """The method of a run, on the network as it is now."""
     settings = config.training
+    per_epoch = steps_per_epoch(prepared.training, settings.batch_size)
     context = Context(
         engine=prepared.engine,
         attack=training_attack(config, prepared.engine),
         seed=config.seed,
         classes=len(prepared.training.classes),
         samples=len(prepared.training),
-        steps_per_epoch=steps_per_epoch(prepared.training, settings.batch_size),
+        steps_per_epoch=per_epoch,
         epochs=settings.epochs,
+        teachers={},
+        learning_rate=lambda step: learning_rate(settings, step / (per_epoch * settings.epochs)),
+        weight_decay=settings.optimizer.weight_decay,
+        natural_images=lambda: natural_images(prepared, config.evaluation.batch_size),
     )
-    method = METHODS[config.method.name](prepared.network, config.method, context)
+    method: Method = METHODS[config.method.name](prepared.network, config.method, context)
+    if settings.weight_perturbation is not None:
+        method = WeightPerturbed(method, settings.weight_perturbation)
     return Averaged(method, settings.averaging) if settings.averaging is not None else method
+
+
+def natural_images(prepared: Prepared, batch_size: int) -> Iterator[Tensor]:
+    """The training images as they are, on the run's device."""
+    engine = prepared.engine
+    for batch in batches(prepared.training.to(engine.device), batch_size):
+        yield engine.arrange(batch.image)
 
 
 def training_attack(config: RunConfig, engine: Engine) -> Attack:

@@ -23,6 +23,7 @@ from pydantic import (
     PositiveInt,
     SerializeAsAny,
     field_validator,
+    model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
@@ -201,11 +202,43 @@ class AttackConfig(Section):
     _step_size_positive = field_validator("step_size")(_positive)
 
 
+class TeacherConfig(Section):
+    """A trained network that the method learns from; a word alone is its ``path``."""
+
+    path: str | None = None
+    """Folder of a run (its best weights), or a weights file of the run's own network; ``natural``
+    is the run's natural start, trained where there is none."""
+    recipe: str | None = None
+    """In the place of a path: train the teacher first, by this recipe on the run's own data."""
+    settings: dict[str, Any] = {}
+    """Changes to that recipe: ``{method: at, training.epochs: 10}``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, section: object) -> object:
+        return {"path": section} if isinstance(section, str) else section
+
+    @model_validator(mode="after")
+    def _path_or_recipe(self) -> TeacherConfig:
+        if (self.path is None) == (self.recipe is None):
+            raise PydanticCustomError(
+                "teacher", "expected the path of a run or checkpoint, or {{recipe: NAME}}"
+            )
+        if self.settings and self.recipe is None:
+            raise PydanticCustomError("teacher", "settings go with a recipe")
+        return self
+
+
 class MethodConfig(Section):
     """Base of every method's own settings."""
 
     name: str
     """The registered name of the method (``cure list methods``)."""
+
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """The trained networks that the method asks for, by the name of their setting."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: value for name, value in values.items() if isinstance(value, TeacherConfig)}
 
 
 class OptimizerConfig(Section):
@@ -245,12 +278,28 @@ class ScheduleConfig(Section):
 
 
 class AveragingConfig(Section):
-    """A moving average of the weights, evaluated in the place of the trained ones."""
+    """An average of the weights over time, evaluated in the place of the trained ones."""
 
+    kind: Literal["exponential", "equal"] = "exponential"
+    """A moving average, or the plain mean of all that were taken (SWA)."""
     decay: float = Field(default=0.999, ge=0, lt=1)
-    """Share of the average that a step keeps."""
+    """Share that an exponential average keeps when weights are taken."""
+    every: Literal["step", "epoch"] = "step"
+    """When weights are taken (SWA: at the end of an epoch)."""
     start: float = Field(default=0.0, ge=0, lt=1)
     """Share of the run after which averaging begins."""
+    batch_norm: Literal["averaged", "recomputed"] = "averaged"
+    """Statistics of its BatchNorm: averaged like weights, or computed anew after every epoch from
+    all training images as they are (SWA)."""
+
+
+class WeightPerturbationConfig(Section):
+    """Adversarial weight perturbation (AWP) around the method."""
+
+    gamma: PositiveFloat = 0.01
+    """Size of the perturbation relative to each weight tensor (AT: 0.01; TRADES: 0.005)."""
+    start: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the run after which it begins (released code for TRADES: epoch 10 of 200)."""
 
 
 class TrainingConfig(Section):
@@ -271,7 +320,9 @@ class TrainingConfig(Section):
     channels_last: bool = True
     """Store images with the channel innermost: faster convolutions, float32 rounding differs."""
     averaging: AveragingConfig | None = None
-    """Average the weights over steps."""
+    """Average the weights over time."""
+    weight_perturbation: WeightPerturbationConfig | None = None
+    """Learn at perturbed weights (AWP)."""
     validate_every: PositiveInt = 1
     """Epochs between two measurements on the validation split (the last epoch always is)."""
     validation_steps: PositiveInt = 10

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 
-from cure.config import ScheduleConfig
+from cure.config import ScheduleConfig, TrainingConfig
+
+
+def learning_rate(training: TrainingConfig, progress: float) -> float:
+    """The optimiser's rate when a share ``progress`` of the run's steps is done."""
+    return training.optimizer.learning_rate * rate_factor(training.schedule, progress)
 
 
 def rate_factor(schedule: ScheduleConfig, progress: float) -> float:

@@ -27,7 +27,7 @@ from cure.methods import Method, Metrics
 from cure.models.weights import save_weights
 from cure.randomness import derive
 from cure.run_folder import RunFolder
-from cure.schedule import rate_factor
+from cure.schedule import learning_rate
 from cure.tracking import Tracker
 
 # Steps between two looks at the loss: each look waits for the device.
@@ -128,6 +128,7 @@ class Trainer:
                 self._check_finite()
             if not last:
                 self._maybe_save_inside(settings.checkpoint_every)
+        self.method.after_epoch(number)
         seconds = {
             "seconds": time.perf_counter() - began[0],
             # All threads together: unlike the wall's, hardly changed by other work on the machine.
@@ -158,10 +159,8 @@ class Trainer:
         return out.metrics | self.method.after_step(batch.step)
 
     def _set_learning_rate(self, step: int) -> None:
-        settings = self.config.training
-        factor = rate_factor(settings.schedule, step / self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.optimizer.learning_rate * factor
+            group["lr"] = learning_rate(self.config.training, step / self.total_steps)
 
     # -- measuring -----------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
+from cure.config import TeacherConfig
 from cure.data.images import Batch
 from cure.engine import Engine
 from cure.methods import METHODS, Context, Method
@@ -92,11 +93,21 @@ def context(
 def build(
     name: str, model: nn.Module | None = None, within: Context | None = None, **settings: Any
 ) -> Method:
-    """The method called ``name`` with these settings, in training mode."""
+    """The method called ``name`` with these settings, in training mode.
+
+    Teachers that its settings ask for and the context does not hold are tiny networks.
+    """
     kind = METHODS[name]
     model = tiny_network() if model is None else model
-    method = kind(model, kind.Config(name=name, **settings), within or context())
-    return method.train()
+    within = within or context()
+    for key, field in kind.Config.model_fields.items():
+        if field.annotation is TeacherConfig and field.is_required():
+            settings.setdefault(key, "a/run")
+    config = kind.Config(name=name, **settings)
+    dtype = next(model.parameters()).dtype
+    made = {role: tiny_network(50 + n, dtype) for n, role in enumerate(config.teachers())}
+    within = replace(within, teachers={**made, **within.teachers})
+    return kind(model, config, within).train()
 
 
 def gradients_of(method: Method, out: Any) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Method, StepOutput
+from cure.methods.base import METHODS, Crafted, Method, StepOutput
 from cure.methods.losses import accuracy
 
 
@@ -33,13 +33,13 @@ class Adversarial(Method):
 
     Config = AdversarialConfig
 
-    def step(self, batch: Batch) -> StepOutput:
+    def craft(self, batch: Batch) -> Crafted:
+        """Images that climb the cross-entropy."""
+        return {"adversarial": self.attack(batch, CROSS_ENTROPY)}
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
         """Mean cross-entropy of the batch's adversarial images."""
-        draws = self.context.generator("attack", batch.step)
-        adversarial_image = self.context.attack(
-            self.model, batch.image, batch.label, CROSS_ENTROPY, draws
-        )
-        adversarial = self.logits(adversarial_image)
+        adversarial = self.logits(crafted["adversarial"])
         loss = F.cross_entropy(adversarial, batch.label)
         return StepOutput(
             loss=loss,

@@ -1,4 +1,4 @@
-"""Weight averaging, for any method: what is evaluated is a moving average of its weights."""
+"""Weight averaging, for any method: what is evaluated is an average of its weights over time."""
 
 from __future__ import annotations
 
@@ -6,62 +6,56 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.config import AveragingConfig
-from cure.data.images import Batch
-from cure.methods.base import Method, Metrics, StepOutput
+from cure.methods.base import Method, Metrics
+from cure.methods.wrapper import Wrapper
 
 
-class Averaged(Method):
-    """``average <- d average + (1 - d) weights`` after every step, once averaging has begun.
+class Averaged(Wrapper):
+    """``average <- average + share (weights - average)``, once averaging has begun.
 
-    BatchNorm's running statistics are averaged alike; counters are copied.  Until it begins, the
-    method's own network is evaluated.
+    ``exponential``: share ``1 - decay``.  ``equal``: share ``1 / (n + 1)`` after n weights, which
+    makes the plain mean.  BatchNorm's running statistics are averaged alike, or computed anew from
+    the training images; counters are copied.  Until it begins, the method's own network is
+    evaluated.
 
-    Source: Izmailov et al., UAI 2018 (averaging); exponential form as in Rebuffi et al., 2021.
+    Source: Izmailov et al., UAI 2018 (equal weights, SWA); Rebuffi et al., 2021 (exponential).
     """
 
     def __init__(self, inner: Method, config: AveragingConfig) -> None:
-        nn.Module.__init__(self)
-        self.inner = inner
-        self.config = config
-        self.context = inner.context
-        self.selection = inner.selection  # type: ignore[misc]
-        self.first = round(config.start * inner.context.total_steps)
+        super().__init__(inner)
+        self.averaging = config
         self.average = copy.deepcopy(inner.inference_model()).requires_grad_(False)
-        self.begun = False
+        self.count = 0
+        """Weights that went into the average."""
 
-    @property
-    def model(self) -> nn.Module:  # type: ignore[override]
-        """The network in training."""
-        return self.inner.model
-
-    def step(self, batch: Batch) -> StepOutput:
-        """The method's own step."""
-        return self.inner.step(batch)
-
-    def on_epoch(self, epoch: int) -> None:
-        """The method's own schedules."""
-        self.inner.on_epoch(epoch)
-
-    def warnings(self) -> list[str]:
-        """The method's own."""
-        return self.inner.warnings()
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The method's own."""
-        return self.inner.trainable()
-
-    @torch.no_grad()
     def after_step(self, step: int) -> Metrics:
         """The method's own averages, then this one."""
         metrics = self.inner.after_step(step)
-        if step < self.first:
-            return metrics
+        first = round(self.averaging.start * self.context.total_steps)
+        if self.averaging.every == "step" and step >= first:
+            self._take()
+        return metrics
+
+    def after_epoch(self, epoch: int) -> None:
+        """The average over epochs, and BatchNorm statistics that fit the averaged weights."""
+        self.inner.after_epoch(epoch)
+        first = round(self.averaging.start * self.context.epochs)
+        if self.averaging.every == "epoch" and epoch >= first:
+            self._take()
+        if self.averaging.batch_norm == "recomputed" and self.count:
+            recompute_statistics(self.average, self.context.natural_images())
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        """Add the weights as they are to the average."""
         source = self.inner.inference_model()
-        if step == self.first:
+        if self.count == 0:
             self.average.load_state_dict(source.state_dict())
-        share = 1 - self.config.decay
+        equal = self.averaging.kind == "equal"
+        share = 1 / (self.count + 1) if equal else 1 - self.averaging.decay
         theirs = dict(source.named_buffers()) | dict(source.named_parameters())
         ours = dict(self.average.named_buffers()) | dict(self.average.named_parameters())
         moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]
@@ -69,17 +63,44 @@ class Averaged(Method):
         torch._foreach_lerp_(averages, [theirs[name] for name in moving], share)
         for name in ours.keys() - set(moving):
             ours[name].copy_(theirs[name])
-        self.begun = True
-        return metrics
+        self.count += 1
 
     def inference_model(self) -> nn.Module:
         """The average, once there is one."""
-        return self.average if self.begun else self.inner.inference_model()
+        return self.average if self.count else self.inner.inference_model()
 
-    def get_extra_state(self) -> bool:
-        """Whether averaging has begun, for a restart."""
-        return self.begun
+    def get_extra_state(self) -> Tensor:
+        """How many weights are in the average, for a restart."""
+        return torch.tensor(self.count)
 
-    def set_extra_state(self, state: bool) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """See :meth:`get_extra_state`."""
-        self.begun = state
+        self.count = int(state)
+
+
+@torch.no_grad()
+def recompute_statistics(model: nn.Module, images: object) -> None:
+    """BatchNorm's running statistics as plain means over batches of images, one forward pass each.
+
+    Args:
+        model: its BatchNorm buffers change, its modes do not.
+        images: iterable of [B, C, H, W], as the model takes them.
+
+    Source: Izmailov et al. (SWA), UAI 2018, Sec. 3.2.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(norm, norm.momentum) for norm in norms]
+    model.eval()  # Dropout stays out of it.
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # A plain mean over the batches.
+        norm.train()
+    for image in images:  # type: ignore[attr-defined]
+        model(image)
+    for norm, momentum in momenta:
+        norm.momentum = momentum
+    for module, mode in modes:
+        module.training = mode

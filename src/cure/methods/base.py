@@ -1,8 +1,14 @@
-"""The contract of a training method: one batch in, a loss or finished gradients out."""
+"""The contract of a training method: one batch in, a loss or finished gradients out.
+
+A step has two halves.  ``craft`` makes what the loss needs besides the batch, adversarial images
+above all, and is where a method may change what it owns.  ``learn`` turns both into a loss or
+gradients and changes nothing, so that it can be asked again at other weights.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -10,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks import Attack
+from cure.attacks.objectives import Objective
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.engine import Engine, Grads
 from cure.registry import Registry
 
 Metrics = dict[str, Tensor]
+Crafted = dict[str, Tensor]
 
 METHODS: Registry[type[Method]] = Registry("method", "cure.methods")
 
@@ -32,6 +40,11 @@ class Context:
         samples: number of training images; ``Batch.index`` lies below it.
         steps_per_epoch: optimiser steps in one epoch.
         epochs: epochs of the run.
+        teachers: trained networks in evaluation mode, by the name of the setting that asks for
+            them (see :class:`~cure.config.TeacherConfig`).
+        learning_rate: the optimiser's rate at a step.
+        weight_decay: the optimiser's L2 penalty.
+        natural_images: all training images as they are, batch by batch [B, C, H, W].
     """
 
     engine: Engine
@@ -41,6 +54,10 @@ class Context:
     samples: int
     steps_per_epoch: int
     epochs: int
+    teachers: Mapping[str, nn.Module] = field(default_factory=dict)
+    learning_rate: Callable[[int], float] = lambda step: 0.1  # noqa: ARG005
+    weight_decay: float = 0.0
+    natural_images: Callable[[], Iterator[Tensor]] = lambda: iter(())
 
     @property
     def total_steps(self) -> int:
@@ -88,9 +105,24 @@ class Method(nn.Module):
         self.config = config
         self.context = context
 
-    @abstractmethod
     def step(self, batch: Batch) -> StepOutput:
         """Loss or gradients for one batch.  The model is in training mode before and after."""
+        return self.learn(batch, self.craft(batch))
+
+    def craft(self, batch: Batch) -> Crafted:  # noqa: ARG002
+        """What the loss needs besides the batch, by name; once a step.
+
+        Whatever a step changes in what the method owns besides the model is changed here.
+        """
+        return {}
+
+    @abstractmethod
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+        """Loss or gradients from the batch and what was crafted for it.
+
+        Changes nothing but BatchNorm statistics: asked twice at the same weights, it answers the
+        same, and asked at other weights, it answers for those.
+        """
 
     def after_step(self, step: int) -> Metrics:  # noqa: ARG002
         """What follows the optimiser's step number ``step`` (0 the first): moving averages."""
@@ -102,6 +134,9 @@ class Method(nn.Module):
         Called when an epoch begins and again when a run is resumed inside it, so it must depend
         on the number alone; what happens once belongs in :meth:`step`, keyed by ``batch.step``.
         """
+
+    def after_epoch(self, epoch: int) -> None:
+        """What follows the last step of epoch number ``epoch``, before it is validated."""
 
     def inference_model(self) -> nn.Module:
         """The network that is validated, saved and evaluated."""
@@ -122,3 +157,16 @@ class Method(nn.Module):
     def logits(self, image: Tensor) -> Tensor:
         """The model's logits [B, K] for images [B, C, H, W], in the run's training precision."""
         return self.context.engine.logits(self.model, image)
+
+    def attack(self, batch: Batch, objective: Objective, **options: Any) -> Tensor:
+        """Adversarial images [B, C, H, W] of the batch by the run's attack on the model.
+
+        Args:
+            batch: the images and labels.
+            objective: what the attack climbs.
+            options: what differs from the run's settings, see :class:`~cure.attacks.Attack`.
+        """
+        draws = self.context.generator("attack", batch.step)
+        return self.context.attack(
+            self.model, batch.image, batch.label, objective, draws, **options
+        )

@@ -23,7 +23,7 @@ from cure.config import MethodConfig, Section
 from cure.data.images import Batch
 from cure.engine import Grads
 from cure.errors import ConfigError
-from cure.methods.base import METHODS, Context, Method, Metrics, StepOutput
+from cure.methods.base import METHODS, Context, Crafted, Method, Metrics, StepOutput
 from cure.methods.losses import accuracy, kl_divergence
 from cure.methods.revision import RevisionConfig, RevisionModel
 
@@ -226,17 +226,24 @@ class Cure(Method):
             "method.revision.horizon (the paper's share is 0.064) instead of the decay"
         ]
 
-    def step(self, batch: Batch) -> StepOutput:
-        """Masked gradients for one batch (natural loss during a warm-up)."""
+    def craft(self, batch: Batch) -> Crafted:
+        """Adversarial images; then the draw that may move the revision model."""
         if batch.step < self.warmup_steps:
-            loss = F.cross_entropy(self.logits(batch.image), batch.label)
-            return StepOutput(loss=loss, metrics={"loss": loss.detach()})
+            return {}
         if batch.step == self.warmup_steps > 0 and self.revision is not None:
             self.revision.restart(self.model)
+        adversarial_image = self.attack(batch, self.objective)
+        if self.revision is not None and self.config.revision.update == "before_losses":
+            self.revision.maybe_update(self.model, batch.step)
+        return {"adversarial": adversarial_image}
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+        """Masked gradients for one batch (natural loss during a warm-up)."""
         image, label = batch.image, batch.label
-        attack = self.context.attack
-        draws = self.context.generator("attack", batch.step)
-        adversarial_image = attack(self.model, image, label, self.objective, draws)
+        if batch.step < self.warmup_steps:
+            loss = F.cross_entropy(self.logits(image), label)
+            return StepOutput(loss=loss, metrics={"loss": loss.detach()})
+        adversarial_image = crafted["adversarial"]
         natural, adversarial = self.logits(image), self.logits(adversarial_image)
 
         natural_loss = F.cross_entropy(natural, label)
@@ -244,7 +251,7 @@ class Cure(Method):
             "ce": F.cross_entropy(adversarial, label),
             "kl": kl_divergence(natural, adversarial),
         }
-        consistency = self._consistency(batch, adversarial_image, natural, adversarial)
+        consistency = self._consistency(image, adversarial_image, natural, adversarial)
         gradient, scores = self._gradients(natural_loss, adversarial_losses, consistency, batch)
         masks = conserved(scores, self.config.percent, self.config.mask.scope)
         for name, mask in masks.items():
@@ -267,14 +274,12 @@ class Cure(Method):
         )
 
     def _consistency(
-        self, batch: Batch, adversarial_image: Tensor, natural: Tensor, adversarial: Tensor
+        self, image: Tensor, adversarial_image: Tensor, natural: Tensor, adversarial: Tensor
     ) -> Tensor:
-        """L_CR (Eq. 8), after the draw that may move the revision model."""
+        """L_CR (Eq. 8)."""
         if self.revision is None:
             return natural.new_zeros(())
-        if self.config.revision.update == "before_losses":
-            self.revision.maybe_update(self.model, batch.step)
-        targets = self.revision.logits(self.model, batch.image, adversarial_image)
+        targets = self.revision.logits(self.model, image, adversarial_image)
         return kl_divergence(targets[0], natural) + kl_divergence(targets[1], adversarial)
 
     def _gradients(

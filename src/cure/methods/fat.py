@@ -11,7 +11,7 @@ from torch import nn
 from cure.attacks.objectives import CROSS_ENTROPY, KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Context, Method, StepOutput
+from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
 from cure.methods.losses import accuracy
 from cure.methods.mart import mart
 from cure.methods.trades import trades
@@ -85,19 +85,20 @@ class Fat(Method):
         """Tau of this epoch."""
         self.tau = self.config.tau_at(epoch, self.context.epochs)
 
-    def step(self, batch: Batch) -> StepOutput:
+    def craft(self, batch: Batch) -> Crafted:
+        """Friendly images: the attack stops early."""
+        options = {"patience": self.tau, "noise": self.config.omega}
+        return {"adversarial": self.attack(batch, self.objective, **options)}
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
         """The form's loss on friendly images."""
-        image, label, config = batch.image, batch.label, self.config
-        draws = self.context.generator("attack", batch.step)
-        friendly_image = self.context.attack(
-            self.model, image, label, self.objective, draws, patience=self.tau, noise=config.omega
-        )
+        label, config = batch.label, self.config
         if config.form == "ce":
-            friendly = self.logits(friendly_image)
+            friendly = self.logits(crafted["adversarial"])
             loss = F.cross_entropy(friendly, label)
             metrics = {"loss": loss.detach(), "robust_accuracy": accuracy(friendly, label)}
             return StepOutput(loss=loss, metrics=metrics)
-        natural, friendly = self.logits(image), self.logits(friendly_image)
+        natural, friendly = self.logits(batch.image), self.logits(crafted["adversarial"])
         if config.form == "trades":
             return trades(natural, friendly, label, config.beta)
         return mart(natural, friendly, label, config.beta, constants=config.constants)

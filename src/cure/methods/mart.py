@@ -10,7 +10,7 @@ from torch import Tensor
 from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Method, StepOutput
+from cure.methods.base import METHODS, Crafted, Method, StepOutput
 from cure.methods.losses import accuracy, boosted_cross_entropy, doubt_weighted_kl
 
 
@@ -71,12 +71,12 @@ class Mart(Method):
 
     Config = MartConfig
 
-    def step(self, batch: Batch) -> StepOutput:
+    def craft(self, batch: Batch) -> Crafted:
+        """Images that climb the cross-entropy."""
+        return {"adversarial": self.attack(batch, CROSS_ENTROPY)}
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
         """Boosted cross-entropy and weighted KL of one batch."""
-        draws = self.context.generator("attack", batch.step)
-        adversarial_image = self.context.attack(
-            self.model, batch.image, batch.label, CROSS_ENTROPY, draws
-        )
-        natural, adversarial = self.logits(batch.image), self.logits(adversarial_image)
+        natural, adversarial = self.logits(batch.image), self.logits(crafted["adversarial"])
         config = self.config
         return mart(natural, adversarial, batch.label, config.beta, constants=config.constants)

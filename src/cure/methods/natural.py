@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Method, StepOutput
+from cure.methods.base import METHODS, Crafted, Method, StepOutput
 from cure.methods.losses import accuracy
 
 
@@ -30,7 +30,7 @@ class Natural(Method):
     Config = NaturalConfig
     selection = "natural"
 
-    def step(self, batch: Batch) -> StepOutput:
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:  # noqa: ARG002
         """Mean cross-entropy of the batch."""
         logits = self.logits(batch.image)
         loss = F.cross_entropy(logits, batch.label)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cure.attacks.objectives import KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Method, StepOutput
+from cure.methods.base import METHODS, Crafted, Method, StepOutput
 from cure.methods.losses import accuracy, kl_divergence
 
 
@@ -65,9 +65,11 @@ class Trades(Method):
 
     Config = TradesConfig
 
-    def step(self, batch: Batch) -> StepOutput:
+    def craft(self, batch: Batch) -> Crafted:
+        """Images that climb the KL divergence."""
+        return {"adversarial": self.attack(batch, KL)}
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
         """Natural loss and KL term of one batch."""
-        draws = self.context.generator("attack", batch.step)
-        adversarial_image = self.context.attack(self.model, batch.image, batch.label, KL, draws)
-        natural, adversarial = self.logits(batch.image), self.logits(adversarial_image)
+        natural, adversarial = self.logits(batch.image), self.logits(crafted["adversarial"])
         return trades(natural, adversarial, batch.label, self.config.beta)
