@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -120,3 +121,69 @@ def gradients_of(method: Method, out: Any) -> dict[str, Tensor]:
 def fixed_attack(adversarial_image: Tensor) -> Callable[..., Tensor]:
     """An attack that answers with images made beforehand."""
     return lambda *arguments, **options: adversarial_image
+
+
+# -- two samples, three classes, by hand ---------------------------------------------------------
+
+
+def softmax(logits: list[float]) -> list[float]:
+    """Probabilities of one sample."""
+    powers = [math.exp(value) for value in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def mean_kl(targets: list[list[float]], others: list[list[float]]) -> float:
+    """Mean over the samples of sum p log(p / q)."""
+    total = 0.0
+    for target, other in zip(targets, others, strict=True):
+        pairs = zip(softmax(target), softmax(other), strict=True)
+        total += sum(p * math.log(p / q) for p, q in pairs)
+    return total / len(targets)
+
+
+def mean_ce(logits: list[list[float]], labels: list[int]) -> float:
+    """Mean over the samples of - log p_y."""
+    rows = zip(logits, labels, strict=True)
+    return sum(-math.log(softmax(row)[label]) for row, label in rows) / len(labels)
+
+
+class Table(nn.Module):
+    """Logits of pixel vectors: z = W x; one-hot images read the columns of W."""
+
+    def __init__(self, columns: list[list[float]]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(columns, dtype=torch.float64).T.contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.weight.T
+
+
+NATURAL = [[1.0, 2.0, -1.0], [0.5, 0.0, 0.25]]
+ADVERSARIAL = [[2.0, 0.5, 0.0], [-1.0, 1.0, 0.0]]
+LABELS = [1, 0]
+
+
+def table_method(name: str, **settings) -> tuple[Method, Batch]:
+    """A method whose natural and adversarial logits are the constants above."""
+    unit = torch.eye(4, dtype=torch.float64).reshape(4, 1, 2, 2)
+    within = context(attack=fixed_attack(unit[2:]))
+    method = build(name, Table([*NATURAL, *ADVERSARIAL]), within, **settings)
+    return method, Batch(unit[:2], torch.tensor(LABELS), torch.arange(2), 0)
+
+
+def passes(method: Method) -> tuple[int, int]:
+    """Forward passes of a step, and the gradients that reach the network's logits."""
+    counts = {"forward": 0, "backward": 0}
+
+    def arrived(gradient: Tensor) -> None:
+        counts["backward"] += 1
+
+    def passed(module: nn.Module, inputs: object, output: Tensor) -> None:
+        counts["forward"] += 1
+        if output.requires_grad:
+            output.register_hook(arrived)
+
+    handle = method.model.register_forward_hook(passed)
+    gradients_of(method, method.step(batch()))
+    handle.remove()
+    return counts["forward"], counts["backward"]

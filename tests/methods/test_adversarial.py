@@ -8,42 +8,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from method_bench import batch, build, context, fixed_attack, gradients_of, tiny_network
+from method_bench import (
+    ADVERSARIAL,
+    LABELS,
+    batch,
+    build,
+    context,
+    gradients_of,
+    mean_ce,
+    passes,
+    softmax,
+    table_method,
+    tiny_network,
+)
 from pydantic import ValidationError
-from test_cure import ADVERSARIAL, LABELS, NATURAL, Table, mean_ce, softmax
-from torch import Tensor, nn
+from torch import nn
 
 from cure.attacks import Attack, Threat
 from cure.attacks.objectives import CROSS_ENTROPY
-from cure.data.images import Batch
-from cure.methods import Method
 from cure.methods.losses import accuracy
-
-
-def table_method(name: str, **settings) -> tuple[Method, Batch]:
-    """A method whose natural and adversarial logits are the constants of CURE's tests."""
-    unit = torch.eye(4, dtype=torch.float64).reshape(4, 1, 2, 2)
-    within = context(attack=fixed_attack(unit[2:]))
-    method = build(name, Table([*NATURAL, *ADVERSARIAL]), within, **settings)
-    return method, Batch(unit[:2], torch.tensor(LABELS), torch.arange(2), 0)
-
-
-def passes(method: Method) -> tuple[int, int]:
-    """Forward passes of a step, and the gradients that reach the network's logits."""
-    counts = {"forward": 0, "backward": 0}
-
-    def arrived(gradient: Tensor) -> None:
-        counts["backward"] += 1
-
-    def passed(module: nn.Module, inputs: object, output: Tensor) -> None:
-        counts["forward"] += 1
-        if output.requires_grad:
-            output.register_hook(arrived)
-
-    handle = method.model.register_forward_hook(passed)
-    gradients_of(method, method.step(batch()))
-    handle.remove()
-    return counts["forward"], counts["backward"]
 
 
 def test_accuracy_by_hand():

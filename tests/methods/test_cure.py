@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 from method_bench import (
+    ADVERSARIAL,
     CLASSES,
+    LABELS,
+    NATURAL,
+    Table,
     batch,
     build,
     context,
     fixed_attack,
     gradients_of,
+    mean_ce,
+    mean_kl,
+    softmax,
     tiny_network,
 )
 from torch import Tensor, nn
@@ -25,25 +32,6 @@ from cure.errors import ConfigError
 from cure.methods.losses import kl_divergence
 
 # -- losses by hand ------------------------------------------------------------------------------
-
-
-def softmax(logits: list[float]) -> list[float]:
-    powers = [math.exp(value) for value in logits]
-    return [power / sum(powers) for power in powers]
-
-
-def mean_kl(targets: list[list[float]], others: list[list[float]]) -> float:
-    """Mean over the samples of sum p log(p / q)."""
-    total = 0.0
-    for target, other in zip(targets, others, strict=True):
-        pairs = zip(softmax(target), softmax(other), strict=True)
-        total += sum(p * math.log(p / q) for p, q in pairs)
-    return total / len(targets)
-
-
-def mean_ce(logits: list[list[float]], labels: list[int]) -> float:
-    rows = zip(logits, labels, strict=True)
-    return sum(-math.log(softmax(row)[label]) for row, label in rows) / len(labels)
 
 
 def test_kl_divergence_by_hand():
@@ -65,22 +53,8 @@ def test_kl_divergence_passes_gradcheck_in_both_arguments():
     assert torch.autograd.gradcheck(kl_divergence, (target, logits))
 
 
-class Table(nn.Module):
-    """Logits of pixel vectors: z = W x; one-hot images read the columns of W."""
-
-    def __init__(self, columns: list[list[float]]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(columns, dtype=torch.float64).T.contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.weight.T
-
-
-NATURAL = [[1.0, 2.0, -1.0], [0.5, 0.0, 0.25]]
-ADVERSARIAL = [[2.0, 0.5, 0.0], [-1.0, 1.0, 0.0]]
 REVISION_NATURAL = [[0.0, 1.0, 0.5], [1.5, -0.5, 0.0]]
 REVISION_ADVERSARIAL = [[0.25, 0.75, 0.0], [0.0, 0.0, 2.0]]
-LABELS = [1, 0]
 
 
 def table_cure(**settings) -> tuple[nn.Module, Batch]:

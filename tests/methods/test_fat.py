@@ -8,10 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from method_bench import batch, build, context, gradients_of, tiny_network
+from method_bench import (
+    ADVERSARIAL,
+    LABELS,
+    NATURAL,
+    batch,
+    build,
+    context,
+    gradients_of,
+    mean_ce,
+    mean_kl,
+    passes,
+    table_method,
+    tiny_network,
+)
 from pydantic import ValidationError
-from test_adversarial import passes, table_method
-from test_cure import ADVERSARIAL, LABELS, NATURAL, mean_ce, mean_kl
 from test_mart import bce, weighted
 from torch import Tensor, nn
 

@@ -7,10 +7,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from method_bench import batch, build, context, gradients_of, tiny_network
+from method_bench import (
+    ADVERSARIAL,
+    LABELS,
+    NATURAL,
+    batch,
+    build,
+    context,
+    gradients_of,
+    mean_kl,
+    passes,
+    softmax,
+    table_method,
+    tiny_network,
+)
 from pydantic import ValidationError
-from test_adversarial import passes, table_method
-from test_cure import ADVERSARIAL, LABELS, NATURAL, mean_kl, softmax
 from test_trades import random_logits
 from torch import Tensor
 

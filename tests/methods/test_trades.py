@@ -5,10 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from method_bench import batch, build, context, gradients_of, tiny_network
+from method_bench import (
+    ADVERSARIAL,
+    LABELS,
+    NATURAL,
+    batch,
+    build,
+    context,
+    gradients_of,
+    mean_ce,
+    mean_kl,
+    passes,
+    softmax,
+    table_method,
+    tiny_network,
+)
 from pydantic import ValidationError
-from test_adversarial import passes, table_method
-from test_cure import ADVERSARIAL, LABELS, NATURAL, mean_ce, mean_kl, softmax
 from torch import Tensor
 
 from cure.attacks.objectives import KL
