@@ -365,7 +365,7 @@ def test_training_never_opens_the_test_split(
         opened.append(split)
         return load(config, split)
 
-    monkeypatch.setattr("cure.api.load", spy)
+    monkeypatch.setattr("cure.launch.load", spy)
     cure.train(
         "digits",
         ["training.epochs=1", "natural.epochs=1", "data.limit=300", "method.gamma=0"],

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
-from cure.attacks import Attack, Threat
-from cure.attacks.suite import evaluation_attack
-from cure.config import DataConfig, RunConfig, ThreatConfig
-from cure.data import ImageSet, batches, carve, load, steps_per_epoch
+from cure.attacks import Threat
+from cure.config import RunConfig, ThreatConfig
+from cure.data import ImageSet
 from cure.engine import Engine, pick_device
-from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStopped
-from cure.evaluation import Progress, Result, check_outputs, measure, silent
-from cure.methods import METHODS, Context, Method
-from cure.methods.averaging import Averaged
-from cure.methods.weight_perturbation import WeightPerturbed
+from cure.errors import ConfigError
+from cure.evaluation import Progress, Result, measure, silent
+from cure.launch import carry_out, check_attacks, prepare
 from cure.models import describe, load_weights
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.run_folder import RunFolder, environment, write_json
-from cure.schedule import learning_rate
 from cure.subject import (
     MEMORY,
     OBJECT,
     ModelOptions,
     Split,
-    check_not_memory,
     network_of,
     subject_of,
 )
-from cure.tracking import TerminalTracker, Tracker, tensorboard_tracker
-from cure.trainer import Interrupted, Trainer
 
 
 @dataclass(frozen=True)
@@ -119,9 +111,9 @@ def train(
     config = check(raw, f"recipe {recipe}")
     images = data if isinstance(data, ImageSet) else None
     # Everything that can be wrong is found before the folder is made.
-    prepared = _prepare(config, images, model, fresh=True)
+    prepared = prepare(config, images, model)
     folder = RunFolder.create(run, config, prepared.training.kind)
-    _carry_out(folder, config, prepared, model, quiet)
+    carry_out(folder, config, prepared, model, quiet)
     return Run(folder.path, model)
 
 
@@ -144,207 +136,9 @@ def resume(
     config = folder.config
     if folder.status()["state"] == "finished":
         return Run(folder.path, model)
-    prepared = _prepare(config, data, model, fresh=not folder.state.exists())
-    _carry_out(folder, config, prepared, model, quiet)
+    prepared = prepare(config, data, model, folder)
+    carry_out(folder, config, prepared, model, quiet)
     return Run(folder.path, model)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What a run needs besides its folder."""
-
-    engine: Engine
-    training: ImageSet
-    validation: ImageSet
-    network: nn.Module
-
-
-def _prepare(
-    config: RunConfig, images: ImageSet | None, model: nn.Module | None, *, fresh: bool
-) -> Prepared:
-    """Data, splits, device and network of a run: whatever can be refused is refused here.
-
-    A run that is not ``fresh`` takes its weights from its own state, not from its start.
-    """
-    engine = Engine.of(config.training)
-    _check_start(config)
-    _check_attacks(config.evaluation.attacks)
-    if images is None:
-        check_not_memory(config)
-        images = load(config.data, "train")
-    else:
-        images = _limited(images, config.data)
-    training, validation = carve(images, config.data.validation, config.data.split_seed)
-    steps_per_epoch(training, config.training.batch_size)
-    network = network_of(config, training.kind, model)
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ModelError(
-            "no weight of the model may change: set requires_grad to True for those to train"
-        )
-    sample = next(batches(training, 2)).image
-    modes = [(module, module.training) for module in network.modules()]
-    check_outputs(network.eval(), sample, len(training.classes))
-    for module, mode in modes:
-        module.training = mode
-    if fresh and config.start not in ("natural", "scratch", "model"):
-        load_weights(network, _checkpoint(config.start))
-    prepared = Prepared(engine, training, validation, network)
-    # Made once here and thrown away, so that a setting that does not fit the network or the length
-    # of the run is refused now and not after the natural start.
-    _method(config, prepared)
-    return prepared
-
-
-def _limited(images: ImageSet, config: DataConfig) -> ImageSet:
-    """Images in memory under the settings of the data section that apply to them."""
-    for key, untouched in (("resize", None), ("color", "keep")):
-        if getattr(config, key) != untouched:
-            raise ConfigError(
-                f"data.{key} applies to images that are read, not to images in memory; convert "
-                "them before you pass them"
-            )
-    images = images.checked()
-    return images if config.limit is None else images.subset(slice(0, config.limit))
-
-
-def _check_start(config: RunConfig) -> None:
-    if config.start == "scratch" and config.model.name.startswith("hf:"):
-        raise ConfigError(
-            f"start: scratch does not fit {config.model.name}, which comes with trained weights: "
-            "say start=model, or start=natural to train it naturally first"
-        )
-
-
-def _checkpoint(path: str | Path) -> Path:
-    """A checkpoint file, given as such or as the folder of a run (its best)."""
-    path = Path(path)
-    if path.is_dir():
-        return RunFolder.open(path).weights("best")
-    if not path.exists():
-        raise CheckpointError(
-            f"start: '{path}' does not exist; say natural, scratch, model, or the path of a "
-            "checkpoint or run folder"
-        )
-    return path
-
-
-def _carry_out(
-    folder: RunFolder,
-    config: RunConfig,
-    prepared: Prepared,
-    model: nn.Module | None,
-    quiet: bool,
-) -> None:
-    """Train in ``folder`` from wherever it is, its natural start first."""
-    with folder.lock():
-        network = prepared.network
-        if config.start == "natural" and not folder.state.exists():
-            natural = _natural_start(folder, config, prepared, model, quiet)
-            load_weights(network, natural.weights("best"))
-        engine, settings = prepared.engine, config.training
-        engine.place(network)
-        method = _method(config, prepared)
-        trackers: list[Tracker] = [] if quiet else [TerminalTracker(config.name)]
-        if settings.tensorboard:
-            trackers += tensorboard_tracker(folder.path / "tensorboard")
-        trainer = Trainer(
-            config, method, prepared.training, prepared.validation, engine, folder, trackers
-        )
-        for sentence in method.warnings():
-            for tracker in trackers:
-                tracker.warn(sentence)
-        trainer.fit()
-
-
-def _method(config: RunConfig, prepared: Prepared) -> Method:
-    """The method of a run, on the network as it is now."""
-    settings = config.training
-    per_epoch = steps_per_epoch(prepared.training, settings.batch_size)
-    context = Context(
-        engine=prepared.engine,
-        attack=training_attack(config, prepared.engine),
-        seed=config.seed,
-        classes=len(prepared.training.classes),
-        samples=len(prepared.training),
-        steps_per_epoch=per_epoch,
-        epochs=settings.epochs,
-        teachers={},
-        learning_rate=lambda step: learning_rate(settings, step / (per_epoch * settings.epochs)),
-        weight_decay=settings.optimizer.weight_decay,
-        natural_images=lambda: natural_images(prepared, config.evaluation.batch_size),
-    )
-    method: Method = METHODS[config.method.name](prepared.network, config.method, context)
-    if settings.weight_perturbation is not None:
-        method = WeightPerturbed(method, settings.weight_perturbation)
-    return Averaged(method, settings.averaging) if settings.averaging is not None else method
-
-
-def natural_images(prepared: Prepared, batch_size: int) -> Iterator[Tensor]:
-    """The training images as they are, on the run's device."""
-    engine = prepared.engine
-    for batch in batches(prepared.training.to(engine.device), batch_size):
-        yield engine.arrange(batch.image)
-
-
-def training_attack(config: RunConfig, engine: Engine) -> Attack:
-    """The attack that a run trains with."""
-    return Attack(
-        Threat(config.threat.norm, config.threat.epsilon),
-        steps=config.attack.steps,
-        step_size=config.attack.step_size,
-        start=config.attack.start,
-        mode=config.attack.mode,
-        precision=engine.attack_precision,
-    )
-
-
-def natural_config(config: RunConfig) -> RunConfig:
-    """The run that trains the start of ``config``: the same but for the method and ``natural``."""
-    change = config.natural.model_dump(exclude_none=True)
-    training = config.training.model_copy(
-        update={
-            "epochs": change.get("epochs", config.training.epochs),
-            "schedule": config.natural.schedule or config.training.schedule,
-            "optimizer": config.training.optimizer.model_copy(
-                update={k: change[k] for k in ("learning_rate", "weight_decay") if k in change}
-            ),
-            "averaging": None,
-        }
-    )
-    return config.model_copy(
-        update={
-            "name": f"{config.name}-natural",
-            "start": "model",
-            "method": METHODS["natural"].Config(name="natural"),
-            "training": training,
-        }
-    )
-
-
-def _natural_start(
-    folder: RunFolder,
-    config: RunConfig,
-    prepared: Prepared,
-    model: nn.Module | None,
-    quiet: bool,
-) -> RunFolder:
-    """The finished natural run inside ``folder``, trained now where it is missing."""
-    path = folder.path / "natural"
-    first = natural_config(config)
-    if path.exists():
-        inner = RunFolder.open(path)
-    else:
-        inner = RunFolder.create(path, first, prepared.training.kind)
-    inner.resumed_by = folder.path
-    if inner.status()["state"] != "finished":
-        folder.set_status("running", phase="natural start")
-        start = replace(prepared, network=copy.deepcopy(prepared.network))
-        try:
-            _carry_out(inner, first, start, model, quiet)
-        except (Interrupted, TrainingStopped):
-            folder.set_status(**(inner.status() | {"phase": "natural start"}))
-            raise
-    return inner
 
 
 def evaluate(
@@ -412,7 +206,7 @@ def evaluate(
         attacks = [name.strip() for name in attacks.split(",")]
     if attacks is None:
         attacks = config.evaluation.attacks if config else ("natural", "pgd20", "cw")
-    _check_attacks(attacks)
+    check_attacks(attacks)
     images, model = subject.load(data, split, data_options or {})
     if limit is not None:
         images = images.subset(slice(0, limit))
@@ -455,13 +249,6 @@ def evaluate(
     if subject.folder is not None:
         subject.folder.keep_evaluation(result)
     return result
-
-
-def _check_attacks(names: Iterable[str]) -> None:
-    """Refuse an unknown attack before anything is read or computed."""
-    for name in names:
-        if name != "natural":
-            evaluation_attack(name)
 
 
 def _check_output(output: str | Path | None) -> None:
