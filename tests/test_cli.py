@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_help_names_every_command(command: Command) -> None:
     ended = command("--help")
     assert ended.status == 0
-    for name in ("train", "resume", "evaluate", "list", "demo"):
+    for name in ("train", "resume", "evaluate", "compare", "list", "demo"):
         assert name in ended.out
         shown = command(name, "--help")
         assert shown.status == 0

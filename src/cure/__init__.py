@@ -13,16 +13,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cure.api import Run, evaluate, resume, train
+    from cure.comparison import compare
     from cure.data import ImageSet
     from cure.errors import CureError
     from cure.recipe import load_recipe
 
-__all__ = ["CureError", "ImageSet", "Run", "evaluate", "load_recipe", "resume", "train"]
+__all__ = ["CureError", "ImageSet", "Run", "compare", "evaluate", "load_recipe", "resume", "train"]
 
 _HOMES = {
     "CureError": "cure.errors",
     "ImageSet": "cure.data",
     "Run": "cure.api",
+    "compare": "cure.comparison",
     "evaluate": "cure.api",
     "load_recipe": "cure.recipe",
     "resume": "cure.api",

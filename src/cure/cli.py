@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cure.errors import ConfigError, CureError
+from cure.errors import ConfigError, CureError, TrainingStopped
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+    from cure.comparison import Table as ComparisonTable
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
@@ -175,6 +177,76 @@ def evaluate(
         )
 
 
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders, results of `cure evaluate --output`, tables of this command (JSON).",
+        ),
+    ],
+    columns: Annotated[
+        str | None, typer.Option(help="Columns to show: natural,pgd20,nrr_cw,seconds_per_epoch.")
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option(help="Column to sort by; by default NRR of the strongest attack.")
+    ] = None,
+    split: Annotated[
+        Split | None, typer.Option(help="Evaluations on these images; by default test, if there.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write: .md, .csv or .json.")] = None,
+) -> None:
+    """Set evaluated runs side by side, seeds of one method together, like against like."""
+    from cure.comparison import compare as side_by_side
+
+    done = side_by_side(
+        runs, columns=columns, sort=sort, split=split.value if split else None, output=output
+    )
+    _print_table(done)
+
+
+@app.command("table")
+def table_(
+    plan: Annotated[Path, typer.Argument(help="YAML file: a recipe, and rows that differ.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results [default: that of the plan].")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time on this machine.")] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="Instead: slurm (through submitit), or local to try it.")
+    ] = None,
+    cluster_option: Annotated[
+        list[str] | None,
+        typer.Option(help="Parameter of submitit: slurm_partition=gpu, timeout_min=600."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Only these rows and what they need.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these seeds: 0,1.")] = None,
+) -> None:
+    """Train and evaluate all runs of a plan that are not done yet; write their table."""
+    from cure.plan import carry_out_plan, cluster_executor, local_executor, read_plan, write_tables
+
+    made = read_plan(plan)
+    folder = plan.parent if output is None else output
+    if cluster is None:
+        executor = local_executor(jobs)
+    else:
+        executor = cluster_executor(cluster, Path(made.runs) / "jobs", _pairs(cluster_option))
+    failures = carry_out_plan(
+        made,
+        folder,
+        executor,
+        only=_words(only),
+        seeds=_whole_numbers("seeds", seeds),
+        tell=lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
+    shown = write_tables(made, folder)
+    if shown is not None:
+        _print_table(shown)
+    if failures:
+        raise TrainingStopped(f"{len(failures)} of the plan's runs failed: " + "; ".join(failures))
+
+
 @app.command("list")
 def list_(what: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
     """List what can be named in a recipe or on the command line."""
@@ -242,6 +314,15 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     out.print(table)
 
 
+def _print_table(shown: ComparisonTable) -> None:
+    table = Table(caption=escape(shown.caption))
+    for number, heading in enumerate(shown.header()):
+        table.add_column(escape(heading), justify="right" if number else "left")
+    for cells in shown.cells():
+        table.add_row(*map(escape, cells))
+    out.print(table)
+
+
 def _accuracy(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
@@ -267,6 +348,17 @@ def _numbers(name: str, text: str | None) -> list[float] | None:
         raise ConfigError(
             f"--{name}: expected numbers such as 0.49,0.48,0.45, got '{text}'"
         ) from None
+
+
+def _words(text: str | None) -> list[str] | None:
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _whole_numbers(name: str, text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(word) for word in _words(text) or ()]
+    except ValueError:
+        raise ConfigError(f"--{name}: expected whole numbers such as 0,1, got '{text}'") from None
 
 
 def _pairs(words: list[str] | None) -> dict[str, object]:

@@ -219,6 +219,31 @@ class RunFolder:
         """The complete lines of ``metrics.jsonl``, an epoch each."""
         return self._lines("metrics.jsonl")
 
+    def timing(self) -> list[dict[str, Any]]:
+        """The complete lines of ``timing.jsonl``, an epoch each."""
+        return self._lines("timing.jsonl")
+
+    def environment(self) -> dict[str, Any]:
+        """On what the run was begun, see :func:`environment`."""
+        return self._json(self.path / "environment.json")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Results of ``evaluate`` that are filed with the run, the oldest first."""
+        paths = sorted(
+            (self.path / "evaluations").glob("*.json"), key=lambda p: p.stat().st_mtime_ns
+        )
+        return [self._json(path) for path in paths]
+
+    @staticmethod
+    def _json(path: Path) -> dict[str, Any]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = None
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} is missing or damaged; restore it from a copy")
+        return content
+
     def keep_evaluation(self, result: dict[str, Any]) -> None:
         """File a result of ``evaluate`` with the run, under the first free number."""
         folder = self.path / "evaluations"

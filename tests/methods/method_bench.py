@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
-from cure.config import TeacherConfig
+from cure.config import ModelConfig, Section, TeacherConfig
 from cure.data.images import Batch
 from cure.engine import Engine
 from cure.methods import METHODS, Context, Method
@@ -74,6 +76,25 @@ def batch(
     return Batch(image.to(dtype), label, torch.arange(count), step)
 
 
+@functools.cache
+def _learnt(seed: int, dtype: torch.dtype) -> TinyNetwork:
+    model = tiny_network(seed, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(30):
+        given = batch(seed=1000 + step, dtype=dtype)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(given.image), given.label).backward()
+        optimizer.step()
+    return model
+
+
+def teacher_network(seed: int = 50, dtype: torch.dtype = torch.float32) -> TinyNetwork:
+    """A tiny network that knows the batches, in training mode."""
+    model = copy.deepcopy(_learnt(seed, dtype))
+    model.zero_grad()
+    return model
+
+
 def context(
     *, steps: int = 2, epsilon: float = 0.1, seed: int = 0, attack: Any = None, **changes: Any
 ) -> Context:
@@ -87,8 +108,23 @@ def context(
         samples=SAMPLES,
         steps_per_epoch=10,
         epochs=4,
+        natural_images=lambda: iter([batch().image]),
     )
     return replace(whole, **changes)
+
+
+def small_networks(section: type[Section], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings ``given``, with a small network wherever a method would build one of its own."""
+    settings = dict(given)
+    for key, field in section.model_fields.items():
+        kind = field.annotation
+        if kind is ModelConfig:
+            settings.setdefault(key, {"name": "small_cnn", "options": {"width": 4}})
+        elif isinstance(kind, type) and issubclass(kind, Section):
+            before = settings.get(key, {})
+            if isinstance(before, dict) and (inner := small_networks(kind, before)) != before:
+                settings[key] = inner
+    return settings
 
 
 def build(
@@ -96,7 +132,8 @@ def build(
 ) -> Method:
     """The method called ``name`` with these settings, in training mode.
 
-    Teachers that its settings ask for and the context does not hold are tiny networks.
+    Teachers that its settings ask for and the context does not hold are tiny networks that know
+    the batches.  A network that it builds for itself is a small one unless the settings name it.
     """
     kind = METHODS[name]
     model = tiny_network() if model is None else model
@@ -104,9 +141,9 @@ def build(
     for key, field in kind.Config.model_fields.items():
         if field.annotation is TeacherConfig and field.is_required():
             settings.setdefault(key, "a/run")
-    config = kind.Config(name=name, **settings)
+    config = kind.Config(name=name, **small_networks(kind.Config, settings))
     dtype = next(model.parameters()).dtype
-    made = {role: tiny_network(50 + n, dtype) for n, role in enumerate(config.teachers())}
+    made = {role: teacher_network(50 + n, dtype) for n, role in enumerate(config.teachers())}
     within = replace(within, teachers={**made, **within.teachers})
     return kind(model, config, within).train()
 
@@ -163,10 +200,12 @@ ADVERSARIAL = [[2.0, 0.5, 0.0], [-1.0, 1.0, 0.0]]
 LABELS = [1, 0]
 
 
-def table_method(name: str, **settings) -> tuple[Method, Batch]:
+def table_method(
+    name: str, teachers: Mapping[str, nn.Module] | None = None, **settings
+) -> tuple[Method, Batch]:
     """A method whose natural and adversarial logits are the constants above."""
     unit = torch.eye(4, dtype=torch.float64).reshape(4, 1, 2, 2)
-    within = context(attack=fixed_attack(unit[2:]))
+    within = context(attack=fixed_attack(unit[2:]), teachers=teachers or {})
     method = build(name, Table([*NATURAL, *ADVERSARIAL]), within, **settings)
     return method, Batch(unit[:2], torch.tensor(LABELS), torch.arange(2), 0)
 

@@ -56,7 +56,12 @@ def test_a_step_gives_finite_gradients_for_every_trainable_parameter(name):
     assert (out.loss is None) != (out.grads is None)
     gradients = gradients_of(method, out)
     parameters = method.trainable()
-    assert parameters.keys() == dict(method.model.named_parameters()).keys()
+    # All of the model's, by their names; besides, weights of the method's own other networks.
+    models = dict(method.model.named_parameters())
+    assert all(parameters[key] is parameter for key, parameter in models.items())
+    distinct = {id(parameter) for parameter in parameters.values()}
+    assert len(distinct) == len(parameters)
+    assert distinct <= {id(parameter) for parameter in method.parameters()}
     assert gradients.keys() == parameters.keys()
     for key, gradient in gradients.items():
         assert gradient.shape == parameters[key].shape

@@ -47,6 +47,7 @@ def starting_point(
     start: Start,
     generator: torch.Generator | None,
     epsilon: float | Tensor | None = None,
+    start_epsilon: float | Tensor | None = None,
 ) -> Tensor:
     """The image the ascent begins with: inside the ball and inside [0, 1]."""
     if start == "none":
@@ -54,7 +55,10 @@ def starting_point(
     if generator is None:
         raise ValueError(f"a '{start}' start draws random numbers: give a generator")
     if start == "uniform":
-        change = threat.sample(image, generator, epsilon)
+        if start_epsilon is None:
+            change = threat.sample(image, generator, epsilon)
+        else:
+            change = threat.project(threat.sample(image, generator, start_epsilon), epsilon)
     else:
         noise = torch.randn(
             image.shape, generator=generator, device=image.device, dtype=image.dtype
@@ -74,6 +78,7 @@ def perturb(
     start: Start = "none",
     generator: torch.Generator | None = None,
     epsilon: float | Tensor | None = None,
+    start_epsilon: float | Tensor | None = None,
     label: Tensor | None = None,
     patience: int | Tensor | None = None,
     noise: float = 0.0,
@@ -92,6 +97,8 @@ def perturb(
         start: where to begin; "gaussian" and "uniform" need ``generator``.
         generator: source of the random start, on the image's device.
         epsilon: radius, or [B]; by default the threat's.
+        start_epsilon: radius of the ball that a "uniform" start is drawn from, or [B], before it
+            is projected on the ball of ``epsilon``; by default that ball itself.
         label: [B]; only for ``patience``.
         patience: early stop a sample (Zhang et al., FAT, ICML 2020): how many more steps an
             already misclassified sample may take; it stops when it is misclassified with none
@@ -117,7 +124,7 @@ def perturb(
     alive = torch.ones(image.shape[0], dtype=torch.bool, device=image.device)
     selective = patience is not None or isinstance(steps, Tensor)
     most = int(steps.max()) if isinstance(steps, Tensor) else steps
-    x = starting_point(image, threat, start, generator, epsilon)
+    x = starting_point(image, threat, start, generator, epsilon, start_epsilon)
     for step in range(most):
         x.requires_grad_(True)
         with torch.enable_grad():
@@ -174,6 +181,7 @@ class Attack:
         steps: int | Tensor | None = None,
         step_size: float | Tensor | None = None,
         epsilon: float | Tensor | None = None,
+        start_epsilon: float | Tensor | None = None,
         patience: int | Tensor | None = None,
         noise: float = 0.0,
     ) -> Tensor:
@@ -202,6 +210,7 @@ class Attack:
                 start=self.start,
                 generator=generator,
                 epsilon=epsilon,
+                start_epsilon=start_epsilon,
                 label=label,
                 patience=patience,
                 noise=noise,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +80,18 @@ class Averaged(Wrapper):
 
 
 @torch.no_grad()
-def recompute_statistics(model: nn.Module, images: object) -> None:
-    """BatchNorm's running statistics as plain means over batches of images, one forward pass each.
+def recompute_statistics(model: nn.Module, images: Iterable[Tensor]) -> None:
+    """BatchNorm's running statistics as means over all images, one forward pass each.
+
+    A batch counts by its size.  A last batch of one image is left out, since a layer with one value
+    a channel has no variance there.
 
     Args:
         model: its BatchNorm buffers change, its modes do not.
-        images: iterable of [B, C, H, W], as the model takes them.
+        images: batches [B, C, H, W], as the model takes them.
+
+    Raises:
+        ValueError: when there are no images.
 
     Source: Izmailov et al. (SWA), UAI 2018, Sec. 3.2.
     """
@@ -93,14 +100,24 @@ def recompute_statistics(model: nn.Module, images: object) -> None:
         return
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
-    model.eval()  # Dropout stays out of it.
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # A plain mean over the batches.
-        norm.train()
-    for image in images:  # type: ignore[attr-defined]
-        model(image)
-    for norm, momentum in momenta:
-        norm.momentum = momentum
-    for module, mode in modes:
-        module.training = mode
+    size = seen = 0
+    try:
+        model.eval()  # Dropout stays out of it.
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+        for image in images:
+            size = size or len(image)
+            if len(image) == 1 < size:
+                continue
+            seen += len(image)
+            for norm in norms:
+                norm.momentum = len(image) / seen
+            model(image)
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+    if not seen:
+        raise ValueError("BatchNorm statistics are to be computed anew, but there are no images")

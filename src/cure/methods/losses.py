@@ -72,3 +72,36 @@ def doubt_weighted_kl(
         # The other probabilities, where 1 - p would lose its digits to a p near 1.
         weight = F.softmax(natural, dim=1).scatter(1, label[:, None], 0).sum(dim=1)
     return (weight * per_sample).mean()
+
+
+def distillation(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """How far each sample's softened prediction is from the one it is to imitate, [B].
+
+    ``T^2 KL(softmax(target / T) || softmax(logits / T))``; T^2 keeps the size of the gradient.
+
+    Args:
+        target: logits [B, K] to imitate; detach them where they are to be fixed.
+        logits: [B, K].
+        temperature: T above 0; 1 leaves the predictions as they are.
+
+    Source: Hinton et al., 2015, Sec. 2.
+    """
+    return temperature**2 * kl_divergence_per_sample(target / temperature, logits / temperature)
+
+
+def smoothed_cross_entropy(logits: Tensor, label: Tensor, true_mass: float) -> Tensor:
+    """Cross-entropy against smoothed labels, batch mean.
+
+    ``mean_i [- m log p_iy - (1 - m) / (K - 1) sum_{k != y} log p_ik]``
+
+    Args:
+        logits: [B, K], K at least 2.
+        label: [B].
+        true_mass: m, share of the true class, in [0, 1]; the other classes have the rest in equal
+            parts.  (In PyTorch's label smoothing the true class has a part of the rest, too.)
+
+    Source: Jia et al. (LAS-AT), CVPR 2022, released code.
+    """
+    rest = (1 - true_mass) / (logits.shape[1] - 1)
+    target = torch.full_like(logits, rest).scatter(1, label[:, None], true_mass)
+    return F.cross_entropy(logits, target)

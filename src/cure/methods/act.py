@@ -1,0 +1,152 @@
+"""ACT: a robust and a natural network that learn at the same time, each also from the other."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from cure.attacks.objectives import Objective, cross_entropy, kl_divergence_per_sample
+from cure.config import MethodConfig
+from cure.data.images import Batch
+from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.batch_norm import untracked
+from cure.methods.losses import accuracy, distillation
+
+Reduction = Literal["released", "even"]
+
+
+def concurrent_loss(
+    logits: Tensor, other: Tensor, label: Tensor, alpha: float, temperature: float
+) -> Tensor:
+    """``(1 - alpha) CE + alpha T^2 KL(p_other^T || p^T)``, a mean over the samples, 0-dim.
+
+    Args:
+        logits: [B, K] of the network that learns.
+        other: logits [B, K] of the network that it learns from, taken as a constant.
+        label: [B].
+        alpha: weight of the KL term, in [0, 1].
+        temperature: T, by which both logits are divided in the KL term.
+
+    Source: ACT, BMVC 2020, and its released code.
+    """
+    imitation = distillation(other.detach(), logits, temperature).mean()
+    return (1 - alpha) * F.cross_entropy(logits, label) + alpha * imitation
+
+
+def concurrent_objective(target: Tensor, alpha: float, reduction: Reduction) -> Objective:
+    """What the attack on the robust network climbs, of sample i in a batch of B.
+
+    ``(1 - alpha) w CE_i + alpha KL(p_target,i || p_i)`` where w is 1 (``even``) or 1 / B
+    (``released``): the released code adds a mean of CE to a sum of KL.
+
+    Args:
+        target: logits [B, K] of the natural network on the natural images, without a graph.
+        alpha: weight of the KL term, in [0, 1].
+        reduction: "released" or "even".
+    """
+    weight = (1 - alpha) / (len(target) if reduction == "released" else 1)
+    return Objective(
+        lambda logits, label, natural: (  # noqa: ARG005
+            weight * cross_entropy(logits, label) + alpha * kl_divergence_per_sample(target, logits)
+        )
+    )
+
+
+class ActConfig(MethodConfig):
+    """Settings of ACT."""
+
+    name: Literal["act"] = "act"
+    """Adversarial concurrent training."""
+    robust_alpha: float = Field(default=0.9, ge=0, le=1)
+    """Weight of the KL term of the robust network, in its loss and in its attack; the rest is
+    cross-entropy."""
+    natural_alpha: float = Field(default=0.9, ge=0, le=1)
+    """Weight of the KL term of the natural network's loss; the rest is cross-entropy."""
+    temperature: PositiveFloat = 4.0
+    """T of the KL terms of both losses; the attack's has 1."""
+    attack_reduction: Reduction = "released"
+    """How the attack adds its two terms: ``released`` the mean of the cross-entropy and the sum of
+    the KL over the batch, ``even`` both alike."""
+
+
+@METHODS.register("act")
+class Act(Method):
+    """Adversarial concurrent training (ACT): robust network F and natural network G together.
+
+    ``L_F = (1 - a_F) CE(F(x_adv), y) + a_F T^2 KL(p_G^T(x) || p_F^T(x_adv))``
+    ``L_G = (1 - a_G) CE(G(x), y) + a_G T^2 KL(p_F^T(x_adv) || p_G^T(x))``
+
+    x_adv climbs ``(1 - a_F) CE(F(x_adv), y) + a_F KL(p_G(x) || p_F(x_adv))``.  F is ``model``, what
+    is evaluated; G begins as a copy of it.  In each loss the other network is a constant, so one
+    optimiser over the weights of both with the loss L_F + L_G does what two would: SGD moves each
+    weight by its own gradient.
+
+    Costs 12 forward and 12 backward passes with 10 attack steps: of F the attack's 10 and the
+    loss's 1, of G 1.  The pass of G serves the attack and both losses, and its graph is in memory
+    during the attack.
+
+    Source: Arani, Sarfraz, Zonooz, BMVC 2020, in the form of the released code.
+    Differs from the released code: that starts the two networks from weights of their own unless
+    it is told to use the same; a random start is projected on the ball.
+    """
+
+    Config = ActConfig
+
+    def __init__(self, model: nn.Module, config: ActConfig, context: Context) -> None:
+        super().__init__(model, config, context)
+        self.natural = copy.deepcopy(model)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The weights of F by their names in the model, those of G by theirs after ``natural/``."""
+        others = {
+            f"natural/{name}": parameter
+            for name, parameter in self.natural.named_parameters()
+            if parameter.requires_grad
+        }
+        return super().trainable() | others
+
+    def _natural_logits(self, image: Tensor) -> Tensor:
+        return self.context.engine.logits(self.natural, image)
+
+    def craft(self, batch: Batch) -> Crafted:
+        """Adversarial images for F, and the logits of G with their graph."""
+        natural, config = self._natural_logits(batch.image), self.config
+        objective = concurrent_objective(
+            natural.detach(), config.robust_alpha, config.attack_reduction
+        )
+        return {"adversarial": self.attack(batch, objective), "natural_logits": natural}
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+        """The losses of both networks.
+
+        The first call takes the logits of G out of ``crafted``, as their graph serves once and for
+        the weights of then; a later one computes them again (1 more forward pass), without moving
+        BatchNorm's statistics a second time.
+        """
+        natural = crafted.pop("natural_logits", None)
+        if natural is None:
+            with untracked(self.natural):
+                natural = self._natural_logits(batch.image)
+        adversarial = self.logits(crafted["adversarial"])
+        label, config = batch.label, self.config
+        robust_loss = concurrent_loss(
+            adversarial, natural, label, config.robust_alpha, config.temperature
+        )
+        natural_loss = concurrent_loss(
+            natural, adversarial, label, config.natural_alpha, config.temperature
+        )
+        loss = robust_loss + natural_loss
+        return StepOutput(
+            loss=loss,
+            metrics={
+                "loss": loss.detach(),
+                "robust_network_loss": robust_loss.detach(),
+                "natural_network_loss": natural_loss.detach(),
+                "natural_network_accuracy": accuracy(natural, label),
+                "robust_accuracy": accuracy(adversarial, label),
+            },
+        )

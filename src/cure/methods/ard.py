@@ -1,0 +1,84 @@
+"""ARD: imitate on adversarial images what a robust teacher says of the natural ones."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat
+from torch import nn
+
+from cure.attacks.objectives import CROSS_ENTROPY
+from cure.config import MethodConfig, TeacherConfig
+from cure.data.images import Batch
+from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.losses import accuracy, distillation
+from cure.methods.teacher import Teacher
+
+
+class ArdConfig(MethodConfig):
+    """Settings of ARD; the defaults are those of its released code."""
+
+    name: Literal["ard"] = "ard"
+    """Adversarially robust distillation."""
+    teacher: TeacherConfig
+    """The robust network to imitate (original: a WRN-34-10 trained by TRADES)."""
+    alpha: float = Field(default=1.0, gt=0, le=1)
+    """Weight of the distillation, in (0, 1]; the rest goes to the cross-entropy of natural images.
+    """
+    temperature: PositiveFloat = 30.0
+    """Temperature t of both predictions (released code: 30; as IAD repeats ARD: 1)."""
+    divide_by_classes: bool = False
+    """Released code: divide the KL term by the number of classes."""
+
+
+@METHODS.register("ard")
+class Ard(Method):
+    """``min alpha t^2 KL(p_T^t(x) || p^t(x_adv)) + (1 - alpha) CE(f(x), y)``: ARD.
+
+    x_adv climbs CE.  T is a frozen robust teacher in evaluation mode, which sees the natural
+    images; ``p^t`` is the softmax of logits over t.
+
+    Costs 11 forward and 11 backward passes with 10 attack steps and 1 forward pass of the teacher;
+    12 and 12 when alpha is below 1.
+
+    Source: Goldblum et al., AAAI 2020.
+    Differs from the released code: the KL term is a mean over the samples, there also over the
+    classes (``divide_by_classes``); with alpha = 1 no forward pass of the natural images, which
+    there moves the BatchNorm statistics and nothing else.
+    """
+
+    Config = ArdConfig
+
+    def __init__(self, model: nn.Module, config: ArdConfig, context: Context) -> None:
+        super().__init__(model, config, context)
+        self.teacher = Teacher(context, "teacher")
+
+    def craft(self, batch: Batch) -> Crafted:
+        """Images that climb the cross-entropy, and what the teacher says of the natural ones."""
+        return {
+            "adversarial": self.attack(batch, CROSS_ENTROPY),
+            "teacher": self.teacher.logits(batch.image),
+        }
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+        """Distillation, and natural cross-entropy where it has a weight."""
+        config, label = self.config, batch.label
+        adversarial = self.logits(crafted["adversarial"])
+        distilled = distillation(crafted["teacher"], adversarial, config.temperature).mean()
+        if config.divide_by_classes:
+            distilled = distilled / adversarial.shape[1]
+        loss = config.alpha * distilled
+        metrics = {
+            "distillation": distilled.detach(),
+            "robust_accuracy": accuracy(adversarial, label),
+        }
+        if config.alpha < 1:
+            natural = self.logits(batch.image)
+            natural_loss = F.cross_entropy(natural, label)
+            loss = loss + (1 - config.alpha) * natural_loss
+            metrics |= {
+                "natural_loss": natural_loss.detach(),
+                "accuracy": accuracy(natural, label),
+            }
+        return StepOutput(loss=loss, metrics={"loss": loss.detach(), **metrics})

@@ -1,0 +1,26 @@
+"""Forward passes in training mode that BatchNorm does not remember."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def untracked(model: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of ``model`` alone: BatchNorm in training uses the batch's only.
+
+    Writing the old statistics back afterwards would not do where the pass is differentiated later:
+    autograd refuses a buffer that was written to in the meantime.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,103 @@
+"""KD: adversarial training smoothed by what a natural and a robust teacher say."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor, nn
+
+from cure.attacks.objectives import CROSS_ENTROPY
+from cure.config import MethodConfig, TeacherConfig
+from cure.data.images import Batch
+from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.losses import accuracy
+from cure.methods.teacher import Teacher
+
+
+class KdConfig(MethodConfig):
+    """Settings of KD; the defaults are those of its released code."""
+
+    name: Literal["kd"] = "kd"
+    """Knowledge distillation from two teachers (the KD of KD+SWA)."""
+    teacher: TeacherConfig
+    """The robust network to imitate (original: the best of an AT run of the same network)."""
+    natural_teacher: TeacherConfig = TeacherConfig(path="natural")
+    """The naturally trained network to imitate."""
+    cross_entropy_weight: NonNegativeFloat = 0.3
+    """Weight of the cross-entropy with the labels."""
+    teacher_weight: PositiveFloat = 0.6
+    """Weight of the robust teacher."""
+    natural_teacher_weight: PositiveFloat = 0.1
+    """Weight of the natural teacher."""
+    temperature: PositiveFloat = 2.0
+    """Temperature T of the teachers' terms."""
+
+
+def soft_cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``- T^2 mean_i sum_k softmax(target_i / T)_k log softmax(logits_i / T)_k``, 0-dim.
+
+    Args:
+        target: logits [B, K] to imitate, without a graph.
+        logits: [B, K].
+        temperature: T above 0.
+
+    Source: Chen et al., ICLR 2021, released code.
+    """
+    chances = F.softmax(target / temperature, dim=1)
+    return temperature**2 * F.cross_entropy(logits / temperature, chances)
+
+
+@METHODS.register("kd")
+class Kd(Method):
+    """``min c CE(f(x_adv), y) + b KD_S(x_adv) + a KD_T(x_adv)``, x_adv climbing CE: KD of KD+SWA.
+
+    ``KD_N`` is the :func:`soft_cross_entropy` with the prediction of N for the same adversarial
+    images; S is a natural teacher and T a robust one, both frozen and in evaluation mode.  SWA is
+    no part of it but the setting ``training.averaging``.
+
+    Costs 11 forward and 11 backward passes with 10 attack steps, and 1 forward pass of each
+    teacher.
+
+    Source: Chen et al., ICLR 2021; the form and weights are those of its released code.
+    """
+
+    Config = KdConfig
+
+    def __init__(self, model: nn.Module, config: KdConfig, context: Context) -> None:
+        super().__init__(model, config, context)
+        self.teacher = Teacher(context, "teacher")
+        self.natural_teacher = Teacher(context, "natural_teacher")
+
+    def craft(self, batch: Batch) -> Crafted:
+        """Images that climb the cross-entropy, and what both teachers say of them."""
+        adversarial_image = self.attack(batch, CROSS_ENTROPY)
+        return {
+            "adversarial": adversarial_image,
+            "teacher": self.teacher.logits(adversarial_image),
+            "natural_teacher": self.natural_teacher.logits(adversarial_image),
+        }
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+        """Cross-entropy with the labels and with both teachers."""
+        config = self.config
+        adversarial = self.logits(crafted["adversarial"])
+        labelled = F.cross_entropy(adversarial, batch.label)
+        robust = soft_cross_entropy(crafted["teacher"], adversarial, config.temperature)
+        natural = soft_cross_entropy(crafted["natural_teacher"], adversarial, config.temperature)
+        loss = (
+            config.cross_entropy_weight * labelled
+            + config.teacher_weight * robust
+            + config.natural_teacher_weight * natural
+        )
+        return StepOutput(
+            loss=loss,
+            metrics={
+                "loss": loss.detach(),
+                "adversarial_loss": labelled.detach(),
+                "distillation": robust.detach(),
+                "natural_distillation": natural.detach(),
+                "robust_accuracy": accuracy(adversarial, batch.label),
+            },
+        )

@@ -1,0 +1,424 @@
+"""LAS-AT: a second network learns how each image should be attacked."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from torch import Tensor, nn
+
+from cure.attacks import Attack
+from cure.attacks.objectives import CROSS_ENTROPY, KL, kl_divergence_per_sample
+from cure.attacks.perturb import crafting
+from cure.config import MethodConfig, ModelConfig, Section
+from cure.data.images import Batch
+from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.losses import accuracy, smoothed_cross_entropy
+from cure.models import build_model
+from cure.randomness import derive
+
+Form = Literal["at", "trades"]
+
+
+def _ascending(bounds: tuple[int, int]) -> tuple[int, int]:
+    if bounds[0] > bounds[1]:
+        raise PydanticCustomError("bounds", "expected the smaller number first")
+    return bounds
+
+
+Bounds = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_ascending)]
+
+
+class StrategyConfig(Section):
+    """The strategy network: what it may choose, and how it learns.
+
+    Sizes are in units of an eighth of the threat's epsilon: 1/255 at the usual 8/255.  Both ends
+    of a range may be chosen.
+    """
+
+    model: ModelConfig = ModelConfig(name="resnet18")
+    """Its architecture, with one linear head for each attack parameter in the place of the
+    classes."""
+    epsilon: Bounds = (3, 15)
+    """Range of the radius in units (form ``trades``: 5 to 9)."""
+    steps: Bounds = (3, 14)
+    """Range of the number of attack steps (form ``trades``: 7 to 14)."""
+    step_size: Bounds = (1, 5)
+    """Range of the length of a step in units (form ``trades``: 2 to 4)."""
+    beta: Bounds = (5, 9)
+    """Form ``trades``: range of the weight of an image's KL term."""
+    interval: PositiveInt = 20
+    """Steps of the run between two updates of the strategy network (form ``trades``: 1)."""
+    reuse: bool = False
+    """Update from the images that the step trains on, which is cheaper, not from images made for
+    the update by actions that are drawn in training mode (released code)."""
+    learning_rate: PositiveFloat = 1e-4
+    """Its learning rate, the same throughout the run."""
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Its momentum (form ``trades``: 0.9)."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Its L2 penalty (form ``trades``: 0.0005)."""
+    clip_norm: PositiveFloat = 1.0
+    """Its gradient is scaled down to this Euclidean norm when it is longer."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _by_name(cls, model: object) -> object:
+        return {"name": model} if isinstance(model, str) else model
+
+
+class RewardConfig(Section):
+    """What a strategy is rewarded for: ``loss R1 + robust R2 + natural R3``."""
+
+    loss: NonNegativeFloat = 1.0
+    """Weight of R1, the loss of the network in training on the images that the strategy made."""
+    robust: NonNegativeFloat = 4.0
+    """Weight of R2, the robust accuracy, a share of 1, of a copy of that network after one step on
+    these images (form ``trades``: 8)."""
+    natural: NonNegativeFloat = 2.0
+    """Weight of R3, the natural accuracy of the copy (form ``trades``: 4)."""
+    limit: PositiveFloat = 10.0
+    """R1 counts up to this value (form ``trades``: 20)."""
+    steps: PositiveInt = 10
+    """Steps of the attack that measures R2; each is a quarter of the threat's epsilon long."""
+    restarts: PositiveInt = 2
+    """Random starts of that attack."""
+
+
+TRADES_DEFAULTS: dict[str, dict[str, Any]] = {
+    "strategy": {
+        "epsilon": (5, 9),
+        "steps": (7, 14),
+        "step_size": (2, 4),
+        "interval": 1,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+    },
+    "reward": {"robust": 8.0, "natural": 4.0, "limit": 20.0},
+}
+"""Where the defaults of the form ``trades`` differ (released code for CIFAR-10)."""
+
+
+class LasAtConfig(MethodConfig):
+    """Settings of LAS-AT; the defaults are LAS-PGD-AT on CIFAR-10."""
+
+    name: Literal["las-at"] = "las-at"
+    """LAS-AT."""
+    form: Form = "at"
+    """``at``: LAS-PGD-AT; ``trades``: LAS-TRADES, with defaults of its own."""
+    true_mass: float = Field(default=0.7, gt=0, le=1)
+    """Form ``at``: share of the true class in the smoothed label; the other classes have the rest
+    in equal parts (CIFAR-100: 0.6; LAS-AWP: 1)."""
+    strategy: StrategyConfig = StrategyConfig()
+    """The strategy network."""
+    reward: RewardConfig = RewardConfig()
+    """Its reward."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_form(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("form") != "trades":
+            return raw
+        filled = dict(raw)
+        for name, defaults in TRADES_DEFAULTS.items():
+            given = raw.get(name, {})
+            if isinstance(given, Section):
+                given = given.model_dump(exclude_unset=True)
+            if isinstance(given, dict):
+                filled[name] = defaults | given
+        return filled
+
+
+class StrategyNetwork(nn.Module):
+    """``pi(a|x)``: for each image one categorical distribution for each attack parameter.
+
+    Args:
+        trunk: images [B, C, H, W] to numbers [B, N]; N is the size of all ranges together.  Its
+            last linear layer is thus one head for each range, side by side.
+        ranges: smallest and largest value, by attack parameter.
+
+    Source: Jia et al. (LAS-AT), CVPR 2022.
+    """
+
+    def __init__(self, trunk: nn.Module, ranges: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.ranges = dict(ranges)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, N] of all heads side by side."""
+        logits: Tensor = self.trunk(image)
+        return logits
+
+    def heads(self, logits: Tensor) -> dict[str, Tensor]:
+        """Log-probabilities [B, size of the range] by attack parameter."""
+        sizes = [high - low + 1 for low, high in self.ranges.values()]
+        parts = torch.split(logits, sizes, dim=1)
+        return {
+            name: F.log_softmax(part, dim=1) for name, part in zip(self.ranges, parts, strict=True)
+        }
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """One action an image: values [B] by attack parameter, int64, ends of ranges included."""
+        actions = {}
+        for name, logarithms in self.heads(logits.detach()).items():
+            # The largest of log p_k - log(exponential noise) is k with probability p_k;
+            # torch.multinomial would make the host wait for a check of p.
+            noise = torch.empty_like(logarithms).exponential_(generator=generator)
+            actions[name] = self.ranges[name][0] + (logarithms - noise.log()).argmax(dim=1)
+        return actions
+
+    def log_likelihood(self, logits: Tensor, actions: Mapping[str, Tensor]) -> Tensor:
+        """``sum_heads mean_i log pi(a_i|x_i)``, 0-dim, of actions as :meth:`draw` gives them."""
+        total = logits.new_zeros(())
+        for name, logarithms in self.heads(logits).items():
+            chosen = actions[name] - self.ranges[name][0]
+            total = total + logarithms.gather(1, chosen[:, None]).mean()
+        return total
+
+
+def size_of(ranges: Mapping[str, tuple[int, int]]) -> int:
+    """Logits that a strategy network needs for these ranges."""
+    return sum(high - low + 1 for low, high in ranges.values())
+
+
+@METHODS.register("las-at")
+class LasAt(Method):
+    """Learnable attack strategy (LAS-AT): a second network chooses each image's attack.
+
+    The strategy network draws a radius, a number of steps and a step size for each image, in the
+    form ``trades`` also the weight beta_i of its KL term; the network in training learns from the
+    images so made.  At every ``strategy.interval``-th step, before that, the strategy network
+    learns by REINFORCE without baseline: it draws actions a, and descends
+
+        ``- R sum_heads mean_i log pi(a_i|x_i)``,  ``R = w1 R1 + w2 R2 + w3 R3``
+
+    where R1 is the loss of the network in training on the images that a made, R2 and R3 are the
+    robust and the natural accuracy of a copy of it that took one plain step of gradient descent
+    on them, all on the batch at hand.
+
+    Costs, with k the largest number of steps drawn in the batch (14 with the defaults), k + 1
+    forward and k + 1 backward passes and one forward pass of the strategy network; form ``trades``
+    k + 3 and k + 2.  An update adds k + 25 and k + 21 (``trades``: k + 26 and k + 22), 24 and 21
+    of them (25 and 22) of the copy, and one forward and backward pass of the strategy network;
+    ``strategy.reuse`` saves k and k (k + 1 and k).  An image whose steps are done stays in its
+    batch.  The host reads the largest number of steps from the device.
+
+    Source: Jia et al., CVPR 2022.
+    Differs from the released code: docs/methods/las-at.md has the list.
+    """
+
+    Config = LasAtConfig
+
+    def __init__(self, model: nn.Module, config: LasAtConfig, context: Context) -> None:
+        super().__init__(model, config, context)
+        strategy = config.strategy
+        ranges = {
+            "epsilon": strategy.epsilon,
+            "steps": strategy.steps,
+            "step_size": strategy.step_size,
+        }
+        if config.form == "trades":
+            ranges["beta"] = strategy.beta
+        image = next(context.natural_images(), None)
+        if image is None:
+            raise ValueError("the strategy network needs images to be built for: give the context")
+        trunk = build_model(
+            strategy.model,
+            classes=size_of(ranges),
+            channels=image.shape[1],
+            size=(image.shape[2], image.shape[3]),
+            seed=derive(context.seed, "strategy"),
+        )
+        self.strategy = StrategyNetwork(trunk, ranges)
+        context.engine.place(self.strategy)
+        weights = torch.cat([weight.detach().flatten() for weight in self.strategy.parameters()])
+        self.velocity: Tensor | None
+        self.register_buffer("velocity", torch.zeros_like(weights) if strategy.momentum else None)
+
+    # -- attacking -----------------------------------------------------------------------------
+
+    def craft(self, batch: Batch) -> Crafted:
+        """Every so often a better strategy; then images by strategies drawn for this step.
+
+        Both precede the optimiser's step, so that the reward is that of the network which the
+        strategy was chosen for.
+        """
+        config = self.config.strategy
+        due = (batch.step + 1) % config.interval == 0
+        reward: Crafted = {}
+        if due and not config.reuse:
+            logits = self._outlook(batch.image)
+            draws = self.context.generator("strategy update", batch.step)
+            actions = self.strategy.draw(logits, draws)
+            made = self._attacked(batch, actions, "strategy update attack")
+            reward = self._improve(batch, logits, actions, made)
+        with crafting(self.strategy), torch.no_grad():
+            drawn = self.strategy.draw(
+                self._outlook(batch.image), self.context.generator("strategy", batch.step)
+            )
+        crafted = self._attacked(batch, drawn, "attack")
+        if due and config.reuse:
+            reward = self._improve(batch, self._outlook(batch.image), drawn, crafted)
+        return crafted | reward
+
+    def _outlook(self, image: Tensor) -> Tensor:
+        """Logits of the strategy network, in its present mode."""
+        return self.context.engine.logits(self.strategy, image)
+
+    def _attacked(self, batch: Batch, actions: Mapping[str, Tensor], purpose: str) -> Crafted:
+        """The strategies, in the units of images, and the images that they make."""
+        attack = self.context.attack
+        unit = attack.threat.epsilon / 8
+        epsilon = unit * actions["epsilon"].to(batch.image.dtype)
+        step_size = unit * actions["step_size"].to(batch.image.dtype)
+        adversarial = attack(
+            self.model,
+            batch.image,
+            batch.label,
+            KL if self.config.form == "trades" else CROSS_ENTROPY,
+            self.context.generator(purpose, batch.step),
+            epsilon=epsilon,
+            start_epsilon=attack.threat.epsilon,
+            steps=actions["steps"],
+            step_size=step_size,
+        )
+        crafted = {
+            "adversarial": adversarial,
+            "epsilon": epsilon,
+            "steps": actions["steps"],
+            "step_size": step_size,
+        }
+        if "beta" in actions:
+            crafted["beta"] = actions["beta"].to(batch.image.dtype)
+        return crafted
+
+    # -- the strategy network learns ------------------------------------------------------------
+
+    def _improve(
+        self, batch: Batch, logits: Tensor, actions: Mapping[str, Tensor], made: Crafted
+    ) -> Crafted:
+        """One step of the strategy network; the reward of these actions, by name."""
+        parts = self._reward_parts(batch, made)
+        weights = self.config.reward
+        reward = (
+            weights.loss * parts["reward_loss"].clamp(0, weights.limit)
+            + weights.robust * parts["reward_robust"]
+            + weights.natural * parts["reward_natural"]
+        )
+        self._descend(-reward * self.strategy.log_likelihood(logits, actions))
+        return {"reward": reward, **parts}
+
+    def _reward_parts(self, batch: Batch, made: Crafted) -> dict[str, Tensor]:
+        """R1, R2 and R3 without limit and weights, detached 0-dim tensors."""
+        future, loss = self._after_one_step(batch, made)
+        if self.config.form == "at":
+            with crafting(self.model), torch.no_grad():
+                loss = F.cross_entropy(self.logits(made["adversarial"]), batch.label)
+        future.eval()
+        natural = self._right(future, batch.image, batch.label)
+        robust = torch.ones_like(natural)
+        draws = self.context.generator("reward", batch.step)
+        threat = self.context.attack.threat
+        attack = Attack(
+            threat,
+            self.config.reward.steps,
+            threat.epsilon / 4,
+            start="uniform",
+            mode="train",
+            precision=self.context.engine.attack_precision,
+        )
+        for _ in range(self.config.reward.restarts):
+            worst = attack(future, batch.image, batch.label, CROSS_ENTROPY, draws, patience=0)
+            robust &= self._right(future, worst, batch.label)
+        return {
+            "reward_loss": loss.detach(),
+            "reward_robust": robust.to(loss.dtype).mean(),
+            "reward_natural": natural.to(loss.dtype).mean(),
+        }
+
+    def _after_one_step(self, batch: Batch, made: Crafted) -> tuple[nn.Module, Tensor]:
+        """A copy of the network after one step on ``made``, and its loss before that step."""
+        future = copy.deepcopy(self.model)
+        parameters = {
+            name: parameter
+            for name, parameter in future.named_parameters()
+            if parameter.requires_grad
+        }
+        loss = self._learnt(future, batch, made).loss
+        assert loss is not None
+        gradients = self.context.engine.gradients(loss, parameters)
+        rate, decay = self.context.learning_rate(batch.step), self.context.weight_decay
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.sub_(rate * (gradients[name] + decay * parameter))
+        return future, loss
+
+    @torch.no_grad()
+    def _right(self, model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        """Which images [B] a network classifies right."""
+        return self.context.engine.logits(model, image).argmax(dim=1) == label
+
+    @torch.no_grad()
+    def _descend(self, loss: Tensor) -> None:
+        """One step of stochastic gradient descent of the strategy network."""
+        config = self.config.strategy
+        parameters = dict(self.strategy.named_parameters())
+        gradients = self.context.engine.gradients(loss, parameters)
+        change = torch.cat([gradient.flatten() for gradient in gradients.values()])
+        change = change * (config.clip_norm / (change.norm() + 1e-6)).clamp_max(1)
+        if config.weight_decay:
+            weights = torch.cat([parameter.flatten() for parameter in parameters.values()])
+            change = change + config.weight_decay * weights
+        if self.velocity is not None:
+            change = self.velocity.mul_(config.momentum).add_(change)
+        sizes = [parameter.numel() for parameter in parameters.values()]
+        for parameter, part in zip(parameters.values(), torch.split(change, sizes), strict=True):
+            parameter.sub_(config.learning_rate * part.view(parameter.shape))
+
+    # -- the network learns ---------------------------------------------------------------------
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+        """The form's loss on the images that the strategies made."""
+        out = self._learnt(self.model, batch, crafted)
+        for name, value in crafted.items():
+            if name != "adversarial":
+                out.metrics[name] = value.to(batch.image.dtype).mean()
+        return out
+
+    def _learnt(self, model: nn.Module, batch: Batch, crafted: Crafted) -> StepOutput:
+        """The form's loss of a network."""
+        label, engine = batch.label, self.context.engine
+        if self.config.form == "at":
+            adversarial = engine.logits(model, crafted["adversarial"])
+            loss = smoothed_cross_entropy(adversarial, label, self.config.true_mass)
+            metrics = {"loss": loss.detach(), "robust_accuracy": accuracy(adversarial, label)}
+            return StepOutput(loss=loss, metrics=metrics)
+        natural = engine.logits(model, batch.image)
+        adversarial = engine.logits(model, crafted["adversarial"])
+        natural_loss = F.cross_entropy(natural, label)
+        per_sample = kl_divergence_per_sample(natural, adversarial)
+        loss = natural_loss + (crafted["beta"] * per_sample).mean()
+        return StepOutput(
+            loss=loss,
+            metrics={
+                "loss": loss.detach(),
+                "natural_loss": natural_loss.detach(),
+                "adversarial_loss": per_sample.mean().detach(),
+                "accuracy": accuracy(natural, label),
+                "robust_accuracy": accuracy(adversarial, label),
+            },
+        )
