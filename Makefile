@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # --no-deps: its metadata pins a requests release from 2020; what it needs is in the dev extra.
 TORCHATTACKS ?= torchattacks==3.5.1
 
-.PHONY: setup demo test check mini third-party clean
+.PHONY: setup demo test check mini table ablation third-party clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,15 @@ check: setup
 # The figures in results/.  CURE_DATA names the folder that holds cifar10/; what is done is skipped.
 mini: setup
 	PATH="$(abspath $(BIN)):$$PATH" results/run_mini.sh 0
+
+# The comparison of all methods and CURE's ablation; JOBS runs at a time, one thread each.
+JOBS ?= 2
+
+table: setup
+	$(BIN)/cure table results/cifar10-mini/plan.yaml --jobs $(JOBS)
+
+ablation: setup
+	$(BIN)/cure table results/ablation/plan.yaml --jobs $(JOBS)
 
 third-party: setup
 	PATH="$(abspath $(BIN)):$$PATH" results/run_third_party.sh

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-MINI = HERE / "cifar10-mini"
+MINI = HERE / "cifar10-mini-cure"
 NAMES = {"natural": "natural start", "cure": "CURE"}
 
 
@@ -98,9 +98,9 @@ def mini_curves(target: Path) -> None:
 def insert(document: Path, text: str) -> None:
     """Put the table between the document's two marks."""
     whole = document.read_text(encoding="utf-8")
-    before, rest = whole.split("cifar10-mini/table.md -->\n", 1)
+    before, rest = whole.split("cifar10-mini-cure/table.md -->\n", 1)
     _, after = rest.split("<!-- end -->", 1)
-    middle = f"cifar10-mini/table.md -->\n{text}<!-- end -->"
+    middle = f"cifar10-mini-cure/table.md -->\n{text}<!-- end -->"
     document.write_text(before + middle + after, encoding="utf-8")
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The figures of results/cifar10-mini: train by the recipe, evaluate the natural start and CURE.
+# The figures of results/cifar10-mini-cure: train by the recipe, evaluate the natural start and CURE.
 # Usage: results/run_mini.sh [SEED ...].  What is done is skipped and what was stopped goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=results/cifar10-mini
+out=results/cifar10-mini-cure
 mkdir -p $out
 for seed in "${@:-0}"; do
   run=runs/cifar10-mini-seed$seed

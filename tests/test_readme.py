@@ -137,9 +137,9 @@ def test_the_card_of_cure_names_every_setting_and_its_default() -> None:
 def test_the_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = runpy.run_path(str(ROOT / "results" / "figures.py"))
     table = re.search(
-        r"<!-- results/cifar10-mini/table.md -->\n(.*?)<!-- end -->", README, re.DOTALL
+        r"<!-- results/cifar10-mini-cure/table.md -->\n(.*?)<!-- end -->", README, re.DOTALL
     )
     assert table is not None
     expected = f"{figures['mini_table']()}\n\n{figures['mini_conditions']()}\n"
     assert table[1].strip() == expected.strip()
-    assert (ROOT / "results" / "cifar10-mini" / "table.md").read_text() == expected
+    assert (ROOT / "results" / "cifar10-mini-cure" / "table.md").read_text() == expected

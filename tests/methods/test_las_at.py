@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -732,6 +733,22 @@ def test_its_first_weights_hang_on_the_seed_alone():
     assert_same_tensors(first.state_dict(), build("las-at").strategy.state_dict())
     other = build("las-at", within=context(seed=1)).strategy
     assert not torch.equal(first.trunk.conv1.weight, other.trunk.conv1.weight)
+
+
+def test_it_lies_in_the_layout_of_the_run_and_learns_the_same_there():
+    within = within_of()
+    settings = {"form": "trades", "strategy": {"learning_rate": 0.3, **SHORT}, "reward": QUICK}
+    plain = las(within=within, model=tiny_network(3), **settings)
+    engine = replace(within.engine, channels_last=True)
+    innermost = las(within=replace(within, engine=engine), model=tiny_network(3), **settings)
+    for method in (plain, innermost):
+        for step in range(2):
+            method.craft(batch(step, dtype=torch.float64))
+    weight = innermost.strategy.trunk.conv2.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not plain.strategy.trunk.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    for name, value in innermost.strategy.state_dict().items():
+        torch.testing.assert_close(value, plain.strategy.state_dict()[name])
 
 
 def test_without_images_there_is_nothing_to_build_it_for():
