@@ -24,7 +24,7 @@ from cure.recipe import load_recipe
 from cure.run_folder import RunFolder
 from helpers import Command, refused
 
-MINI = Path(__file__).resolve().parents[1] / "results" / "cifar10-mini"
+MINI = Path(__file__).resolve().parents[1] / "results" / "cifar10-mini-cure"
 
 PGD = {"steps": 20, "step_size": "epsilon/4", "start": "uniform", "restarts": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -249,6 +249,26 @@ def test_a_best_that_was_replaced_is_no_part_of_a_row(make_run: MakeRun) -> None
     assert (row["epoch"], row["n"], row["pgd20"]) == (5, 100, 40.0)
 
 
+def test_what_was_measured_later_tells_which_best_is_the_current_one(make_run: MakeRun) -> None:
+    old = (result(70, epoch=2, minute=minute, pgd20=30) for minute in (0, 1))
+    run = make_run("a", *old, result(80, minute=5, split="validation", pgd20=40))
+    (row,) = read_rows([run])
+    assert (row["epoch"], row["split"], row["pgd20"]) == (5, "validation", 40.0)
+    with pytest.raises(ConfigError, match="not evaluated on the test split"):
+        read_rows([run], "test")
+
+
+def test_a_best_epoch_that_is_the_last_has_lost_nothing(make_run: MakeRun) -> None:
+    """Leaving these runs out would make robust overfitting look worse than it is."""
+    (row,) = read_rows([make_run("a", result(80, epoch=7, pgd20=40))])
+    assert (row["last_natural"], row["last_pgd20"]) == (80.0, 40.0)
+    assert (row["best_minus_last_natural"], row["best_minus_last_pgd20"]) == (0.0, 0.0)
+    assert row["last_cw"] is None
+    measured = result(81, epoch=7, checkpoint="last", minute=1, pgd20=39)
+    (row,) = read_rows([make_run("b", result(80, epoch=7, pgd20=40), measured)])
+    assert row["last_pgd20"] == 39.0
+
+
 def test_last_is_compared_on_as_many_images(make_run: MakeRun) -> None:
     last = {"checkpoint": "last", "epoch": 7}
     run = make_run("a", result(80, pgd20=40), result(8, 10, pgd20=5, minute=1, **last))
@@ -437,6 +457,72 @@ def test_the_archived_results_give_the_readme_table() -> None:
     ]
 
 
+def test_the_same_network_twice_is_no_group(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"checkpoint": None, "epoch": None, "target": "vit"}
+    first = write(tmp_path / "a.json", result(80, **facts))
+    second = write(tmp_path / "b.json", result(90, **facts))
+    compare([first], output=tmp_path / "t.json")
+    done = compare([tmp_path / "t.json", second])
+    assert sorted(line[2][:4] for line in done.cells()) == ["80.0", "90.0"]
+
+
+def record(run: Path, label: str) -> dict[str, Any]:
+    """What a plan keeps of a run."""
+    folder = RunFolder.open(run)
+    return {
+        "format": "cure-run-1",
+        "plan": "plan",
+        "label": label,
+        "seed": folder.config.seed,
+        "config": folder.config.model_dump(mode="json"),
+        "best_epoch": 5,
+        "environment": folder.environment(),
+        "metrics": [],
+        "timing": folder.timing(),
+        "evaluations": folder.evaluations(),
+    }
+
+
+def test_records_of_a_plan_are_rows_by_its_labels(make_run: MakeRun, tmp_path: Path) -> None:
+    timing = ({"epoch": 1, "seconds": 2.0, "processor_seconds": 3.0, "peak_memory_mib": 100.0},)
+    runs = [
+        make_run(f"r{seed}", result(80, pgd20=right), seed=seed, timing=timing)
+        for seed, right in enumerate((40, 42))
+    ]
+    files = [
+        write(tmp_path / f"mine-seed{seed}.json", record(run, "mine"))
+        for seed, run in enumerate(runs)
+    ]
+    rows, direct = read_rows(files), read_rows(runs)
+    assert [row["run"] for row in rows] == ["mine-seed0", "mine-seed1"]
+    assert [row["label"] for row in rows] == ["mine", "mine"]
+    own = {"run", "label", "plan_label"}
+    for row, other in zip(rows, direct, strict=True):
+        assert {k: v for k, v in row.items() if k not in own} == {
+            k: v for k, v in other.items() if k not in own
+        }
+    compare(files, output=tmp_path / "t.json")
+    other = write(
+        tmp_path / "other.json",
+        record(make_run("c", result(80), settings=("method.beta=2",), seed=2), "mine"),
+    )
+    # A label that two plans give to different settings is no group.
+    again = compare([tmp_path / "t.json", other], sort="label")
+    assert labels(again) == ["mine (beta=2)", "mine (beta=6)"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"evaluations": []}, {"config": None}, {"timing": None}, {"evaluations": [{}]}]
+)
+def test_records_that_are_none_are_refused(
+    make_run: MakeRun, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    whole = record(make_run("a", result(80)), "mine")
+    file = write(tmp_path / "mine.json", whole | change)
+    with pytest.raises(CheckpointError, match=r"mine\.json"):
+        read_rows([file])
+
+
 # Groups of seeds.
 
 
@@ -537,6 +623,16 @@ def test_the_run_that_a_seed_starts_from_makes_no_group(make_run: MakeRun) -> No
     assert [row["label"] for row in read_rows(runs)] == ["trades"] * 3
     other = make_run("scratch", result(80), seed=3)
     assert read_rows([*runs, other])[3]["label"] == "trades (start=scratch)"
+
+
+def test_the_teacher_of_a_seed_makes_no_group(make_run: MakeRun) -> None:
+    words = [(f"method.teacher={path}",) for path in ("runs/at-0", "runs/at-1", "natural")]
+    runs = [
+        make_run(f"r{seed}", result(80), method="ard", seed=seed, settings=word)
+        for seed, word in enumerate(words)
+    ]
+    assert [row["label"] for row in read_rows(runs[:2])] == ["ard", "ard"]
+    assert len({row["label"] for row in read_rows(runs)}) == 2
 
 
 def test_a_seed_counts_once(make_run: MakeRun) -> None:
@@ -775,6 +871,8 @@ def test_difference_refuses_what_does_not_pair(make_run: MakeRun) -> None:
         difference(rows, other, "pgd")
     with pytest.raises(ConfigError, match="with seed 0"):
         difference([rows[0], rows[0] | {"run": "copy"}], other, "pgd20")
+    with pytest.raises(ConfigError, match="with seed 0"):
+        difference(other, [rows[0], rows[0] | {"run": "copy"}], "pgd20")
     with pytest.raises(ConfigError, match="not evaluated alike: data"):
         difference(rows, [other[0] | {"data": "svhn"}], "pgd20")
     slow = [

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 FORMAT = "cure-comparison-1"
+RUN_FORMAT = "cure-run-1"
+"""The record that a plan keeps of a run: settings, evaluations and times in one file."""
 USUAL = ("pgd20", "cw", "autoattack")
 """Attacks that every row has a place for, measured or not."""
 RATIOS = ("cw", "autoattack")
@@ -165,8 +167,8 @@ def compare(
     """Set runs side by side: accuracies with intervals over images or seeds, and what they cost.
 
     Args:
-        runs: run folders, result files of ``cure evaluate --output``, or tables of this function
-            in JSON.  Results of the same run make one row.
+        runs: run folders, result files of ``cure evaluate --output``, records that a plan keeps
+            of its runs, or tables of this function in JSON.  Results of the same run make one row.
         columns: of the table, as a list or as "natural,pgd20"; by default what was measured.
         sort: column to sort by, largest first; by default the NRR of the strongest attack that
             all have.
@@ -221,6 +223,7 @@ class _Source:
         timing: seconds and memory of each epoch.
         environment: where it was trained, or where it was evaluated when that is not known.
         finished: whether it was trained to its end, where known.
+        label: of the row, where a plan gives it one.
     """
 
     name: str
@@ -230,6 +233,7 @@ class _Source:
     timing: Sequence[dict[str, Any]] = ()
     environment: Mapping[str, Any] | None = None
     finished: bool | None = None
+    label: str | None = None
 
     @property
     def checkpoint(self) -> str | None:
@@ -265,6 +269,8 @@ def read_rows(runs: Iterable[str | Path | Run], split: str | None = None) -> lis
             content = _read_json(path)
             if content.get("format") == FORMAT:
                 rows += _checked_rows(content.get("rows"), path)
+            elif content.get("format") == RUN_FORMAT:
+                sources.append(_read_record(content, path))
             else:
                 loose.append((str(path), _checked_result(content, path)))
         else:
@@ -345,13 +351,9 @@ def _read_folder(path: Path) -> _Source:
         )
     try:
         config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
-        for section, key in (("method", "name"), ("training", "epochs"), ("threat", "epsilon")):
-            _need(config[section][key] is not None)
-        _need(isinstance(config["seed"], int))
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{config_file} holds no whole configuration; restore it from a copy"
-        ) from None
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    config = _checked_config(config, config_file)
     files = sorted((path / "evaluations").glob("*.json"), key=_number)
     results = [_checked_result(_read_json(file), file) for file in files]
     if not results:
@@ -371,6 +373,39 @@ def _read_folder(path: Path) -> _Source:
         environment=_read_json(environment) if environment.is_file() else None,
         finished=_read_json(status).get("state") == "finished" if status.is_file() else None,
     )
+
+
+def _read_record(content: dict[str, Any], path: Path) -> _Source:
+    """A run as a plan keeps it when its folder may be gone."""
+    config = _checked_config(content.get("config"), path)
+    evaluations, timing = content.get("evaluations"), content.get("timing")
+    if not evaluations or not isinstance(evaluations, list) or not isinstance(timing, list):
+        raise CheckpointError(
+            f"{path} holds no evaluation of its run; move it away and do that run of the plan again"
+        )
+    results = sorted((_checked_result(result, path) for result in evaluations), key=_time)
+    return _Source(
+        name=path.stem,
+        typed=str(path),
+        results=_current(results),
+        config=config,
+        timing=timing,
+        environment=content.get("environment"),
+        finished=True,
+        label=str(content["label"]) if content.get("label") else None,
+    )
+
+
+def _checked_config(config: Any, path: Path) -> dict[str, Any]:
+    try:
+        for section, key in (("method", "name"), ("training", "epochs"), ("threat", "epsilon")):
+            _need(config[section][key] is not None)
+        _need(isinstance(config["seed"], int))
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path} holds no whole configuration; restore it from a copy"
+        ) from None
+    return dict(config)
 
 
 def _current(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -494,13 +529,17 @@ def _row(source: _Source, rank: Callable[[tuple[Any, ...]], Any]) -> Row:
     main = [r for r in source.results if r["model"].get("checkpoint") == checkpoint]
     images = max({_images(result) for result in main}, key=lambda images: (rank(images), images))
     main = source.of(checkpoint, images)
-    last = source.of("last", images) if checkpoint == "best" else []
     whole = _largest(main)
     facts, config = whole["model"], source.config
+    last = source.of("last", images) if checkpoint == "best" else []
+    if checkpoint == "best" and config and facts.get("epoch") == config["training"]["epochs"]:
+        # The best epoch is the last one: these are the same weights, whether measured twice or not.
+        last = main + last
     row: Row = {
         "run": source.name,
         "method": config["method"]["name"] if config else facts.get("method"),
         "label": "",
+        "plan_label": source.label,
         "seed": config["seed"] if config else facts.get("run_seed"),
         "network": _no_place(facts.get("name")),
         "parameters": facts.get("parameters"),
@@ -639,7 +678,7 @@ def _origin(start: str) -> str:
 
 
 def _labelled(rows: list[Row]) -> list[Row]:
-    """The same rows with ``label``: the method, and what differs between runs of one method."""
+    """The same rows with ``label``: a plan's, or the method; and what differs between its runs."""
     labels = [_plain_label(row) for row in rows]
     for plain in dict.fromkeys(labels):
         alike = [row for row, label in zip(rows, labels, strict=True) if label == plain]
@@ -656,6 +695,8 @@ def _labelled(rows: list[Row]) -> list[Row]:
 
 
 def _plain_label(row: Row) -> str:
+    if row.get("plan_label"):
+        return str(row["plan_label"])
     if row["method"] is None:
         return f"{row['run']} ({row['weights']})" if row.get("weights") else str(row["run"])
     known = row["configuration"] or {}
@@ -1021,7 +1062,7 @@ def _versions(environment: Mapping[str, Any]) -> str:
 def _markdown(text: str) -> str:
     """Text that stays in its cell and is shown as it is."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\|`*\[\]])", r"\\\1", text)
 
 

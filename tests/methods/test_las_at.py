@@ -514,6 +514,9 @@ def test_an_update_is_a_step_against_the_policy_loss(form, reuse):
         drawn.clear()
         crafted = method.craft(given)
         assert len(drawn) == (1 if reuse else 2)
+        if not reuse:
+            same = drawn[0]["epsilon"] == drawn[1]["epsilon"]
+            assert same.double().mean() < 0.6, "two draws of one step have chance of their own"
         total = 0
         sizes = [high - low + 1 for low, high in other.ranges.values()]
         for (name, (low, _)), part in zip(

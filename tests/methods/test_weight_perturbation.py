@@ -273,6 +273,30 @@ def test_frozen_weights_of_cure_stay_to_the_bit():
             assert not torch.equal(weights(method)[name], before[name])
 
 
+def test_what_is_frozen_goes_with_the_gradients():
+    """Both are of the second look: a frozen weight has no gradient."""
+    method = around(build("cure", tiny_network(2), mask={"strict_freeze": True}), gamma=0.5)
+    out = method.step(batch())
+    for name, mask in out.frozen.items():
+        assert (out.grads[name][mask] == 0).all(), name
+    method.after_step(0)
+
+
+def test_the_method_s_own_averages_follow_the_perturbation_s_end():
+    seen = []
+
+    class Watching(Adversarial):
+        def after_step(self, step: int) -> dict[str, Tensor]:
+            seen.append(weights(self))
+            return {"own": torch.tensor(float(step))}
+
+    method = around(Watching(tiny_network(), Adversarial.Config(), context()), gamma=0.1)
+    before = weights(method)
+    method.step(batch(7))
+    assert method.after_step(7) == {"own": torch.tensor(7.0)}
+    assert_same_tensors(seen[0], before)
+
+
 def test_keeping_buffers():
     network = tiny_network()
     before = copy.deepcopy(dict(network.named_buffers()))
