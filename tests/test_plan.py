@@ -115,6 +115,17 @@ def test_runs_wait_for_those_they_need_and_come_seed_by_seed():
     assert all(entry.config.seed == entry.seed for entry in entries(plan))
 
 
+def test_a_row_changes_nothing_for_the_next():
+    settings = {**PLAN["settings"], "start": "scratch", "method": {"name": "cure", "percent": 20}}
+    rows = {
+        "one": {"settings": {"method.gamma": 0, "method.mask.kind": "none"}},
+        "two": {"settings": {}},
+    }
+    one, two = entries(read_plan(written(settings=settings, rows=rows)))
+    assert (one.config.method.gamma, one.config.method.mask.kind) == (0, "none")
+    assert (two.config.method.gamma, two.config.method.mask.kind) == (1, "prominence")
+
+
 def test_the_work_is_done_once_and_kept():
     plan, here, told = read_plan(written()), Here(), []
     assert carry_out_plan(plan, Path("out"), here, tell=told.append) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -127,7 +128,7 @@ def override(raw: Raw, key: str, value: object) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{key}: '{section}' is a value, not a section with keys")
         raw = inner
-    raw[last] = value
+    raw[last] = copy.deepcopy(value)  # A later override inside it must not reach the giver's.
 
 
 def check(raw: Mapping[str, Any], where: str) -> RunConfig:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cure.config import AveragingConfig
 from cure.methods import METHODS, Context, Method
+from cure.methods.adversarial import Adversarial
 from cure.methods.averaging import Averaged, recompute_statistics
 
 every_method = pytest.mark.parametrize("name", METHODS.names())
@@ -127,6 +128,26 @@ def test_the_average_learns_nothing_and_shares_nothing():
     assert method.trainable().keys() == method.inner.trainable().keys()
 
 
+def test_what_the_method_evaluates_is_what_is_averaged():
+    class Other(Adversarial):
+        """Evaluates a network of its own."""
+
+        def __init__(self) -> None:
+            super().__init__(tiny_network(), Adversarial.Config(), short())
+            self.other = nn.Linear(1, 1, bias=False)
+
+        def inference_model(self) -> nn.Module:
+            return self.other
+
+    inner = Other()
+    method = Averaged(inner, AveragingConfig(kind="equal", start=1 / 12))
+    for step in range(3):
+        assert (method.inference_model() is inner.other) == (step < 2)
+        inner.other.weight.data.fill_(step)
+        method.after_step(step)
+    assert method.inference_model().weight.item() == 1.5
+
+
 # -- BatchNorm statistics ------------------------------------------------------------------------
 
 
@@ -167,6 +188,15 @@ def test_recomputed_statistics_are_those_of_the_whole_set(sizes):
     model = tiny_network()
     recompute_statistics(model, batches)
     assert_statistics(model, batches)
+
+
+def test_what_the_statistics_were_has_no_say():
+    model = tiny_network()
+    model.bn1.running_mean.fill_(torch.nan)
+    model.bn1.running_var.fill_(torch.inf)
+    recompute_statistics(model, images())
+    assert_statistics(model, list(images()))
+    assert int(model.bn1.num_batches_tracked) == 3
 
 
 def test_a_last_batch_of_one_image_is_left_out():
