@@ -229,9 +229,8 @@ def test_no_teacher_at_all(command: Command):
 
 
 def test_a_setting_that_another_method_owns(command: Command):
-    refused(
-        command("show", "digits", "method=trades", "method.teacher=natural"), "method", "'teacher'"
-    )
+    ended = command("show", "digits", "method=trades", "method.teacher=natural")
+    refused(ended, "method", "'teacher' is a setting of ard, iad, kd, and the method is trades")
 
 
 def test_a_teacher_whose_outputs_are_not_finite(brightness):

@@ -164,8 +164,22 @@ def _check_method(raw: object, mistakes: list[str]) -> tuple[MethodConfig, type[
     try:
         return kind.model_validate(raw), kind
     except ValidationError as error:
-        mistakes += [_explain(item, kind, ("method",)) for item in error.errors()]
+        mistakes += [
+            _explain(item, kind, ("method",)) + _owners(raw["name"], item)
+            for item in error.errors()
+        ]
         return placeholder
+
+
+def _owners(method: str, item: Any) -> str:
+    """Where an unknown key of a method's section belongs, when other methods have it."""
+    key = item["loc"][0] if item["loc"] else None
+    if item["type"] != "extra_forbidden" or len(item["loc"]) > 1:
+        return ""
+    owners = [name for name in METHODS.names() if key in METHODS[name].Config.model_fields]
+    if not owners:
+        return ""
+    return f". '{key}' is a setting of {', '.join(owners)}, and the method is {method}"
 
 
 def _explain(item: Any, root: type[BaseModel], prefix: tuple[str, ...]) -> str:
