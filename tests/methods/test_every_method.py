@@ -210,3 +210,36 @@ def test_what_is_evaluated_is_a_network_for_the_same_images(name):
     with torch.no_grad():
         assert method.inference_model().eval()(batch().image).shape == (24, 3)
     assert all(isinstance(sentence, str) for sentence in method.warnings())
+
+
+@every_method
+def test_what_is_crafted_stays_in_the_ball(name):
+    """Each image in its own ball and in [0, 1]; LAS-AT draws a radius for each."""
+    method = build(name, within=context(steps=5, epsilon=0.07))
+    method.on_epoch(0)
+    given = batch()
+    crafted = method.craft(given)
+    images = [value for value in crafted.values() if value.shape == given.image.shape]
+    assert images or name == "natural"
+    radius = crafted.get("epsilon", torch.tensor(0.07)).reshape(-1, 1, 1, 1)
+    for image in images:
+        assert ((image - given.image).abs() <= radius + 1e-6).all()
+        assert image.min() >= 0
+        assert image.max() <= 1
+        assert not image.requires_grad
+        assert not torch.equal(image, given.image)
+
+
+@every_method
+def test_learning_twice_from_what_was_crafted_gives_the_same(name):
+    """So that a wrapper may ask at other weights; only BatchNorm's statistics may move."""
+    method = build(name, tiny_network(3))
+    advance(method, 3)
+    crafted = method.craft(batch(3))
+    owned = {k: v.clone() for k, v in method.named_buffers() if "running" not in k}
+    found = [gradients_of(method, method.learn(batch(3), crafted)) for _ in range(2)]
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][key], rtol=1e-5, atol=1e-7)
+    for key, value in method.named_buffers():
+        if key in owned and "num_batches" not in key:
+            assert torch.equal(value, owned[key]), key
