@@ -421,6 +421,31 @@ def test_result_files_of_one_run_make_one_row(tmp_path: Path) -> None:
     assert "settings are not in these files" in done.caption
 
 
+def test_result_files_are_told_apart_by_what_they_know(make_run: MakeRun, tmp_path: Path) -> None:
+    changes: dict[str, dict[str, Any]] = {
+        "a": {},
+        "b": {"run_seed": 5},
+        "c": {"run_seed": 6, "recipe": "other"},
+        "d": {"run_seed": 7, "name": "resnet10", "parameters": 99},
+        "e": {"run_seed": 8, "parameters": 99},
+    }
+    files = [
+        write(tmp_path / f"{name}.json", result(80, target=name, model={**FACTS, **change}))
+        for name, change in changes.items()
+    ]
+    found = [row["label"] for row in read_rows(files)]
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
+    assert found[2] == "trades (network=small_cnn, parameters=1234, recipe=other)"
+    # Beside a run folder, whose settings are known, the recipe's name has to do as well.
+    model = {"recipe": "digits", "run_seed": 0, "method": "trades"}
+    folder = make_run("folder", result(80, model=model))
+    same = [row["label"] for row in read_rows([folder, *files[:2]])]
+    assert same == ["trades"] * 3
+    apart = [row["label"] for row in read_rows([folder, files[2]])]
+    assert apart == ["trades (recipe=digits)", "trades (recipe=other)"]
+
+
 @pytest.mark.parametrize("change", [{"natural": 79}, {"epoch": 6}])
 def test_result_files_that_cannot_be_of_one_run_are_refused(
     tmp_path: Path, change: dict[str, Any]
@@ -723,8 +748,8 @@ def test_costs_and_their_headings(make_run: MakeRun) -> None:
 
 
 def test_the_caption_says_what_the_numbers_are_of(make_run: MakeRun) -> None:
-    first = make_run("a", result(8000, 10000, pgd20=4000), method="at")
     timing = ({"epoch": 1, "seconds": 2.0},)
+    first = make_run("a", result(8000, 10000, pgd20=4000), method="at", timing=timing)
     gpu = {"processor": "Processor B", "cores": 16, "gpu": "Device C", "cure": "0.2.0"}
     second = make_run(
         "b", result(8000, 10000), seed=3, timing=timing, environment=gpu, state="stopped"
@@ -739,6 +764,8 @@ def test_the_caption_says_what_the_numbers_are_of(make_run: MakeRun) -> None:
         "Not trained to the end: b.",
     ):
         assert words in caption
+    without = compare([first, second], columns="natural").caption
+    assert "do not compare" not in without
     alone = compare([first]).caption
     assert "do not compare" not in alone
     assert "Not trained" not in alone

@@ -69,6 +69,7 @@ def test_a_stopped_run_ends_with_its_bits(
     # Starts from the natural network, and learns.
     whole = cure.train("digits", settings, run=tmp_path / "whole", data=brightness, quiet=True)
     first = load_file(whole.path / "natural" / "checkpoints" / "best.safetensors")
+    assert "perturbed_loss" not in (whole.path / "natural" / "metrics.jsonl").read_text()
     ends = load_file(whole.path / "checkpoints" / "last.safetensors")
     assert any((ends[key] != value).any() for key, value in first.items())
 

@@ -371,6 +371,7 @@ def natural_config(config: RunConfig) -> RunConfig:
                 update={k: change[k] for k in ("learning_rate", "weight_decay") if k in change}
             ),
             "averaging": None,
+            "weight_perturbation": None,
         }
     )
     return config.model_copy(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cure.config import AveragingConfig
-from cure.methods import METHODS, Context, Method
+from cure.methods import METHODS, Context, Method, Metrics
 from cure.methods.adversarial import Adversarial
 from cure.methods.averaging import Averaged, recompute_statistics
 
@@ -146,6 +146,33 @@ def test_what_the_method_evaluates_is_what_is_averaged():
         inner.other.weight.data.fill_(step)
         method.after_step(step)
     assert method.inference_model().weight.item() == 1.5
+
+
+def test_the_method_s_own_averages_and_schedules_come_first():
+    class Moving(Adversarial):
+        """Sets its weights after each step and each epoch."""
+
+        def set(self, value: float) -> None:
+            self.model.linear.weight.data.fill_(value)
+
+        def after_step(self, step: int) -> Metrics:
+            self.set(step)
+            return {"own": torch.tensor(float(step))}
+
+        def on_epoch(self, epoch: int) -> None:
+            self.set(-epoch)
+
+        def after_epoch(self, epoch: int) -> None:
+            self.set(100 + epoch)
+
+    for every, seen in (("step", 7.0), ("epoch", 105.0)):
+        inner = Moving(tiny_network(), Adversarial.Config(), short())
+        method = Averaged(inner, AveragingConfig(kind="equal", every=every))
+        assert method.after_step(7) == {"own": torch.tensor(7.0)}
+        method.after_epoch(5)
+        assert (method.inference_model().linear.weight == seen).all()
+        method.on_epoch(6)
+        assert (method.model.linear.weight == -6).all()
 
 
 # -- BatchNorm statistics ------------------------------------------------------------------------
