@@ -32,6 +32,13 @@ REFERENCE = "run:"
 
 FORMAT = "cure-run-1"
 
+COLUMNS = (
+    *("natural", "pgd20", "cw", "autoattack", "nrr_cw", "nrr_autoattack"),
+    *("last_natural", "last_pgd20", "best_minus_last_pgd20"),
+    *("seconds_per_epoch", "processor_seconds_per_epoch", "peak_memory_mib"),
+)
+"""Columns of a plan's table, those that were measured."""
+
 
 class Measurement(Section):
     """One evaluation of every run."""
@@ -465,7 +472,9 @@ def write_tables(plan: Plan, output: Path) -> Table | None:
     if not done:
         return None
     rows = read_rows(done)
-    shown = table(rows)
+    shown = table(
+        rows, [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    )
     write_text(output / "table.json", shown.json())
     text = shown.markdown()
     if plan.reference is not None:
