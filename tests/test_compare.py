@@ -482,6 +482,16 @@ def test_the_archived_results_give_the_readme_table() -> None:
     ]
 
 
+def test_a_network_without_a_run_compares_with_a_run(make_run: MakeRun, tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"checkpoint": None, "epoch": None, "target": "vit"}
+    file = write(tmp_path / "a.json", result(90, **facts))
+    run = make_run("a", result(80))
+    for order in ([file, run], [run, file]):
+        done = compare(order)
+        assert labels(done) == ["vit", "trades"]
+        assert "best checkpoint" in done.caption
+
+
 def test_the_same_network_twice_is_no_group(tmp_path: Path) -> None:
     facts: dict[str, Any] = {"checkpoint": None, "epoch": None, "target": "vit"}
     first = write(tmp_path / "a.json", result(80, **facts))
@@ -564,6 +574,9 @@ def test_several_seeds_are_a_mean_with_a_t_interval(make_run: MakeRun) -> None:
     # By hand: s = 1.7521, t(0.975, 2) = 4.3027, half = 4.3527.
     assert (count, cell) == ("3", "43.0 (38.6-47.4)")
     assert "Student t" in done.caption
+    # A setting is no measurement.
+    settings = compare(seeds(make_run, "at", correct), columns="epochs,parameters")
+    assert settings.cells() == [["at", "3", "7", "1,234"]]
     assert "Wilson" not in done.caption
     assert "says nothing about the spread" not in done.caption
 
@@ -658,6 +671,17 @@ def test_the_teacher_of_a_seed_makes_no_group(make_run: MakeRun) -> None:
     ]
     assert [row["label"] for row in read_rows(runs[:2])] == ["ard", "ard"]
     assert len({row["label"] for row in read_rows(runs)}) == 2
+    runs = [
+        make_run(
+            f"own{seed}",
+            result(80),
+            method="ard",
+            seed=seed,
+            settings=(f"method.teacher={{recipe: digits, settings: {{seed: {seed}}}}}",),
+        )
+        for seed in range(2)
+    ]
+    assert [row["label"] for row in read_rows(runs)] == ["ard", "ard"]
 
 
 def test_a_seed_counts_once(make_run: MakeRun) -> None:
@@ -788,7 +812,7 @@ def test_no_place_on_a_machine_is_in_an_output(
 
 # Files.
 
-NASTY = "a|b\\|c\n| x | <b>`*[l](http://x)"
+NASTY = "a|b\\|c\n| x | <b>&lt;`*[l](http://x)"
 
 
 def test_markdown_keeps_every_name_in_its_cell(make_run: MakeRun) -> None:

@@ -63,7 +63,7 @@ class Kind(StrEnum):
 
 RunOption = Annotated[
     Path | None,
-    typer.Option("--run", help="Folder to make for the run [default: runs/NAME]."),
+    typer.Option("--run", help="Folder to make for the run (default: runs/NAME)."),
 ]
 
 
@@ -121,7 +121,7 @@ def evaluate(
     std: Annotated[str | None, typer.Option(help="What --model divides its input by.")] = None,
     checkpoint: Annotated[Checkpoint, typer.Option(help="Weights of a run.")] = Checkpoint.best,
     data: Annotated[
-        str | None, typer.Option(help="Images [default: those of the run]; see `cure list data`.")
+        str | None, typer.Option(help="Images (default: those of the run); see `cure list data`.")
     ] = None,
     data_option: Annotated[
         list[str] | None, typer.Option(help="Key of the data section: resize=32; repeatable.")
@@ -131,8 +131,8 @@ def evaluate(
     attacks: Annotated[
         str | None, typer.Option(help="For example natural,pgd20,cw,autoattack.")
     ] = None,
-    epsilon: Annotated[str | None, typer.Option(help="Radius, 8/255 [default: the run's].")] = None,
-    norm: Annotated[str | None, typer.Option(help="Linf or L2 [default: the run's].")] = None,
+    epsilon: Annotated[str | None, typer.Option(help="Radius, 8/255 (default: the run's).")] = None,
+    norm: Annotated[str | None, typer.Option(help="Linf or L2 (default: the run's).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images attacked at once.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
@@ -210,7 +210,7 @@ def compare(
 def table_(
     plan: Annotated[Path, typer.Argument(help="YAML file: a recipe, and rows that differ.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the results [default: that of the plan].")
+        Path | None, typer.Option(help="Folder of the results (default: that of the plan).")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time on this machine.")] = 1,
     cluster: Annotated[
