@@ -1,6 +1,6 @@
 """Tables and curves from the JSON of results/, into files that the README and docs quote.
 
-Run after `results/run_mini.sh`; it computes nothing that is not in the JSON.
+Run after `make mini`, `make table` or `make ablation`; it computes nothing that is not in the JSON.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cure.comparison import table
+
 HERE = Path(__file__).parent
 MINI = HERE / "cifar10-mini-cure"
+IN_README = ("cifar10-mini", ["natural", "pgd20", "cw", "autoattack", "nrr_cw"])
 NAMES = {"natural": "natural start", "cure": "CURE"}
 
 
@@ -95,19 +98,26 @@ def mini_curves(target: Path) -> None:
     figure.savefig(target, metadata={"Date": None})
 
 
-def insert(document: Path, text: str) -> None:
-    """Put the table between the document's two marks."""
+def comparison(folder: str, columns: list[str]) -> str:
+    """The groups of a plan's table.json with some of its columns, and its caption."""
+    rows = read(HERE / folder / "table.json")["rows"]
+    return table(rows, columns).markdown()
+
+
+def insert(document: Path, mark: str, text: str) -> None:
+    """Put the text between the document's mark and the next end."""
     whole = document.read_text(encoding="utf-8")
-    before, rest = whole.split("cifar10-mini-cure/table.md -->\n", 1)
+    before, rest = whole.split(f"{mark} -->\n", 1)
     _, after = rest.split("<!-- end -->", 1)
-    middle = f"cifar10-mini-cure/table.md -->\n{text}<!-- end -->"
-    document.write_text(before + middle + after, encoding="utf-8")
+    document.write_text(f"{before}{mark} -->\n{text}<!-- end -->{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
     mini_curves(MINI / "curves.svg")
-    table = f"{mini_table()}\n\n{mini_conditions()}\n"
-    (MINI / "table.md").write_text(table, encoding="utf-8")
-    for document in (HERE / "README.md", HERE.parent / "README.md"):
-        insert(document, table)
-    print(table)
+    mini = f"{mini_table()}\n\n{mini_conditions()}\n"
+    (MINI / "table.md").write_text(mini, encoding="utf-8")
+    insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
+    insert(HERE.parent / "README.md", "results/cifar10-mini/table.json", comparison(*IN_README))
+    for folder in ("cifar10-mini", "ablation"):
+        whole = (HERE / folder / "table.md").read_text(encoding="utf-8")
+        insert(HERE / "README.md", f"{folder}/table.md", whole)

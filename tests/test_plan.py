@@ -384,6 +384,22 @@ def test_results_made_with_other_settings_are_kept(command: Command):
     assert "training.epochs 2" in failures[0]
 
 
+def test_a_result_older_than_a_setting_has_its_default():
+    plan = read_plan(written())
+    carry_out_plan(plan, Path("out"), Here(), only=["natural"])
+    path = Path("out/runs/natural-seed0.json")
+    record = json.loads(path.read_text())
+    del record["config"]["training"]["clip_norm"]
+    del record["config"]["attack"]["steps"]  # Here the plan differs from the default of 10.
+    path.write_text(json.dumps(record))
+    (entry,) = (e for e in entries(plan) if e.label == "natural")
+    with pytest.raises(ConfigError, match=r"attack\.steps 10, the plan says 1"):
+        is_done(plan, entry, Path("out"))
+    record["config"]["attack"]["steps"] = 1
+    path.write_text(json.dumps(record))
+    assert is_done(plan, entry, Path("out"))
+
+
 def test_a_result_that_is_damaged(command: Command):
     Path("out/runs").mkdir(parents=True)
     Path("out/runs/natural-seed0.json").write_text("{")

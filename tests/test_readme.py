@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from cure.models import save_weights
+from cure.plan import entries, is_done, read_plan, write_tables
 from cure.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -134,12 +136,42 @@ def test_the_card_of_cure_names_every_setting_and_its_default() -> None:
     check(CureConfig, "")
 
 
-def test_the_figures_are_those_of_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = runpy.run_path(str(ROOT / "results" / "figures.py"))
-    table = re.search(
-        r"<!-- results/cifar10-mini-cure/table.md -->\n(.*?)<!-- end -->", README, re.DOTALL
-    )
-    assert table is not None
-    expected = f"{figures['mini_table']()}\n\n{figures['mini_conditions']()}\n"
-    assert table[1].strip() == expected.strip()
-    assert (ROOT / "results" / "cifar10-mini-cure" / "table.md").read_text() == expected
+RESULTS = ROOT / "results"
+
+
+@pytest.mark.parametrize(
+    ("document", "mark"),
+    [
+        ("README.md", "results/cifar10-mini/table.json"),
+        ("results/README.md", "cifar10-mini/table.md"),
+        ("results/README.md", "ablation/table.md"),
+        ("results/README.md", "cifar10-mini-cure/table.md"),
+    ],
+)
+def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> None:
+    figures = runpy.run_path(str(RESULTS / "figures.py"))
+    text = (ROOT / document).read_text(encoding="utf-8")
+    shown = re.search(rf"<!-- {re.escape(mark)} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert shown is not None
+    if mark.endswith(".json"):
+        expected = figures["comparison"](*figures["IN_README"])
+    elif "mini-cure" in mark:
+        expected = f"{figures['mini_table']()}\n\n{figures['mini_conditions']()}\n"
+        assert (RESULTS / mark).read_text(encoding="utf-8") == expected
+    else:
+        expected = (RESULTS / mark).read_text(encoding="utf-8")
+    assert shown[1] == expected
+
+
+@pytest.mark.parametrize("name", ["cifar10-mini", "ablation"])
+def test_the_tables_of_plans_follow_from_the_results_of_their_runs(
+    name: str, tmp_path: Path
+) -> None:
+    """The plan as it stands, the runs' files and the tables belong together."""
+    plan = read_plan(RESULTS / name / "plan.yaml")
+    shutil.copytree(RESULTS / name / "runs", tmp_path / "runs")
+    assert write_tables(plan, tmp_path) is not None
+    for file in ("table.json", "table.md"):
+        assert (tmp_path / file).read_text() == (RESULTS / name / file).read_text()
+    for entry in entries(plan):
+        is_done(plan, entry, RESULTS / name)  # Refuses results of other settings.

@@ -220,7 +220,9 @@ def is_done(plan: Plan, entry: Entry, output: Path) -> bool:
     if not path.exists():
         return False
     record = read_record(path)
-    _check_same(record["config"], entry.config.model_dump(mode="json"), str(path))
+    # Read as a configuration, so that settings which are newer than the result have their defaults.
+    theirs = check(record["config"], str(path)).model_dump(mode="json")
+    _check_same(theirs, entry.config.model_dump(mode="json"), str(path))
     return all(_found(record, wanted) for wanted in _wanted(plan, entry, record["best_epoch"]))
 
 
@@ -479,8 +481,14 @@ def write_tables(plan: Plan, output: Path) -> Table | None:
     text = shown.markdown()
     if plan.reference is not None:
         text += "\n" + differences(plan, rows)
-    notes = [f"- {label}: {row.note}" for label, row in plan.rows.items() if row.note]
-    write_text(output / "table.md", text + ("\n" + "\n".join(notes) + "\n" if notes else ""))
+    labels = {row["label"] for row in rows}
+    notes = [f"- {k}: {row.note}" for k, row in plan.rows.items() if row.note and k in labels]
+    wanted = entries(plan)
+    missing = [entry.name for entry in wanted if not result_path(output, entry).exists()]
+    notes.append(f"- {len(done)} of the plan's {len(wanted)} runs are done.")
+    if missing:
+        notes[-1] += f" Missing: {', '.join(missing)}."
+    write_text(output / "table.md", text + "\n" + "\n".join(notes) + "\n")
     return shown
 
 
@@ -490,7 +498,8 @@ def differences(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         by_label.setdefault(str(row["label"]), []).append(dict(row))
     base = by_label.pop(str(plan.reference), [])
-    columns = [name for name in ("natural", "pgd20", "cw", "autoattack") if rows[0].get(name)]
+    accuracies = ("natural", "pgd20", "cw", "autoattack")
+    columns = [name for name in accuracies if any(row.get(name) is not None for row in rows)]
     lines = [
         f"Differences to {plan.reference}, paired by seed: mean, 95 % Student t interval over "
         "seeds (none for one seed).",
