@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,11 @@ from cure.errors import ConfigError, CureError
 from cure.plan import (
     Entry,
     Job,
+    LocalExecutor,
     carry_out_plan,
     cluster_executor,
     entries,
     is_done,
-    local_executor,
     read_plan,
     result_path,
     stages,
@@ -238,7 +243,7 @@ def test_processes_of_this_machine_give_the_same_bits():
     rows = {label: PLAN["rows"][label] for label in ("natural", "at")}
     rows["trades"] = {"settings": {"method": "trades"}}
     plan = read_plan(written(rows=rows))
-    assert carry_out_plan(plan, Path("out"), local_executor(2)) == []
+    assert carry_out_plan(plan, Path("out"), LocalExecutor(2)) == []
     carry_out_plan(read_plan(written(rows=rows, runs="here")), Path("other"), Here())
     for name in ("at-seed0", "trades-seed0"):
         ends = [
@@ -258,8 +263,30 @@ def test_a_failure_in_another_process_is_one_sentence():
         }
     }
     plan = read_plan(written(rows=rows, settings={**PLAN["settings"], "start": "scratch"}))
-    (failure,) = carry_out_plan(plan, Path("out"), local_executor(1))
+    (failure,) = carry_out_plan(plan, Path("out"), LocalExecutor(1))
     assert failure.startswith("natural-seed0: the loss or the weights stopped being finite")
+
+
+def test_ctrl_c_stops_what_runs_and_begins_nothing_more():
+    rows = {
+        "natural": {"settings": {"method": "natural", "start": "scratch"}},
+        "slow": {
+            "settings": {"method": "at", "training.epochs": 500, "training.validate_every": 500}
+        },
+        "later": {"settings": {"method": "trades"}},
+    }
+    words = [sys.executable, "-m", "cure", "table", str(written(rows=rows))]
+    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    metrics = Path("runs/slow-seed0/metrics.jsonl")
+    began = time.monotonic()
+    while not metrics.exists() and time.monotonic() < began + 120:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert RunFolder.open("runs/slow-seed0").status()["state"] == "stopped"
+    assert not Path("runs/later-seed0").exists()
+    assert not Path("runs/slow-seed0.json").exists()
 
 
 def test_submitit_s_local_cluster():

@@ -224,14 +224,22 @@ def table_(
     seeds: Annotated[str | None, typer.Option(help="Only these seeds: 0,1.")] = None,
 ) -> None:
     """Train and evaluate all runs of a plan that are not done yet; write their table."""
-    from cure.plan import carry_out_plan, cluster_executor, local_executor, read_plan, write_tables
+    from cure.plan import (
+        Executor,
+        LocalExecutor,
+        carry_out_plan,
+        cluster_executor,
+        read_plan,
+        write_tables,
+    )
 
     made = read_plan(plan)
     folder = plan.parent if output is None else output
-    if cluster is None:
-        executor = local_executor(jobs)
-    else:
-        executor = cluster_executor(cluster, Path(made.runs) / "jobs", _pairs(cluster_option))
+    executor: Executor = (
+        LocalExecutor(jobs)
+        if cluster is None
+        else cluster_executor(cluster, Path(made.runs) / "jobs", _pairs(cluster_option))
+    )
     failures = carry_out_plan(
         made,
         folder,

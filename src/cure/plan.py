@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -366,15 +366,31 @@ class Executor(Protocol):
         """Hand out work."""
 
 
-def local_executor(jobs: int) -> Executor:
-    """``jobs`` processes of this machine, a fresh one for every run.
+class LocalExecutor:
+    """So many runs at a time on this machine, each in a fresh process of its own.
 
-    A fresh process, so that the peak of its memory is the run's own.
+    A process of its own, so that the peak of its memory is the run's.  Threads hand them out,
+    because a pool of processes begins a run more than it works on, which then cannot be called off.
     """
-    if jobs < 1:
-        raise ConfigError(f"--jobs: expected 1 or more, got {jobs}")
+
+    def __init__(self, jobs: int) -> None:
+        if jobs < 1:
+            raise ConfigError(f"--jobs: expected 1 or more, got {jobs}")
+        self.threads = ThreadPoolExecutor(jobs)
+
+    def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
+        """Hand out work."""
+        return self.threads.submit(_in_own_process, function, *arguments)
+
+    def call_off(self) -> None:
+        """Begin nothing more, and wait for what runs."""
+        self.threads.shutdown(cancel_futures=True)
+
+
+def _in_own_process(function: Callable[..., str], *arguments: Any) -> str:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=1)
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(function, *arguments).result()
 
 
 def cluster_executor(cluster: str, folder: Path, options: Mapping[str, Any]) -> Executor:
@@ -428,6 +444,24 @@ def carry_out_plan(
         _known(plan, label, "--only")
     chosen = _with_needs(plan, set(only) if only is not None else set(plan.rows))
     wanted_seeds = set(seeds) if seeds is not None else None
+    try:
+        return _carry_out(plan, output, executor, chosen, wanted_seeds, tell)
+    except BaseException:
+        # Ctrl-C reaches the processes of this machine as well: they stop in order, and what was not
+        # begun must not begin.  Jobs of a cluster go on.
+        if isinstance(executor, LocalExecutor):
+            executor.call_off()
+        raise
+
+
+def _carry_out(
+    plan: Plan,
+    output: Path,
+    executor: Executor,
+    chosen: set[str],
+    wanted_seeds: set[int] | None,
+    tell: Callable[[str], None],
+) -> list[str]:
     failures: dict[tuple[str, int], str] = {}
     for stage in stages(plan):
         handed: list[tuple[Entry, Job]] = []
