@@ -267,7 +267,9 @@ def test_a_failure_in_another_process_is_one_sentence():
     assert failure.startswith("natural-seed0: the loss or the weights stopped being finite")
 
 
-def test_ctrl_c_stops_what_runs_and_begins_nothing_more():
+@pytest.mark.parametrize("way", ["background", "terminated"])
+def test_a_plan_that_is_stopped_stops_what_runs_and_begins_nothing_more(way):
+    """By Ctrl-C where the shell had it ignored, and by SIGTERM to the command alone."""
     rows = {
         "natural": {"settings": {"method": "natural", "start": "scratch"}},
         "slow": {
@@ -276,12 +278,23 @@ def test_ctrl_c_stops_what_runs_and_begins_nothing_more():
         "later": {"settings": {"method": "trades"}},
     }
     words = [sys.executable, "-m", "cure", "table", str(written(rows=rows))]
-    process = subprocess.Popen(words, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_IGN if way == "background" else signal.SIG_DFL
+        ),
+    )
     metrics = Path("runs/slow-seed0/metrics.jsonl")
     began = time.monotonic()
     while not metrics.exists() and time.monotonic() < began + 120:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
+    if way == "terminated":
+        process.terminate()
+    else:
+        os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert RunFolder.open("runs/slow-seed0").status()["state"] == "stopped"

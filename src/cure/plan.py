@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
@@ -383,8 +387,11 @@ class LocalExecutor:
         return self.threads.submit(_in_own_process, function, *arguments)
 
     def call_off(self) -> None:
-        """Begin nothing more, and wait for what runs."""
-        self.threads.shutdown(cancel_futures=True)
+        """Begin nothing more, and let what runs stop in order: a training after its step."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        self.threads.shutdown()
 
 
 def _in_own_process(function: Callable[..., str], *arguments: Any) -> str:
@@ -444,14 +451,32 @@ def carry_out_plan(
         _known(plan, label, "--only")
     chosen = _with_needs(plan, set(only) if only is not None else set(plan.rows))
     wanted_seeds = set(seeds) if seeds is not None else None
+    with _stopped_by_signals():
+        try:
+            return _carry_out(plan, output, executor, chosen, wanted_seeds, tell)
+        except BaseException:
+            # Jobs of a cluster go on.
+            if isinstance(executor, LocalExecutor):
+                executor.call_off()
+            raise
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM as KeyboardInterrupt, also where a shell has them ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _carry_out(plan, output, executor, chosen, wanted_seeds, tell)
-    except BaseException:
-        # Ctrl-C reaches the processes of this machine as well: they stop in order, and what was not
-        # begun must not begin.  Jobs of a cluster go on.
-        if isinstance(executor, LocalExecutor):
-            executor.call_off()
-        raise
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _carry_out(
