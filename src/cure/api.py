@@ -13,7 +13,7 @@ from torch import nn
 from cure.attacks import Threat
 from cure.config import RunConfig, ThreatConfig
 from cure.data import ImageSet
-from cure.engine import Engine, pick_device
+from cure.engine import Engine
 from cure.errors import ConfigError
 from cure.evaluation import Progress, Result, measure, silent
 from cure.launch import carry_out, check_attacks, prepare
@@ -112,7 +112,9 @@ def train(
     images = data if isinstance(data, ImageSet) else None
     # Everything that can be wrong is found before the folder is made.
     prepared = prepare(config, images, model)
-    folder = RunFolder.create(run, config, prepared.training.kind)
+    engine = prepared.engine
+    path = engine.first(lambda: RunFolder.create(run, config, prepared.training.kind).path)
+    folder = RunFolder(path, writes=engine.rank == 0)
     carry_out(folder, config, prepared, model, quiet)
     return Run(folder.path, model)
 
@@ -137,6 +139,7 @@ def resume(
     if folder.status()["state"] == "finished":
         return Run(folder.path, model)
     prepared = prepare(config, data, model, folder)
+    folder.writes = prepared.engine.rank == 0
     carry_out(folder, config, prepared, model, quiet)
     return Run(folder.path, model)
 
@@ -207,12 +210,12 @@ def evaluate(
     if attacks is None:
         attacks = config.evaluation.attacks if config else ("natural", "pgd20", "cw")
     check_attacks(attacks)
-    images, model = subject.load(data, split, data_options or {})
+    engine = Engine.for_evaluation(device)
+    with engine.agreeing():
+        images, model = subject.load(data, split, data_options or {})
     if limit is not None:
         images = images.subset(slice(0, limit))
     threat = _threat(config.threat if config else ThreatConfig(), epsilon, norm)
-    # The evaluation attacks in float32 with the layout that is fastest; nothing else varies.
-    engine = Engine(pick_device(device), channels_last=True)
     result = measure(
         engine.place(model),
         images,
@@ -244,9 +247,9 @@ def evaluate(
         "seed": seed,
         "environment": environment(),
     }
-    if output is not None:
+    if output is not None and engine.rank == 0:
         write_json(Path(output), result)
-    if subject.folder is not None:
+    if subject.folder is not None and engine.rank == 0:
         subject.folder.keep_evaluation(result)
     return result
 

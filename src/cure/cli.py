@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cure.errors import ConfigError, CureError, TrainingStopped
+from cure.errors import ConfigError, CureError, RanksLost, TrainingStopped
+from cure.ranks import launched
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
+# Seconds in which the launcher ends the other ranks of a run once the first one has spoken.
+SECONDS_FOR_THE_FIRST = 15
+
+TOGETHER = ("train", "resume", "evaluate")
+"""Commands that several ranks may run together."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,9 +38,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make an image classifier withstand adversarial changes and keep its natural accuracy.",
 )
+# Of several processes that train together only the first one speaks.
+SEVERAL = os.environ.get("WORLD_SIZE", "1") != "1"
+QUIET = SEVERAL and os.environ.get("RANK", "0") != "0"
 # Written to a file or a pipe, a table keeps its rows whole.
-out = Console() if sys.stdout.isatty() else Console(width=160)
-err = Console(stderr=True)
+out = Console(quiet=QUIET) if sys.stdout.isatty() else Console(width=160, quiet=QUIET)
+err = Console(stderr=True, quiet=QUIET)
 
 
 class Checkpoint(StrEnum):
@@ -63,7 +74,8 @@ class Kind(StrEnum):
 
 RunOption = Annotated[
     Path | None,
-    typer.Option("--run", help="Folder to make for the run (default: runs/NAME)."),
+    # torchrun takes --run for one of its own options, wherever it stands.
+    typer.Option("--run", "--folder", help="Folder to make for the run (default: runs/NAME)."),
 ]
 
 
@@ -347,6 +359,20 @@ def _print_ended(path: Path) -> None:
     out.print(f"next: cure evaluate {path}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _say(word: str, error: CureError) -> None:
+    """One message on stderr, whichever of the ranks of a run the error is on.
+
+    What ends all ranks is the first one's to say: the launcher ends the others meanwhile.  What one
+    of the others has to say then is its own.
+    """
+    if not QUIET:
+        err.print(f"{word}: {error}", markup=False, highlight=False, soft_wrap=True, style="bold")
+        return
+    if not isinstance(error, RanksLost):
+        time.sleep(SECONDS_FOR_THE_FIRST)
+    print(f"{word} (rank {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)
+
+
 def _numbers(name: str, text: str | None) -> list[float] | None:
     if text is None:
         return None
@@ -394,17 +420,39 @@ def _progress() -> Iterator[Any]:
         yield tell
 
 
+@app.callback()
+def _alone_or_together(context: typer.Context) -> None:
+    if launched().world > 1 and context.invoked_subcommand not in TOGETHER:
+        raise ConfigError(
+            f"cure {context.invoked_subcommand} runs in one process, got {launched().world} ranks; "
+            f"torchrun is for {', '.join(TOGETHER)}"
+        )
+
+
 def main() -> None:
     """Run the command; a user's mistake is one message and status 2."""
     try:
-        app()
+        try:
+            app()
+        except SystemExit as ended:
+            if SEVERAL and not ended.code:
+                from cure.engine import leave
+
+                leave()
+            raise
     except CureError as error:
         from cure.trainer import Interrupted
 
         stopped = isinstance(error, Interrupted)
-        word = "stopped" if stopped else "error"
-        err.print(f"{word}: {error}", markup=False, highlight=False, soft_wrap=True, style="bold")
-        sys.exit(INTERRUPTED if stopped else USER_MISTAKE)
+        _say("stopped" if stopped else "error", error)
+        status = INTERRUPTED if stopped else USER_MISTAKE
+        if SEVERAL:
+            # At once: the launcher looks for the first rank that ended, and gloo's threads, whose
+            # other ends are going away, can abort an interpreter that takes its time to end.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(INTERRUPTED)

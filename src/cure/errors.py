@@ -31,6 +31,10 @@ class CheckpointError(CureError):
     """A run folder or checkpoint that is missing, damaged, unsafe or in use."""
 
 
+class RanksLost(CureError):
+    """Another process of a run ended or cannot be reached."""
+
+
 class TrainingStopped(CureError):
     """Training ended itself: a loss that is not finite, or a network that fell to chance."""
 

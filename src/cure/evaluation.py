@@ -115,7 +115,8 @@ def measure(
     """Natural accuracy and accuracy under each attack, of one model on one set of images.
 
     An image that is misclassified as it is counts as lost and is not attacked; the worst case
-    combines the attacks image by image and runs nothing twice.
+    combines the attacks image by image and runs nothing twice.  Several ranks share the batches,
+    and each has the result of one process.
 
     Args:
         model: takes images in [0, 1], returns logits; used in evaluation mode, then restored.
@@ -177,9 +178,11 @@ def measure(
 
 @torch.no_grad()
 def _predict(model: nn.Module, images: ImageSet, engine: Engine, batch_size: int) -> Tensor:
-    return torch.cat(
-        [model(engine.arrange(batch.image)).argmax(dim=1) for batch in batches(images, batch_size)]
-    )
+    predicted = torch.zeros_like(images.label)
+    for batch in batches(images, batch_size):
+        if batch.step % engine.world == engine.rank:
+            predicted[batch.index] = model(engine.arrange(batch.image)).argmax(dim=1)
+    return engine.total(predicted)
 
 
 def _attack(
@@ -194,12 +197,14 @@ def _attack(
     progress: Progress,
 ) -> tuple[Tensor, Result]:
     """Which images withstand one attack [N], and its part of the result."""
-    robust = natural.clone()
+    robust = torch.zeros_like(images.label)
     targets = natural.nonzero().flatten()
     parts: dict[str, int] = {}
     furthest = 0.0
     began = time.perf_counter()
     for number, start in enumerate(range(0, len(targets), batch_size)):
+        if number % engine.world != engine.rank:
+            continue
         index = targets[start : start + batch_size]
         batch = next(batches(images.subset(index), len(index)))
         image = engine.arrange(batch.image)
@@ -208,10 +213,19 @@ def _attack(
         furthest = max(furthest, float(threat.distance(change).max()))
         _check_allowed(outcome.adversarial, furthest, attack.name, threat)
         with torch.no_grad():
-            robust[index] = model(outcome.adversarial).argmax(dim=1) == batch.label
+            right = model(outcome.adversarial).argmax(dim=1) == batch.label
+        robust[index] = right.to(robust.dtype)
         for part, fooled in outcome.parts.items():
             parts[part] = parts.get(part, 0) + fooled
         progress(attack.name, start + len(index), len(targets))
+    robust = engine.total(robust).bool()
+    (furthest,) = engine.largest(furthest)
+    if engine.world > 1:
+        progress(attack.name, len(targets), len(targets))
+        # A rank whose images were all fooled early has not met every part.
+        shares, parts = engine.gather(parts), {}
+        for part, fooled in (item for share in shares for item in share.items()):
+            parts[part] = parts.get(part, 0) + fooled
     result = accuracy_of(robust, time.perf_counter() - began)
     result |= {"attacked": len(targets), "largest_change": furthest, "seed": seed}
     if parts:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def prepare(
             start.
     """
     engine = Engine.of(config.training)
+    with engine.agreeing():
+        return _prepared(config, images, model, folder, engine)
+
+
+def _prepared(
+    config: RunConfig,
+    images: ImageSet | None,
+    model: nn.Module | None,
+    folder: RunFolder | None,
+    engine: Engine,
+) -> Prepared:
     _check_start(config)
     check_attacks(config.evaluation.attacks)
     if images is None:
@@ -162,6 +174,7 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
     kind = prepared.training.kind
     if source.recipe is not None:
         theirs = teacher_config(place, source, config)
+        prepared.engine.check_batch(theirs.training.batch_size)
         network = network_of(theirs, kind, None)
         inner = replace(prepared, network=network, initial=network, teachers={})
         _teachers(theirs, inner)  # Its own teachers can be refused now, too.
@@ -242,15 +255,18 @@ def carry_out(
     quiet: bool = False,
 ) -> None:
     """Train in ``folder`` from wherever it is, first what it starts with or learns from."""
-    with folder.lock():
+    engine, settings = prepared.engine, config.training
+    with ExitStack() as held:
+        with engine.agreeing():
+            held.enter_context(folder.lock())
         if not folder.state.exists():
             _first_things(folder, config, prepared, model, quiet)
-        engine, settings = prepared.engine, config.training
         for network in (prepared.network, *prepared.teachers.values()):
             engine.place(network)
         method = build_method(config, prepared)
-        trackers: list[Tracker] = [] if quiet else [TerminalTracker(config.name)]
-        if settings.tensorboard:
+        silent = quiet or not folder.writes
+        trackers: list[Tracker] = [] if silent else [TerminalTracker(config.name)]
+        if settings.tensorboard and folder.writes:
             trackers += tensorboard_tracker(folder.path / "tensorboard")
         trainer = Trainer(
             config, method, prepared.training, prepared.validation, engine, folder, trackers
@@ -303,12 +319,15 @@ def _inner_run(
 ) -> RunFolder:
     """The finished run at ``place`` inside ``folder``, trained now where it is missing."""
     path = folder.path / place
-    if path.exists():
-        inner = RunFolder.open(path)
-    else:
-        inner = RunFolder.create(path, config, prepared.training.kind)
-    inner.resumed_by = folder.resumed_by
-    if inner.status()["state"] != "finished":
+
+    def opened() -> bool:
+        if not path.exists():
+            RunFolder.create(path, config, prepared.training.kind)
+        return bool(RunFolder.open(path).status()["state"] == "finished")
+
+    finished = prepared.engine.first(opened)
+    inner = RunFolder(path, folder.resumed_by, folder.writes)
+    if not finished:
         folder.set_status("running", phase=phase)
         try:
             carry_out(inner, config, prepared, model, quiet)

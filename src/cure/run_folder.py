@@ -107,10 +107,13 @@ class RunFolder:
     Attributes:
         path: where it is.
         resumed_by: the run to name to ``cure resume``: itself, or the run whose start it trains.
+        writes: whether this process writes.  Of several that train together only the first does;
+            to the others the folder is there to read, and what they are told to write is left out.
     """
 
-    def __init__(self, path: Path, resumed_by: Path | None = None) -> None:
+    def __init__(self, path: Path, resumed_by: Path | None = None, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.resumed_by = resumed_by or path
         self.checkpoints = path / "checkpoints"
         self.state = self.checkpoints / "state.safetensors"
@@ -213,6 +216,8 @@ class RunFolder:
 
     def set_status(self, state: str, **details: object) -> None:
         """Record how far the run came."""
+        if not self.writes:
+            return
         write_json(self.path / "status.json", {"state": state, **details})
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -254,6 +259,8 @@ class RunFolder:
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line of JSON to the file ``name``."""
+        if not self.writes:
+            return
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -269,7 +276,7 @@ class RunFolder:
         """Drop what was recorded after the first ``epochs`` epochs: it will be done again."""
         for name in ("metrics.jsonl", "timing.jsonl"):
             lines = [line for line in self._lines(name) if line["epoch"] <= epochs]
-            if (self.path / name).exists():
+            if self.writes and (self.path / name).exists():
                 write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
@@ -291,6 +298,9 @@ class RunFolder:
         Raises:
             CheckpointError: when another process does.
         """
+        if not self.writes:
+            yield
+            return
         with (self.path / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

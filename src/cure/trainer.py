@@ -24,6 +24,7 @@ from cure.data import Batch, ImageSet, batches, epoch, steps_per_epoch
 from cure.engine import Engine
 from cure.errors import CheckpointError, CureError, TrainingStopped
 from cure.methods import Method, Metrics
+from cure.methods.batch_norm import running_statistics
 from cure.models.weights import save_weights
 from cure.randomness import derive
 from cure.run_folder import RunFolder
@@ -87,6 +88,8 @@ class Trainer:
         """
         if self.folder.state.exists():
             self.restore()
+        # The same start everywhere, also for a network whose builder draws without a seed.
+        self.engine.spread(self.method.state_dict().values())
         self.folder.rewind(self.done // self.steps_per_epoch)
         for tracker in self.trackers:
             tracker.start(self.total_steps, self.done)
@@ -105,6 +108,8 @@ class Trainer:
             for tracker in self.trackers:
                 tracker.close()
         self.folder.set_status("finished", step=self.done, steps=self.total_steps, best=self.best)
+        # What the first rank wrote may be read by the others from here on.
+        self.engine.any(False)
 
     def _train_epoch(self, number: int) -> None:
         self.method.on_epoch(number)
@@ -118,11 +123,13 @@ class Trainer:
             seed=self.config.seed,
             augment=self.config.data.augment,
             start=self.done % self.steps_per_epoch,
+            rank=self.engine.rank,
+            world=self.engine.world,
         ):
             self.totals.add(self.train_step(batch), batch.step)
             self.done += 1
             for tracker in self.trackers:
-                tracker.step(len(batch.label))
+                tracker.step(settings.batch_size)
             last = self.done % self.steps_per_epoch == 0
             if self.done % GUARD_EVERY == 0:
                 self._check_finite()
@@ -141,7 +148,9 @@ class Trainer:
         """The method's gradients, the optimiser's step, the method's averages."""
         batch = Batch(self.engine.arrange(batch.image), batch.label, batch.index, batch.step)
         # For dropout and its like inside the network, which draw from PyTorch's own generator.
-        torch.manual_seed(derive(self.config.seed, "network", batch.step))
+        # Ranks draw differently, or the same units would be dropped in all their parts of a batch.
+        of_rank = (self.engine.rank,) if self.engine.rank else ()
+        torch.manual_seed(derive(self.config.seed, "network", batch.step, *of_rank))
         self._set_learning_rate(batch.step)
         out = self.method.step(batch)
         if out.grads is not None:
@@ -156,7 +165,22 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
         with holding(self.optimizer, self.parameters, out.frozen or {}):
             self.optimizer.step()
-        return out.metrics | self.method.after_step(batch.step)
+        return self._of_all_ranks(out.metrics) | self.method.after_step(batch.step)
+
+    @torch.no_grad()
+    def _of_all_ranks(self, metrics: Metrics) -> Metrics:
+        """The metrics of the whole batch; BatchNorm's running statistics become those of all ranks.
+
+        At every step and in one exchange: so all ranks are in the same state after each step, which
+        the first can save for all, and they decide alike whatever they decide by it.
+        """
+        if self.engine.world == 1:
+            return metrics
+        statistics = running_statistics(self.method)
+        means = self.engine.average([*metrics.values(), *statistics])
+        if statistics:
+            torch._foreach_copy_(statistics, means[len(metrics) :])
+        return dict(zip(metrics, means, strict=False))
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
@@ -178,12 +202,16 @@ class Trainer:
         due = number % self.config.training.validate_every == 0
         if due or self.done == self.total_steps:
             record["validation"] = self.validate()
+        (processor_seconds,) = self.engine.sums(seconds["processor_seconds"])
+        (peak_memory,) = self.engine.largest(self.engine.peak_memory())
         timing = {
             "epoch": number,
-            **seconds,
+            "seconds": seconds["seconds"],
+            "processor_seconds": processor_seconds,
             "images_per_second": images / seconds["seconds"],
             "validation_seconds": time.perf_counter() - began,
-            "peak_memory_mib": self.engine.peak_memory(),
+            "peak_memory_mib": peak_memory,
+            "ranks": self.engine.world,
         }
         self.folder.append("metrics.jsonl", record)
         self.folder.append("timing.jsonl", timing)
@@ -193,14 +221,15 @@ class Trainer:
         if self._is_alive(record.get("validation")):
             self._save_weights(record)
             self.save()
-        if self._stop_asked:
+        if self.engine.any(self._stop_asked):
             self._interrupt()
 
     def validate(self) -> dict[str, float]:
         """Natural and robust accuracy in percent on the validation split.
 
         Robust: PGD on cross-entropy, uniform start, the training attack's step size, the same
-        random numbers at every epoch so that epochs compare.
+        random numbers at every epoch so that epochs compare.  The ranks share the batches and add
+        up what they count, so that the figures are those of one process.
         """
         model = self.method.inference_model()
         attack = validation_attack(self.config, self.engine)
@@ -208,6 +237,8 @@ class Trainer:
         was_training = model.training
         model.eval()
         for batch in batches(self.validation, self.config.evaluation.batch_size):
+            if batch.step % self.engine.world != self.engine.rank:
+                continue
             image = self.engine.arrange(batch.image)
             draws = self.engine.generator(0, "validation", batch.step)
             adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
@@ -216,7 +247,8 @@ class Trainer:
                 robust += int((model(adversarial).argmax(dim=1) == batch.label).sum())
         model.train(was_training)
         count = len(self.validation)
-        return {"natural": 100 * natural / count, "robust": 100 * robust / count}
+        right = self.engine.sums(natural, robust)
+        return {"natural": 100 * right[0] / count, "robust": 100 * right[1] / count}
 
     def _check_finite(self) -> None:
         """Stop when a loss since the last look was not finite, or the weights are not."""
@@ -272,7 +304,9 @@ class Trainer:
     # -- stopping and resuming -----------------------------------------------------------------
 
     def save(self) -> None:
-        """Write everything that resuming needs."""
+        """Write everything that resuming needs, with any number of ranks."""
+        if not self.folder.writes:
+            return
         save_state(
             self.folder.state,
             {
@@ -283,6 +317,7 @@ class Trainer:
                 "best": self.best,
                 "risen": self.risen,
                 "at_chance": self.at_chance,
+                "ranks": self.engine.world,
             },
         )
 
@@ -305,6 +340,27 @@ class Trainer:
         self.totals = Totals.of(state["totals"], self.engine.device)
         self.best = state["best"]
         self.risen, self.at_chance = state["risen"], state["at_chance"]
+        # A state of a version that knew no ranks has none.
+        self._warn_of_ranks(state.get("ranks", 1))
+
+    def _warn_of_ranks(self, before: int) -> None:
+        """Say what another number of ranks changes about a run that goes on."""
+        now, batch = self.engine.world, self.config.training.batch_size
+        if before == now:
+            return
+        normalised = (
+            f"; BatchNorm normalises over {batch // now} images at a time instead of "
+            f"{batch // before}"
+            if running_statistics(self.method)
+            else ""
+        )
+        sentence = (
+            f"this run was on {before} rank{'s' * (before > 1)} up to step {self.done} and goes on "
+            f"with {now}: the batches and what is drawn for them stay the same, but sums are "
+            f"rounded otherwise and dropout draws otherwise{normalised}"
+        )
+        for tracker in self.trackers:
+            tracker.warn(sentence)
 
     def _save_weights(self, record: dict[str, Any]) -> None:
         model = self.method.inference_model()
@@ -315,17 +371,23 @@ class Trainer:
             facts |= {f"validation_{name}": str(value) for name, value in validation.items()}
             if self.best is None or score > self.best["validation"][self.method.selection]:
                 self.best = {"epoch": record["epoch"], "validation": validation}
-                save_weights(model, self.folder.checkpoints / "best.safetensors", facts)
-        save_weights(model, self.folder.checkpoints / "last.safetensors", facts)
+                self._write(model, "best", facts)
+        self._write(model, "last", facts)
+
+    def _write(self, model: nn.Module, name: str, facts: dict[str, str]) -> None:
+        if self.folder.writes:
+            save_weights(model, self.folder.checkpoints / f"{name}.safetensors", facts)
 
     def _maybe_save_inside(self, every: int | None) -> None:
         due = every is not None and self.done % every == 0
-        if not (due or self._stop_asked):
+        # Signals reach ranks at different steps: when one has got one, all stop after this step.
+        stopping = self.engine.any(self._stop_asked)
+        if not (due or stopping):
             return
         self._check_finite()
         if self._is_alive(None):
             self.save()
-        if self._stop_asked:
+        if stopping:
             self._interrupt()
 
     def _interrupt(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks.objectives import Objective
-from cure.attacks.threat import Threat, per_sample
+from cure.attacks.threat import Threat, drawn, per_sample
 
 Start = Literal["gaussian", "uniform", "none"]
 
@@ -60,9 +60,7 @@ def starting_point(
         else:
             change = threat.project(threat.sample(image, generator, start_epsilon), epsilon)
     else:
-        noise = torch.randn(
-            image.shape, generator=generator, device=image.device, dtype=image.dtype
-        )
+        noise = drawn(torch.randn, image, generator)
         change = threat.project(0.001 * noise, epsilon)
     return (image + change).clamp(0, 1)
 
@@ -133,9 +131,8 @@ def perturb(
         x = x.detach()
         moved = x + length * threat.steepest(gradient)
         if noise:
-            moved = moved + noise * torch.randn(
-                x.shape, generator=generator, device=x.device, dtype=x.dtype
-            )
+            assert generator is not None
+            moved = moved + noise * drawn(torch.randn, x, generator)
         moved = (image + threat.project(moved - image, epsilon)).clamp(0, 1)
         if not selective:
             x = moved

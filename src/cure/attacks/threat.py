@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from cure.randomness import draw_for_batch
 
 
 def per_sample(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -23,6 +26,27 @@ def l2_norm(change: Tensor) -> Tensor:
     """Euclidean norm of each sample of [B, ...], as [B, 1, ...]."""
     length: Tensor = change.flatten(1).norm(dim=1)
     return length.reshape(-1, *[1] * (change.dim() - 1))
+
+
+def drawn(
+    kind: Callable[..., Tensor],
+    like: Tensor,
+    generator: torch.Generator,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
+    """Random numbers by ``torch.rand`` or ``torch.randn`` for the batch ``like`` [B, ...].
+
+    Args:
+        kind: the function that draws.
+        like: what the numbers are for; gives device and type.
+        generator: on that device.
+        shape: [B, ...] of the numbers; by default that of ``like``.
+    """
+    return draw_for_batch(
+        lambda whole: kind(whole, generator=generator, device=like.device, dtype=like.dtype),
+        like.shape if shape is None else shape,
+        generator,
+    )
 
 
 @dataclass(frozen=True)
@@ -62,14 +86,10 @@ class Threat:
         """A change drawn uniformly from the ball, in the shape of ``like`` [B, ...]."""
         radius = per_sample(self.epsilon if epsilon is None else epsilon, like)
         if self.norm == "Linf":
-            noise = torch.rand(
-                like.shape, generator=generator, device=like.device, dtype=like.dtype
-            )
+            noise = drawn(torch.rand, like, generator)
             return radius * (2 * noise - 1)
-        direction = torch.randn(
-            like.shape, generator=generator, device=like.device, dtype=like.dtype
-        )
-        share = torch.rand(like.shape[0], generator=generator, device=like.device, dtype=like.dtype)
+        direction = drawn(torch.randn, like, generator)
+        share = drawn(torch.rand, like, generator, like.shape[:1])
         # In d dimensions a uniform point has radius u^(1/d); d is what one image holds.
         length = radius * per_sample(share ** (1 / like[0].numel()), like)
         return length * direction / l2_norm(direction).clamp_min(1e-12)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cure.config import AugmentConfig
 from cure.errors import DataError
+from cure.randomness import draw_for_batch
 
 
 def augment(image: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:
@@ -18,7 +19,8 @@ def augment(image: Tensor, config: AugmentConfig, generator: torch.Generator) ->
     Args:
         image: [B, C, H, W], any number type, not changed.
         config: padding and whether to mirror.
-        generator: on the image's device; its state decides everything.
+        generator: on the image's device; its state decides everything, in a run of several ranks
+            together with which part of the batch this is.
 
     Returns:
         A tensor like ``image``.
@@ -38,11 +40,21 @@ def augment(image: Tensor, config: AugmentConfig, generator: torch.Generator) ->
     row = torch.arange(height, device=device).expand(batch, height)
     column = torch.arange(width, device=device).expand(batch, width)
     if config.flip:
-        mirrored = torch.rand((batch, 1), generator=generator, device=device) < 0.5
+        chances = draw_for_batch(
+            lambda shape: torch.rand(shape, generator=generator, device=device),
+            (batch, 1),
+            generator,
+        )
+        mirrored = chances < 0.5
         column = torch.where(mirrored, width - 1 - column, column)
     if padding:
-        shift = torch.randint(
-            -padding, padding + 1, (2, batch, 1), generator=generator, device=device
+        shift = draw_for_batch(
+            lambda shape: torch.randint(
+                -padding, padding + 1, shape, generator=generator, device=device
+            ),
+            (2, batch, 1),
+            generator,
+            dim=1,
         )
         row, column = row + shift[0], column + shift[1]
     inside = ((row >= 0) & (row < height))[:, None, :, None]

@@ -11,7 +11,7 @@ from cure.config import AugmentConfig
 from cure.data.augment import augment as augment_images
 from cure.data.images import Batch, ImageSet
 from cure.errors import DataError
-from cure.randomness import generator
+from cure.randomness import generator, shared_generator
 
 
 def steps_per_epoch(images: ImageSet, batch_size: int) -> int:
@@ -36,6 +36,8 @@ def epoch(
     seed: int,
     augment: AugmentConfig | None,
     start: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """One pass over the images in random order.
 
@@ -50,6 +52,8 @@ def epoch(
         seed: the run's seed.
         augment: augmentation, or None for the images as they are.
         start: batches at the beginning to skip without computing them.
+        rank: with ``world``: which of so many equal parts of every batch to give, 0 the first.
+        world: divides ``batch_size``.  The parts side by side are the batch that ``world=1`` gives.
 
     Returns:
         Batches k = start, ..., steps_per_epoch - 1 of float32 images in [0, 1], with
@@ -57,9 +61,13 @@ def epoch(
 
     Raises:
         DataError: there are fewer images than one batch has (at once, not at the first batch).
+        ValueError: ``world`` does not divide ``batch_size`` (at once, too).
     """
     steps = steps_per_epoch(images, batch_size)
     device = images.image.device
+    part, rest = divmod(batch_size, world)
+    if rest:
+        raise ValueError(f"a batch of {batch_size} has no {world} equal parts")
 
     def iterate() -> Iterator[Batch]:
         # Drawn on the CPU, so that every device sees the same order.
@@ -67,10 +75,12 @@ def epoch(
         order = order.to(device)
         for k in range(start, steps):
             step = epoch * steps + k
-            index = order[k * batch_size : (k + 1) * batch_size]
+            first = k * batch_size + rank * part
+            index = order[first : first + part]
             image = images.image[index]
             if augment is not None:
-                image = augment_images(image, augment, generator(device, seed, "augment", step))
+                draws = shared_generator(device, rank, world, seed, "augment", step)
+                image = augment_images(image, augment, draws)
             yield Batch(to_unit(image), images.label[index], index, step)
 
     return iterate()

@@ -37,7 +37,9 @@ def concurrent_loss(
     return (1 - alpha) * F.cross_entropy(logits, label) + alpha * imitation
 
 
-def concurrent_objective(target: Tensor, alpha: float, reduction: Reduction) -> Objective:
+def concurrent_objective(
+    target: Tensor, alpha: float, reduction: Reduction, world: int = 1
+) -> Objective:
     """What the attack on the robust network climbs, of sample i in a batch of B.
 
     ``(1 - alpha) w CE_i + alpha KL(p_target,i || p_i)`` where w is 1 (``even``) or 1 / B
@@ -47,8 +49,9 @@ def concurrent_objective(target: Tensor, alpha: float, reduction: Reduction) -> 
         target: logits [B, K] of the natural network on the natural images, without a graph.
         alpha: weight of the KL term, in [0, 1].
         reduction: "released" or "even".
+        world: parts of the size of ``target`` that the batch consists of.
     """
-    weight = (1 - alpha) / (len(target) if reduction == "released" else 1)
+    weight = (1 - alpha) / (len(target) * world if reduction == "released" else 1)
     return Objective(
         lambda logits, label, natural: (  # noqa: ARG005
             weight * cross_entropy(logits, label) + alpha * kl_divergence_per_sample(target, logits)
@@ -116,7 +119,10 @@ class Act(Method):
         """Adversarial images for F, and the logits of G with their graph."""
         natural, config = self._natural_logits(batch.image), self.config
         objective = concurrent_objective(
-            natural.detach(), config.robust_alpha, config.attack_reduction
+            natural.detach(),
+            config.robust_alpha,
+            config.attack_reduction,
+            self.context.engine.world,
         )
         return {"adversarial": self.attack(batch, objective), "natural_logits": natural}
 

@@ -20,6 +20,7 @@ from cure.attacks.objectives import Objective
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.engine import Engine, Grads
+from cure.randomness import shared_generator
 from cure.registry import Registry
 
 Metrics = dict[str, Tensor]
@@ -65,8 +66,13 @@ class Context:
         return self.steps_per_epoch * self.epochs
 
     def generator(self, purpose: str, step: int) -> torch.Generator:
-        """A fresh generator for one purpose at one step."""
-        return self.engine.generator(self.seed, purpose, step)
+        """A fresh generator for one purpose at one step, in the same state on every rank.
+
+        What is drawn for samples is drawn by :func:`~cure.randomness.draw_for_batch`, which gives
+        each rank the numbers of its own samples.
+        """
+        engine = self.engine
+        return shared_generator(engine.device, engine.rank, engine.world, self.seed, purpose, step)
 
 
 @dataclass
@@ -74,8 +80,8 @@ class StepOutput:
     """What a step hands to the trainer.
 
     Attributes:
-        loss: 0-dim mean over the samples, which the trainer differentiates; or
-        grads: finished gradients by parameter name.
+        loss: 0-dim mean over the samples at hand, which the trainer differentiates; or
+        grads: finished gradients by parameter name, as the engine gives them: averaged over ranks.
         frozen: by parameter name, True where the optimiser must not move a weight at all, neither
             by the gradient nor by momentum or weight decay.
         metrics: detached 0-dim tensors, ``loss`` among them; averaged over the epoch and read only

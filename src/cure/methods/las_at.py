@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from cure.data.images import Batch
 from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
 from cure.methods.losses import accuracy, smoothed_cross_entropy
 from cure.models import build_model
-from cure.randomness import derive
+from cure.randomness import derive, draw_for_batch
 
 Form = Literal["at", "trades"]
 
@@ -177,7 +178,9 @@ class StrategyNetwork(nn.Module):
         for name, logarithms in self.heads(logits.detach()).items():
             # The largest of log p_k - log(exponential noise) is k with probability p_k;
             # torch.multinomial would make the host wait for a check of p.
-            noise = torch.empty_like(logarithms).exponential_(generator=generator)
+            noise = draw_for_batch(
+                partial(_exponential, logarithms, generator), logarithms.shape, generator
+            )
             actions[name] = self.ranges[name][0] + (logarithms - noise.log()).argmax(dim=1)
         return actions
 
@@ -188,6 +191,10 @@ class StrategyNetwork(nn.Module):
             chosen = actions[name] - self.ranges[name][0]
             total = total + logarithms.gather(1, chosen[:, None]).mean()
         return total
+
+
+def _exponential(like: Tensor, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    return like.new_empty(shape).exponential_(generator=generator)
 
 
 def size_of(ranges: Mapping[str, tuple[int, int]]) -> int:
@@ -344,11 +351,13 @@ class LasAt(Method):
         for _ in range(self.config.reward.restarts):
             worst = attack(future, batch.image, batch.label, CROSS_ENTROPY, draws, patience=0)
             robust &= self._right(future, worst, batch.label)
-        return {
+        parts = {
             "reward_loss": loss.detach(),
             "reward_robust": robust.to(loss.dtype).mean(),
             "reward_natural": natural.to(loss.dtype).mean(),
         }
+        # The reward is that of the whole batch, whose strategies it judges.
+        return self.context.engine.means(parts)
 
     def _after_one_step(self, batch: Batch, made: Crafted) -> tuple[nn.Module, Tensor]:
         """A copy of the network after one step on ``made``, and its loss before that step."""
