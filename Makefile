@@ -21,8 +21,11 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/cure demo
 
+# One thread each (tests/conftest.py); a file stays with one process, for what its tests share.
+WORKERS ?= 2
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
