@@ -533,9 +533,14 @@ def write_tables(plan: Plan, output: Path) -> Table | None:
     if not done:
         return None
     rows = read_rows(done)
-    shown = table(
-        rows, [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    )
+    both = any("last" in measurement.checkpoints for measurement in plan.evaluations)
+    columns = [
+        name
+        for name in COLUMNS
+        # Without a plan to measure it, the last is known only where it happens to be the best.
+        if (both or "last" not in name) and any(row.get(name) is not None for row in rows)
+    ]
+    shown = table(rows, columns)
     write_text(output / "table.json", shown.json())
     text = shown.markdown()
     if plan.reference is not None:
@@ -543,10 +548,14 @@ def write_tables(plan: Plan, output: Path) -> Table | None:
     labels = {row["label"] for row in rows}
     notes = [f"- {k}: {row.note}" for k, row in plan.rows.items() if row.note and k in labels]
     wanted = entries(plan)
-    missing = [entry.name for entry in wanted if not result_path(output, entry).exists()]
+    missing: dict[str, list[str]] = {}
+    for entry in wanted:
+        if not result_path(output, entry).exists():
+            missing.setdefault(entry.label, []).append(str(entry.seed))
     notes.append(f"- {len(done)} of the plan's {len(wanted)} runs are done.")
     if missing:
-        notes[-1] += f" Missing: {', '.join(missing)}."
+        lacking = [f"{label} (seed {', '.join(seeds)})" for label, seeds in missing.items()]
+        notes[-1] += f" Missing: {'; '.join(lacking)}."
     write_text(output / "table.md", text + "\n" + "\n".join(notes) + "\n")
     return shown
 
