@@ -44,6 +44,7 @@ table: setup
 
 ablation: setup
 	$(BIN)/cure table results/ablation/plan.yaml --jobs $(JOBS)
+	$(BIN)/cure table results/ablation-digits/plan.yaml --jobs $(JOBS)
 
 third-party: setup
 	PATH="$(abspath $(BIN)):$$PATH" results/run_third_party.sh

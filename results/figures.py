@@ -118,6 +118,6 @@ if __name__ == "__main__":
     (MINI / "table.md").write_text(mini, encoding="utf-8")
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
     insert(HERE.parent / "README.md", "results/cifar10-mini/table.json", comparison(*IN_README))
-    for folder in ("cifar10-mini", "ablation"):
+    for folder in ("cifar10-mini", "ablation", "ablation-digits"):
         whole = (HERE / folder / "table.md").read_text(encoding="utf-8")
         insert(HERE / "README.md", f"{folder}/table.md", whole)

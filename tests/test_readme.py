@@ -145,6 +145,7 @@ RESULTS = ROOT / "results"
         ("README.md", "results/cifar10-mini/table.json"),
         ("results/README.md", "cifar10-mini/table.md"),
         ("results/README.md", "ablation/table.md"),
+        ("results/README.md", "ablation-digits/table.md"),
         ("results/README.md", "cifar10-mini-cure/table.md"),
     ],
 )
@@ -163,7 +164,7 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     assert shown[1] == expected
 
 
-@pytest.mark.parametrize("name", ["cifar10-mini", "ablation"])
+@pytest.mark.parametrize("name", ["cifar10-mini", "ablation", "ablation-digits"])
 def test_the_tables_of_plans_follow_from_the_results_of_their_runs(
     name: str, tmp_path: Path
 ) -> None:
