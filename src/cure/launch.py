@@ -376,6 +376,7 @@ def training_attack(config: RunConfig, engine: Engine) -> Attack:
         start=config.attack.start,
         mode=config.attack.mode,
         precision=engine.attack_precision,
+        fold=True,
     )
 
 

@@ -428,6 +428,7 @@ def validation_attack(config: RunConfig, engine: Engine) -> Attack:
         step_size=config.attack.step_size,
         start="uniform",
         precision=engine.attack_precision,
+        fold=True,
     )
 
 

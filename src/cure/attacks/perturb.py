@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cure.attacks.objectives import Objective
 from cure.attacks.threat import Threat, drawn, per_sample
+from cure.models.folding import folded
 
 Start = Literal["gaussian", "uniform", "none"]
 
@@ -158,6 +159,8 @@ class Attack:
         start: where the ascent begins.
         mode: mode of the network meanwhile.
         precision: makes the context of each forward and backward pass (mixed precision).
+        fold: compute what evaluation mode makes constant beforehand (see
+            :func:`~cure.models.folding.folded`): the same attack up to rounding, in less time.
     """
 
     threat: Threat
@@ -166,6 +169,7 @@ class Attack:
     start: Start = "gaussian"
     mode: Literal["eval", "train"] = "eval"
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
+    fold: bool = False
 
     def __call__(
         self,
@@ -192,7 +196,13 @@ class Attack:
             with self.precision():
                 return model(x).to(image.dtype)  # type: ignore[no-any-return]
 
-        with crafting(model, self.mode):
+        # In training mode BatchNorm depends on the batch: nothing is constant.
+        lent = (
+            folded(model, image, self.precision)
+            if self.fold and self.mode == "eval"
+            else nullcontext()
+        )
+        with crafting(model, self.mode), lent:
             natural = None
             if objective.needs_natural:
                 with torch.no_grad():

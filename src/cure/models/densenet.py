@@ -28,8 +28,8 @@ class DenseLayer(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Features [B, growth + channels_in, H, W] of features [B, channels_in, H, W]."""
-        hidden = self.conv1(F.relu(self.bn1(feature)))
-        hidden = self.conv2(F.relu(self.bn2(hidden)))
+        hidden = self.conv1(F.relu(self.bn1(feature), inplace=True))
+        hidden = self.conv2(F.relu(self.bn2(hidden), inplace=True))
         return torch.cat([hidden, feature], dim=1)
 
 
@@ -43,7 +43,7 @@ class Transition(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Features [B, channels_out, H/2, W/2] of features [B, channels_in, H, W]."""
-        return F.avg_pool2d(self.conv(F.relu(self.bn(feature))), 2)
+        return F.avg_pool2d(self.conv(F.relu(self.bn(feature), inplace=True)), 2)
 
 
 class DenseNet(nn.Module):
@@ -81,7 +81,7 @@ class DenseNet(nn.Module):
         hidden = self.trans1(self.dense1(self.conv1(image)))
         hidden = self.trans2(self.dense2(hidden))
         hidden = self.trans3(self.dense3(hidden))
-        hidden = F.relu(self.bn(self.dense4(hidden)))
+        hidden = F.relu(self.bn(self.dense4(hidden)), inplace=True)
         logits: Tensor = self.linear(hidden.mean(dim=(2, 3)))
         return logits
 

@@ -38,8 +38,8 @@ class PreActBlock(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Features [B, width, H/stride, W/stride] of features [B, channels_in, H, W]."""
-        activated = F.relu(self.bn1(feature))
-        hidden: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        activated = F.relu(self.bn1(feature), inplace=True)
+        hidden: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
         if self.shortcut is None:
             passed = feature
         else:
@@ -87,7 +87,7 @@ class PreActResNet(nn.Module):
         hidden = self.conv1(image)
         hidden = self.layer4(self.layer3(self.layer2(self.layer1(hidden))))
         if self.bn is not None:
-            hidden = F.relu(self.bn(hidden))
+            hidden = F.relu(self.bn(hidden), inplace=True)
         logits: Tensor = self.linear(hidden.mean(dim=(2, 3)))
         return logits
 

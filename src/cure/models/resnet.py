@@ -44,9 +44,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Features [B, width, H/stride, W/stride] of features [B, channels_in, H, W]."""
-        hidden = F.relu(self.bn1(self.conv1(feature)))
+        hidden = F.relu(self.bn1(self.conv1(feature)), inplace=True)
         hidden = self.bn2(self.conv2(hidden))
-        return F.relu(hidden + self.shortcut(feature))
+        return F.relu(hidden + self.shortcut(feature), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -67,10 +67,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Features [B, 4 width, H/stride, W/stride] of features [B, channels_in, H, W]."""
-        hidden = F.relu(self.bn1(self.conv1(feature)))
-        hidden = F.relu(self.bn2(self.conv2(hidden)))
+        hidden = F.relu(self.bn1(self.conv1(feature)), inplace=True)
+        hidden = F.relu(self.bn2(self.conv2(hidden)), inplace=True)
         hidden = self.bn3(self.conv3(hidden))
-        return F.relu(hidden + self.shortcut(feature))
+        return F.relu(hidden + self.shortcut(feature), inplace=True)
 
 
 class ResNet(nn.Module):
@@ -117,7 +117,7 @@ class ResNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        hidden = F.relu(self.bn1(self.conv1(image)))
+        hidden = F.relu(self.bn1(self.conv1(image)), inplace=True)
         if self.stem == "imagenet":
             hidden = F.max_pool2d(hidden, 3, stride=2, padding=1)
         hidden = self.layer4(self.layer3(self.layer2(self.layer1(hidden))))

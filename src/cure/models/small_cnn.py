@@ -30,9 +30,9 @@ class SmallCNN(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        hidden = F.relu(self.bn1(self.conv1(image)))
-        hidden = F.relu(self.bn2(self.conv2(hidden)))
-        hidden = F.relu(self.bn3(self.conv3(hidden)))
+        hidden = F.relu(self.bn1(self.conv1(image)), inplace=True)
+        hidden = F.relu(self.bn2(self.conv2(hidden)), inplace=True)
+        hidden = F.relu(self.bn3(self.conv3(hidden)), inplace=True)
         logits: Tensor = self.linear(hidden.mean(dim=(2, 3)))
         return logits
 

@@ -36,8 +36,8 @@ class WideBlock(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Features [B, width, H/stride, W/stride] of features [B, channels_in, H, W]."""
-        activated = F.relu(self.bn1(feature))
-        hidden: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        activated = F.relu(self.bn1(feature), inplace=True)
+        hidden: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated)), inplace=True))
         passed = feature if self.convShortcut is None else self.convShortcut(activated)
         return hidden + passed
 
@@ -96,7 +96,7 @@ class WideResNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
         hidden = self.block3(self.block2(self.block1(self.conv1(image))))
-        hidden = F.relu(self.bn1(hidden))
+        hidden = F.relu(self.bn1(hidden), inplace=True)
         logits: Tensor = self.fc(hidden.mean(dim=(2, 3)))
         return logits
 

@@ -1,0 +1,182 @@
+"""Lending a network to an attack with what evaluation mode makes constant computed beforehand.
+
+In evaluation mode BatchNorm is ``scale * x + shift`` with constants.  Where it alone reads the
+result of a convolution it goes into that layer's weights, and an attack pays for fewer passes over
+memory, forward and backward.  The network's own code runs; only what its layers hold is lent.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+TOLERANCE = 1e-3
+"""How far logits may move, as a share of the largest one; float32 rounding stays far below."""
+
+# Not linear layers: theirs is the last dimension, BatchNorm's the second.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+Pair = tuple[str, str]
+"""Names of a convolution and of the BatchNorm that alone reads its result."""
+
+_known: WeakKeyDictionary[nn.Module, list[Pair]] = WeakKeyDictionary()
+
+
+@contextmanager
+def folded(
+    model: nn.Module,
+    example: Tensor,
+    precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Iterator[None]:
+    """Inside, ``model`` computes the same logits, up to rounding, with its BatchNorm folded.
+
+    With ``scale = weight / sqrt(var + eps)`` and ``shift = bias - mean scale``, a convolution and
+    the BatchNorm after it become one convolution: ``W <- scale W``, ``b <- scale b + shift``.  With
+    a lower precision, weights are also rounded once instead of at every pass.
+
+    A network is left as it is when it carries hooks (whoever watches it shall see it as it is).
+    Which layer reads which is found once, by ``torch.fx`` on a copy; where that fails, or logits
+    of ``example`` then differ by more than ``TOLERANCE``, nothing is folded.
+
+    Args:
+        model: in evaluation mode, no parameter requires a gradient; restored at the end, also when
+            the inside raises.
+        example: images [B, C, H, W] that ``model`` takes.
+        precision: makes the context in which the passes will be made.
+    """
+    if any(_hooked(module) for module in model.modules()):
+        yield
+        return
+    if model not in _known:
+        _known[model] = _checked(model, _pairs(model), example)
+    with precision():
+        kind = _lower_type(example)
+    with _lent(model, _known[model], kind):
+        yield
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling it does more than its ``forward``."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def _lower_type(example: Tensor) -> torch.dtype | None:
+    """The type that autocast computes in here, if it is on."""
+    kind = example.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether its weight is a parameter of its own, not computed by a parametrisation."""
+    return module._parameters.get("weight") is not None
+
+
+def _pairs(model: nn.Module) -> list[Pair]:
+    """Convolutions that can be folded with their BatchNorm; none in code that cannot be traced."""
+    # A copy, because the code of a network may keep what passes through it.
+    twin = copy.deepcopy(model)
+    tracer = fx.Tracer()
+    try:
+        graph = tracer.trace(twin)
+    except Exception:  # whatever the code of a network does with a stand-in for a tensor
+        return []
+    modules = dict(model.named_modules())
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    # A module that is called twice, or known by two names, is not any one call's to change.
+    times = Counter(id(modules[str(node.target)]) for node in calls)
+    found = []
+    for node in calls:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module":
+            continue
+        norm, layer = modules[str(node.target)], modules[str(source.target)]
+        alone = len(source.users) == 1 and times[id(layer)] == times[id(norm)] == 1
+        if (
+            alone
+            and type(layer) in _CONVOLUTIONS
+            and _plain(layer)
+            and type(norm) in _NORMS
+            and norm.running_mean is not None
+        ):
+            found.append((str(source.target), str(node.target)))
+    return found
+
+
+@torch.no_grad()
+def _checked(model: nn.Module, pairs: list[Pair], example: Tensor) -> list[Pair]:
+    """``pairs``, or none where folding them changes the logits."""
+    image = example[:2]
+    with torch.autocast(image.device.type, enabled=False):
+        expected = model(image)
+        with _lent(model, pairs, None):
+            came = model(image)
+    bound = TOLERANCE * expected.abs().max().clamp_min(1.0)
+    return pairs if bool(((came - expected).abs() <= bound).all()) else []
+
+
+def _folded_weights(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that is ``norm(layer)``."""
+    norm = cast(_BatchNorm, norm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+    # Few numbers: one a channel.
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias
+    if bias is not None:
+        shift = shift + bias * scale
+    by_channel = scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1))
+    return weight * by_channel, shift.to(weight.dtype)
+
+
+def _same(feature: Tensor) -> Tensor:
+    return feature
+
+
+@contextmanager
+def _lent(model: nn.Module, pairs: list[Pair], kind: torch.dtype | None) -> Iterator[None]:
+    """Put folded weights, of type ``kind`` if given, in the places of the network's own."""
+    modules = dict(model.named_modules())
+    held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+    silent: list[nn.Module] = []
+
+    def lend(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        held.append((layer, dict(layer._parameters)))
+        if kind is not None:
+            weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
+        # Plain tensors serve as well as parameters while the network only computes.
+        layer._parameters["weight"] = cast(nn.Parameter, weight)
+        layer._parameters["bias"] = cast("nn.Parameter | None", bias)
+
+    try:
+        with torch.no_grad():
+            for layer_name, norm_name in pairs:
+                layer, norm = modules[layer_name], modules[norm_name]
+                lend(layer, *_folded_weights(layer, norm))
+                norm.forward = _same
+                silent.append(norm)
+            if kind is not None:
+                done = {id(layer) for layer, _ in held}
+                for layer in modules.values():
+                    whole = type(layer) in (*_CONVOLUTIONS, nn.Linear) and _plain(layer)
+                    if whole and id(layer) not in done:
+                        lend(layer, cast(Tensor, layer.weight), cast("Tensor | None", layer.bias))
+        yield
+    finally:
+        for norm in silent:
+            del norm.forward
+        for layer, parameters in held:
+            layer._parameters.update(parameters)
