@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # --no-deps: its metadata pins a requests release from 2020; what it needs is in the dev extra.
 TORCHATTACKS ?= torchattacks==3.5.1
 
-.PHONY: setup demo test check mini table ablation third-party clean
+.PHONY: setup demo test check bench mini table ablation third-party clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What a step costs against the straightforward one; wants a quiet machine, about 15 minutes.
+bench: setup
+	$(BIN)/python benchmarks/cpu.py
 
 # The figures in results/.  CURE_DATA names the folder that holds cifar10/; what is done is skipped.
 mini: setup

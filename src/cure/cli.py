@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cure.allocator import keep_freed_memory
 from cure.errors import ConfigError, CureError, RanksLost, TrainingStopped
 from cure.ranks import launched
 
@@ -431,6 +432,7 @@ def _alone_or_together(context: typer.Context) -> None:
 
 def main() -> None:
     """Run the command; a user's mistake is one message and status 2."""
+    keep_freed_memory()
     try:
         try:
             app()

@@ -23,6 +23,7 @@ import torch
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
+from cure.allocator import keep_freed_memory
 from cure.api import evaluate
 from cure.comparison import Table, difference, read_rows, table
 from cure.config import RunConfig, Section
@@ -396,7 +397,7 @@ class LocalExecutor:
 
 def _in_own_process(function: Callable[..., str], *arguments: Any) -> str:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as process:
+    with ProcessPoolExecutor(1, context, keep_freed_memory) as process:
         return process.submit(function, *arguments).result()
 
 
