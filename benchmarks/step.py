@@ -349,8 +349,8 @@ def errors(name: str, net: Net) -> dict[str, float]:
 
     Both have the same network, trained for some steps, and a revision model with the weights it had
     before them.  ``gradient``: relative L2 error, both given the yardstick's adversarial images;
-    ``largest``: the same of the tensor where it is largest; ``mask``: share of the weights on whose mask they agree;
-    ``pixels``: share of values in which the adversarial images differ at all, from the same start;
+    ``largest``: the same of the tensor where it is largest; ``mask``: share of the weights on whose
+    mask they agree; ``pixels``: share of values in which the adversarial images differ at all;
     ``climb``: the divergence that ours reached, divided by what the yardstick reached.
     """
     plain, ours = side(YARDSTICK, net), side(name, net)

@@ -319,6 +319,9 @@ class TrainingConfig(Section):
     """``bf16_attack`` crafts adversarial images in bfloat16 and trains in float32."""
     channels_last: bool = True
     """Store images with the channel innermost: faster convolutions, float32 rounding differs."""
+    compile: bool = False
+    """Compile the attack's passes with ``torch.compile``, on a GPU into CUDA graphs.  It takes a
+    minute at the start; on a processor it gains nothing over what is done anyway."""
     averaging: AveragingConfig | None = None
     """Average the weights over time."""
     weight_perturbation: WeightPerturbationConfig | None = None

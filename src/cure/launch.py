@@ -377,6 +377,7 @@ def training_attack(config: RunConfig, engine: Engine) -> Attack:
         mode=config.attack.mode,
         precision=engine.attack_precision,
         fold=True,
+        compile=config.training.compile,
     )
 
 

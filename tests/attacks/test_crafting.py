@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -211,3 +212,25 @@ def test_precision_surrounds_every_pass_and_the_result_keeps_the_image_s_type():
     assert entered == 3
     assert types == [torch.bfloat16] * 3
     assert changed.dtype == torch.float32
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="compiling needs a C++ compiler")
+def test_a_compiled_attack_is_the_same_attack():
+    model = trained()
+    image, label = images(6)
+    came = []
+    for compiled in (False, True):
+        attack = Attack(Threat("L2", 0.5), 3, 0.2, "uniform", fold=True, compile=compiled)
+        # Twice, at other weights: nothing of the first call may be kept.
+        for factor in (1.0, 1.5):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(factor)
+            draws = torch.Generator().manual_seed(0)
+            came.append(attack(model, image, label, OBJECTIVES["kl"], draws))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.div_(1.5)
+    assert not torch.equal(came[0], came[1])
+    torch.testing.assert_close(came[0], came[2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(came[1], came[3], rtol=0, atol=1e-5)

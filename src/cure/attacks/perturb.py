@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +162,7 @@ class Attack:
         precision: makes the context of each forward and backward pass (mixed precision).
         fold: compute what evaluation mode makes constant beforehand (see
             :func:`~cure.models.folding.folded`): the same attack up to rounding, in less time.
+        compile: compile the network's passes (see ``training.compile``).
     """
 
     threat: Threat
@@ -170,6 +172,7 @@ class Attack:
     mode: Literal["eval", "train"] = "eval"
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
     fold: bool = False
+    compile: bool = False
 
     def __call__(
         self,
@@ -192,9 +195,11 @@ class Attack:
         objective compares with the natural logits.
         """
 
+        network = _compiled(model) if self.compile else model
+
         def forward(x: Tensor) -> Tensor:
             with self.precision():
-                return model(x).to(image.dtype)  # type: ignore[no-any-return]
+                return network(x).to(image.dtype)  # type: ignore[no-any-return]
 
         # In training mode BatchNorm depends on the batch: nothing is constant.
         lent = (
@@ -222,3 +227,25 @@ class Attack:
                 patience=patience,
                 noise=noise,
             )
+
+
+_networks: WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
+
+
+def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``model``'s forward pass compiled, on a GPU as CUDA graphs; compiled at its first calls."""
+    if model not in _networks:
+        on_gpu = next(model.parameters()).device.type == "cuda"
+        # The function must not keep the network, or neither would ever be forgotten.
+        held = ref(model)
+
+        def forward(image: Tensor) -> Tensor:
+            network = held()
+            assert network is not None
+            logits: Tensor = network(image)
+            return logits
+
+        _networks[model] = torch.compile(
+            forward, dynamic=False, mode="reduce-overhead" if on_gpu else None
+        )
+    return _networks[model]
