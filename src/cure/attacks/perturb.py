@@ -199,7 +199,7 @@ class Attack:
 
         def forward(x: Tensor) -> Tensor:
             with self.precision():
-                return network(x).to(image.dtype)  # type: ignore[no-any-return]
+                return network(x).to(image.dtype)
 
         # In training mode BatchNorm depends on the batch: nothing is constant.
         lent = (
