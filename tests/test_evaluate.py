@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 import cure
 from cure.api import evaluate
 from cure.attacks import Threat
-from cure.attacks.suite import AUTOATTACK, EvaluationAttack, Outcome, PlainLayout, evaluation_attack
+from cure.attacks.autoattack import LeavingAPGD, PlainLayout, projection, standard_part
+from cure.attacks.suite import EvaluationAttack, Part, evaluation_attack
 from cure.data import ImageSet
 from cure.engine import Engine
 from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
 from cure.evaluation import accuracy_of, check_outputs, measure, nrr, wilson
-from cure.randomness import derive, generator
+from cure.randomness import generator
+from cure.verdicts import Journal
 
 # The module, under whatever name: `cure.evaluate` is the function of the public interface.
 EVALUATION = sys.modules[measure.__module__]
@@ -142,10 +145,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, attacks: dict[str, Callable[..., Tens
     def find(name: str) -> EvaluationAttack:
         def run(
             model: nn.Module, image: Tensor, label: Tensor, threat: Threat, seed: int, number: int
-        ) -> Outcome:
-            return Outcome(attacks[name](image, label))
+        ) -> Tensor:
+            return attacks[name](image, label)
 
-        return EvaluationAttack(name, "", {}, run)
+        return EvaluationAttack(name, "", {}, {name: Part(run)})
 
     monkeypatch.setattr(EVALUATION, "evaluation_attack", find)
 
@@ -301,15 +304,16 @@ def test_attacks_stay_in_the_ball_and_in_the_image(
     images = digits(1200, 1264)
     network.eval()
     try:
-        outcome = evaluation_attack(attack).run(network, unit(images), images.label, threat, 0, 0)
+        run = evaluation_attack(attack).parts[attack].run
+        adversarial = run(network, unit(images), images.label, threat, 0, 0)
     finally:
         network.train()
-    change = (outcome.adversarial - unit(images)).flatten(1)
+    change = (adversarial - unit(images)).flatten(1)
     length = change.norm(p=math.inf if threat.norm == "Linf" else 2, dim=1)
     assert float(length.max()) <= threat.epsilon * (1 + 1e-5)
     assert float(length.max()) > 0.5 * threat.epsilon
-    assert float(outcome.adversarial.min()) >= 0
-    assert float(outcome.adversarial.max()) <= 1
+    assert float(adversarial.min()) >= 0
+    assert float(adversarial.max()) <= 1
 
 
 def test_modes_come_back_and_evaluation_mode_is_used(network: nn.Sequential) -> None:
@@ -414,13 +418,14 @@ def test_pgd20_agrees_with_foolbox_from_the_same_start(network: nn.Sequential) -
         attack = FromThere(rel_stepsize=0.25, steps=20, random_start=True)
         wrapped = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
         _, found, fooled = attack(wrapped, image, label, epsilons=epsilon)
-        outcome = evaluation_attack("pgd20").run(network, image, label, threat, 3, 0)
-        verdict = network(outcome.adversarial).argmax(dim=1) != label
+        run = evaluation_attack("pgd20").parts["pgd20"].run
+        adversarial = run(network, image, label, threat, 3, 0)
+        verdict = network(adversarial).argmax(dim=1) != label
     finally:
         network.train()
     assert torch.equal(verdict, fooled)
     assert 5 < int(fooled.sum()) < len(fooled) - 5
-    assert float(((outcome.adversarial - found).abs() < 1e-5).float().mean()) > 0.99
+    assert float(((adversarial - found).abs() < 1e-5).float().mean()) > 0.99
     result = measure(network, images, ["pgd20"], threat, engine=ENGINE, seed=3)
     assert result["attacks"]["pgd20"]["correct"] == int((~fooled).sum())
 
@@ -428,28 +433,126 @@ def test_pgd20_agrees_with_foolbox_from_the_same_start(network: nn.Sequential) -
 # AutoAttack.
 
 
-def test_autoattack_gives_the_verdicts_of_its_package(
-    network: nn.Sequential, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def package_verdicts(
+    network: nn.Module, image: Tensor, label: Tensor, threat: Threat, seed: int, batch_size: int
+) -> tuple[Tensor, dict[str, list[int]]]:
+    """Which images pyautoattack, as it is, cannot fool [N], and whom each part fooled."""
     from pyautoattack import AutoAttack
 
-    images = digits(1200, 1224)
-    outcomes: list[Tensor] = []
+    stands = torch.ones(len(label), dtype=torch.bool)
+    fooled: dict[str, list[int]] = {}
+    with torch.random.fork_rng():
+        suite = AutoAttack(
+            network, norm=threat.norm, eps=threat.epsilon, seed=seed, version="standard"
+        )
+        for part in ("apgd-ce", "apgd-t", "fab-t", "square"):
+            rows = stands.nonzero().flatten()
+            suite.attacks_to_run = [part]
+            _, said = suite.run_standard_evaluation(image[rows], label[rows], batch_size=batch_size)
+            fallen = rows[said != label[rows]]
+            stands[fallen] = False
+            fooled[part] = fallen.tolist()
+    return stands, fooled
 
-    def run(*arguments: Any) -> Outcome:
-        outcome = AUTOATTACK.run(*arguments)
-        outcomes.append(outcome.adversarial)
-        return outcome
 
-    spied = EvaluationAttack("autoattack", "", AUTOATTACK.settings, run)
-    monkeypatch.setattr(EVALUATION, "evaluation_attack", lambda name: spied)
+def brief_suite(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+    """Let Square, of the package and of ours, ask fewer queries than 5000."""
+    import pyautoattack
+
+    made = pyautoattack.AutoAttack.__init__
+
+    def brief(self: Any, *arguments: Any, **options: Any) -> None:
+        made(self, *arguments, **options)
+        self.square.n_queries = queries
+
+    monkeypatch.setattr(pyautoattack.AutoAttack, "__init__", brief)
+
+
+class Asked(nn.Module):
+    """Passes on, and keeps what it was asked: with gradient, and without."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.asked: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.asked[image.requires_grad].append(image.detach().clone())
+        return self.network(image)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("part", ["apgd-ce", "apgd-t", "fab-t", "square"])
+def test_each_part_asks_the_network_the_images_that_its_package_asks(
+    network: nn.Sequential, part: str, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a ball so small that nobody is fooled, so that nobody leaves."""
+    import pyautoattack
+
+    brief_suite(monkeypatch, 250)
+    # Another layout rounds otherwise, and a sign takes up the smallest difference.
+    monkeypatch.setattr(PlainLayout, "forward", lambda self, image: self.model(image))
+    images = digits(1200, 1210)
+    threat = Threat("Linf", 0.002) if norm == "Linf" else Threat("L2", 0.01)
+    network.eval()
+    try:
+        right = network(unit(images)).argmax(dim=1) == images.label
+        image, label = unit(images)[right], images.label[right]
+        theirs, own = Asked(network), Asked(network)
+        with torch.random.fork_rng():
+            suite = pyautoattack.AutoAttack(
+                theirs, norm=norm, eps=threat.epsilon, seed=5, version="standard"
+            )
+            suite.attacks_to_run = [part]
+            _, said = suite.run_standard_evaluation(image, label, batch_size=64)
+            found = standard_part(part, own, image, label, threat, 5)
+    finally:
+        network.train()
+    assert torch.equal(said, label)
+    assert torch.equal(found, image)
+    count = {"apgd-ce": 101, "apgd-t": 9 * 101, "fab-t": 9 * 100, "square": 250}[part]
+    kind = part != "square"
+    expected, came = theirs.asked[kind], own.asked[kind]
+    if not kind:
+        # Both end with the verdict on what was found; the queries are what comes before.
+        expected, came = expected[-count - 2 : -2], came[-count - 1 : -1]
+    assert len(expected) == len(came) == count
+    apart = [float((a - b).abs().max()) for a, b in zip(expected, came, strict=True)]
+    # FAB projects in another way, whose rounding its steps take up: at worst near the end.
+    assert max(apart) < (1e-3 if part == "fab-t" else 1e-6)
+    assert sorted(apart)[len(apart) // 2] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("threat", "batch_size"), [(Threat("Linf", 0.09), 10), (Threat("L2", 0.6), 64)]
+)
+def test_autoattack_gives_the_verdicts_of_its_package(
+    network: nn.Sequential,
+    threat: Threat,
+    batch_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Image by image and part by part, and nothing of the network or of chance is touched."""
+    # All but the last two sizes of its squares, for both sides.
+    brief_suite(monkeypatch, 1200)
+    images = digits(1200, 1218)
     network.zero_grad()
     network[0].bias.requires_grad_(False)
     network[3].bias.grad = torch.full_like(network[3].bias, 7.0)
     learning = [parameter.requires_grad for parameter in network.parameters()]
     state = torch.get_rng_state()
+    journal = Journal()
     try:
-        result = measure(network, images, ["autoattack"], Threat("Linf", 0.09), engine=ENGINE)
+        result = measure(
+            network,
+            images,
+            ["autoattack"],
+            threat,
+            engine=ENGINE,
+            seed=3,
+            batch_size=batch_size,
+            journal=journal,
+        )
         assert torch.equal(torch.get_rng_state(), state)
         assert [parameter.requires_grad for parameter in network.parameters()] == learning
         grads = {name for name, value in network.named_parameters() if value.grad is not None}
@@ -461,31 +564,100 @@ def test_autoattack_gives_the_verdicts_of_its_package(
 
     network.eval()
     try:
-        with torch.random.fork_rng():
-            right = network(unit(images)).argmax(dim=1) == images.label
-            reference = AutoAttack(
-                network,
-                norm="Linf",
-                eps=0.09,
-                seed=derive(0, "autoattack", 0) % 2**31,
-                device="cpu",
-                version="standard",
-            )
-            found, said = reference.run_standard_evaluation(
-                unit(images)[right], images.label[right], batch_size=64
-            )
-        verdict = network(outcomes[0]).argmax(dim=1) == images.label[right]
+        right = (network(unit(images)).argmax(dim=1) == images.label).nonzero().flatten()
+        stands, fooled = package_verdicts(
+            network, unit(images)[right], images.label[right], threat, 3, batch_size
+        )
     finally:
         network.train()
-    assert torch.equal(verdict, said == images.label[right])
-    assert torch.allclose(outcomes[0], found, atol=1e-6)
+    expected = {part: right[rows].tolist() for part, rows in fooled.items()}
+    came: dict[str, list[int]] = {part: [] for part in expected}
+    for verdict in journal.verdicts():
+        came[verdict.part] += verdict.fooled
+    # Rounding may move an image from one part to another or save it: none here.
+    assert came == expected
     part = result["attacks"]["autoattack"]
-    assert part["correct"] == int(verdict.sum())
+    assert part["correct"] == int(stands.sum())
     assert 3 <= part["correct"] < part["attacked"]
-    assert sum(part["fooled_by"].values()) == part["attacked"] - part["correct"]
+    assert part["fooled_by"] == {part: len(rows) for part, rows in expected.items()}
     assert list(part["fooled_by"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert result["nrr"]["autoattack"] == nrr(result["natural"]["accuracy"], part["accuracy"])
     assert result["nrr"]["cw"] is None
+
+
+@pytest.mark.parametrize(("step", "period"), [(21, 22), (40, 19), (99, 6)])
+def test_steps_are_halved_where_the_package_halves_them(step: int, period: int) -> None:
+    """Also at the first check, which looks at the row before the first: the last, zeros."""
+    from pyautoattack import AutoAttack
+
+    attack = AutoAttack(nn.Identity(), eps=0.1, version="standard").apgd
+    losses = torch.randn(100, 4000, generator=torch.Generator().manual_seed(step))
+    # Mostly rising, so that many are at the limit.
+    losses = losses + 0.75 * torch.arange(100)[:, None]
+    losses[step + 1 :] = 0
+    expected = attack.check_oscillation(losses, step, period, None, k3=attack.thr_decr) > 0
+    attack.__class__ = LeavingAPGD
+    state = {
+        "losses": losses.T.contiguous(),
+        "reduced": torch.ones(4000),
+        "best_loss": torch.zeros(4000),
+        "best_loss_checked": torch.zeros(4000),
+        "step_size": torch.ones(4000, 1, 1, 1),
+        "point": torch.zeros(4000, 1, 1, 1),
+        "best": torch.ones(4000, 1, 1, 1),
+        "gradient": torch.zeros(4000, 1, 1, 1),
+        "best_gradient": torch.ones(4000, 1, 1, 1),
+    }
+    attack._check_step_size(state, step, period)
+    assert 100 < int(expected.sum()) < 3900
+    assert torch.equal(state["step_size"].flatten() == 0.5, expected)
+    assert torch.equal(state["point"].flatten() == 1, expected)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_projection_of_fab_is_that_of_its_package(norm: str) -> None:
+    """And of a solver that knows nothing of either, on hyperplanes near, far and out of reach."""
+    from pyautoattack.fab_projections import projection_l2, projection_linf
+
+    draws = torch.Generator().manual_seed(0)
+    point = torch.rand(40, 12, generator=draws)
+    point[:8] = point[:8].round()
+    normal = torch.randn(40, 12, generator=draws)
+    normal[:, 3] = 0
+    size = torch.linspace(-6, 6, 40)
+    offset = (normal * point).sum(dim=1) + size
+    came = projection(point, normal, offset, norm)
+    package = projection_linf if norm == "Linf" else projection_l2
+    assert torch.allclose(came, package(point, normal.clone(), offset), atol=1e-5)
+    assert float((point + came).min()) >= -1e-6
+    assert float((point + came).max()) <= 1 + 1e-6
+    reached = ((normal * (point + came)).sum(dim=1) - offset).abs() < 1e-4
+    assert 10 < int(reached.sum()) < 40
+    for row in range(0, 40, 3):
+        if norm == "Linf" and reached[row]:
+            # min t: -t <= d <= t, normal . d = size, 0 <= point + d <= 1, as a linear programme.
+            eye, ones = np.eye(12), -np.ones((12, 1))
+            solved = scipy.optimize.linprog(
+                [0.0] * 12 + [1.0],
+                A_ub=np.block([[eye, ones], [-eye, ones]]),
+                b_ub=np.zeros(24),
+                A_eq=[[*normal[row].tolist(), 0.0]],
+                b_eq=[float(size[row])],
+                bounds=[(-float(p), 1 - float(p)) for p in point[row]] + [(0, None)],
+            )
+            assert solved.fun == pytest.approx(float(came[row].abs().max()), abs=1e-4)
+        elif norm == "L2" and reached[row]:
+            # Along the normal, cut off at 0 and 1: the length by bisection in float64.
+            away = normal[row].double() * (1 if size[row] > 0 else -1)
+            start, low, high = point[row].double(), 0.0, 1e6
+            for _ in range(200):
+                middle = (low + high) / 2
+                change = (start + middle * away).clamp(0, 1) - start
+                far = float(away @ change) > abs(float(size[row]))
+                low, high = (low, middle) if far else (middle, high)
+            assert torch.allclose(came[row].double(), change, atol=1e-4)
+    flat = projection(point, torch.zeros_like(normal), offset, norm)
+    assert torch.equal(flat, torch.zeros_like(flat))
 
 
 @pytest.mark.parametrize("classes", [4, 5, 9])

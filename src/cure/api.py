@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from cure.config import RunConfig, ThreatConfig
 from cure.data import ImageSet
 from cure.engine import Engine
 from cure.errors import ConfigError
-from cure.evaluation import Progress, Result, measure, silent
+from cure.evaluation import Progress, Result, identify, measure, silent
 from cure.launch import carry_out, check_attacks, prepare
 from cure.models import describe, load_weights
 from cure.recipe import check, override, parse_override, read_recipe
@@ -28,6 +30,9 @@ from cure.subject import (
     network_of,
     subject_of,
 )
+from cure.verdicts import SUFFIX, Identity, Journal, partial_of, short
+
+RESULT_FORMAT = "cure-evaluation-1"
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,7 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
     output: str | Path | None = None,
+    time_limit: float | None = None,
     progress: Progress = silent,
 ) -> Result:
     """Accuracy on natural and on attacked images, with all it takes to repeat the number.
@@ -186,11 +192,15 @@ def evaluate(
         batch_size: images attacked at once.
         device: "auto", "cpu", "cuda".
         seed: of random starts.
-        output: JSON file to write; must not exist.
+        output: JSON file to write; must not exist, unless it is the unfinished result that this
+            call goes on with.
+        time_limit: seconds after which attacks stop; what is missing then stands under
+            "unfinished".
         progress: told (attack, images done, images in all).
 
     Returns:
-        The result, as documented in docs/results.md.
+        The result, as documented in docs/results.md.  Until it is finished, its verdicts are kept
+        in ``OUTPUT.partial``, or in the ``evaluations`` of the run: the same call goes on there.
 
     Raises:
         CureError: for every mistake a user can mend; nothing is written then.
@@ -199,6 +209,8 @@ def evaluate(
     for name, count in (("limit", limit), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise ConfigError(f"{name}: expected 1 or more images, got {count}")
+    if time_limit is not None and not 0 < time_limit < math.inf:
+        raise ConfigError(f"time_limit: expected seconds above 0, got {time_limit:g}")
     how = ModelOptions(mean, std, dict(options or {}))
     if isinstance(target, Run):
         subject = subject_of(target.path, checkpoint, weights, how, target.network)
@@ -216,52 +228,95 @@ def evaluate(
     if limit is not None:
         images = images.subset(slice(0, limit))
     threat = _threat(config.threat if config else ThreatConfig(), epsilon, norm)
-    result = measure(
-        engine.place(model),
-        images,
-        attacks,
-        Threat(threat.norm, threat.epsilon),
-        engine=engine,
-        batch_size=batch_size or (config.evaluation.batch_size if config else 256),
-        seed=seed,
-        progress=progress,
-    )
-    result = {
-        "format": "cure-evaluation-1",
-        "target": subject.name,
-        **result,
-        "threat": {
-            "norm": threat.norm,
-            "epsilon": float(threat.epsilon),
-            "epsilon_text": threat.epsilon.text,
-        },
-        "data": {
-            "name": images.name,
-            "split": images.split,
-            "n": len(images),
-            "classes": list(images.classes),
-            "classes_present": len(set(images.label.tolist())),
-            "size": [images.channels, *images.size],
-        },
-        "model": describe(model) | subject.facts,
-        "seed": seed,
-        "environment": environment(),
-    }
-    if output is not None and engine.rank == 0:
-        write_json(Path(output), result)
-    if subject.folder is not None and engine.rank == 0:
-        subject.folder.keep_evaluation(result)
+    size = batch_size or (config.evaluation.batch_size if config else 256)
+    ball = Threat(threat.norm, threat.epsilon)
+    identity = identify(model, images, attacks, ball, engine, size, seed)
+    with engine.agreeing():
+        writes = engine.rank == 0
+        where = _partial(output, subject.folder, checkpoint, split, identity) if writes else None
+        journal = Journal(where, identity)
+    with journal:
+        result = measure(
+            engine.place(model),
+            images,
+            attacks,
+            ball,
+            engine=engine,
+            batch_size=size,
+            seed=seed,
+            progress=progress,
+            time_limit=time_limit,
+            journal=journal,
+        )
+        result = {
+            "format": RESULT_FORMAT,
+            "target": subject.name,
+            **result,
+            "threat": {
+                "norm": threat.norm,
+                "epsilon": float(threat.epsilon),
+                "epsilon_text": threat.epsilon.text,
+            },
+            "data": {
+                "name": images.name,
+                "split": images.split,
+                "n": len(images),
+                "classes": list(images.classes),
+                "classes_present": len(set(images.label.tolist())),
+                "size": [images.channels, *images.size],
+            },
+            "model": describe(model) | subject.facts,
+            "seed": seed,
+            "batch_size": size,
+            "environment": environment(),
+        }
+        if output is not None and writes:
+            write_json(Path(output), result)
+        if "unfinished" not in result:
+            if subject.folder is not None and writes:
+                subject.folder.keep_evaluation(result)
+            journal.remove()
     return result
+
+
+def _partial(
+    output: str | Path | None,
+    folder: RunFolder | None,
+    checkpoint: str,
+    split: str,
+    identity: Identity,
+) -> Path | None:
+    """Where the verdicts of an unfinished evaluation are kept; nowhere for a network alone."""
+    if output is not None:
+        return partial_of(Path(output))
+    if folder is None:
+        return None
+    return folder.partial_evaluation(f"{checkpoint}-{split}-{short(identity)}{SUFFIX}")
 
 
 def _check_output(output: str | Path | None) -> None:
     """Refuse a file that exists or cannot be made before anything is computed."""
     if output is None:
         return
-    if Path(output).exists():
+    if Path(output).exists() and not _unfinished(Path(output)):
         raise ConfigError(f"{output} exists and is kept; name another output file")
     if not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")
+
+
+def _unfinished(output: Path) -> bool:
+    """Whether it is a result that ran out of time and can be gone on with."""
+    if not partial_of(output).is_file():
+        return False
+    try:
+        content = json.loads(output.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(content, dict)
+        and content.get("format") == RESULT_FORMAT
+        and bool(content.get("unfinished"))
+    )
 
 
 def _threat(base: ThreatConfig, epsilon: str | float | None, norm: str | None) -> ThreatConfig:

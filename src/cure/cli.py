@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
+UNFINISHED = 3
 # Seconds in which the launcher ends the other ranks of a run once the first one has spoken.
 SECONDS_FOR_THE_FIRST = 15
 
@@ -150,6 +151,13 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Stop attacking after so long and say what is missing; the same command goes on.",
+        ),
+    ] = None,
 ) -> None:
     """Measure accuracy on natural and on attacked images."""
     from cure.api import evaluate as measure
@@ -177,6 +185,7 @@ def evaluate(
             device=device,
             seed=seed,
             output=output,
+            time_limit=time_limit,
             progress=progress,
         )
     print_results([result])
@@ -188,6 +197,9 @@ def evaluate(
             markup=False,
             highlight=False,
         )
+    if "unfinished" in result:
+        _print_unfinished(result, kept=target is not None or output is not None)
+        sys.exit(UNFINISHED)
 
 
 @app.command()
@@ -311,7 +323,8 @@ def demo(run: RunOption = None) -> None:
 def print_results(results: Sequence[dict[str, Any]]) -> None:
     """A table of results of one threat, one row each; intervals are Wilson's at 95 %."""
     threat, data = results[0]["threat"], results[0]["data"]
-    names = list(dict.fromkeys(name for result in results for name in result["attacks"]))
+    shown = [result["attacks"] | result.get("unfinished", {}) for result in results]
+    names = list(dict.fromkeys(name for attacks in shown for name in attacks))
     table = Table(
         title=escape(
             f"{data['name']} {data['split']}, {data['n']:,} images, "
@@ -325,14 +338,30 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     ratios = [name for name in ("cw", "autoattack") if name in names]
     for name in ratios:
         table.add_column(f"NRR {name}", justify="right")
-    for result in results:
-        cells = [result["natural"], *(result["attacks"].get(name) for name in names)]
+    for result, attacks in zip(results, shown, strict=True):
+        cells = [result["natural"], *(attacks.get(name) for name in names)]
         table.add_row(
             escape(result["target"]),
             *(_accuracy(cell) for cell in cells),
             *(_ratio(result["nrr"][name]) for name in ratios),
         )
     out.print(table)
+
+
+def _print_unfinished(result: dict[str, Any], kept: bool) -> None:
+    """What the time did not suffice for."""
+    for name, part in result["unfinished"].items():
+        low, high = part["bounds"]
+        where = f" in {part['stopped_in']}" if part["stopped_in"] != name else ""
+        err.print(
+            f"unfinished: {name} ran out of time{where}; {part['undecided']:,} of {part['n']:,} "
+            f"images are undecided, so its accuracy lies between {low:.1f} and {high:.1f}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if kept:
+        err.print("the same command goes on where this one stopped", markup=False, highlight=False)
 
 
 def _print_table(shown: ComparisonTable) -> None:
@@ -347,6 +376,9 @@ def _print_table(shown: ComparisonTable) -> None:
 def _accuracy(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return "-"
+    if "bounds" in cell:
+        low, high = cell["bounds"]
+        return f"unfinished: {low:.1f} to {high:.1f}"
     low, high = cell["interval"]
     return f"{cell['accuracy']:.1f} ({low:.1f}-{high:.1f})"
 
@@ -437,7 +469,7 @@ def main() -> None:
         try:
             app()
         except SystemExit as ended:
-            if SEVERAL and not ended.code:
+            if SEVERAL and ended.code in (None, 0, UNFINISHED):
                 from cure.engine import leave
 
                 leave()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +18,8 @@ from cure.attacks.suite import EvaluationAttack, evaluation_attack
 from cure.data import ImageSet, batches
 from cure.engine import Engine
 from cure.errors import ModelError
+from cure.models import digest
+from cure.verdicts import Identity, Journal, Verdict
 
 Result = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -111,6 +116,8 @@ def measure(
     batch_size: int = 256,
     seed: int = 0,
     progress: Progress = silent,
+    time_limit: float | None = None,
+    journal: Journal | None = None,
 ) -> Result:
     """Natural accuracy and accuracy under each attack, of one model on one set of images.
 
@@ -126,17 +133,22 @@ def measure(
         engine: device and memory layout; evaluation computes in float32 whatever its precision.
         batch_size: images attacked at once.
         seed: of random starts.
-        progress: told (attack, images done, images in all).
+        progress: told (attack, and its part where there are several; images done, images in all).
+        time_limit: seconds after which attacks stop; natural accuracy is always measured.
+        journal: verdicts that exist already, and where new ones are kept; with several ranks
+            that of the first is the one.
 
     Returns:
         {"natural": ..., "attacks": {name: ...}, "worst_case": ..., "nrr": {...}}, accuracies in
-        percent with Wilson 95 % intervals.
+        percent with Wilson 95 % intervals.  Attacks that the time did not suffice for are under
+        "unfinished" instead, with bounds of what their accuracy can be.
 
     Raises:
         ConfigError: for an unknown attack, before anything is computed.
         DataError: when there is no image, or a label without a class.
         ModelError: when the model's output is no logits.
     """
+    ends = math.inf if time_limit is None else time.monotonic() + time_limit
     chosen = [evaluation_attack(name) for name in dict.fromkeys(attacks) if name != "natural"]
     images = images.checked().to(engine.device)
     modes = [(module, module.training) for module in model.modules()]
@@ -154,15 +166,26 @@ def measure(
         natural = _predict(model, images, engine, batch_size) == images.label
         result: Result = {"natural": accuracy_of(natural, time.perf_counter() - began)}
         progress("natural", len(images), len(images))
+        journal = journal or Journal()
+        # Only the first rank reads and writes a file; what it read is known to all.
+        journal.learn(engine.first(journal.verdicts))
+        evaluation = _Evaluation(
+            model, images, threat, engine, batch_size, seed, progress, journal, ends
+        )
         verdicts = {}
         result["attacks"] = {}
+        unfinished = {}
         for attack in chosen:
-            verdicts[attack.name], result["attacks"][attack.name] = _attack(
-                model, images, natural, attack, threat, engine, batch_size, seed, progress
-            )
+            robust, came, finished = evaluation.attack(attack, natural)
+            if finished:
+                verdicts[attack.name], result["attacks"][attack.name] = robust, came
+            else:
+                unfinished[attack.name] = came
     finally:
         for module, training in modes:
             module.training = training
+    if unfinished:
+        result["unfinished"] = unfinished
     if verdicts:
         worst = torch.stack(list(verdicts.values())).all(dim=0)
         result["worst_case"] = accuracy_of(worst, 0.0) | {"over": list(verdicts)}
@@ -176,6 +199,31 @@ def measure(
     return result
 
 
+def identify(
+    model: nn.Module,
+    images: ImageSet,
+    attacks: Sequence[str],
+    threat: Threat,
+    engine: Engine,
+    batch_size: int,
+    seed: int,
+) -> Identity:
+    """All that verdicts depend on, for :class:`~cure.verdicts.Journal`; see :func:`measure`."""
+    chosen = [evaluation_attack(name) for name in dict.fromkeys(attacks) if name != "natural"]
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {
+        "network": hashlib.sha256(str(model).encode()).hexdigest(),
+        "weights": digest(tensors),
+        "images": digest({"image": images.image, "label": images.label}),
+        "attacks": {attack.name: attack.settings for attack in chosen},
+        "threat": [threat.norm, threat.epsilon],
+        "device": engine.device.type,
+        "batch size": batch_size,
+        "seed": seed,
+        "version of torch": torch.__version__,
+    }
+
+
 @torch.no_grad()
 def _predict(model: nn.Module, images: ImageSet, engine: Engine, batch_size: int) -> Tensor:
     predicted = torch.zeros_like(images.label)
@@ -185,52 +233,163 @@ def _predict(model: nn.Module, images: ImageSet, engine: Engine, batch_size: int
     return engine.total(predicted)
 
 
-def _attack(
-    model: nn.Module,
-    images: ImageSet,
-    natural: Tensor,
-    attack: EvaluationAttack,
-    threat: Threat,
-    engine: Engine,
-    batch_size: int,
-    seed: int,
-    progress: Progress,
-) -> tuple[Tensor, Result]:
-    """Which images withstand one attack [N], and its part of the result."""
-    robust = torch.zeros_like(images.label)
-    targets = natural.nonzero().flatten()
-    parts: dict[str, int] = {}
-    furthest = 0.0
-    began = time.perf_counter()
-    for number, start in enumerate(range(0, len(targets), batch_size)):
-        if number % engine.world != engine.rank:
-            continue
-        index = targets[start : start + batch_size]
-        batch = next(batches(images.subset(index), len(index)))
-        image = engine.arrange(batch.image)
-        outcome = attack.run(model, image, batch.label, threat, seed, number)
-        change = outcome.adversarial - image
-        furthest = max(furthest, float(threat.distance(change).max()))
-        _check_allowed(outcome.adversarial, furthest, attack.name, threat)
-        with torch.no_grad():
-            right = model(outcome.adversarial).argmax(dim=1) == batch.label
-        robust[index] = right.to(robust.dtype)
-        for part, fooled in outcome.parts.items():
-            parts[part] = parts.get(part, 0) + fooled
-        progress(attack.name, start + len(index), len(targets))
-    robust = engine.total(robust).bool()
-    (furthest,) = engine.largest(furthest)
-    if engine.world > 1:
-        progress(attack.name, len(targets), len(targets))
-        # A rank whose images were all fooled early has not met every part.
-        shares, parts = engine.gather(parts), {}
-        for part, fooled in (item for share in shares for item in share.items()):
-            parts[part] = parts.get(part, 0) + fooled
-    result = accuracy_of(robust, time.perf_counter() - began)
-    result |= {"attacked": len(targets), "largest_change": furthest, "seed": seed}
-    if parts:
-        result["fooled_by"] = parts
-    return robust, result | {"settings": attack.settings}
+class _OutOfTime(Exception):
+    """Raised inside a forward pass, which every attack makes again and again."""
+
+
+@dataclass
+class _Evaluation:
+    """What all attacks of one evaluation share."""
+
+    model: nn.Module
+    images: ImageSet
+    threat: Threat
+    engine: Engine
+    batch_size: int
+    seed: int
+    progress: Progress
+    journal: Journal
+    ends: float
+
+    def attack(self, attack: EvaluationAttack, natural: Tensor) -> tuple[Tensor, Result, bool]:
+        """Which images stand [N], the attack's part of the result, and whether it is finished."""
+        robust = natural.clone()
+        fooled_by = dict.fromkeys(attack.parts, 0)
+        furthest, seconds, stood = 0.0, 0.0, 0
+        prepared = attack.prepare(self.model, self._batch(slice(0, 8))[0])
+        stopped: str | None = None
+        for part in attack.parts:
+            targets = robust.nonzero().flatten()
+            pieces = torch.split(targets, self.batch_size) if len(targets) else ()
+            stood = 0
+            for first in range(0, len(pieces), self.engine.world):
+                for verdict in self._round(attack, part, prepared, pieces, first):
+                    if verdict is None:
+                        stopped = part
+                        continue
+                    robust[torch.tensor(verdict.fooled, dtype=torch.int64)] = False
+                    fooled_by[part] += len(verdict.fooled)
+                    stood += len(verdict.attacked) - len(verdict.fooled)
+                    furthest = max(furthest, verdict.furthest)
+                    seconds += verdict.seconds
+                if stopped is not None:
+                    break
+            if stopped is not None:
+                break
+        facts: Result = {"attacked": int(natural.sum()), "largest_change": furthest}
+        facts |= {"seed": self.seed, "settings": attack.settings}
+        if len(fooled_by) > 1:
+            facts["fooled_by"] = fooled_by
+        if stopped is None:
+            return robust, accuracy_of(robust, seconds) | facts, True
+        # Whoever stands after the last part withstood the attack; of others none knows.
+        sure = stood if stopped == list(attack.parts)[-1] else 0
+        most, count = int(robust.sum()), len(robust)
+        missing = {
+            "bounds": [100 * sure / count, 100 * most / count],
+            "undecided": most - sure,
+            "n": count,
+            "stopped_in": stopped,
+            "seconds": round(seconds, 2),
+        }
+        return robust, missing | facts, False
+
+    def _round(
+        self,
+        attack: EvaluationAttack,
+        part: str,
+        prepared: nn.Module,
+        pieces: Sequence[Tensor],
+        first: int,
+    ) -> list[Verdict | None]:
+        """One batch for each rank, from number ``first`` on: the same verdicts on every rank.
+
+        None stands for a batch that the time did not suffice for.
+        """
+        ours = pieces[first : first + self.engine.world]
+        known = [
+            self.journal.known(attack.name, part, first + rank, index.tolist())
+            for rank, index in enumerate(ours)
+        ]
+        said = part if part == attack.name else f"{attack.name} {part}"
+        before, count = first * self.batch_size, sum(map(len, ours))
+
+        def tell(share: float) -> None:
+            self.progress(said, before + int(share * count), sum(map(len, pieces)))
+
+        if None in known:
+            own, rank = None, self.engine.rank
+            if rank < len(ours) and known[rank] is None:
+                with suppress(_OutOfTime):
+                    own = self._decide(attack, part, prepared, first + rank, ours[rank], tell)
+            made = self.engine.gather(own)
+            for verdict in filter(None, made):
+                self.journal.add(verdict)
+            known = [old or new for old, new in zip(known, made, strict=False)]
+        if None not in known:
+            tell(1.0)
+        return known
+
+    def _batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        chosen = self.images.subset(index)
+        batch = next(batches(chosen, len(chosen)))
+        return self.engine.arrange(batch.image), batch.label
+
+    def _decide(
+        self,
+        attack: EvaluationAttack,
+        part: str,
+        prepared: nn.Module,
+        number: int,
+        index: Tensor,
+        tell: Callable[[float], None],
+    ) -> Verdict:
+        """Run one part on one batch."""
+        image, label = self._batch(index)
+        began, run = time.perf_counter(), attack.parts[part]
+        tell(0.0)
+        with self._watched(prepared, run.passes, tell):
+            adversarial = run.run(prepared, image, label, self.threat, self.seed, number)
+        fooled = self._fooled(self.model, adversarial, label)
+        if prepared is not self.model:
+            # Rounding decided: what fools the prepared network only is attacked as it is.
+            lost = self._fooled(prepared, adversarial, label) & ~fooled
+            if bool(lost.any()):
+                with self._watched(self.model, run.passes, tell):
+                    adversarial[lost] = run.run(
+                        self.model, image[lost], label[lost], self.threat, self.seed, number
+                    )
+                fooled = self._fooled(self.model, adversarial, label)
+        furthest = float(self.threat.distance(adversarial - image).max())
+        _check_allowed(adversarial, furthest, attack.name, self.threat)
+        seconds = round(time.perf_counter() - began, 3)
+        return Verdict(
+            attack.name, part, number, index.tolist(), index[fooled].tolist(), furthest, seconds
+        )
+
+    @torch.no_grad()
+    def _fooled(self, model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+        return model(self.engine.arrange(image)).argmax(dim=1) != label  # type: ignore[no-any-return]
+
+    @contextmanager
+    def _watched(
+        self, model: nn.Module, passes: int, tell: Callable[[float], None]
+    ) -> Iterator[None]:
+        """At each forward pass: tell how far the attack is, and stop it when time is up."""
+        count = 0
+
+        def watch(*_: object) -> None:
+            nonlocal count
+            if time.monotonic() > self.ends:
+                raise _OutOfTime
+            count += 1
+            tell(min(1.0, count / passes) * 0.999)
+
+        handle = model.register_forward_pre_hook(watch)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _check_allowed(adversarial: Tensor, furthest: float, name: str, threat: Threat) -> None:

@@ -6,7 +6,7 @@
 - ``status.json``: how far it came.
 - ``checkpoints/{last,best}.safetensors``: weights for anyone.
 - ``checkpoints/state.safetensors``: all that resuming needs.
-- ``evaluations/``: results of ``cure evaluate``.
+- ``evaluations/``: results of ``cure evaluate``, and verdicts of those that are not finished.
 - ``natural/``: the run that trained the start.
 """
 
@@ -256,6 +256,21 @@ class RunFolder:
         name = f"{result['model']['checkpoint']}-{result['data']['split']}"
         paths = (folder / f"{name}-{number}.json" for number in itertools.count(1))
         write_json(next(path for path in paths if not path.exists()), result)
+
+    def partial_evaluation(self, name: str) -> Path:
+        """The file called ``name`` in which an unfinished evaluation keeps its verdicts.
+
+        Raises:
+            CheckpointError: when its folder cannot be made.
+        """
+        folder = self.path / "evaluations"
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be made ({error.strerror}); make {self.path} writable"
+            ) from None
+        return folder / name
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line of JSON to the file ``name``."""

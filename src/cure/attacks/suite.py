@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -16,20 +15,30 @@ from cure.attacks.objectives import CROSS_ENTROPY, MARGIN
 from cure.attacks.perturb import Attack, crafting
 from cure.attacks.threat import Threat
 from cure.errors import ConfigError, unknown
-from cure.randomness import derive, generator
+from cure.models.folding import folded
+from cure.randomness import generator
+
+Run = Callable[[nn.Module, Tensor, Tensor, Threat, int, int], Tensor]
+"""(model, image [B, C, H, W], label [B], threat, seed, number of the batch) to adversarial images:
+inside the ball and [0, 1], not necessarily fooling."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What an attack did to a batch of images.
+class Part:
+    """A part of an attack, which runs on the images that the parts before it left standing.
 
     Attributes:
-        adversarial: [B, C, H, W], inside the ball and [0, 1]; not necessarily fooling.
-        parts: for attacks made of parts, how many images each of them fooled first.
+        run: the attack on one batch.
+        passes: about how many forward passes that takes when no image is fooled, for progress.
     """
 
-    adversarial: Tensor
-    parts: dict[str, int] = field(default_factory=dict)
+    run: Run
+    passes: int = 1
+
+
+def unchanged(model: nn.Module, image: Tensor) -> nn.Module:  # noqa: ARG001
+    """The network itself."""
+    return model
 
 
 @dataclass(frozen=True)
@@ -40,15 +49,18 @@ class EvaluationAttack:
         name: as in result files.
         description: one line for ``cure list attacks``.
         settings: what stands in the result file; sizes as shares of epsilon where they scale.
-        run: (model, image, label, threat, seed, batch number) to an outcome.
+        parts: by name, in their order; an attack of one part calls it by its own name.
         least_classes: the attack is not defined for fewer.
+        prepare: (model, some images) to the network that the parts attack; whatever fools it is
+            tried on the model itself.
     """
 
     name: str
     description: str
     settings: dict[str, Any]
-    run: Callable[[nn.Module, Tensor, Tensor, Threat, int, int], Outcome]
+    parts: Mapping[str, Part]
     least_classes: int = 2
+    prepare: Callable[[nn.Module, Tensor], nn.Module] = unchanged
 
 
 def pgd(steps: int) -> EvaluationAttack:
@@ -59,10 +71,10 @@ def pgd(steps: int) -> EvaluationAttack:
 
     def run(
         model: nn.Module, image: Tensor, label: Tensor, threat: Threat, seed: int, number: int
-    ) -> Outcome:
+    ) -> Tensor:
         attack = Attack(threat, steps, threat.epsilon / 4, start="uniform")
         draws = generator(image.device, seed, f"pgd{steps}", number)
-        return Outcome(attack(model, image, label, CROSS_ENTROPY, draws))
+        return attack(model, image, label, CROSS_ENTROPY, draws)
 
     return EvaluationAttack(
         f"pgd{steps}",
@@ -74,16 +86,16 @@ def pgd(steps: int) -> EvaluationAttack:
             "restarts": 1,
             "objective": "cross_entropy",
         },
-        run,
+        {f"pgd{steps}": Part(run, steps)},
     )
 
 
 def _cw(
     model: nn.Module, image: Tensor, label: Tensor, threat: Threat, seed: int, number: int
-) -> Outcome:
+) -> Tensor:
     attack = Attack(threat, 20, threat.epsilon / 4, start="uniform")
     draws = generator(image.device, seed, "cw", number)
-    return Outcome(attack(model, image, label, MARGIN, draws))
+    return attack(model, image, label, MARGIN, draws)
 
 
 CW = EvaluationAttack(
@@ -97,70 +109,33 @@ CW = EvaluationAttack(
         "objective": "margin",
         "confidence": 50,
     },
-    _cw,
+    {"cw": Part(_cw, 20)},
 )
 
-AUTOATTACK_PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
+
+def _autoattack_part(part: str) -> Run:
+    def run(
+        model: nn.Module,
+        image: Tensor,
+        label: Tensor,
+        threat: Threat,
+        seed: int,
+        number: int,  # noqa: ARG001 - the package begins each batch with the same seed
+    ) -> Tensor:
+        from cure.attacks.autoattack import standard_part
+
+        devices = [image.device.index or 0] if image.device.type == "cuda" else []
+        # It seeds PyTorch's global generator: lend it the generator and the network.
+        with crafting(model), torch.random.fork_rng(devices=devices):
+            return standard_part(part, model, image.contiguous(), label, threat, seed)
+
+    return run
 
 
-class PlainLayout(nn.Module):
-    """A network whose input gradients are laid out channel by channel.
-
-    AutoAttack reshapes gradients in a way that fails on images stored with the channel innermost.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
-        # A copy, so that the hook sees the gradient that comes out of the network.
-        inside = image.clone()
-        if inside.requires_grad:
-            inside.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
-        logits: Tensor = self.model(inside)
-        return logits
-
-
-def _autoattack(
-    model: nn.Module, image: Tensor, label: Tensor, threat: Threat, seed: int, number: int
-) -> Outcome:
-    """The standard version, part by part on the images that still stand."""
-    from pyautoattack import AutoAttack
-
-    with torch.no_grad():
-        classes = model(image[:1]).shape[1]
-    image = image.contiguous()
-    adversarial = image.clone()
-    standing = torch.arange(len(label), device=image.device)
-    parts: dict[str, int] = {}
-    logging.getLogger("auto-attack").setLevel(logging.CRITICAL)
-    devices = [image.device.index or 0] if image.device.type == "cuda" else []
-    # It seeds PyTorch's global generator and calls backward: lend it the model and the generator.
-    with crafting(model), torch.random.fork_rng(devices=devices):
-        suite = AutoAttack(
-            PlainLayout(model),
-            norm=threat.norm,
-            eps=threat.epsilon,
-            seed=derive(seed, "autoattack", number) % 2**31,
-            device=image.device,
-            version="standard",
-        )
-        suite.apgd_targeted.n_target_classes = min(9, classes - 1)
-        suite.fab.n_target_classes = min(9, classes - 1)
-        for part in AUTOATTACK_PARTS:
-            if not len(standing):
-                break
-            suite.attacks_to_run = [part]
-            found, prediction = suite.run_standard_evaluation(
-                image[standing], label[standing], batch_size=len(standing)
-            )
-            fooled = prediction != label[standing]
-            adversarial[standing[fooled]] = found[fooled]
-            parts[part] = int(fooled.sum())
-            standing = standing[~fooled]
-    return Outcome(adversarial, parts)
+def _prepared(model: nn.Module, image: Tensor) -> nn.Module:
+    """The network with BatchNorm folded, channels innermost, without weight gradients."""
+    network = folded(model, image)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 AUTOATTACK = EvaluationAttack(
@@ -168,13 +143,19 @@ AUTOATTACK = EvaluationAttack(
     "AutoAttack standard: APGD-CE, targeted APGD-DLR, targeted FAB, Square (pyautoattack)",
     {
         "version": "standard",
-        "parts": list(AUTOATTACK_PARTS),
+        "parts": ["apgd-ce", "apgd-t", "fab-t", "square"],
         "package": "pyautoattack",
         "package_version": version("pyautoattack"),
     },
-    _autoattack,
+    {
+        "apgd-ce": Part(_autoattack_part("apgd-ce"), 102),
+        "apgd-t": Part(_autoattack_part("apgd-t"), 919),
+        "fab-t": Part(_autoattack_part("fab-t"), 1400),
+        "square": Part(_autoattack_part("square"), 5002),
+    },
     # Targeted DLR compares the true logit, the target and the two largest others.
     least_classes=4,
+    prepare=_prepared,
 )
 
 KNOWN = {"natural": "accuracy on unchanged images"} | {

@@ -1,0 +1,192 @@
+"""What an evaluation has decided so far, kept on disk until it is finished.
+
+A line of JSON a batch and part of an attack, after a first line that says which evaluation it is:
+one that was killed or ran out of time goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from cure.errors import CheckpointError
+
+FORMAT = "cure-evaluation-partial-1"
+SUFFIX = ".partial"
+
+Identity = dict[str, Any]
+"""What two evaluations must share so that one may go on where the other stopped."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one part of an attack did to one batch.
+
+    Attributes:
+        attack: its name.
+        part: name of the part.
+        batch: number of the batch, from 0.
+        attacked: positions of its images in the set.
+        fooled: those of them that fell.
+        furthest: longest change, in the threat's norm.
+        seconds: time it took.
+    """
+
+    attack: str
+    part: str
+    batch: int
+    attacked: list[int]
+    fooled: list[int]
+    furthest: float
+    seconds: float
+
+
+class Journal:
+    """The verdicts of one evaluation; without a path they are forgotten with it.
+
+    Args:
+        path: the file to go on with or to make; None keeps nothing.
+        identity: JSON values that say which evaluation this is.
+
+    Raises:
+        CheckpointError: when the file belongs to another evaluation or is damaged, another process
+            writes it, or it cannot be written.
+    """
+
+    def __init__(self, path: Path | None = None, identity: Identity | None = None) -> None:
+        self.path = path
+        self._verdicts: dict[tuple[str, str, int], Verdict] = {}
+        self._file = None
+        self._made = False
+        if path is None:
+            return
+        try:
+            # Never emptied when opened: it may hold hours of work.
+            self._file = path.open("a+b")
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be written ({error.strerror}); choose another output file or make "
+                "its folder writable"
+            ) from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise CheckpointError(
+                f"{path} is being written by another evaluation; wait for it or stop it"
+            ) from None
+        try:
+            self._read(identity or {})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read(self, identity: Identity) -> None:
+        assert self._file is not None
+        self._file.seek(0)
+        whole = self._file.read()
+        # A line that was being written when the process was killed has no end.
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if len(kept) < len(whole):
+            self._file.truncate(len(kept))
+        if not kept:
+            self._made = True
+            self._append({"format": FORMAT, "identity": identity})
+            return
+        try:
+            first, *rest = [json.loads(line) for line in kept.splitlines()]
+            stored = dict(first["identity"]) if first["format"] == FORMAT else None
+            verdicts = [Verdict(**line) for line in rest]
+        except (ValueError, KeyError, TypeError):
+            stored = None
+        if stored is None:
+            raise CheckpointError(
+                f"{self.path} is no unfinished evaluation or is damaged; delete it or name another "
+                "output file"
+            )
+        # As JSON gives it back: tuples are lists there.
+        wanted = json.loads(json.dumps(identity))
+        other = [key for key in sorted({*stored, *wanted}) if stored.get(key) != wanted.get(key)]
+        if other:
+            raise CheckpointError(
+                f"{self.path} holds an unfinished evaluation with another {', '.join(other)}; "
+                "repeat its command to finish it, delete it, or name another output file"
+            )
+        self.learn(verdicts)
+
+    def learn(self, verdicts: Iterable[Verdict]) -> None:
+        """Know verdicts that are on the disk already."""
+        self._verdicts |= {(v.attack, v.part, v.batch): v for v in verdicts}
+
+    def known(self, attack: str, part: str, batch: int, attacked: list[int]) -> Verdict | None:
+        """The verdict on a batch, if there is one already.
+
+        Raises:
+            CheckpointError: when it was given on other images.
+        """
+        verdict = self._verdicts.get((attack, part, batch))
+        if verdict is not None and verdict.attacked != attacked:
+            raise CheckpointError(
+                f"{self.path} was begun where rounding differs (another machine or number of "
+                "threads); finish it there, or delete it"
+            )
+        return verdict
+
+    def verdicts(self) -> list[Verdict]:
+        """All verdicts so far, in the order in which they were given."""
+        return list(self._verdicts.values())
+
+    def add(self, verdict: Verdict) -> None:
+        """Keep a verdict; it is on the disk afterwards."""
+        self._verdicts[verdict.attack, verdict.part, verdict.batch] = verdict
+        self._append(asdict(verdict))
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written ({error.strerror}); make room and repeat the "
+                "command: it goes on where it stopped"
+            ) from None
+
+    def remove(self) -> None:
+        """The evaluation is finished and its result is written."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file; one that was made for an evaluation that was refused is removed."""
+        if kind is not None and self._made and not self._verdicts:
+            self.remove()
+        if self._file is not None:
+            self._file.close()
+
+
+def partial_of(output: Path) -> Path:
+    """The file beside ``output`` that holds its verdicts until it is written."""
+    return output.with_name(output.name + SUFFIX)
+
+
+def short(identity: Identity) -> str:
+    """A name for an evaluation: twelve hexadecimal digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
