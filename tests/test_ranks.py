@@ -305,7 +305,14 @@ def test_an_evaluation_by_two_ranks_is_that_of_one_process(
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     words = ("--attacks", "pgd3,cw", "--limit", 100, "--batch-size", 16, "--device", "cpu")
+    # Time that is up before the first attack: all ranks stop, the first one says it.
+    ended = torchrun("evaluate", run, *words, "--time-limit", "0.001")
+    assert ended.returncode != 0
+    assert ended.stderr.count("unfinished: pgd3 ran out of time") == 1, ended.stderr
+    assert ended.stderr.count("the same command goes on") == 1
+    assert [path.suffix for path in (run / "evaluations").iterdir()] == [".partial"]
     ended = torchrun("evaluate", run, *words)
+    assert [path.suffix for path in (run / "evaluations").iterdir()] == [".json"]
     found = RunFolder.open(run).evaluations()
     assert len(found) == 1, ended.stderr
     options: dict[str, Any] = {"attacks": "pgd3,cw", "limit": 100, "batch_size": 16}

@@ -35,6 +35,9 @@ PATIENCE = timedelta(minutes=30)
 noticed at once; this ends the wait for a machine that vanished, and must exceed the time by which
 one rank may rightly be later than another (reading its data, a longer share of the validation)."""
 
+PATIENCE_WITH_ATTACKS = timedelta(days=1)
+"""The same for an evaluation: AutoAttack on one batch can take hours on a processor."""
+
 
 def pick_device(name: str, launch: Launch | None = None) -> torch.device:
     """The device called ``name``; "auto" is CUDA when there is one.
@@ -92,12 +95,17 @@ def _contact(rank: int) -> Iterator[None]:
     except RuntimeError as error:
         raise RanksLost(
             f"rank {rank} lost another rank ({str(error).splitlines()[0]}); what that rank said "
-            "tells why; then continue with `cure resume RUN`"
+            "tells why; then continue with `cure resume RUN`, or repeat `cure evaluate`"
         ) from error
 
 
-def join(device: torch.device, launch: Launch) -> None:
+def join(device: torch.device, launch: Launch, patience: timedelta = PATIENCE) -> None:
     """Meet the other ranks: gloo on processors, NCCL on GPUs.
+
+    Args:
+        device: of this rank.
+        launch: which rank it is.
+        patience: how long it waits for the others, then and later.
 
     Raises:
         RanksLost: when they do not come.
@@ -110,7 +118,7 @@ def join(device: torch.device, launch: Launch) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     with _contact(launch.rank):
         dist.init_process_group(
-            backend, timeout=PATIENCE, rank=launch.rank, world_size=launch.world
+            backend, timeout=patience, rank=launch.rank, world_size=launch.world
         )
 
 
@@ -175,7 +183,7 @@ class Engine:
         """
         launch = launched()
         picked = pick_device(device, launch)
-        join(picked, launch)
+        join(picked, launch, PATIENCE_WITH_ATTACKS)
         return cls(picked, channels_last=True, rank=launch.rank, world=launch.world)
 
     def check_batch(self, size: int) -> None:
