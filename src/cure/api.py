@@ -167,6 +167,7 @@ def evaluate(
     batch_size: int | None = None,
     device: str = "auto",
     seed: int = 0,
+    precision: Literal["fp32", "bf16_attack"] = "fp32",
     output: str | Path | None = None,
     time_limit: float | None = None,
     progress: Progress = silent,
@@ -192,6 +193,8 @@ def evaluate(
         batch_size: images attacked at once.
         device: "auto", "cpu", "cuda".
         seed: of random starts.
+        precision: "bf16_attack" attacks in bfloat16, in less time and less strongly; every image
+            that counts as fooled is wrong in float32.
         output: JSON file to write; must not exist, unless it is the unfinished result that this
             call goes on with.
         time_limit: seconds after which attacks stop; what is missing then stands under
@@ -222,7 +225,7 @@ def evaluate(
     if attacks is None:
         attacks = config.evaluation.attacks if config else ("natural", "pgd20", "cw")
     check_attacks(attacks)
-    engine = Engine.for_evaluation(device)
+    engine = Engine.for_evaluation(device, precision)
     with engine.agreeing():
         images, model = subject.load(data, split, data_options or {})
     if limit is not None:

@@ -63,6 +63,13 @@ class Split(StrEnum):
     test = "test"
 
 
+class Precision(StrEnum):
+    """What attacks compute in."""
+
+    fp32 = "fp32"
+    bf16_attack = "bf16_attack"
+
+
 class Kind(StrEnum):
     """What can be listed."""
 
@@ -150,6 +157,9 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(help="Images attacked at once.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16_attack: less time; what fools is verified in fp32.")
+    ] = Precision.fp32,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     time_limit: Annotated[
         float | None,
@@ -184,6 +194,7 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             seed=seed,
+            precision=precision.value,
             output=output,
             time_limit=time_limit,
             progress=progress,

@@ -174,17 +174,25 @@ class Engine:
         return engine
 
     @classmethod
-    def for_evaluation(cls, device: str) -> Engine:
-        """The engine of an evaluation: float32, in the layout that is fastest, with all ranks.
+    def for_evaluation(
+        cls, device: str, precision: Literal["fp32", "bf16_attack"] = "fp32"
+    ) -> Engine:
+        """The engine of an evaluation: in the layout that is fastest, with all ranks.
+
+        Args:
+            device: a device of PyTorch, or "auto".
+            precision: of the attacks; what they find is judged in float32.
 
         Raises:
-            ConfigError: when the device is not on this machine.
+            ConfigError: when the device is not on this machine or the precision is unknown.
             RanksLost: when the other ranks do not come.
         """
+        if precision not in ("fp32", "bf16_attack"):
+            raise ConfigError(f"precision: expected fp32 or bf16_attack, got '{precision}'")
         launch = launched()
         picked = pick_device(device, launch)
         join(picked, launch, PATIENCE_WITH_ATTACKS)
-        return cls(picked, channels_last=True, rank=launch.rank, world=launch.world)
+        return cls(picked, precision, True, launch.rank, launch.world)
 
     def check_batch(self, size: int) -> None:
         """Refuse a batch of ``size`` images that the ranks cannot share evenly.

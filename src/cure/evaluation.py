@@ -130,7 +130,9 @@ def measure(
         images: what to evaluate on.
         attacks: names from :func:`~cure.attacks.suite.evaluation_attack`; "natural" is implied.
         threat: the ball.
-        engine: device and memory layout; evaluation computes in float32 whatever its precision.
+        engine: device, memory layout and ranks; with precision "bf16_attack" attacks compute in
+            bfloat16.  The verdict on what they find is float32's, and an image that is fooled in
+            bfloat16 only is attacked again in float32.
         batch_size: images attacked at once.
         seed: of random starts.
         progress: told (attack, and its part where there are several; images done, images in all).
@@ -215,7 +217,7 @@ def identify(
         "network": hashlib.sha256(str(model).encode()).hexdigest(),
         "weights": digest(tensors),
         "images": digest({"image": images.image, "label": images.label}),
-        "attacks": {attack.name: attack.settings for attack in chosen},
+        "attacks": {attack.name: _settings(attack, engine) for attack in chosen},
         "threat": [threat.norm, threat.epsilon],
         "device": engine.device.type,
         "batch size": batch_size,
@@ -231,6 +233,12 @@ def _predict(model: nn.Module, images: ImageSet, engine: Engine, batch_size: int
         if batch.step % engine.world == engine.rank:
             predicted[batch.index] = model(engine.arrange(batch.image)).argmax(dim=1)
     return engine.total(predicted)
+
+
+def _settings(attack: EvaluationAttack, engine: Engine) -> dict[str, Any]:
+    """Those of the attack, and how precisely it computes where that is not float32."""
+    lower = {} if engine.precision == "fp32" else {"precision": engine.precision}
+    return attack.settings | lower
 
 
 class _OutOfTime(Exception):
@@ -277,7 +285,7 @@ class _Evaluation:
             if stopped is not None:
                 break
         facts: Result = {"attacked": int(natural.sum()), "largest_change": furthest}
-        facts |= {"seed": self.seed, "settings": attack.settings}
+        facts |= {"seed": self.seed, "settings": _settings(attack, self.engine)}
         if len(fooled_by) > 1:
             facts["fooled_by"] = fooled_by
         if stopped is None:
@@ -348,12 +356,13 @@ class _Evaluation:
         image, label = self._batch(index)
         began, run = time.perf_counter(), attack.parts[part]
         tell(0.0)
-        with self._watched(prepared, run.passes, tell):
+        with self._watched(prepared, run.passes, tell), self.engine.attack_precision():
             adversarial = run.run(prepared, image, label, self.threat, self.seed, number)
         fooled = self._fooled(self.model, adversarial, label)
-        if prepared is not self.model:
+        if prepared is not self.model or self.engine.precision != "fp32":
             # Rounding decided: what fools the prepared network only is attacked as it is.
-            lost = self._fooled(prepared, adversarial, label) & ~fooled
+            with self.engine.attack_precision():
+                lost = self._fooled(prepared, adversarial, label) & ~fooled
             if bool(lost.any()):
                 with self._watched(self.model, run.passes, tell):
                     adversarial[lost] = run.run(

@@ -54,7 +54,8 @@ class PlainLayout(nn.Module):
         inside = image.clone(memory_format=torch.channels_last)
         if inside.requires_grad:
             inside.register_hook(torch.Tensor.contiguous)  # type: ignore[no-untyped-call]
-        logits: Tensor = self.model(inside)
+        # Lower precision ends here: the attacks subtract logits from each other.
+        logits: Tensor = self.model(inside).to(image.dtype)
         return logits
 
 
