@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from cure.attacks import OBJECTIVES, Attack, Threat
 from cure.config import ModelConfig
 from cure.models import build_model
-from cure.models.folding import _known, folded
+from cure.models.folding import _known, folded, folded_copy
 
 SIZES = {
     "resnet10": {"width": 4},
@@ -231,3 +231,18 @@ def test_in_training_mode_nothing_is_folded():
     _known.clear()
     attack(model, x, label, OBJECTIVES["cross_entropy"], draws)
     assert model not in _known
+
+
+def test_a_folded_copy_shares_nothing_with_the_network():
+    model, x = network("resnet10").train(), image()
+    twin = folded_copy(model, x)
+    assert count_folded(twin) == sum(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    assert count_folded(model) == 0
+    assert model.training
+    expected = answers(model.eval(), x)
+    for one, other in zip(answers(twin, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.zero_()
+    assert torch.equal(answers(model, x)[0], expected[0])

@@ -15,7 +15,7 @@ from cure.attacks.objectives import CROSS_ENTROPY, MARGIN
 from cure.attacks.perturb import Attack, crafting
 from cure.attacks.threat import Threat
 from cure.errors import ConfigError, unknown
-from cure.models.folding import folded
+from cure.models.folding import folded_copy
 from cure.randomness import generator
 
 Run = Callable[[nn.Module, Tensor, Tensor, Threat, int, int], Tensor]
@@ -134,7 +134,7 @@ def _autoattack_part(part: str) -> Run:
 
 def _prepared(model: nn.Module, image: Tensor) -> nn.Module:
     """The network with BatchNorm folded, channels innermost, without weight gradients."""
-    network = folded(model, image)
+    network = folded_copy(model, image)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 

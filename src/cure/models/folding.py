@@ -64,6 +64,21 @@ def folded(
         yield
 
 
+def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of ``model`` in evaluation mode, fixed, with its BatchNorm folded for good.
+
+    See :func:`folded`; for attacks so long that a copy is worth its memory.
+
+    Args:
+        model: not changed, and shares no memory with the copy.
+        example: images [B, C, H, W] that it takes.
+    """
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    if not any(_hooked(module) for module in twin.modules()):
+        _Lent().fold(twin, _checked(twin, _pairs(twin), example), None)
+    return twin
+
+
 def _hooked(module: nn.Module) -> bool:
     """Whether calling it does more than its ``forward``."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
@@ -146,37 +161,55 @@ def _same(feature: Tensor) -> Tensor:
     return feature
 
 
-@contextmanager
-def _lent(model: nn.Module, pairs: list[Pair], kind: torch.dtype | None) -> Iterator[None]:
-    """Put folded weights, of type ``kind`` if given, in the places of the network's own."""
-    modules = dict(model.named_modules())
-    held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
-    silent: list[nn.Module] = []
+class _Lent:
+    """Layers that hold something else for a while."""
 
-    def lend(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-        held.append((layer, dict(layer._parameters)))
+    def __init__(self) -> None:
+        self.held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        self.silent: list[nn.Module] = []
+
+    def lend(
+        self, layer: nn.Module, weight: Tensor, bias: Tensor | None, kind: torch.dtype | None
+    ) -> None:
+        """Let ``layer`` hold these, rounded to ``kind`` if given."""
+        self.held.append((layer, dict(layer._parameters)))
         if kind is not None:
             weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
         # Plain tensors serve as well as parameters while the network only computes.
         layer._parameters["weight"] = cast(nn.Parameter, weight)
         layer._parameters["bias"] = cast("nn.Parameter | None", bias)
 
+    @torch.no_grad()
+    def fold(self, model: nn.Module, pairs: list[Pair], kind: torch.dtype | None) -> None:
+        """Put folded weights, of type ``kind`` if given, in the places of the network's own."""
+        modules = dict(model.named_modules())
+        for layer_name, norm_name in pairs:
+            layer, norm = modules[layer_name], modules[norm_name]
+            self.lend(layer, *_folded_weights(layer, norm), kind)
+            norm.forward = _same
+            self.silent.append(norm)
+        if kind is None:
+            return
+        done = {id(layer) for layer, _ in self.held}
+        for layer in modules.values():
+            whole = type(layer) in (*_CONVOLUTIONS, nn.Linear) and _plain(layer)
+            if whole and id(layer) not in done:
+                weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+                self.lend(layer, weight, bias, kind)
+
+    def give_back(self) -> None:
+        """Everything as it was."""
+        for norm in self.silent:
+            del norm.forward
+        for layer, parameters in self.held:
+            layer._parameters.update(parameters)
+
+
+@contextmanager
+def _lent(model: nn.Module, pairs: list[Pair], kind: torch.dtype | None) -> Iterator[None]:
+    lent = _Lent()
     try:
-        with torch.no_grad():
-            for layer_name, norm_name in pairs:
-                layer, norm = modules[layer_name], modules[norm_name]
-                lend(layer, *_folded_weights(layer, norm))
-                norm.forward = _same
-                silent.append(norm)
-            if kind is not None:
-                done = {id(layer) for layer, _ in held}
-                for layer in modules.values():
-                    whole = type(layer) in (*_CONVOLUTIONS, nn.Linear) and _plain(layer)
-                    if whole and id(layer) not in done:
-                        lend(layer, cast(Tensor, layer.weight), cast("Tensor | None", layer.bias))
+        lent.fold(model, pairs, kind)
         yield
     finally:
-        for norm in silent:
-            del norm.forward
-        for layer, parameters in held:
-            layer._parameters.update(parameters)
+        lent.give_back()
