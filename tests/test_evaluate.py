@@ -142,7 +142,7 @@ class Spy(nn.Module):
 def plant(monkeypatch: pytest.MonkeyPatch, attacks: dict[str, Callable[..., Tensor]]) -> None:
     """Let ``measure`` find these functions (image, label) -> adversarial under their names."""
 
-    def find(name: str) -> EvaluationAttack:
+    def find(name: str, source: object = None) -> EvaluationAttack:
         def run(
             model: nn.Module, image: Tensor, label: Tensor, threat: Threat, seed: int, number: int
         ) -> Tensor:
@@ -670,10 +670,21 @@ def test_autoattack_works_with_few_classes(classes: int) -> None:
     assert sum(part["fooled_by"].values()) == int((right & ~robust).sum())
 
 
-def test_autoattack_says_that_three_classes_are_too_few() -> None:
+@pytest.mark.parametrize("classes", [2, 3])
+def test_autoattack_with_two_and_three_classes_leaves_out_what_is_not_defined(classes: int) -> None:
+    model, images, right, robust = linear_case(classes, 0.03, count=9, gap=0.02)
+    result = measure(model, images, ["autoattack"], Threat("Linf", 0.03), engine=ENGINE)
+    part = result["attacks"]["autoattack"]
+    assert part["correct"] == int(robust.sum())
+    assert part["settings"]["parts"] == ["apgd-ce", "fab-t", "square"]
+    assert part["settings"]["left_out"] == {"apgd-t": "needs 4 classes"}
+    assert sum(part["fooled_by"].values()) == int((right & ~robust).sum())
+
+
+def test_an_attack_without_a_part_for_so_few_classes_says_so() -> None:
     model, images, _, _ = linear_case(3, 0.05)
-    with pytest.raises(ModelError, match=r"at least 4 classes, the data has 3.*pgd100 and cw"):
-        measure(model, images, ["autoattack"], Threat("Linf", 0.05), engine=ENGINE)
+    with pytest.raises(ConfigError, match=r"apgd-t needs at least 4 classes, the data has 3"):
+        measure(model, images, ["apgd-t"], Threat("Linf", 0.05), engine=ENGINE)
 
 
 # Planted models.
@@ -847,14 +858,15 @@ def test_epsilon_is_kept_as_text_and_as_number(given: Any, text: str, number: fl
         ("l2", "L2"),
         ("L_2", "L2"),
         ("2", "L2"),
+        ("l_1", "L1"),
     ],
 )
 def test_norms_have_other_names(given: str, norm: str) -> None:
     model, images, _, _ = linear_case(2, 0.05)
-    result = evaluate(model, data=images, attacks=["pgd1"], norm=given, epsilon=0.05)
+    result = evaluate(model, data=images, attacks=[], norm=given, epsilon=0.05)
     assert result["threat"]["norm"] == norm
     with pytest.raises(ConfigError, match="norm"):
-        evaluate(model, data=images, attacks=[], norm="L1")
+        evaluate(model, data=images, attacks=[], norm="L3")
 
 
 def test_the_output_file_holds_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,7 @@ def plant(
 
     made = {name: part(name, pick) for name, pick in parts.items()}
     attack = EvaluationAttack("planted", "", settings or {}, made)
-    monkeypatch.setattr(EVALUATION, "evaluation_attack", lambda name: attack)
+    monkeypatch.setattr(EVALUATION, "evaluation_attack", lambda name, source=None: attack)
     monkeypatch.setattr("cure.api.check_attacks", lambda names: None)
     return calls
 
@@ -180,7 +180,7 @@ def test_an_image_that_fools_only_the_prepared_network_is_attacked_as_it_is() ->
         "planted", "", {}, {"planted": Part(run)}, prepare=lambda model, image: Brighter()
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EVALUATION, "evaluation_attack", lambda name: attack)
+        patch.setattr(EVALUATION, "evaluation_attack", lambda name, source=None: attack)
         result = measure(network, grey(), ["planted"], Threat("Linf", 1.0), engine=ENGINE)
     # Brighter misreads the 20 dark ones, of which the second run fools 10.
     assert given == [(False, 40), (True, 20)]
@@ -207,7 +207,7 @@ def test_what_fools_in_bfloat16_only_is_attacked_in_float32() -> None:
 
     attack = EvaluationAttack("planted", "", {"steps": 1}, {"planted": Part(run)})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EVALUATION, "evaluation_attack", lambda name: attack)
+        patch.setattr(EVALUATION, "evaluation_attack", lambda name, source=None: attack)
         engine = EVALUATION.Engine(torch.device("cpu"), "bf16_attack")
         result = measure(Coarse(), grey(), ["planted"], Threat("Linf", 1.0), engine=engine)
     part = result["attacks"]["planted"]

@@ -12,13 +12,23 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cure.api import Run, evaluate, resume, train
+    from cure.api import Run, evaluate, resume, train, verify
     from cure.comparison import compare
     from cure.data import ImageSet
     from cure.errors import CureError
     from cure.recipe import load_recipe
 
-__all__ = ["CureError", "ImageSet", "Run", "compare", "evaluate", "load_recipe", "resume", "train"]
+__all__ = [
+    "CureError",
+    "ImageSet",
+    "Run",
+    "compare",
+    "evaluate",
+    "load_recipe",
+    "resume",
+    "train",
+    "verify",
+]
 
 _HOMES = {
     "CureError": "cure.errors",
@@ -29,6 +39,7 @@ _HOMES = {
     "load_recipe": "cure.recipe",
     "resume": "cure.api",
     "train": "cure.api",
+    "verify": "cure.api",
 }
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.config import RunConfig, ThreatConfig
-from cure.data import ImageSet
+from cure.attacks.suite import evaluation_attack
+from cure.config import Ratio, RunConfig, ThreatConfig
+from cure.data import ImageSet, batches
 from cure.engine import Engine
 from cure.errors import ConfigError
-from cure.evaluation import Progress, Result, identify, measure, silent
+from cure.evaluation import WORST, Curve, Progress, Result, identify, measure, silent
+from cure.exchange import check_claim, read_claim, robustbench_record, save_adversarial
 from cure.launch import carry_out, check_attacks, prepare
 from cure.models import describe, load_weights
 from cure.recipe import check, override, parse_override, read_recipe
@@ -27,6 +29,7 @@ from cure.subject import (
     OBJECT,
     ModelOptions,
     Split,
+    Subject,
     network_of,
     subject_of,
 )
@@ -168,7 +171,12 @@ def evaluate(
     device: str = "auto",
     seed: int = 0,
     precision: Literal["fp32", "bf16_attack"] = "fp32",
+    transfer: str | Path | Run | nn.Module | None = None,
+    curve: str | None = None,
+    epsilons: Sequence[str | float] | None = None,
     output: str | Path | None = None,
+    robustbench: str | Path | None = None,
+    adversarial: str | Path | None = None,
     time_limit: float | None = None,
     progress: Progress = silent,
 ) -> Result:
@@ -195,8 +203,17 @@ def evaluate(
         seed: of random starts.
         precision: "bf16_attack" attacks in bfloat16, in less time and less strongly; every image
             that counts as fooled is wrong in float32.
+        transfer: a network to craft the attack "transfer" on: a run, or whatever ``target`` may
+            be, for the same classes.
+        curve: also measure accuracy over epsilon with this attack, from 0.25/255 up to where none
+            is right.
+        epsilons: the radii of the curve instead: ["1/255", 0.01].
         output: JSON file to write; must not exist, unless it is the unfinished result that this
             call goes on with.
+        robustbench: file to write the record to that RobustBench's leaderboard takes; needs
+            "autoattack" among the attacks.
+        adversarial: file (.pt) to write the worst-case images to, which :func:`verify` checks.
+            What an interrupted call found is then found again.
         time_limit: seconds after which attacks stop; what is missing then stands under
             "unfinished".
         progress: told (attack, images done, images in all).
@@ -209,35 +226,46 @@ def evaluate(
         CureError: for every mistake a user can mend; nothing is written then.
     """
     _check_output(output)
+    for further in (robustbench, adversarial):
+        _check_output(further, goes_on=False)
     for name, count in (("limit", limit), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise ConfigError(f"{name}: expected 1 or more images, got {count}")
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise ConfigError(f"time_limit: expected seconds above 0, got {time_limit:g}")
-    how = ModelOptions(mean, std, dict(options or {}))
-    if isinstance(target, Run):
-        subject = subject_of(target.path, checkpoint, weights, how, target.network)
-    else:
-        subject = subject_of(target, checkpoint, weights, how)
+    subject = _subject(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
     config = subject.config
     if isinstance(attacks, str):
         attacks = [name.strip() for name in attacks.split(",")]
     if attacks is None:
         attacks = config.evaluation.attacks if config else ("natural", "pgd20", "cw")
-    check_attacks(attacks)
+    check_attacks(name for name in attacks if name != "transfer" or transfer is None)
+    over = _curve(curve, epsilons)
+    if robustbench is not None and "autoattack" not in attacks:
+        raise ConfigError(
+            "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
+        )
     engine = Engine.for_evaluation(device, precision)
+    if adversarial is not None and engine.world > 1:
+        raise ConfigError(
+            f"adversarial images are kept by one process, got {engine.world} ranks; evaluate "
+            "without a launcher"
+        )
     with engine.agreeing():
         images, model = subject.load(data, split, data_options or {})
+        source = None if transfer is None else _source(transfer, images, engine)
     if limit is not None:
         images = images.subset(slice(0, limit))
     threat = _threat(config.threat if config else ThreatConfig(), epsilon, norm)
     size = batch_size or (config.evaluation.batch_size if config else 256)
     ball = Threat(threat.norm, threat.epsilon)
-    identity = identify(model, images, attacks, ball, engine, size, seed)
+    identity = identify(model, images, attacks, ball, engine, size, seed, source, over)
+    keep: dict[str, Tensor] | None = None if adversarial is None else {}
     with engine.agreeing():
-        writes = engine.rank == 0
+        writes = engine.rank == 0 and keep is None
         where = _partial(output, subject.folder, checkpoint, split, identity) if writes else None
         journal = Journal(where, identity)
+        writes = engine.rank == 0
     with journal:
         result = measure(
             engine.place(model),
@@ -250,6 +278,9 @@ def evaluate(
             progress=progress,
             time_limit=time_limit,
             journal=journal,
+            source=source,
+            curve=over,
+            keep=keep,
         )
         result = {
             "format": RESULT_FORMAT,
@@ -275,11 +306,129 @@ def evaluate(
         }
         if output is not None and writes:
             write_json(Path(output), result)
+        if keep is not None and adversarial is not None:
+            natural = next(batches(images, len(images))).image
+            save_adversarial(Path(adversarial), result, keep.get(WORST, natural), images)
         if "unfinished" not in result:
+            if robustbench is not None and writes:
+                write_json(Path(robustbench), robustbench_record(result))
             if subject.folder is not None and writes:
                 subject.folder.keep_evaluation(result)
             journal.remove()
     return result
+
+
+def verify(
+    file: str | Path,
+    target: str | Path | Run | nn.Module,
+    *,
+    data: str | Path | ImageSet | None = None,
+    split: Split = "test",
+    epsilon: str | float | None = None,
+    norm: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    weights: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    options: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    batch_size: int = 256,
+    device: str = "auto",
+    output: str | Path | None = None,
+) -> Result:
+    """Recompute an accuracy that is claimed of adversarial images, and check the images.
+
+    Args:
+        file: what ``evaluate(adversarial=...)`` wrote, ``{"adv_complete": images}`` as AutoAttack's
+            users save it, or a tensor alone; images of the first N natural ones, in their order.
+        target: the network, and the following: as in :func:`evaluate`.
+        data: as there.
+        split: as there.
+        epsilon: radius of the ball; by default what the file says, else the run's.
+        norm: as ``epsilon``.
+        checkpoint: as in :func:`evaluate`.
+        weights: as there.
+        mean: as there.
+        std: as there.
+        options: as there.
+        data_options: as there.
+        batch_size: images at once.
+        device: as there.
+        output: JSON file to write; must not exist.
+
+    Returns:
+        ``format`` "cure-verification-1" and what :func:`~cure.exchange.check_claim` says.
+
+    Raises:
+        CureError: for every mistake a user can mend.
+    """
+    _check_output(output, goes_on=False)
+    claim = read_claim(file)
+    subject = _subject(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
+    engine = Engine.for_evaluation(device)
+    images, model = subject.load(data, split, data_options or {})
+    base = subject.config.threat if subject.config else ThreatConfig()
+    if claim.threat is not None:
+        base = _threat(base, claim.threat.epsilon, claim.threat.norm)
+    threat = _threat(base, epsilon, norm)
+    result = {
+        "format": "cure-verification-1",
+        "target": subject.name,
+        "file": str(file),
+        **check_claim(
+            claim,
+            engine.place(model).eval(),
+            images,
+            Threat(threat.norm, threat.epsilon),
+            engine,
+            batch_size,
+        ),
+        "threat": {"norm": threat.norm, "epsilon": float(threat.epsilon)},
+        "environment": environment(),
+    }
+    if output is not None:
+        write_json(Path(output), result)
+    return result
+
+
+def _subject(
+    target: str | Path | Run | nn.Module,
+    checkpoint: Literal["best", "last"],
+    weights: str | Path | None,
+    how: ModelOptions,
+) -> Subject:
+    if isinstance(target, Run):
+        return subject_of(target.path, checkpoint, weights, how, target.network)
+    return subject_of(target, checkpoint, weights, how)
+
+
+def _source(transfer: str | Path | Run | nn.Module, images: ImageSet, engine: Engine) -> nn.Module:
+    """The network that a transfer attack crafts on, in evaluation mode."""
+    network = _subject(transfer, "best", None, ModelOptions()).build(images)
+    return engine.place(network).eval().requires_grad_(False)
+
+
+def _curve(attack: str | None, epsilons: Sequence[str | float] | None) -> Curve | None:
+    if attack is None:
+        if epsilons is not None:
+            raise ConfigError("epsilons are the radii of a curve; name its attack: curve=pgd20")
+        return None
+    check_attacks([attack])
+    if evaluation_attack(attack).minimum:
+        raise ConfigError(
+            f"the attack {attack} measures the whole curve by itself; put it among the attacks"
+        )
+    if epsilons is None:
+        return Curve(attack)
+    radii = []
+    for text in epsilons:
+        try:
+            radii.append(Ratio(text))
+        except ValueError as error:
+            raise ConfigError(f"epsilons: {error}") from None
+    if not radii or min(radii) <= 0:
+        raise ConfigError("epsilons: expected radii above 0 such as 1/255,2/255")
+    return Curve(attack, tuple(radii))
 
 
 def _partial(
@@ -297,11 +446,11 @@ def _partial(
     return folder.partial_evaluation(f"{checkpoint}-{split}-{short(identity)}{SUFFIX}")
 
 
-def _check_output(output: str | Path | None) -> None:
+def _check_output(output: str | Path | None, goes_on: bool = True) -> None:
     """Refuse a file that exists or cannot be made before anything is computed."""
     if output is None:
         return
-    if Path(output).exists() and not _unfinished(Path(output)):
+    if Path(output).exists() and not (goes_on and _unfinished(Path(output))):
         raise ConfigError(f"{output} exists and is kept; name another output file")
     if not Path(output).absolute().parent.is_dir():
         raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")

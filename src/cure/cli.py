@@ -31,6 +31,9 @@ UNFINISHED = 3
 # Seconds in which the launcher ends the other ranks of a run once the first one has spoken.
 SECONDS_FOR_THE_FIRST = 15
 
+MOST_COLUMNS = 4
+"""Attacks that a table of results has columns for; more have rows."""
+
 TOGETHER = ("train", "resume", "evaluate")
 """Commands that several ranks may run together."""
 
@@ -160,7 +163,26 @@ def evaluate(
     precision: Annotated[
         Precision, typer.Option(help="bf16_attack: less time; what fools is verified in fp32.")
     ] = Precision.fp32,
+    transfer: Annotated[
+        str | None, typer.Option(help="Run that the attack transfer crafts on.")
+    ] = None,
+    curve: Annotated[
+        str | None, typer.Option(help="Also accuracy over epsilon, by this attack: pgd20.")
+    ] = None,
+    epsilons: Annotated[
+        str | None, typer.Option(help="Radii of the curve: 1/255,2/255 (default: up to 0 %).")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    robustbench: Annotated[
+        Path | None, typer.Option(help="Write RobustBench's record of the model.")
+    ] = None,
+    adversarial: Annotated[
+        Path | None, typer.Option(help="Write the worst-case images (.pt), for --verify.")
+    ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(help="Instead: recompute what such a file claims and check its images."),
+    ] = None,
     time_limit: Annotated[
         float | None,
         typer.Option(
@@ -176,6 +198,29 @@ def evaluate(
         raise ConfigError("expected a run folder, or --model NAME, and not both")
     if target is not None and (weights or option or mean or std):
         raise ConfigError("--weights, --option, --mean and --std go with --model")
+    if verify is not None:
+        from cure.api import verify as recompute
+
+        _print_verification(
+            recompute(
+                verify,
+                target if target is not None else str(model),
+                data=data,
+                split=split.value,
+                epsilon=epsilon,
+                norm=norm,
+                checkpoint=checkpoint.value,
+                weights=weights,
+                mean=_numbers("mean", mean),
+                std=_numbers("std", std),
+                options=_pairs(option),
+                data_options=_pairs(data_option),
+                batch_size=batch_size or 256,
+                device=device,
+                output=output,
+            )
+        )
+        return
     with _progress() as progress:
         result = measure(
             target if target is not None else str(model),
@@ -195,11 +240,17 @@ def evaluate(
             device=device,
             seed=seed,
             precision=precision.value,
+            transfer=transfer,
+            curve=curve,
+            epsilons=_words(epsilons),
             output=output,
+            robustbench=robustbench,
+            adversarial=adversarial,
             time_limit=time_limit,
             progress=progress,
         )
     print_results([result])
+    _print_distances(result)
     present, known = result["data"]["classes_present"], len(result["data"]["classes"])
     if present < known:
         err.print(
@@ -343,6 +394,9 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
         ),
         caption="accuracy in percent, 95 % interval; NRR: harmonic mean with natural accuracy",
     )
+    if len(results) == 1 and len(names) > MOST_COLUMNS:
+        _by_attack(table, results[0], shown[0])
+        return
     table.add_column("model")
     for name in ("natural", *names):
         table.add_column(name, justify="right")
@@ -357,6 +411,68 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
             *(_ratio(result["nrr"][name]) for name in ratios),
         )
     out.print(table)
+
+
+def _by_attack(table: Table, result: dict[str, Any], attacks: dict[str, Any]) -> None:
+    """One row an attack, where there are too many for columns."""
+    table.caption = "accuracy in percent, 95 % interval; the worst case is over all, image by image"
+    for heading in (escape(result["target"]), "accuracy", "seconds"):
+        table.add_column(heading, justify="left" if table.columns == [] else "right")
+    rows = {"natural": result["natural"]} | attacks
+    if "worst_case" in result:
+        rows["worst case"] = result["worst_case"]
+    for name, part in rows.items():
+        table.add_row(escape(name), _accuracy(part), f"{part.get('seconds', 0):,.0f}")
+    out.print(table)
+
+
+def _print_distances(result: dict[str, Any]) -> None:
+    """Smallest changes and the curve over epsilon, where they were measured."""
+    for name, part in result["attacks"].items():
+        if "median_distance" in part:
+            low, high = (_distance(limit) for limit in part["median_interval"])
+            out.print(
+                f"{name}: the median image is fooled by a change of "
+                f"{_distance(part['median_distance'])} ({low} to {high})",
+                markup=False,
+                highlight=False,
+            )
+    if "curve" not in result:
+        return
+    table = Table(title=f"accuracy over epsilon, {escape(result['curve']['attack'])}")
+    for heading in ("epsilon", "accuracy"):
+        table.add_column(heading, justify="right")
+    for point in result["curve"]["points"]:
+        table.add_row(point["epsilon_text"], _accuracy(point))
+    out.print(table)
+
+
+def _distance(length: float | None) -> str:
+    return "none found" if length is None else f"{length:.4g}"
+
+
+def _print_verification(result: dict[str, Any]) -> None:
+    """Whether a claim holds; status 1 when it does not."""
+    low, high = result["interval"]
+    out.print(
+        f"{result['correct']:,} of {result['n']:,} images are right: {result['accuracy']:.2f} % "
+        f"({low:.1f} to {high:.1f}); largest change {result['largest_change']:.6f}, epsilon "
+        f"{result['threat']['epsilon']:.6f} ({result['threat']['norm']})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result["outside"]:
+        say = f"{result['outside']:,} images leave the ball or [0, 1]; they prove nothing"
+        err.print(f"the claim fails: {say}", markup=False, highlight=False, soft_wrap=True)
+    elif not result["holds"]:
+        err.print(
+            f"the claim fails: it says {result['claimed_correct']:,} right",
+            markup=False,
+            highlight=False,
+        )
+    if not result["holds"]:
+        sys.exit(1)
 
 
 def _print_unfinished(result: dict[str, Any], kept: bool) -> None:

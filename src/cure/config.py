@@ -41,7 +41,10 @@ class Ratio(float):
         """Parse ``value``; a ``ValueError`` says what a number looks like."""
         text = str(value).strip()
         try:
-            number = float(Fraction(text.replace(" ", "")))
+            above, *below = (Fraction(part.strip()) for part in text.split("/"))
+            if len(below) > 1:
+                raise ValueError
+            number = float(above / below[0] if below else above)
         except ZeroDivisionError:
             raise ValueError(f"expected a number, got '{text}', which divides by zero") from None
         except ValueError:
@@ -171,8 +174,8 @@ class ModelConfig(Section):
 class ThreatConfig(Section):
     """What the adversary may do: change the image within a ball, inside [0, 1]."""
 
-    norm: Literal["Linf", "L2"] = "Linf"
-    """Norm of the change."""
+    norm: Literal["Linf", "L2", "L1"] = "Linf"
+    """Norm of the change; L1 for evaluations only."""
     epsilon: Ratio = Ratio("8/255")
     """Radius of the ball, for images in [0, 1]."""
 
@@ -182,7 +185,9 @@ class ThreatConfig(Section):
     @classmethod
     def _aliases(cls, norm: object) -> object:
         key = str(norm).lower().replace("_", "")
-        return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2"}.get(key, norm)
+        return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2", "l1": "L1", "1": "L1"}.get(
+            key, norm
+        )
 
 
 class AttackConfig(Section):

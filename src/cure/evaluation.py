@@ -7,14 +7,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.attacks.suite import EvaluationAttack, evaluation_attack
+from cure.attacks.suite import EvaluationAttack, Part, evaluation_attack
+from cure.config import Ratio
 from cure.data import ImageSet, batches
 from cure.engine import Engine
 from cure.errors import ModelError
@@ -23,6 +24,43 @@ from cure.verdicts import Identity, Journal, Verdict
 
 Result = dict[str, Any]
 Progress = Callable[[str, int, int], None]
+
+WORST = "worst_case"
+"""All attacks together, image by image."""
+
+RADII = tuple(
+    Ratio(f"{size}/255")
+    for size in (
+        "0.25",
+        "0.5",
+        "1",
+        "2",
+        "4",
+        "6",
+        "8",
+        "12",
+        "16",
+        "24",
+        "32",
+        "48",
+        "64",
+        "128",
+        "255",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy over epsilon.
+
+    Attributes:
+        attack: a name of :func:`~cure.attacks.suite.evaluation_attack`.
+        epsilons: radii; those after the first that leaves no image right are left out.
+    """
+
+    attack: str = "pgd20"
+    epsilons: tuple[Ratio, ...] = RADII
 
 
 def silent(name: str, done: int, count: int) -> None:
@@ -118,6 +156,9 @@ def measure(
     progress: Progress = silent,
     time_limit: float | None = None,
     journal: Journal | None = None,
+    source: nn.Module | None = None,
+    curve: Curve | None = None,
+    keep: dict[str, Tensor] | None = None,
 ) -> Result:
     """Natural accuracy and accuracy under each attack, of one model on one set of images.
 
@@ -139,11 +180,16 @@ def measure(
         time_limit: seconds after which attacks stop; natural accuracy is always measured.
         journal: verdicts that exist already, and where new ones are kept; with several ranks
             that of the first is the one.
+        source: the network that the attack "transfer" crafts on.
+        curve: also measure accuracy over epsilon.
+        keep: is given the fooling images: for each attack, and for the worst case over all, a
+            tensor like ``images.image`` in [0, 1], with the images themselves where none fooled.
+            Only with one rank, and verdicts that a journal knows already have no images.
 
     Returns:
-        {"natural": ..., "attacks": {name: ...}, "worst_case": ..., "nrr": {...}}, accuracies in
-        percent with Wilson 95 % intervals.  Attacks that the time did not suffice for are under
-        "unfinished" instead, with bounds of what their accuracy can be.
+        {"natural": ..., "attacks": {name: ...}, "worst_case": ..., "nrr": {...}, "curve": ...},
+        accuracies in percent with Wilson 95 % intervals.  Attacks that the time did not suffice for
+        are under "unfinished" instead, with bounds of what their accuracy can be.
 
     Raises:
         ConfigError: for an unknown attack, before anything is computed.
@@ -151,19 +197,17 @@ def measure(
         ModelError: when the model's output is no logits.
     """
     ends = math.inf if time_limit is None else time.monotonic() + time_limit
-    chosen = [evaluation_attack(name) for name in dict.fromkeys(attacks) if name != "natural"]
     images = images.checked().to(engine.device)
+    chosen = [
+        evaluation_attack(name, source).defined(len(images.classes), threat)
+        for name in dict.fromkeys(attacks)
+        if name != "natural"
+    ]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         first = next(batches(images, batch_size))
         check_outputs(model, engine.arrange(first.image), len(images.classes))
-        for attack in chosen:
-            if len(images.classes) < attack.least_classes:
-                raise ModelError(
-                    f"{attack.name} needs at least {attack.least_classes} classes, the data has "
-                    f"{len(images.classes)}; leave it out and use pgd100 and cw"
-                )
         began = time.perf_counter()
         natural = _predict(model, images, engine, batch_size) == images.label
         result: Result = {"natural": accuracy_of(natural, time.perf_counter() - began)}
@@ -172,7 +216,7 @@ def measure(
         # Only the first rank reads and writes a file; what it read is known to all.
         journal.learn(engine.first(journal.verdicts))
         evaluation = _Evaluation(
-            model, images, threat, engine, batch_size, seed, progress, journal, ends
+            model, images, threat, engine, batch_size, seed, progress, journal, ends, keep
         )
         verdicts = {}
         result["attacks"] = {}
@@ -183,6 +227,11 @@ def measure(
                 verdicts[attack.name], result["attacks"][attack.name] = robust, came
             else:
                 unfinished[attack.name] = came
+        if curve is not None:
+            attack = evaluation_attack(curve.attack, source).defined(len(images.classes), threat)
+            result["curve"], missing = evaluation.curve(attack, natural, curve)
+            if missing is not None:
+                unfinished["curve"] = missing
     finally:
         for module, training in modes:
             module.training = training
@@ -209,10 +258,19 @@ def identify(
     engine: Engine,
     batch_size: int,
     seed: int,
+    source: nn.Module | None = None,
+    curve: Curve | None = None,
 ) -> Identity:
     """All that verdicts depend on, for :class:`~cure.verdicts.Journal`; see :func:`measure`."""
-    chosen = [evaluation_attack(name) for name in dict.fromkeys(attacks) if name != "natural"]
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    chosen = [
+        evaluation_attack(name, source).defined(len(images.classes), threat)
+        for name in dict.fromkeys(attacks)
+        if name != "natural"
+    ]
+    tensors = _tensors_of(model)
+    further: Identity = {} if source is None else {"source": digest(_tensors_of(source))}
+    if curve is not None:
+        further["curve"] = evaluation_attack(curve.attack, source).settings
     return {
         "network": hashlib.sha256(str(model).encode()).hexdigest(),
         "weights": digest(tensors),
@@ -223,7 +281,11 @@ def identify(
         "batch size": batch_size,
         "seed": seed,
         "version of torch": torch.__version__,
-    }
+    } | further
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 @torch.no_grad()
@@ -239,6 +301,43 @@ def _settings(attack: EvaluationAttack, engine: Engine) -> dict[str, Any]:
     """Those of the attack, and how precisely it computes where that is not float32."""
     lower = {} if engine.precision == "fp32" else {"precision": engine.precision}
     return attack.settings | lower
+
+
+def smallest(distances: Tensor) -> Result:
+    """Median of the smallest changes, with its interval, and the accuracy that they leave.
+
+    Args:
+        distances: [N]; 0 where an image was wrong as it is, infinite where nothing was found.
+
+    Returns:
+        ``median_distance`` over all images and its 95 % interval (order statistics that the number
+        of images below the median falls between: no distribution is assumed); null is infinite;
+        ``distance_curve``: [distance, percent of the images still right] at 101 quantiles.
+    """
+    ordered, count = distances.sort().values, len(distances)
+    half = 1.959963984540054 * math.sqrt(count) / 2
+    low, high = max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
+
+    def number(value: Tensor) -> float | None:
+        return float(value) if bool(value.isfinite()) else None
+
+    quantiles = [round(share * (count - 1) / 100) for share in range(101)]
+    return {
+        "median_distance": number((ordered[(count - 1) // 2] + ordered[count // 2]) / 2),
+        "median_interval": [number(ordered[low]), number(ordered[high])],
+        "distance_curve": [
+            [number(ordered[place]), 100 * float((ordered > ordered[place]).double().mean())]
+            for place in dict.fromkeys(quantiles)
+        ],
+    }
+
+
+def _renamed(attack: EvaluationAttack, epsilon: float) -> dict[str, Part]:
+    """Its parts, of which one that has the attack's name follows it."""
+    return {
+        f"{name}@{epsilon}" if name == attack.name else name: part
+        for name, part in attack.parts.items()
+    }
 
 
 class _OutOfTime(Exception):
@@ -258,12 +357,16 @@ class _Evaluation:
     progress: Progress
     journal: Journal
     ends: float
+    keep: dict[str, Tensor] | None = None
 
     def attack(self, attack: EvaluationAttack, natural: Tensor) -> tuple[Tensor, Result, bool]:
         """Which images stand [N], the attack's part of the result, and whether it is finished."""
         robust = natural.clone()
         fooled_by = dict.fromkeys(attack.parts, 0)
         furthest, seconds, stood = 0.0, 0.0, 0
+        passes = {"forward": 0, "backward": 0}
+        distances = torch.full((len(robust),), math.inf, dtype=torch.float64)
+        distances[~natural.cpu()] = 0.0
         prepared = attack.prepare(self.model, self._batch(slice(0, 8))[0])
         stopped: str | None = None
         for part in attack.parts:
@@ -280,15 +383,22 @@ class _Evaluation:
                     stood += len(verdict.attacked) - len(verdict.fooled)
                     furthest = max(furthest, verdict.furthest)
                     seconds += verdict.seconds
+                    passes["forward"] += verdict.forward
+                    passes["backward"] += verdict.backward
+                    if verdict.distances is not None:
+                        found = [math.inf if d is None else d for d in verdict.distances]
+                        distances[verdict.attacked] = torch.tensor(found, dtype=torch.float64)
                 if stopped is not None:
                     break
             if stopped is not None:
                 break
         facts: Result = {"attacked": int(natural.sum()), "largest_change": furthest}
-        facts |= {"seed": self.seed, "settings": _settings(attack, self.engine)}
+        facts |= {"seed": self.seed, "settings": _settings(attack, self.engine), "passes": passes}
         if len(fooled_by) > 1:
             facts["fooled_by"] = fooled_by
         if stopped is None:
+            if attack.minimum:
+                facts |= smallest(distances)
             return robust, accuracy_of(robust, seconds) | facts, True
         # Whoever stands after the last part withstood the attack; of others none knows.
         sure = stood if stopped == list(attack.parts)[-1] else 0
@@ -301,6 +411,32 @@ class _Evaluation:
             "seconds": round(seconds, 2),
         }
         return robust, missing | facts, False
+
+    def curve(
+        self, attack: EvaluationAttack, natural: Tensor, curve: Curve
+    ) -> tuple[Result, Result | None]:
+        """Accuracy at each radius, and what is missing.
+
+        What fools within a radius fools within a larger one, so only who stands is attacked on.
+        """
+        found: Result = {"attack": attack.name, "settings": attack.settings}
+        points: list[Result] = []
+        robust = natural
+        for epsilon in sorted(curve.epsilons):
+            there = replace(self, threat=Threat(self.threat.norm, float(epsilon)), keep=None)
+            named = replace(
+                attack, name=f"{attack.name}@{epsilon}", parts=_renamed(attack, epsilon)
+            )
+            robust, came, finished = there.attack(named, robust)
+            if not finished:
+                return found | {"points": points}, came
+            figures = {
+                key: came[key] for key in ("accuracy", "interval", "correct", "n", "seconds")
+            }
+            points.append({"epsilon": float(epsilon), "epsilon_text": str(epsilon)} | figures)
+            if not bool(robust.any()):
+                break
+        return found | {"points": points}, None
 
     def _round(
         self,
@@ -356,24 +492,46 @@ class _Evaluation:
         image, label = self._batch(index)
         began, run = time.perf_counter(), attack.parts[part]
         tell(0.0)
-        with self._watched(prepared, run.passes, tell), self.engine.attack_precision():
+        watched = self._watched(prepared, run.passes, tell)
+        with watched as count, self.engine.attack_precision():
             adversarial = run.run(prepared, image, label, self.threat, self.seed, number)
         fooled = self._fooled(self.model, adversarial, label)
-        if prepared is not self.model or self.engine.precision != "fp32":
+        replaced = prepared is not self.model or self.engine.precision != "fp32"
+        if replaced and not attack.transferred:
             # Rounding decided: what fools the prepared network only is attacked as it is.
             with self.engine.attack_precision():
                 lost = self._fooled(prepared, adversarial, label) & ~fooled
             if bool(lost.any()):
-                with self._watched(self.model, run.passes, tell):
+                with self._watched(self.model, run.passes, tell, count):
                     adversarial[lost] = run.run(
                         self.model, image[lost], label[lost], self.threat, self.seed, number
                     )
                 fooled = self._fooled(self.model, adversarial, label)
-        furthest = float(self.threat.distance(adversarial - image).max())
-        _check_allowed(adversarial, furthest, attack.name, self.threat)
-        seconds = round(time.perf_counter() - began, 3)
+        lengths = self.threat.distance(adversarial - image)
+        distances = None
+        if attack.minimum:
+            distances = [
+                length if fools else None
+                for length, fools in zip(lengths.tolist(), fooled.tolist(), strict=True)
+            ]
+            fooled &= lengths <= self.threat.epsilon * (1 + 1e-4) + 1e-6
+        else:
+            _check_allowed(adversarial, float(lengths.max()), attack.name, self.threat)
+        if self.keep is not None:
+            for name in (attack.name, WORST):
+                if name not in self.keep:
+                    self.keep[name] = self._batch(slice(None))[0].clone()
+                self.keep[name][index[fooled]] = adversarial[fooled]
         return Verdict(
-            attack.name, part, number, index.tolist(), index[fooled].tolist(), furthest, seconds
+            attack.name,
+            part,
+            number,
+            index.tolist(),
+            index[fooled].tolist(),
+            float(lengths.max()),
+            round(time.perf_counter() - began, 3),
+            **count,
+            distances=distances,
         )
 
     @torch.no_grad()
@@ -382,23 +540,36 @@ class _Evaluation:
 
     @contextmanager
     def _watched(
-        self, model: nn.Module, passes: int, tell: Callable[[float], None]
-    ) -> Iterator[None]:
-        """At each forward pass: tell how far the attack is, and stop it when time is up."""
-        count = 0
+        self,
+        model: nn.Module,
+        passes: int,
+        tell: Callable[[float], None],
+        count: dict[str, int] | None = None,
+    ) -> Iterator[dict[str, int]]:
+        """At each forward pass: count, tell how far the attack is, and stop it when time is up."""
+        calls, count = 0, {"forward": 0, "backward": 0} if count is None else count
 
-        def watch(*_: object) -> None:
-            nonlocal count
+        def came_back(gradient: Tensor) -> None:
+            count["backward"] += len(gradient)
+
+        def before(*_: object) -> None:
+            nonlocal calls
             if time.monotonic() > self.ends:
                 raise _OutOfTime
-            count += 1
-            tell(min(1.0, count / passes) * 0.999)
+            calls += 1
+            tell(min(1.0, calls / passes) * 0.999)
 
-        handle = model.register_forward_pre_hook(watch)
+        def after(_: nn.Module, __: object, logits: Tensor) -> None:
+            count["forward"] += len(logits)
+            if logits.requires_grad:
+                logits.register_hook(came_back)  # type: ignore[no-untyped-call]
+
+        handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
         try:
-            yield
+            yield count
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def _check_allowed(adversarial: Tensor, furthest: float, name: str, threat: Threat) -> None:

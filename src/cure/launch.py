@@ -85,6 +85,11 @@ def _prepared(
     engine: Engine,
 ) -> Prepared:
     _check_start(config)
+    if config.threat.norm == "L1":
+        raise ConfigError(
+            "threat.norm: expected Linf or L2 to train with, got L1, in which only evaluation "
+            "attacks; train with L2 and evaluate with --norm L1"
+        )
     check_attacks(config.evaluation.attacks)
     if images is None:
         check_not_memory(config)

@@ -37,6 +37,10 @@ class Verdict:
         fooled: those of them that fell.
         furthest: longest change, in the threat's norm.
         seconds: time it took.
+        forward: images that passed forward through the network.
+        backward: images for which a gradient came back.
+        distances: of an attack that looks for the smallest change: its length for each attacked
+            image, None where it found none.
     """
 
     attack: str
@@ -46,6 +50,9 @@ class Verdict:
     fooled: list[int]
     furthest: float
     seconds: float
+    forward: int = 0
+    backward: int = 0
+    distances: list[float | None] | None = None
 
 
 class Journal:

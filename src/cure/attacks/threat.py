@@ -54,15 +54,18 @@ class Threat:
     """Images within ``epsilon`` of the natural one, inside [0, 1].
 
     Attributes:
-        norm: "Linf" (largest change of a value) or "L2" (Euclidean length of the change).
+        norm: "Linf" (largest change of a value), "L2" (Euclidean length of the change) or "L1" (sum
+            of all changes), in which attacks of other packages can be measured; ours climb in the
+            other two.
         epsilon: radius, for images in [0, 1].
     """
 
-    norm: Literal["Linf", "L2"]
+    norm: Literal["Linf", "L2", "L1"]
     epsilon: float
 
     def project(self, change: Tensor, epsilon: float | Tensor | None = None) -> Tensor:
         """The nearest change [B, ...] inside the ball; ``epsilon`` may be one number a sample."""
+        self._ascends()
         radius = per_sample(self.epsilon if epsilon is None else epsilon, change)
         if self.norm == "Linf":
             if isinstance(radius, Tensor):
@@ -73,6 +76,7 @@ class Threat:
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The direction of length 1 in this norm that raises the objective fastest."""
+        self._ascends()
         if self.norm == "Linf":
             return gradient.sign()
         # Scaling by the largest entry first keeps tiny gradients from vanishing when squared.
@@ -84,6 +88,7 @@ class Threat:
         self, like: Tensor, generator: torch.Generator, epsilon: float | Tensor | None = None
     ) -> Tensor:
         """A change drawn uniformly from the ball, in the shape of ``like`` [B, ...]."""
+        self._ascends()
         radius = per_sample(self.epsilon if epsilon is None else epsilon, like)
         if self.norm == "Linf":
             noise = drawn(torch.rand, like, generator)
@@ -98,4 +103,10 @@ class Threat:
         """Length of each change in this norm, [B]."""
         if self.norm == "Linf":
             return change.abs().flatten(1).amax(dim=1)
+        if self.norm == "L1":
+            return change.abs().flatten(1).sum(dim=1)
         return l2_norm(change).flatten()
+
+    def _ascends(self) -> None:
+        if self.norm == "L1":
+            raise NotImplementedError("there is no gradient ascent of ours in L1")
