@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cure.api import Run, evaluate, resume, train, verify
     from cure.comparison import compare
+    from cure.corruption.measure import corruptions
     from cure.data import ImageSet
     from cure.errors import CureError
     from cure.recipe import load_recipe
@@ -23,6 +24,7 @@ __all__ = [
     "ImageSet",
     "Run",
     "compare",
+    "corruptions",
     "evaluate",
     "load_recipe",
     "resume",
@@ -35,6 +37,7 @@ _HOMES = {
     "ImageSet": "cure.data",
     "Run": "cure.api",
     "compare": "cure.comparison",
+    "corruptions": "cure.corruption.measure",
     "evaluate": "cure.api",
     "load_recipe": "cure.recipe",
     "resume": "cure.api",

@@ -80,6 +80,7 @@ class Kind(StrEnum):
     models = "models"
     recipes = "recipes"
     attacks = "attacks"
+    corruptions = "corruptions"
     data = "data"
     settings = "settings"
 
@@ -262,6 +263,85 @@ def evaluate(
     if "unfinished" in result:
         _print_unfinished(result, kept=target is not None or output is not None)
         sys.exit(UNFINISHED)
+
+
+@app.command()
+def corruptions(
+    target: Annotated[
+        str | None, typer.Argument(help="A run folder; or name a network with --model.")
+    ] = None,
+    severity: Annotated[str, typer.Option(help="1 to 5: 3, 1,3 or 1-5.")] = "1-5",
+    only: Annotated[
+        str | None, typer.Option(help="Only these: fog,snow; see `cure list corruptions`.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="For the mean corruption error: a file that --output wrote, or a name."),
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Picture to write: .png.")] = None,
+    files: Annotated[
+        str | None,
+        typer.Option(help="Read CIFAR-10-C or CIFAR-100-C: folder of .npy files, or hub name."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A network: `cure list models`, package.module:callable, hf:..., timm:..."
+        ),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights file for --model.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of --model, for example width=16; repeatable.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What --model subtracts from its input: 0.49,0.48,0.45")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="What --model divides its input by.")] = None,
+    checkpoint: Annotated[Checkpoint, typer.Option(help="Weights of a run.")] = Checkpoint.best,
+    data: Annotated[
+        str | None, typer.Option(help="Images (default: those of the run); see `cure list data`.")
+    ] = None,
+    data_option: Annotated[
+        list[str] | None, typer.Option(help="Key of the data section: resize=32; repeatable.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images classified at once.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the corruptions.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Measure accuracy under 19 natural corruptions: noise, blur, weather, digital."""
+    from cure.corruption.measure import corruptions as measure
+
+    if (target is None) == (model is None):
+        raise ConfigError("expected a run folder, or --model NAME, and not both")
+    if target is not None and (weights or option or mean or std):
+        raise ConfigError("--weights, --option, --mean and --std go with --model")
+    with _progress() as progress:
+        result = measure(
+            target if target is not None else str(model),
+            severity=severity,
+            only=only,
+            files=files,
+            baseline=baseline,
+            sheet=sheet,
+            data=data,
+            split=split.value,
+            limit=limit,
+            checkpoint=checkpoint.value,
+            weights=weights,
+            mean=_numbers("mean", mean),
+            std=_numbers("std", std),
+            options=_pairs(option),
+            data_options=_pairs(data_option),
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            output=output,
+            progress=progress,
+        )
+    _print_corruptions(result)
 
 
 @app.command()
@@ -489,6 +569,45 @@ def _print_unfinished(result: dict[str, Any], kept: bool) -> None:
         )
     if kept:
         err.print("the same command goes on where this one stopped", markup=False, highlight=False)
+
+
+def _print_corruptions(result: dict[str, Any]) -> None:
+    """A row a corruption with its severities and their mean; then groups and means."""
+    data, severities = result["data"], result["settings"]["severities"]
+    errors = result["mce"]
+    table = Table(
+        title=escape(f"{result['target']}: {data['name']} {data['split']}, {data['n']:,} images"),
+        caption="accuracy in percent, 95 % interval"
+        + ("; CE: error in percent of the baseline's" if errors else ""),
+    )
+    for heading in ("", "group"):
+        table.add_column(heading)
+    for heading in (*map(str, severities), "mean", *(["CE"] if errors else [])):
+        table.add_column(heading, justify="right")
+    blank = [""] * len(severities)
+    if result["natural"] is not None:
+        table.add_row("natural", "", *blank, _accuracy(result["natural"]))
+    for name, cell in result["corruptions"].items():
+        cells = [f"{cell['severities'][str(s)]['accuracy']:.1f}" for s in severities]
+        own = [f"{errors['corruptions'][name]:.1f}"] if errors else []
+        table.add_row(name, cell["group"], *cells, _accuracy(cell), *own)
+    table.add_section()
+    for group, cell in result["groups"].items():
+        table.add_row(f"mean of {len(cell['over'])}", group, *blank, _accuracy(cell))
+    cells = [f"{result['severities'][str(s)]['accuracy']:.1f}" for s in severities]
+    table.add_row(f"mean of {len(result['corruptions'])}", "", *cells)
+    for kind, title in (
+        ("benchmark", "mean of the 15"),
+        ("all", "mean of all 19"),
+        ("cure", "CURE's 17, severity 3"),
+    ):
+        cell = result["means"][kind]
+        own = [f"{errors[kind]:.1f}"] if errors and errors.get(kind) is not None else []
+        if cell is not None:
+            table.add_row(title, "", *blank, _accuracy(cell), *own)
+    out.print(table)
+    for name, reason in result["settings"]["left_out"].items():
+        err.print(f"left out: {name} ({reason})", markup=False, highlight=False)
 
 
 def _print_table(shown: ComparisonTable) -> None:

@@ -6,6 +6,7 @@ import inspect
 
 from cure.attacks.suite import KNOWN
 from cure.config import MethodConfig, RunConfig, Section
+from cure.corruption.operations import CORRUPTIONS
 from cure.data import known_sources
 from cure.methods import METHODS
 from cure.models import MODELS
@@ -18,8 +19,8 @@ def listing(kind: str) -> Rows:
     """Names and descriptions of one kind.
 
     Args:
-        kind: "methods", "models", "recipes", "attacks", "data", or "settings" (keys of a recipe
-            with their defaults).
+        kind: "methods", "models", "recipes", "attacks", "corruptions", "data", or "settings"
+            (keys of a recipe with their defaults).
     """
     if kind == "methods":
         return [(name, _first_line(METHODS[name])) for name in METHODS.names()]
@@ -40,6 +41,11 @@ def listing(kind: str) -> Rows:
         return rows
     if kind == "attacks":
         return [*KNOWN.items(), ("pgdK", "PGD with any number of steps K")]
+    if kind == "corruptions":
+        return [
+            (name, f"{corruption.group}: {_first_line(corruption.apply)}")
+            for name, corruption in CORRUPTIONS.items()
+        ]
     return known_sources()
 
 
