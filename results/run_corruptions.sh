@@ -5,6 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=${1:-runs/table/natural-seed0}
+limit=${2:-2000}
 everything=$(cure list corruptions | cut -d ' ' -f 1 | paste -sd ,)
-cure corruptions "$run" --limit 2000 --only "$everything" \
+mkdir -p src/cure/corruption/baselines
+cure corruptions "$run" --limit "$limit" --only "$everything" \
   --output src/cure/corruption/baselines/cifar10-mini-natural.json
