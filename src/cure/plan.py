@@ -31,6 +31,7 @@ from cure.errors import CheckpointError, ConfigError, CureError, unknown
 from cure.launch import carry_out, check_attacks, prepare
 from cure.recipe import Raw, check, override, read_recipe
 from cure.run_folder import RunFolder, write_json, write_text
+from cure.trainer import Interrupted
 
 REFERENCE = "run:"
 """A text ``run:ROW`` in a row's settings is the folder of that row's run of the same seed."""
@@ -382,13 +383,25 @@ class LocalExecutor:
         if jobs < 1:
             raise ConfigError(f"--jobs: expected 1 or more, got {jobs}")
         self.threads = ThreadPoolExecutor(jobs)
+        self.over = False
 
     def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
         """Hand out work."""
-        return self.threads.submit(_in_own_process, function, *arguments)
+        return self.threads.submit(self._run, function, *arguments)
+
+    def _run(self, function: Callable[..., str], *arguments: Any) -> str:
+        if self.over:
+            raise Interrupted("called off before it began")
+        try:
+            return _in_own_process(function, *arguments)
+        except (Interrupted, KeyboardInterrupt):
+            # A signal to all processes ends a run before this one hears of it and calls off.
+            self.over = True
+            raise
 
     def call_off(self) -> None:
         """Begin nothing more, and let what runs stop in order: a training after its step."""
+        self.over = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
