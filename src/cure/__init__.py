@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cure.comparison import compare
     from cure.corruption.measure import corruptions
     from cure.data import ImageSet
+    from cure.diagnosis.verb import diagnose
     from cure.errors import CureError
     from cure.recipe import load_recipe
 
@@ -25,6 +26,7 @@ __all__ = [
     "Run",
     "compare",
     "corruptions",
+    "diagnose",
     "evaluate",
     "load_recipe",
     "resume",
@@ -38,6 +40,7 @@ _HOMES = {
     "Run": "cure.api",
     "compare": "cure.comparison",
     "corruptions": "cure.corruption.measure",
+    "diagnose": "cure.diagnosis.verb",
     "evaluate": "cure.api",
     "load_recipe": "cure.recipe",
     "resume": "cure.api",

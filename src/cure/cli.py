@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from cure.comparison import Table as ComparisonTable
 
+FAILED_CHECK = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
 UNFINISHED = 3
@@ -345,6 +346,77 @@ def corruptions(
 
 
 @app.command()
+def diagnose(
+    target: Annotated[
+        str | None, typer.Argument(help="A run folder; or name a network with --model.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A network: `cure list models`, package.module:callable, hf:..., timm:..."
+        ),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights file for --model.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of --model, for example width=16; repeatable.")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What --model subtracts from its input: 0.49,0.48,0.45")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="What --model divides its input by.")] = None,
+    checkpoint: Annotated[Checkpoint, typer.Option(help="Weights of a run.")] = Checkpoint.best,
+    data: Annotated[
+        str | None, typer.Option(help="Images (default: those of the run); see `cure list data`.")
+    ] = None,
+    data_option: Annotated[
+        list[str] | None, typer.Option(help="Key of the data section: resize=32; repeatable.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
+    limit: Annotated[int, typer.Option(help="Only the first so many images.")] = 200,
+    epsilon: Annotated[str | None, typer.Option(help="Radius, 8/255 (default: the run's).")] = None,
+    norm: Annotated[str | None, typer.Option(help="Linf or L2 (default: the run's).")] = None,
+    transfer: Annotated[
+        str | None, typer.Option(help="Another run: its adversarial images are tried, too.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images attacked at once.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Check whether accuracy under attack can be believed; status 1 when a check fails."""
+    from cure.diagnosis.verb import diagnose as examine
+
+    if (target is None) == (model is None):
+        raise ConfigError("expected a run folder, or --model NAME, and not both")
+    if target is not None and (weights or option or mean or std):
+        raise ConfigError("--weights, --option, --mean and --std go with --model")
+    with _progress() as progress:
+        result = examine(
+            target if target is not None else str(model),
+            data=data,
+            split=split.value,
+            limit=limit,
+            epsilon=epsilon,
+            norm=norm,
+            checkpoint=checkpoint.value,
+            weights=weights,
+            mean=_numbers("mean", mean),
+            std=_numbers("std", std),
+            options=_pairs(option),
+            data_options=_pairs(data_option),
+            transfer=transfer,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            output=output,
+            progress=progress,
+        )
+    _print_diagnosis(result)
+    if result["verdict"] == "fail":
+        raise typer.Exit(FAILED_CHECK)
+
+
+@app.command()
 def compare(
     runs: Annotated[
         list[str],
@@ -608,6 +680,44 @@ def _print_corruptions(result: dict[str, Any]) -> None:
     out.print(table)
     for name, reason in result["settings"]["left_out"].items():
         err.print(f"left out: {name} ({reason})", markup=False, highlight=False)
+
+
+def _print_diagnosis(result: dict[str, Any]) -> None:
+    """A line a check with its numbers, then what is not in order and what to do about it."""
+    table = Table(
+        title=escape(
+            f"{result['target']}: {result['verdict']} ({result['n']:,} images of "
+            f"{result['data']['name']} {result['data']['split']}, "
+            f"{result['norm']} {result['epsilon_text']})"
+        )
+    )
+    for heading in ("check", "status", "measured"):
+        table.add_column(heading)
+    colours = {"pass": "green", "warn": "yellow", "fail": "red"}
+    for item in result["checks"]:
+        numbers = _in_words(item["measured"])
+        status = f"[{colours[item['status']]}]{item['status']}[/]"
+        table.add_row(item["name"], status, escape(numbers))
+    out.print(table)
+    for item in result["checks"]:
+        if item["status"] != "pass":
+            line = f"{item['status']} {item['name']}: {item['meaning']}"
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    for name, why in result["left_out"].items():
+        line = f"left out {name}: {why}"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _in_words(measured: dict[str, Any]) -> str:
+    """Numbers with their names in a line, without those that are not there."""
+    words = []
+    for name, value in measured.items():
+        if isinstance(value, dict):
+            words += [f"{name.replace('_', ' ')} ({_in_words(value)})"]
+        elif value is not None and value != []:
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            words += [f"{name.replace('_', ' ')} {shown}"]
+    return ", ".join(words)
 
 
 def _print_table(shown: ComparisonTable) -> None:

@@ -1,0 +1,124 @@
+"""The function ``cure.diagnose``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from cure.api import Run, _check_output, _threat
+from cure.attacks import Threat
+from cure.config import ThreatConfig
+from cure.data import ImageSet
+from cure.diagnosis.examination import Examination
+from cure.diagnosis.report import examine
+from cure.engine import Engine
+from cure.errors import ConfigError
+from cure.evaluation import Progress, Result, silent
+from cure.models import describe
+from cure.run_folder import environment, write_json
+from cure.subject import ModelOptions, Split, Subject, subject_of
+
+
+def diagnose(
+    target: str | Path | Run | nn.Module,
+    *,
+    data: str | Path | ImageSet | None = None,
+    split: Split = "test",
+    limit: int | None = 200,
+    epsilon: str | float | None = None,
+    norm: str | None = None,
+    checkpoint: Literal["best", "last"] = "best",
+    weights: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    options: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    transfer: str | Path | Run | nn.Module | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    output: str | Path | None = None,
+    progress: Progress = silent,
+) -> Result:
+    """Check whether an accuracy under attack can be believed.
+
+    Args:
+        target: as for :func:`cure.evaluate`, and so are all arguments that are not named here.
+        limit: only the first so many images; all with None.  A check is as sharp as images are
+            many: of 200, seven tell more than one percent from chance.
+        transfer: another network for the same images (a run, or a network in Python); images made
+            on it are tried on the target.
+        progress: told (check, images done, images in all).
+
+    Returns:
+        The diagnosis, as documented in docs/diagnose.md.
+
+    Raises:
+        CureError: for every mistake a user can mend; nothing is written then.
+    """
+    _check_output(output)
+    for name, count in (("limit", limit), ("batch_size", batch_size)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name}: expected 1 or more images, got {count}")
+    how = ModelOptions(mean, std, dict(options or {}))
+    subject = _subject(target, checkpoint, weights, how)
+    config = subject.config
+    threat = _threat(config.threat if config else ThreatConfig(), epsilon, norm)
+    engine = Engine.for_evaluation(device)
+    images, model = subject.load(data, split, data_options or {})
+    images = images if limit is None else images.subset(slice(0, limit))
+    other = None
+    if transfer is not None:
+        other = engine.place(_subject(transfer, "best", None, ModelOptions()).build(images)).eval()
+    # Of other images a run knows nothing.
+    same = data is None and not data_options
+    examination = Examination(
+        engine.place(model),
+        images,
+        Threat(threat.norm, threat.epsilon),
+        engine=engine,
+        seed=seed,
+        batch_size=batch_size or (config.evaluation.batch_size if config else 256),
+        expected=_validation_accuracy(subject) if same else None,
+        other=other,
+    )
+    result = {
+        "format": "cure-diagnosis-1",
+        "target": subject.name,
+        **examine(examination, progress=progress),
+        "n": len(images),
+        "seed": seed,
+        "norm": threat.norm,
+        "epsilon": float(threat.epsilon),
+        "epsilon_text": threat.epsilon.text,
+        "data": {"name": images.name, "split": images.split},
+        "model": describe(model) | subject.facts,
+        "environment": environment(),
+    }
+    if output is not None:
+        write_json(Path(output), result)
+    return result
+
+
+def _subject(
+    target: str | Path | Run | nn.Module,
+    checkpoint: Literal["best", "last"],
+    weights: str | Path | None,
+    how: ModelOptions,
+) -> Subject:
+    if isinstance(target, Run):
+        return subject_of(target.path, checkpoint, weights, how, target.network)
+    return subject_of(target, checkpoint, weights, how)
+
+
+def _validation_accuracy(subject: Subject) -> float | None:
+    """Natural accuracy of a run's checkpoint on its validation images, percent, where recorded."""
+    if subject.folder is None:
+        return None
+    of_epoch = {record["epoch"]: record for record in subject.folder.metrics()}
+    record = of_epoch.get(subject.facts["epoch"], {})
+    accuracy: float | None = (record.get("validation") or {}).get("natural")
+    return accuracy
