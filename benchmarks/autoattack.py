@@ -32,7 +32,6 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from cure.api import Run
 from cure.attacks import Threat
 from cure.attacks.suite import AUTOATTACK
 from cure.data import ImageSet, batches
@@ -40,7 +39,7 @@ from cure.engine import Engine
 from cure.evaluation import _Evaluation, silent
 from cure.models import describe, digest
 from cure.run_folder import environment, write_json
-from cure.subject import load_split
+from cure.subject import Run, load_split
 from cure.verdicts import Journal
 
 KINDS = ("wall", "processor")

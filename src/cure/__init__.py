@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cure.api import Run, evaluate, resume, train, verify
+    from cure.api import evaluate, resume, train, verify
     from cure.comparison import compare
     from cure.corruption.measure import corruptions
     from cure.data import ImageSet
     from cure.diagnosis.verb import diagnose
     from cure.errors import CureError
     from cure.recipe import load_recipe
+    from cure.subject import Run
 
 __all__ = [
     "CureError",
@@ -37,7 +38,7 @@ __all__ = [
 _HOMES = {
     "CureError": "cure.errors",
     "ImageSet": "cure.data",
-    "Run": "cure.api",
+    "Run": "cure.subject",
     "compare": "cure.comparison",
     "corruptions": "cure.corruption.measure",
     "diagnose": "cure.diagnosis.verb",

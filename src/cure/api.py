@@ -5,73 +5,37 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cure.attacks import Threat
 from cure.attacks.suite import evaluation_attack
-from cure.config import Ratio, RunConfig, ThreatConfig
+from cure.config import Ratio, ThreatConfig
 from cure.data import ImageSet, batches
+from cure.diagnosis import cheap_checks
 from cure.engine import Engine
 from cure.errors import ConfigError
 from cure.evaluation import WORST, Curve, Progress, Result, identify, measure, silent
 from cure.exchange import check_claim, read_claim, robustbench_record, save_adversarial
 from cure.launch import carry_out, check_attacks, prepare
-from cure.models import describe, load_weights
+from cure.models import describe
 from cure.recipe import check, override, parse_override, read_recipe
-from cure.run_folder import RunFolder, environment, write_json
+from cure.run_folder import RunFolder, check_free, environment, write_json
 from cure.subject import (
     MEMORY,
     OBJECT,
     ModelOptions,
+    Run,
     Split,
-    Subject,
-    network_of,
     subject_of,
+    threat_of,
 )
 from cure.verdicts import SUFFIX, Identity, Journal, partial_of, short
 
 RESULT_FORMAT = "cure-evaluation-1"
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training run on disk.
-
-    Attributes:
-        path: its folder.
-        network: the network that :func:`train` was given as a Python object, which no folder can
-            remember.
-    """
-
-    path: Path
-    network: nn.Module | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def config(self) -> RunConfig:
-        """What the run is."""
-        return RunFolder.open(self.path).config
-
-    @property
-    def metrics(self) -> list[dict[str, Any]]:
-        """One record an epoch: training means and accuracies on the validation split."""
-        return RunFolder.open(self.path).metrics()
-
-    def model(self, checkpoint: Literal["best", "last"] = "best") -> nn.Module:
-        """The trained network on the processor, in evaluation mode, with its best or last weights.
-
-        Raises:
-            CureError: when there are none yet, or the network was given as a Python object in
-                another process: say ``Run(path, network).model()``.
-        """
-        folder = RunFolder.open(self.path)
-        model = network_of(folder.config, folder.kind, self.network)
-        load_weights(model, folder.weights(checkpoint))
-        return model.eval()
 
 
 def train(
@@ -225,15 +189,16 @@ def evaluate(
     Raises:
         CureError: for every mistake a user can mend; nothing is written then.
     """
-    _check_output(output)
+    if output is None or not _unfinished(Path(output)):
+        check_free(output)
     for further in (robustbench, adversarial):
-        _check_output(further, goes_on=False)
+        check_free(further)
     for name, count in (("limit", limit), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise ConfigError(f"{name}: expected 1 or more images, got {count}")
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise ConfigError(f"time_limit: expected seconds above 0, got {time_limit:g}")
-    subject = _subject(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
+    subject = subject_of(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
     config = subject.config
     if isinstance(attacks, str):
         attacks = [name.strip() for name in attacks.split(",")]
@@ -256,7 +221,7 @@ def evaluate(
         source = None if transfer is None else _source(transfer, images, engine)
     if limit is not None:
         images = images.subset(slice(0, limit))
-    threat = _threat(config.threat if config else ThreatConfig(), epsilon, norm)
+    threat = threat_of(config.threat if config else ThreatConfig(), epsilon, norm)
     size = batch_size or (config.evaluation.batch_size if config else 256)
     ball = Threat(threat.norm, threat.epsilon)
     identity = identify(model, images, attacks, ball, engine, size, seed, source, over)
@@ -282,10 +247,22 @@ def evaluate(
             curve=over,
             keep=keep,
         )
+        # Of other images a run knows nothing.
+        known = subject.validation_accuracy() if data is None and not data_options else None
         result = {
             "format": RESULT_FORMAT,
             "target": subject.name,
             **result,
+            "diagnosis": engine.first(
+                lambda: cheap_checks(
+                    model,
+                    images,
+                    ball,
+                    engine=replace(engine, rank=0, world=1, precision="fp32"),
+                    seed=seed,
+                    expected=known,
+                )
+            ),
             "threat": {
                 "norm": threat.norm,
                 "epsilon": float(threat.epsilon),
@@ -362,15 +339,15 @@ def verify(
     Raises:
         CureError: for every mistake a user can mend.
     """
-    _check_output(output, goes_on=False)
+    check_free(output)
     claim = read_claim(file)
-    subject = _subject(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
+    subject = subject_of(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
     engine = Engine.for_evaluation(device)
     images, model = subject.load(data, split, data_options or {})
     base = subject.config.threat if subject.config else ThreatConfig()
     if claim.threat is not None:
-        base = _threat(base, claim.threat.epsilon, claim.threat.norm)
-    threat = _threat(base, epsilon, norm)
+        base = threat_of(base, claim.threat.epsilon, claim.threat.norm)
+    threat = threat_of(base, epsilon, norm)
     result = {
         "format": "cure-verification-1",
         "target": subject.name,
@@ -391,20 +368,9 @@ def verify(
     return result
 
 
-def _subject(
-    target: str | Path | Run | nn.Module,
-    checkpoint: Literal["best", "last"],
-    weights: str | Path | None,
-    how: ModelOptions,
-) -> Subject:
-    if isinstance(target, Run):
-        return subject_of(target.path, checkpoint, weights, how, target.network)
-    return subject_of(target, checkpoint, weights, how)
-
-
 def _source(transfer: str | Path | Run | nn.Module, images: ImageSet, engine: Engine) -> nn.Module:
     """The network that a transfer attack crafts on, in evaluation mode."""
-    network = _subject(transfer, "best", None, ModelOptions()).build(images)
+    network = subject_of(transfer, "best", None, ModelOptions()).build(images)
     return engine.place(network).eval().requires_grad_(False)
 
 
@@ -446,16 +412,6 @@ def _partial(
     return folder.partial_evaluation(f"{checkpoint}-{split}-{short(identity)}{SUFFIX}")
 
 
-def _check_output(output: str | Path | None, goes_on: bool = True) -> None:
-    """Refuse a file that exists or cannot be made before anything is computed."""
-    if output is None:
-        return
-    if Path(output).exists() and not (goes_on and _unfinished(Path(output))):
-        raise ConfigError(f"{output} exists and is kept; name another output file")
-    if not Path(output).absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")
-
-
 def _unfinished(output: Path) -> bool:
     """Whether it is a result that ran out of time and can be gone on with."""
     if not partial_of(output).is_file():
@@ -469,15 +425,3 @@ def _unfinished(output: Path) -> bool:
         and content.get("format") == RESULT_FORMAT
         and bool(content.get("unfinished"))
     )
-
-
-def _threat(base: ThreatConfig, epsilon: str | float | None, norm: str | None) -> ThreatConfig:
-    wanted = {
-        "epsilon": base.epsilon if epsilon is None else epsilon,
-        "norm": base.norm if norm is None else norm,
-    }
-    try:
-        return ThreatConfig.model_validate(wanted)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None

@@ -253,6 +253,14 @@ def evaluate(
         )
     print_results([result])
     _print_distances(result)
+    for check in result["diagnosis"]["checks"]:
+        if check["status"] != "pass":
+            err.print(
+                f"warning: {check['name']}: {check['meaning']}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     present, known = result["data"]["classes_present"], len(result["data"]["classes"])
     if present < known:
         err.print(

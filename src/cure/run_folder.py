@@ -33,7 +33,7 @@ import yaml
 import cure
 from cure.config import RunConfig
 from cure.data.images import ImageKind
-from cure.errors import CheckpointError
+from cure.errors import CheckpointError, ConfigError
 from cure.models.weights import write_atomically
 from cure.recipe import check, dump
 
@@ -324,3 +324,17 @@ class RunFolder:
                     f"{self.path} is being trained by another process; wait for it or stop it"
                 ) from None
             yield
+
+
+def check_free(output: str | Path | None) -> None:
+    """Refuse a file that exists or cannot be made, before anything is computed for it.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    if output is None:
+        return
+    if Path(output).exists():
+        raise ConfigError(f"{output} exists and is kept; name another output file")
+    if not Path(output).absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")

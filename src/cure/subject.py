@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cure.config import DataConfig, ModelConfig, RunConfig
+from cure.config import DataConfig, ModelConfig, RunConfig, ThreatConfig
 from cure.data import ImageKind, ImageSet, carve, load
 from cure.errors import CheckpointError, ConfigError, DataError, unknown
 from cure.models import MODELS, Normalised, build_model, load_weights
@@ -73,6 +73,42 @@ def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> n
 
 
 @dataclass(frozen=True)
+class Run:
+    """A training run on disk.
+
+    Attributes:
+        path: its folder.
+        network: the network that :func:`train` was given as a Python object, which no folder can
+            remember.
+    """
+
+    path: Path
+    network: nn.Module | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def config(self) -> RunConfig:
+        """What the run is."""
+        return RunFolder.open(self.path).config
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record an epoch: training means and accuracies on the validation split."""
+        return RunFolder.open(self.path).metrics()
+
+    def model(self, checkpoint: Literal["best", "last"] = "best") -> nn.Module:
+        """The trained network on the processor, in evaluation mode, with its best or last weights.
+
+        Raises:
+            CureError: when there are none yet, or the network was given as a Python object in
+                another process: say ``Run(path, network).model()``.
+        """
+        folder = RunFolder.open(self.path)
+        model = network_of(folder.config, folder.kind, self.network)
+        load_weights(model, folder.weights(checkpoint))
+        return model.eval()
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """How a named network is built and what input it expects."""
 
@@ -101,6 +137,15 @@ class Subject:
             images = load_split(self._data_config(data, options), split)
         return images, self.build(images)
 
+    def validation_accuracy(self) -> float | None:
+        """Natural accuracy of a run's weights on its validation images, percent, if recorded."""
+        if self.folder is None:
+            return None
+        of_epoch = {record["epoch"]: record for record in self.folder.metrics()}
+        record = of_epoch.get(self.facts["epoch"], {})
+        accuracy: float | None = (record.get("validation") or {}).get("natural")
+        return accuracy
+
     def _data_config(self, source: str | Path | None, options: Mapping[str, Any]) -> DataConfig:
         if self.config is None and source is None:
             raise ConfigError("a model needs images: name them with data (--data)")
@@ -117,19 +162,22 @@ class Subject:
 
 
 def subject_of(
-    target: str | Path | nn.Module,
+    target: str | Path | Run | nn.Module,
     checkpoint: Literal["best", "last"],
     weights: str | Path | None,
     how: ModelOptions,
-    network: nn.Module | None = None,
 ) -> Subject:
-    """What ``target`` means: a network, a run (``network``: its Python object), or a name.
+    """What ``target`` means: a network, a run, or a name.
 
     Raises:
         CureError: when it means nothing, or weights are missing.
     """
     if isinstance(target, nn.Module):
         return _given_model(target, weights, how)
+    network = None
+    if isinstance(target, Run):
+        network = target.network
+        target = target.path
     path = Path(target)
     if (path / "config.yaml").is_file():
         if weights is not None or how != ModelOptions():
@@ -243,3 +291,20 @@ def _model_config(name: str, how: ModelOptions) -> ModelConfig:
 def _file_name(path: str | Path | None) -> str | None:
     """The name only: a result file says which weights, not where they lay."""
     return Path(path).name if path is not None else None
+
+
+def threat_of(base: ThreatConfig, epsilon: str | float | None, norm: str | None) -> ThreatConfig:
+    """``base`` with another radius or norm, where they are given.
+
+    Raises:
+        ConfigError: when they mean nothing.
+    """
+    wanted = {
+        "epsilon": base.epsilon if epsilon is None else epsilon,
+        "norm": base.norm if norm is None else norm,
+    }
+    try:
+        return ThreatConfig.model_validate(wanted)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None

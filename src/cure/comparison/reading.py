@@ -16,7 +16,7 @@ import yaml
 from cure.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from cure.api import Run
+    from cure.subject import Run
 
 Row = dict[str, Any]
 

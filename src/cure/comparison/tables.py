@@ -31,7 +31,7 @@ from cure.comparison.reading import (
 from cure.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
-    from cure.api import Run
+    from cure.subject import Run
 
 
 class Difference(NamedTuple):

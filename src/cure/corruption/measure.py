@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from cure.api import Run, _check_output
 from cure.corruption.constants import CIFAR_SIDE, IMAGENET_SIDE, SEVERITIES
 from cure.corruption.operations import (
     CORRUPTIONS,
@@ -33,8 +32,8 @@ from cure.errors import ConfigError, DataError, unknown
 from cure.evaluation import Progress, Result, check_outputs, silent, wilson
 from cure.models import describe
 from cure.ranks import launched
-from cure.run_folder import environment, write_json
-from cure.subject import ModelOptions, Split, Subject, subject_of
+from cure.run_folder import check_free, environment, write_json
+from cure.subject import ModelOptions, Run, Split, Subject, subject_of
 
 FORMAT = "cure-corruptions-1"
 BASELINES = Path(__file__).parent / "baselines"
@@ -107,7 +106,7 @@ def corruptions(
         CureError: for every mistake a user can mend; nothing is written then.
     """
     for path in (output, sheet):
-        _check_output(path, goes_on=False)
+        check_free(path)
     if sheet is not None and Path(sheet).suffix.lower() != ".png":
         raise ConfigError(f"expected a .png file for the sheet of pictures, got {sheet}; rename it")
     for name, count in (("limit", limit), ("batch_size", batch_size)):
@@ -121,10 +120,7 @@ def corruptions(
     severities = _severities(severity)
     reference = _read_baseline(baseline) if baseline is not None else None
     how = ModelOptions(mean, std, dict(options or {}))
-    if isinstance(target, Run):
-        subject = subject_of(target.path, checkpoint, weights, how, target.network)
-    else:
-        subject = subject_of(target, checkpoint, weights, how)
+    subject = subject_of(target, checkpoint, weights, how)
     published = open_published(files) if files is not None else None
     images, natural, model = _load(subject, published, data, split, data_options or {})
     names, left_out = _names(only, images, published)

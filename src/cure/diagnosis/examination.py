@@ -111,7 +111,8 @@ class Examination:
     Args:
         model: images [B, C, H, W] in [0, 1] to logits [B, K], on the engine's device.
         images: what to look at.
-        threat: the ball.
+        threat: the ball; in L1, where there is no ascent of ours, the L2 ball of the same radius is
+            taken, which holds it.
         engine: device and memory layout.
         seed: of all draws.
         batch_size: images at once.
@@ -132,7 +133,8 @@ class Examination:
         other: nn.Module | None = None,
     ) -> None:
         self.images = images.checked().to(engine.device)
-        self.given, self.threat, self.other = model, threat, other
+        self.given, self.other = model, other
+        self.threat = Threat("L2", threat.epsilon) if threat.norm == "L1" else threat
         self.seed, self.batch_size, self.expected = seed, batch_size, expected
         self.engine = engine
         self.count, self.classes = len(images), len(images.classes)

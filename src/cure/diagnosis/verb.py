@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from torch import nn
 
-from cure.api import Run, _check_output, _threat
 from cure.attacks import Threat
 from cure.config import ThreatConfig
 from cure.data import ImageSet
@@ -18,8 +17,8 @@ from cure.engine import Engine
 from cure.errors import ConfigError
 from cure.evaluation import Progress, Result, silent
 from cure.models import describe
-from cure.run_folder import environment, write_json
-from cure.subject import ModelOptions, Split, Subject, subject_of
+from cure.run_folder import check_free, environment, write_json
+from cure.subject import ModelOptions, Run, Split, subject_of, threat_of
 
 
 def diagnose(
@@ -59,20 +58,22 @@ def diagnose(
     Raises:
         CureError: for every mistake a user can mend; nothing is written then.
     """
-    _check_output(output)
+    check_free(output)
     for name, count in (("limit", limit), ("batch_size", batch_size)):
         if count is not None and count < 1:
             raise ConfigError(f"{name}: expected 1 or more images, got {count}")
     how = ModelOptions(mean, std, dict(options or {}))
-    subject = _subject(target, checkpoint, weights, how)
+    subject = subject_of(target, checkpoint, weights, how)
     config = subject.config
-    threat = _threat(config.threat if config else ThreatConfig(), epsilon, norm)
+    threat = threat_of(config.threat if config else ThreatConfig(), epsilon, norm)
     engine = Engine.for_evaluation(device)
     images, model = subject.load(data, split, data_options or {})
     images = images if limit is None else images.subset(slice(0, limit))
     other = None
     if transfer is not None:
-        other = engine.place(_subject(transfer, "best", None, ModelOptions()).build(images)).eval()
+        other = engine.place(
+            subject_of(transfer, "best", None, ModelOptions()).build(images)
+        ).eval()
     # Of other images a run knows nothing.
     same = data is None and not data_options
     examination = Examination(
@@ -82,7 +83,7 @@ def diagnose(
         engine=engine,
         seed=seed,
         batch_size=batch_size or (config.evaluation.batch_size if config else 256),
-        expected=_validation_accuracy(subject) if same else None,
+        expected=subject.validation_accuracy() if same else None,
         other=other,
     )
     result = {
@@ -101,24 +102,3 @@ def diagnose(
     if output is not None:
         write_json(Path(output), result)
     return result
-
-
-def _subject(
-    target: str | Path | Run | nn.Module,
-    checkpoint: Literal["best", "last"],
-    weights: str | Path | None,
-    how: ModelOptions,
-) -> Subject:
-    if isinstance(target, Run):
-        return subject_of(target.path, checkpoint, weights, how, target.network)
-    return subject_of(target, checkpoint, weights, how)
-
-
-def _validation_accuracy(subject: Subject) -> float | None:
-    """Natural accuracy of a run's checkpoint on its validation images, percent, where recorded."""
-    if subject.folder is None:
-        return None
-    of_epoch = {record["epoch"]: record for record in subject.folder.metrics()}
-    record = of_epoch.get(subject.facts["epoch"], {})
-    accuracy: float | None = (record.get("validation") or {}).get("natural")
-    return accuracy
