@@ -1,7 +1,7 @@
 """What a CURE step costs on a processor: ours against the straightforward one.
 
 ``make bench``, or ``python benchmarks/cpu.py [--output results/bench/cpu.json] [--threads 2]
-[--repetitions 5] [--quick]``
+[--repetitions 3] [--quick]``
 
 Both sides run in one process in turn on the same random images; a ratio is of times from the same
 round.  It wants a quiet machine: compare ``seconds_range`` before believing a ratio.
@@ -21,8 +21,8 @@ import step
 from step import SIDES, YARDSTICK, Net
 
 NETS = {
-    "resnet18": Net("resnet18", {}, 64),
     "resnet10": Net("resnet10", {"width": 16}, 128),
+    "resnet18": Net("resnet18", {}, 64),
 }
 GROWTH = {
     "batch": [Net("resnet10", {"width": 16}, batch) for batch in (32, 64, 128, 256)],
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("results/bench/cpu.json"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one tiny network, to try the script")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
