@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -413,8 +414,11 @@ class Engine:
         """The most memory used so far, in MiB: by tensors on a GPU, by the process elsewhere."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used / (2**20 if sys.platform == "darwin" else 2**10)
+        if sys.platform == "linux":
+            # Not getrusage, which a process that was begun by a larger one inherits from it.
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+            return next(int(line.split()[1]) / 2**10 for line in lines if "VmHWM" in line)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _one_vector(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
