@@ -28,16 +28,14 @@ Result = dict[str, Any]
 
 
 class Bright(nn.Module):
-    """Class 1 where the mean of an image is above one half; counts its calls."""
+    """Class 1 where the mean of an image is above one half."""
 
     def __init__(self, slope: float = 50.0) -> None:
         super().__init__()
         self.slope = nn.Parameter(torch.tensor(slope))
-        self.batches: list[int] = []
 
     def forward(self, image: Tensor) -> Tensor:
         assert not self.training
-        self.batches.append(len(image))
         score = self.slope * (image.mean(dim=(1, 2, 3)) - 0.5)
         return torch.stack([-score, score], dim=1)
 

@@ -309,10 +309,12 @@ def _measure(
     batch_size: int,
     progress: Progress,
 ) -> Result:
-    """Accuracies: natural, the means, by group, by severity and by corruption."""
+    """Accuracies: natural, the means, by group, by severity and by corruption.
+
+    The network is ours (a subject builds or copies it), so it is left in evaluation mode.
+    """
     count = len(images)
     label = images.label.cpu()
-    modes = [(module, module.training) for module in model.modules()]
     model.eval()
 
     def arranged(pixels: torch.Tensor) -> torch.Tensor:
@@ -337,20 +339,16 @@ def _measure(
         truths: Truths = torch.cat(found).numpy()
         return truths
 
-    try:
-        some = corrupted(names[0], severities[0], 0, min(batch_size, count))
-        check_outputs(model, arranged(some), len(images.classes))
-        alone = _cell(right("natural", None)) if natural else None
-        truth: dict[tuple[str, int], Truths] = {}
-        seconds = {}
-        for name in names:
-            began = time.perf_counter()
-            for severity in severities:
-                truth[name, severity] = right(name, severity)
-            seconds[name] = round(time.perf_counter() - began, 2)
-    finally:
-        for module, training in modes:
-            module.training = training
+    some = corrupted(names[0], severities[0], 0, min(batch_size, count))
+    check_outputs(model, arranged(some), len(images.classes))
+    alone = _cell(right("natural", None)) if natural else None
+    truth: dict[tuple[str, int], Truths] = {}
+    seconds = {}
+    for name in names:
+        began = time.perf_counter()
+        for severity in severities:
+            truth[name, severity] = right(name, severity)
+        seconds[name] = round(time.perf_counter() - began, 2)
 
     def mean(over: Sequence[str] | None, at: Sequence[int] = severities) -> Result | None:
         if not over or not set(at) <= set(severities):
