@@ -98,6 +98,147 @@ def mini_curves(target: Path) -> None:
     figure.savefig(target, metadata={"Date": None})
 
 
+STEPS = {
+    "yardstick": "straightforward CURE",
+    "exact": "CURE, exact (float32)",
+    "bf16_attack": "CURE, attack in bfloat16",
+    "bf16": "CURE, all in bfloat16",
+    "trades": "TRADES, exact (float32)",
+}
+
+
+def bench() -> str:
+    """What a step costs, of each network: `make bench`."""
+    result = read(HERE / "bench" / "cpu.json")
+    lines = [
+        "| network | step | images/s | ratio (range) | of the ceiling | peak MiB (ratio) "
+        "| passes | gradient error | mask agrees | climbs |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in result["nets"].values():
+        sides, net = found["sides"], found["net"]
+        base = sides["yardstick"]["peak_memory_mib"]
+        for name, title in STEPS.items():
+            row, (low, high) = sides[name], sides[name]["ratio_range"]
+            passes = row["passes"]
+            error = row.get("error")
+            tail = (
+                f"{error['largest']:.1e} | {100 * error['mask']:.1f} % | {error['climb']:.2f}"
+                if error
+                else " | | "
+            )
+            lines.append(
+                f"| {net['model']}, batch {net['batch']} | {title} | "
+                f"{row['images_per_second']:.1f} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) | "
+                f"{100 * row['share_of_ceiling']:.0f} % | {row['peak_memory_mib']:.0f} "
+                f"({row['peak_memory_mib'] / base:.2f}) | {passes['forward']}+{passes['backward']} "
+                f"(+{passes['revision']}) | {tail} |"
+            )
+    machine, ceiling = result["machine"], result["ceilings_gflops"]
+    lines += [
+        "",
+        f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, Python "
+        f"{machine['python']}; {result['repetitions']} rounds, median of the ratios of a round. "
+        f"Ceiling: matrix products of side 2,048 (a convolution that needs fewer operations than are counted can exceed it), {ceiling['fp32']:.0f} GFLOP/s in float32 and "
+        f"{ceiling['bf16']:.0f} in bfloat16. Passes: forward + backward (+ forward of the revision "
+        "model). Gradient error: largest relative L2 error over the tensors, before the mask, at "
+        "the same adversarial images. Climbs: divergence that the attack reaches, of what the "
+        "straightforward one reaches.",
+    ]
+    for name, found in result["nets"].items():
+        shares = found["sides"]["exact"]["time_by_operation"]
+        parts = found["sides"]["exact"]["parts"]
+        whole = sum(parts.values())
+        lines += [
+            "",
+            f"Where an exact step's time goes, {name}: "
+            + ", ".join(f"{part} {100 * spent / whole:.0f} %" for part, spent in parts.items())
+            + "; by operation: "
+            + ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in shares.items())
+            + ".",
+        ]
+    for what, several in result["growth"].items():
+        lines += ["", f"Images a second by {what} (exact / attack in bfloat16):"]
+        for row in several:
+            net, speed = row["net"], row["images_per_second"]
+            lines.append(
+                f"- {net['model']} of width {net['options']['width']}, batch {net['batch']}: "
+                f"{speed['exact']:.0f} / {speed['bf16_attack']:.0f}"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def evaluations() -> str:
+    """The whole evaluation of several networks: `results/run_evaluation.sh`."""
+    folder = HERE / "evaluation"
+    suites = {p.name.removesuffix("-suite.json"): read(p) for p in folder.glob("*-suite.json")}
+    order = [name for name in ("natural", "at", "cure", "resnet18") if name in suites]
+    attacks = dict.fromkeys(name for key in order for name in suites[key]["attacks"])
+    heads = [f"{name} (n = {suites[name]['data']['n']})" for name in order]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(order)]
+    lines.append("| natural | " + " | ".join(cell(suites[k]["natural"]) for k in order) + " |")
+    for attack in attacks:
+        parts = [suites[key]["attacks"].get(attack) for key in order]
+        cells = " | ".join(cell(part) if part else "-" for part in parts)
+        lines.append(f"| {attack} | {cells} |")
+    lines.append(
+        "| worst case | " + " | ".join(cell(suites[key]["worst_case"]) for key in order) + " |"
+    )
+    for attack in ("fmn", "deepfool"):
+        parts = [suites[key]["attacks"].get(attack) for key in order]
+        cells = " | ".join(
+            f"{255 * part['median_distance']:.2f}/255" if part else "-" for part in parts
+        )
+        lines.append(f"| median smallest change, {attack} | {cells} |")
+    for key in order:
+        points = suites[key]["curve"]["points"]
+        curve = ", ".join(f"{p['epsilon_text']}: {p['accuracy']:.1f}" for p in points)
+        lines += ["", f"PGD-20 over epsilon, {key}: {curve}."]
+    lines.append("")
+    for key in order:
+        diagnosis = folder / f"{key}-diagnosis.json"
+        if diagnosis.exists():
+            found = read(diagnosis)
+            odd = [c["name"] for c in found["checks"] if c["status"] != "pass"]
+            lines.append(
+                f"- `cure diagnose`, {key}: {found['verdict']}, {len(found['checks'])} checks on "
+                f"{found['n']} images" + (f"; not passed: {', '.join(odd)}" if odd else "")
+            )
+    corrupted = [key for key in order if (folder / f"{key}-corruptions.json").exists()]
+    if corrupted:
+        results = {key: read(folder / f"{key}-corruptions.json") for key in corrupted}
+        lines += ["", "| corruptions | " + " | ".join(corrupted) + " |"]
+        lines.append("|---|" + "---|" * len(corrupted))
+        for name, part in results[corrupted[0]]["corruptions"].items():
+            at = [results[key]["corruptions"].get(name) for key in corrupted]
+            at3 = [f"{p['severities']['3']['accuracy']:.1f}" if p else "-" for p in at]
+            lines.append(f"| {name}, severity 3 ({part['group']}) | " + " | ".join(at3) + " |")
+        for kind in ("benchmark", "all", "cure"):
+            means = [results[key]["means"].get(kind) for key in corrupted]
+            shown = [f"{m['accuracy']:.1f}" if m else "-" for m in means]
+            titles = {"benchmark": "mean of the 15", "all": "mean of all 19",
+                      "cure": "CURE's 17, severity 3"}
+            lines.append(f"| {titles[kind]} | " + " | ".join(shown) + " |")
+        counts = ", ".join(f"{key} {results[key]['data']['n']}" for key in corrupted)
+        lines += ["", f"Images: {counts}; severities of the means 1 to 5 but for resnet18 (3)."]
+    agreement = folder / "agreement.json"
+    if agreement.exists():
+        found = read(agreement)
+        lines += [
+            "",
+            "| verdicts alike? | library | " + " | ".join(m["run"] for m in found["models"]) + " |",
+            "|---|---|" + "---|" * len(found["models"]),
+        ]
+        for number, row in enumerate(found["models"][0]["rows"]):
+            cells = []
+            for model in found["models"]:
+                r = model["rows"][number]
+                cells.append(f"{r['ours']} / {r['theirs']}, {r['differ']} differ")
+            lines.append(f"| {row['attack']} | {row['library']} | " + " | ".join(cells) + " |")
+        lines += ["", "Images of 500 that withstand ours / theirs, and on how many verdicts differ."]
+    return "\n".join(lines) + "\n"
+
+
 def comparison(folder: str, columns: list[str]) -> str:
     """The groups of a plan's table.json with some of its columns, and its caption."""
     rows = read(HERE / folder / "table.json")["rows"]
@@ -118,6 +259,10 @@ if __name__ == "__main__":
     (MINI / "table.md").write_text(mini, encoding="utf-8")
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
     insert(HERE.parent / "README.md", "results/cifar10-mini/table.json", comparison(*IN_README))
-    for folder in ("cifar10-mini", "ablation", "ablation-digits"):
+    if (HERE / "bench" / "cpu.json").exists():
+        insert(HERE / "README.md", "bench/cpu.json", bench())
+    if list((HERE / "evaluation").glob("*-suite.json")):
+        insert(HERE / "README.md", "evaluation", evaluations())
+    for folder in ("cifar10-mini", "ablation", "ablation-digits", "precision"):
         whole = (HERE / folder / "table.md").read_text(encoding="utf-8")
         insert(HERE / "README.md", f"{folder}/table.md", whole)

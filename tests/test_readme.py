@@ -147,6 +147,9 @@ RESULTS = ROOT / "results"
         ("results/README.md", "ablation/table.md"),
         ("results/README.md", "ablation-digits/table.md"),
         ("results/README.md", "cifar10-mini-cure/table.md"),
+        ("results/README.md", "precision/table.md"),
+        ("results/README.md", "bench/cpu.json"),
+        ("results/README.md", "evaluation"),
     ],
 )
 def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> None:
@@ -154,7 +157,9 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     text = (ROOT / document).read_text(encoding="utf-8")
     shown = re.search(rf"<!-- {re.escape(mark)} -->\n(.*?)<!-- end -->", text, re.DOTALL)
     assert shown is not None
-    if mark.endswith(".json"):
+    if mark in ("bench/cpu.json", "evaluation"):
+        expected = figures["bench" if "bench" in mark else "evaluations"]()
+    elif mark.endswith(".json"):
         expected = figures["comparison"](*figures["IN_README"])
     elif "mini-cure" in mark:
         expected = f"{figures['mini_table']()}\n\n{figures['mini_conditions']()}\n"
@@ -164,7 +169,7 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     assert shown[1] == expected
 
 
-@pytest.mark.parametrize("name", ["cifar10-mini", "ablation", "ablation-digits"])
+@pytest.mark.parametrize("name", ["cifar10-mini", "ablation", "ablation-digits", "precision"])
 def test_the_tables_of_plans_follow_from_the_results_of_their_runs(
     name: str, tmp_path: Path
 ) -> None:
