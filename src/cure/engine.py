@@ -10,6 +10,7 @@ leaves ``torch.autograd.grad`` and a second backward pass alone.
 from __future__ import annotations
 
 import functools
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -168,6 +169,9 @@ class Engine:
         device = pick_device(training.device, launch)
         join(device, launch)
         if device.type == "cuda":
+            if training.deterministic:
+                # Read when cuBLAS is first used; without it, its products need not repeat.
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(training.deterministic, warn_only=True)
             torch.backends.cudnn.benchmark = not training.deterministic
         engine = cls(device, training.precision, training.channels_last, launch.rank, launch.world)

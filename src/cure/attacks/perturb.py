@@ -120,7 +120,8 @@ def perturb(
     length = per_sample(step_size, image)
     left = None
     if patience is not None:
-        left = torch.as_tensor(patience, device=image.device).expand(image.shape[0]).clone()
+        # A number is filled in on the device: a copy of it would be waited for.
+        left = torch.zeros(image.shape[0], dtype=torch.int64, device=image.device) + patience
     alive = torch.ones(image.shape[0], dtype=torch.bool, device=image.device)
     selective = patience is not None or isinstance(steps, Tensor)
     most = int(steps.max()) if isinstance(steps, Tensor) else steps
@@ -211,7 +212,8 @@ class Attack:
             natural = None
             if objective.needs_natural:
                 with torch.no_grad():
-                    natural = forward(image)
+                    # A copy: CUDA graphs write the results of the next pass to the same place.
+                    natural = forward(image).clone()
             return perturb(
                 forward,
                 lambda logits: objective(logits, label, natural),

@@ -69,7 +69,9 @@ def threshold(scores: Tensor, percent: float) -> Tensor:
     if flat.device.type == "cpu":
         # NumPy's introselect is about ten times faster here than torch.kthvalue or a sort.
         return torch.from_numpy(np.partition(flat.numpy(), rank)[rank : rank + 1]).reshape(())
-    return flat.kthvalue(rank + 1).values
+    # The largest of the rank + 1 smallest.  torch.kthvalue gives a tensor to one block of a GPU,
+    # however large it is, and is counted among the operations that do not repeat.
+    return flat.topk(rank + 1, largest=False, sorted=False).values.amax()
 
 
 def conserved(
