@@ -246,3 +246,20 @@ def test_a_folded_copy_shares_nothing_with_the_network():
         for tensor in (*twin.parameters(), *twin.buffers()):
             tensor.zero_()
     assert torch.equal(answers(model, x)[0], expected[0])
+
+
+def test_a_gpu_s_rounding_does_not_decide_whether_to_fold():
+    seen = []
+
+    class Watching(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return super().forward(x)
+
+    model = settled(Watching(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())).float()
+    before = torch.backends.cudnn.allow_tf32
+    with folded(model, image().float()):
+        model(image().float())
+    assert not any(seen[-3:-1])
+    assert seen[-1] == torch.backends.cudnn.allow_tf32 == before
+    assert before, "PyTorch's default; without it this test sees nothing"
