@@ -172,6 +172,8 @@ def evaluations() -> str:
     """The whole evaluation of several networks: `results/run_evaluation.sh`."""
     folder = HERE / "evaluation"
     suites = {p.name.removesuffix("-suite.json"): read(p) for p in folder.glob("*-suite.json")}
+    if not suites:
+        return "Not measured yet.\n"
     order = [name for name in ("natural", "at", "cure", "resnet18") if name in suites]
     attacks = dict.fromkeys(name for key in order for name in suites[key]["attacks"])
     heads = [f"{name} (n = {suites[name]['data']['n']})" for name in order]
@@ -216,8 +218,11 @@ def evaluations() -> str:
         for kind in ("benchmark", "all", "cure"):
             means = [results[key]["means"].get(kind) for key in corrupted]
             shown = [f"{m['accuracy']:.1f}" if m else "-" for m in means]
-            titles = {"benchmark": "mean of the 15", "all": "mean of all 19",
-                      "cure": "CURE's 17, severity 3"}
+            titles = {
+                "benchmark": "mean of the 15",
+                "all": "mean of all 19",
+                "cure": "CURE's 17, severity 3",
+            }
             lines.append(f"| {titles[kind]} | " + " | ".join(shown) + " |")
         counts = ", ".join(f"{key} {results[key]['data']['n']}" for key in corrupted)
         lines += ["", f"Images: {counts}; severities of the means 1 to 5 but for resnet18 (3)."]
@@ -235,7 +240,10 @@ def evaluations() -> str:
                 r = model["rows"][number]
                 cells.append(f"{r['ours']} / {r['theirs']}, {r['differ']} differ")
             lines.append(f"| {row['attack']} | {row['library']} | " + " | ".join(cells) + " |")
-        lines += ["", "Images of 500 that withstand ours / theirs, and on how many verdicts differ."]
+        lines += [
+            "",
+            "Images of 500 that withstand ours / theirs, and on how many verdicts differ.",
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -259,10 +267,8 @@ if __name__ == "__main__":
     (MINI / "table.md").write_text(mini, encoding="utf-8")
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
     insert(HERE.parent / "README.md", "results/cifar10-mini/table.json", comparison(*IN_README))
-    if (HERE / "bench" / "cpu.json").exists():
-        insert(HERE / "README.md", "bench/cpu.json", bench())
-    if list((HERE / "evaluation").glob("*-suite.json")):
-        insert(HERE / "README.md", "evaluation", evaluations())
+    insert(HERE / "README.md", "bench/cpu.json", bench())
+    insert(HERE / "README.md", "evaluation", evaluations())
     for folder in ("cifar10-mini", "ablation", "ablation-digits", "precision"):
         whole = (HERE / folder / "table.md").read_text(encoding="utf-8")
         insert(HERE / "README.md", f"{folder}/table.md", whole)
