@@ -139,7 +139,8 @@ def bench() -> str:
         "",
         f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, Python "
         f"{machine['python']}; {result['repetitions']} rounds, median of the ratios of a round. "
-        f"Ceiling: matrix products of side 2,048 (a convolution that needs fewer operations than are counted can exceed it), {ceiling['fp32']:.0f} GFLOP/s in float32 and "
+        "Ceiling: matrix products of side 2,048 (a convolution that needs fewer operations than "
+        f"are counted can exceed it), {ceiling['fp32']:.0f} GFLOP/s in float32 and "
         f"{ceiling['bf16']:.0f} in bfloat16. Passes: forward + backward (+ forward of the revision "
         "model). Gradient error: largest relative L2 error over the tensors, before the mask, at "
         "the same adversarial images. Climbs: divergence that the attack reaches, of what the "
