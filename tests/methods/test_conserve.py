@@ -202,3 +202,26 @@ def test_conserve_puts_zero_where_a_gradient_is_not_finite():
     gradients = {"a": torch.tensor([math.nan, math.inf, 3.0])}
     result = conserve(gradients, {"a": torch.tensor([0.0, 1.0, 2.0])}, 90.0)
     assert result["a"].tolist() == [0.0, 0.0, 3.0]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("ranks", [1, 3, 6])
+def test_counts_of_digits_over_shards_find_the_threshold(ranks, ties):
+    # What docs/scaling.md works out for a layer that no single rank holds.
+    for seed in range(20):
+        draws = torch.Generator().manual_seed(seed)
+        scores = torch.randn(100 + 37 * seed, generator=draws).abs()
+        scores = scores.round(decimals=1) if ties else scores
+        shards = [shard.view(torch.int32) for shard in scores.chunk(ranks)]
+        known, below = 0, math.ceil(0.3 * (len(scores) - 1))
+        for shift in (24, 16, 8, 0):
+            counts = torch.zeros(256, dtype=torch.int64)
+            for bits in shards:  # Each rank by itself; then one sum over the ranks.
+                left = bits[bits >> shift >> 8 == known]
+                counts += torch.bincount(left >> shift & 255, minlength=256)
+            sums = counts.cumsum(0)
+            digit = int((sums <= below).sum())
+            below -= int(sums[digit] - counts[digit])
+            known = known << 8 | digit
+        found = torch.tensor(known, dtype=torch.int32).view(torch.float32)
+        assert found == threshold(scores, 30.0)
