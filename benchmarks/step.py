@@ -42,6 +42,9 @@ SIDES = {
 }
 """Ours by name: a method, and the precision of its passes."""
 
+COMPILED = "_compiled"
+"""After a name of ours: with the attack compiled."""
+
 
 @dataclass(frozen=True)
 class Net:
@@ -96,14 +99,21 @@ class Ours:
     Attributes:
         method: what trains.
         batch: the images of every step.
-        seconds: of each part of the steps so far.
+        watched: measure the parts of a step, for which a GPU must be waited for after each.
+        seconds: of each part of the watched steps so far.
     """
 
-    def __init__(self, net: Net, method: str, precision: Any) -> None:
+    def __init__(self, net: Net, method: str, precision: Any, compiled: bool = False) -> None:
         device = torch.device(net.device)
+        self.watched = device.type == "cpu"
         engine = Engine(device, precision, channels_last=True)
         attack = Attack(
-            Threat("Linf", 8 / 255), 10, 2 / 255, precision=engine.attack_precision, fold=True
+            Threat("Linf", 8 / 255),
+            10,
+            2 / 255,
+            precision=engine.attack_precision,
+            fold=True,
+            compile=compiled,
         )
         model = engine.place(net.ours())
         context = Context(engine, attack, 0, 10, 50_000, 391, 200)
@@ -122,23 +132,28 @@ class Ours:
     def step(self) -> None:
         """One step as the trainer makes it."""
         engine = self.method.context.engine
-        marks = [_now(engine.device)]
+        marks: list[float] = []
+        self._mark(marks)
         crafted = self.method.craft(self.batch)
-        marks.append(_now(engine.device))
+        self._mark(marks)
         output = self.method.learn(self.batch, crafted)
         grads = output.grads
         if grads is None:
             assert output.loss is not None
             grads = engine.gradients(output.loss, self.parameters)
-        marks.append(_now(engine.device))
+        self._mark(marks)
         for name, parameter in self.parameters.items():
             parameter.grad = grads[name]
         self.optimizer.step()
         self.method.after_step(self.batch.step)
-        marks.append(_now(engine.device))
+        self._mark(marks)
         self.batch = replace(self.batch, step=self.batch.step + 1)
         for part, begin, end in zip(self.seconds, marks, marks[1:], strict=False):
             self.seconds[part].append(end - begin)
+
+    def _mark(self, marks: list[float]) -> None:
+        if self.watched:
+            marks.append(_now(self.method.context.engine.device))
 
 
 class Plain:
@@ -161,7 +176,10 @@ def _now(device: torch.device) -> float:
 
 def side(name: str, net: Net) -> Plain | Ours:
     """The side called ``name``."""
-    return Plain(net) if name == YARDSTICK else Ours(net, *SIDES[name])
+    if name == YARDSTICK:
+        return Plain(net)
+    plain = name.removesuffix(COMPILED)
+    return Ours(net, *SIDES[plain], compiled=plain != name)
 
 
 # -- time -------------------------------------------------------------------------------------
@@ -227,6 +245,10 @@ def in_turn(net: Net, names: Sequence[str], repetitions: int, steps: int = 1) ->
         }
         which = sides[name]
         if isinstance(which, Ours):
+            if not which.watched:
+                which.watched = True
+                for _ in range(4):
+                    which.step()
             parts = {part: statistics.median(times[1:]) for part, times in which.seconds.items()}
             result[name]["parts"] = parts
     return result
@@ -236,7 +258,18 @@ def in_turn(net: Net, names: Sequence[str], repetitions: int, steps: int = 1) ->
 
 
 def peak_memory(name: str, net: Net, threads: int) -> float:
-    """MiB that the steps of a side need at most, beyond what the process had before them."""
+    """MiB that the steps of a side need at most, beyond what the process had before them.
+
+    On a GPU: tensors, as PyTorch counts them.
+    """
+    if net.device != "cpu":
+        gc.collect()
+        which = side(name, net)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for _ in range(3):
+            which.step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         peak: float = pool.apply(_peak_memory, (name, net, threads))
@@ -248,12 +281,6 @@ def _peak_memory(name: str, net: Net, threads: int) -> float:
     if name != YARDSTICK:
         keep_freed_memory()
     which = side(name, net)
-    if net.device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        for _ in range(3):
-            which.step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = _resident()
     for _ in range(2):
         which.step()
@@ -272,7 +299,7 @@ def _resident(what: str = "VmRSS") -> float:
 
 def count_passes(name: str, net: Net) -> dict[str, int]:
     """Passes of one step, counted by hooks on the network and on the revision model."""
-    which = side(name, replace(net, batch=2))
+    which = side(name.removesuffix(COMPILED), replace(net, batch=2))
     counts = {"forward": 0, "backward": 0, "revision": 0}
 
     def arrived(_: Tensor) -> None:
@@ -299,7 +326,7 @@ def count_passes(name: str, net: Net) -> dict[str, int]:
 
 def operations(name: str, net: Net) -> dict[str, float]:
     """GFLOP of one step of a side, in the attack and outside it (convolutions and products)."""
-    which = side(name, replace(net, batch=2))
+    which = side(name.removesuffix(COMPILED), replace(net, batch=2))
     counts = {}
     steps: dict[str, Callable[[], object]]
     if isinstance(which, Plain):
@@ -359,7 +386,8 @@ def errors(name: str, net: Net) -> dict[str, float]:
     before them.  ``gradient``: relative L2 error, both given the yardstick's adversarial images;
     ``largest``: the same of the tensor where it is largest; ``mask``: share of the weights on whose
     mask they agree; ``pixels``: share of values in which the adversarial images differ at all;
-    ``climb``: the divergence that ours reached, divided by what the yardstick reached.
+    ``climb``: the divergence that ours reached, divided by what the yardstick reached.  On a GPU
+    the yardstick's are computed here in whole float32, without TF32.
     """
     plain, ours = side(YARDSTICK, net), side(name, net)
     assert isinstance(plain, Plain)
@@ -371,9 +399,12 @@ def errors(name: str, net: Net) -> dict[str, float]:
     # The same start: what our attack will draw.
     draws = method.context.generator("attack", ours.batch.step)
     noise = torch.randn(plain.image.shape, generator=draws, device=plain.image.device)
-    theirs = yardstick.attack(plain.image, noise)
     own = method.craft(ours.batch)["adversarial"]
+    rounded = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    theirs = yardstick.attack(plain.image, noise)
     expected, expected_masks = yardstick.gradients(plain.image, plain.label, theirs)
+    torch.backends.cudnn.allow_tf32 = rounded
     seen: dict[str, dict[str, Tensor]] = {}
     whole = method._gradients  # type: ignore[attr-defined]
 
@@ -417,11 +448,18 @@ def errors(name: str, net: Net) -> dict[str, float]:
 # -- the machine ------------------------------------------------------------------------------
 
 
-def ceilings(device: str) -> dict[str, float]:
-    """GFLOP/s of a large matrix product in float32 and in bfloat16, the best of five."""
-    size = 2048 if device == "cpu" else 8192
+def ceilings(device: str, size: int | None = None) -> dict[str, float]:
+    """GFLOP/s of a large matrix product in float32 and in bfloat16, the best of five.
+
+    On a GPU also in TF32, in which PyTorch computes convolutions of float32 by default.
+    """
+    size = size or (2048 if device == "cpu" else 8192)
     found = {}
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if device != "cpu":
+        kinds["tf32"] = torch.float32
+    for name, kind in kinds.items():
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         one = torch.rand(size, size, device=device).to(kind)
         best = float("inf")
         for _ in range(6):
@@ -429,13 +467,14 @@ def ceilings(device: str) -> dict[str, float]:
             one @ one
             best = min(best, _now(one.device) - began)
         found[name] = 2 * size**3 / best / 1e9
+    torch.backends.cuda.matmul.allow_tf32 = False
     return found
 
 
 def share_of_ceiling(name: str, net: Net, seconds: float, machine: dict[str, float]) -> float:
     """The time that the convolutions and products of a step need at the ceiling, over its time."""
-    precision = SIDES[name][1] if name != YARDSTICK else "fp32"
-    fast, slow = machine["bf16"], machine["fp32"]
+    precision = SIDES[name.removesuffix(COMPILED)][1] if name != YARDSTICK else "fp32"
+    fast, slow = machine["bf16"], machine.get("tf32", machine["fp32"])
     speed = {
         "all": slow,
         "attack": slow if precision == "fp32" else fast,
@@ -446,7 +485,7 @@ def share_of_ceiling(name: str, net: Net, seconds: float, machine: dict[str, flo
 
 
 def groups(name: str, net: Net) -> dict[str, float]:
-    """Share of one step's time by kind of operation, as PyTorch's profiler sees it."""
+    """Share of a step's time on a processor by kind of operation, by PyTorch's profiler."""
     which = side(name, net)
     kinds = {
         "convolution": ("convolution",),
@@ -456,13 +495,11 @@ def groups(name: str, net: Net) -> dict[str, float]:
     }
     with allocator_of(name):
         which.step()
-        activity = torch.profiler.ProfilerActivity
-        chosen = [activity.CPU] if net.device == "cpu" else [activity.CPU, activity.CUDA]
-        with torch.profiler.profile(activities=chosen) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             which.step()
     found, whole = dict.fromkeys((*kinds, "rest"), 0.0), 0.0
     for event in profile.key_averages():
-        spent = event.self_cpu_time_total if net.device == "cpu" else event.self_device_time_total
+        spent = event.self_cpu_time_total
         kind = next((k for k, words in kinds.items() if any(w in event.key for w in words)), "rest")
         found[kind] += spent
         whole += spent
@@ -485,16 +522,23 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    if done.returncode == 0:
-        facts["commit"] = done.stdout.strip()
+        facts["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts["cudnn_allow_tf32"] = torch.backends.cudnn.allow_tf32
+    commit = _said("git", "rev-parse", "HEAD")
+    if commit:
+        facts["commit"] = commit
     return facts
+
+
+def _said(*words: str) -> str | None:
+    """What a program printed; nothing where it fails or does not exist."""
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
