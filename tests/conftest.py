@@ -18,9 +18,14 @@ def brightness() -> ImageSet:
     return bright_or_dark()
 
 
+# Here and not first in a test: fixtures of a module are made before those of a test, and what they
+# train depends on the number of threads.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tests share a small machine."""
+    """Tests share a small machine, and some set the number of threads."""
     torch.set_num_threads(1)
 
 

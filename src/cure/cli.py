@@ -93,6 +93,38 @@ RunOption = Annotated[
 ]
 
 
+# What `evaluate`, `diagnose` and `corruptions` say of a target and its images.
+TargetArgument = Annotated[
+    str | None, typer.Argument(help="A run folder; or name a network with --model.")
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="A network: `cure list models`, package.module:callable, hf:..., timm:..."),
+]
+WeightsOption = Annotated[Path | None, typer.Option(help="Weights file for --model.")]
+OptionsOption = Annotated[
+    list[str] | None, typer.Option(help="Option of --model, for example width=16; repeatable.")
+]
+MeanOption = Annotated[
+    str | None, typer.Option(help="What --model subtracts from its input: 0.49,0.48,0.45")
+]
+StdOption = Annotated[str | None, typer.Option(help="What --model divides its input by.")]
+CheckpointOption = Annotated[Checkpoint, typer.Option(help="Weights of a run.")]
+DataOption = Annotated[
+    str | None, typer.Option(help="Images (default: those of the run); see `cure list data`.")
+]
+DataOptionsOption = Annotated[
+    list[str] | None, typer.Option(help="Key of the data section: resize=32; repeatable.")
+]
+SplitOption = Annotated[Split, typer.Option(help="Which images.")]
+LimitOption = Annotated[int | None, typer.Option(help="Only the first so many images.")]
+EpsilonOption = Annotated[str | None, typer.Option(help="Radius, 8/255 (default: the run's).")]
+NormOption = Annotated[str | None, typer.Option(help="Linf, L2 or L1 (default: the run's).")]
+BatchSizeOption = Annotated[int | None, typer.Option(help="Images attacked at once.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda.")]
+OutputOption = Annotated[Path | None, typer.Option(help="JSON file to write.")]
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A name from `cure list recipes`, or a YAML file.")],
@@ -128,39 +160,24 @@ def resume(
 
 @app.command()
 def evaluate(
-    target: Annotated[
-        str | None, typer.Argument(help="A run folder; or name a network with --model.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A network: `cure list models`, package.module:callable, hf:..., timm:..."
-        ),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights file for --model.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option of --model, for example width=16; repeatable.")
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="What --model subtracts from its input: 0.49,0.48,0.45")
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="What --model divides its input by.")] = None,
-    checkpoint: Annotated[Checkpoint, typer.Option(help="Weights of a run.")] = Checkpoint.best,
-    data: Annotated[
-        str | None, typer.Option(help="Images (default: those of the run); see `cure list data`.")
-    ] = None,
-    data_option: Annotated[
-        list[str] | None, typer.Option(help="Key of the data section: resize=32; repeatable.")
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    target: TargetArgument = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    option: OptionsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    checkpoint: CheckpointOption = Checkpoint.best,
+    data: DataOption = None,
+    data_option: DataOptionsOption = None,
+    split: SplitOption = Split.test,
+    limit: LimitOption = None,
     attacks: Annotated[
         str | None, typer.Option(help="For example natural,pgd20,cw,autoattack.")
     ] = None,
-    epsilon: Annotated[str | None, typer.Option(help="Radius, 8/255 (default: the run's).")] = None,
-    norm: Annotated[str | None, typer.Option(help="Linf or L2 (default: the run's).")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images attacked at once.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    epsilon: EpsilonOption = None,
+    norm: NormOption = None,
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
     precision: Annotated[
         Precision, typer.Option(help="bf16_attack: less time; what fools is verified in fp32.")
@@ -174,7 +191,7 @@ def evaluate(
     epsilons: Annotated[
         str | None, typer.Option(help="Radii of the curve: 1/255,2/255 (default: up to 0 %).")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    output: OutputOption = None,
     robustbench: Annotated[
         Path | None, typer.Option(help="Write RobustBench's record of the model.")
     ] = None,
@@ -276,9 +293,7 @@ def evaluate(
 
 @app.command()
 def corruptions(
-    target: Annotated[
-        str | None, typer.Argument(help="A run folder; or name a network with --model.")
-    ] = None,
+    target: TargetArgument = None,
     severity: Annotated[str, typer.Option(help="1 to 5: 3, 1,3 or 1-5.")] = "1-5",
     only: Annotated[
         str | None, typer.Option(help="Only these: fog,snow; see `cure list corruptions`.")
@@ -292,33 +307,20 @@ def corruptions(
         str | None,
         typer.Option(help="Read CIFAR-10-C or CIFAR-100-C: folder of .npy files, or hub name."),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A network: `cure list models`, package.module:callable, hf:..., timm:..."
-        ),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights file for --model.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option of --model, for example width=16; repeatable.")
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="What --model subtracts from its input: 0.49,0.48,0.45")
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="What --model divides its input by.")] = None,
-    checkpoint: Annotated[Checkpoint, typer.Option(help="Weights of a run.")] = Checkpoint.best,
-    data: Annotated[
-        str | None, typer.Option(help="Images (default: those of the run); see `cure list data`.")
-    ] = None,
-    data_option: Annotated[
-        list[str] | None, typer.Option(help="Key of the data section: resize=32; repeatable.")
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    option: OptionsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    checkpoint: CheckpointOption = Checkpoint.best,
+    data: DataOption = None,
+    data_option: DataOptionsOption = None,
+    split: SplitOption = Split.test,
+    limit: LimitOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Images classified at once.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the corruptions.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    output: OutputOption = None,
 ) -> None:
     """Measure accuracy under 19 natural corruptions: noise, blur, weather, digital."""
     from cure.corruption.measure import corruptions as measure
@@ -355,41 +357,26 @@ def corruptions(
 
 @app.command()
 def diagnose(
-    target: Annotated[
-        str | None, typer.Argument(help="A run folder; or name a network with --model.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A network: `cure list models`, package.module:callable, hf:..., timm:..."
-        ),
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights file for --model.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="Option of --model, for example width=16; repeatable.")
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="What --model subtracts from its input: 0.49,0.48,0.45")
-    ] = None,
-    std: Annotated[str | None, typer.Option(help="What --model divides its input by.")] = None,
-    checkpoint: Annotated[Checkpoint, typer.Option(help="Weights of a run.")] = Checkpoint.best,
-    data: Annotated[
-        str | None, typer.Option(help="Images (default: those of the run); see `cure list data`.")
-    ] = None,
-    data_option: Annotated[
-        list[str] | None, typer.Option(help="Key of the data section: resize=32; repeatable.")
-    ] = None,
-    split: Annotated[Split, typer.Option(help="Which images.")] = Split.test,
+    target: TargetArgument = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    option: OptionsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    checkpoint: CheckpointOption = Checkpoint.best,
+    data: DataOption = None,
+    data_option: DataOptionsOption = None,
+    split: SplitOption = Split.test,
     limit: Annotated[int, typer.Option(help="Only the first so many images.")] = 200,
-    epsilon: Annotated[str | None, typer.Option(help="Radius, 8/255 (default: the run's).")] = None,
-    norm: Annotated[str | None, typer.Option(help="Linf or L2 (default: the run's).")] = None,
+    epsilon: EpsilonOption = None,
+    norm: NormOption = None,
     transfer: Annotated[
         str | None, typer.Option(help="Another run: its adversarial images are tried, too.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images attacked at once.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    output: OutputOption = None,
 ) -> None:
     """Check whether accuracy under attack can be believed; status 1 when a check fails."""
     from cure.diagnosis.verb import diagnose as examine

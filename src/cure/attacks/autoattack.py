@@ -21,12 +21,12 @@ import math
 from typing import Any
 
 import torch
-from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from cure.attacks.packages import part_of_autoattack
 from cure.attacks.threat import Threat
 
 NONE_FOUND = 1e10
@@ -75,35 +75,15 @@ def standard_part(
     Returns:
         [B, C, H, W]: a fooling image in the ball where one was found, else the image itself.
     """
-    network = PlainLayout(model)
+    attack = part_of_autoattack("standard", part, PlainLayout(model), image, threat, seed)
+    # The package's objects with the package's settings; only the loops are replaced.
+    attack.__class__ = {
+        "apgd-ce": LeavingAPGD,
+        "apgd-t": LeavingTargetedAPGD,
+        "fab-t": LeavingFAB,
+        "square": LeanSquare,
+    }[part]
     with torch.no_grad():
-        classes = model(image[:1]).shape[1]
-        suite = AutoAttack(
-            network,
-            norm=threat.norm,
-            eps=threat.epsilon,
-            seed=seed,
-            device=image.device,
-            version="standard",
-        )
-        attack: Any = {
-            "apgd-ce": suite.apgd,
-            "apgd-t": suite.apgd_targeted,
-            "fab-t": suite.fab,
-            "square": suite.square,
-        }[part]
-        # The package's objects with the package's settings; only the loops are replaced.
-        attack.__class__ = {
-            "apgd-ce": LeavingAPGD,
-            "apgd-t": LeavingTargetedAPGD,
-            "fab-t": LeavingFAB,
-            "square": LeanSquare,
-        }[part]
-        attack.seed = seed
-        if part in ("apgd-t", "fab-t"):
-            attack.n_target_classes = min(9, classes - 1)
-        if part == "fab-t":
-            attack.targeted = True
         found: Tensor = attack.perturb(image, label)
     return found
 

@@ -42,60 +42,53 @@ MINIMUM_SETTINGS: dict[str, dict[str, Any]] = {
 """What they are given; each of foolbox's own defaults but for the 10,000 steps of C&W."""
 
 
-def autoattack_part(
-    version: str,
-    part: str,
-    network: nn.Module,
-    image: Tensor,
-    label: Tensor,
-    threat: Threat,
-    seed: int,
-) -> Tensor:
-    """One part of a version of AutoAttack on one batch, by the package's own loops.
+def part_of_autoattack(
+    version: str, part: str, network: nn.Module, image: Tensor, threat: Threat, seed: int
+) -> Any:
+    """The package's object for one part of a version of AutoAttack, with the package's settings.
 
     Args:
         version: "standard", "plus" or "rand".
         part: one of its parts.
         network: in evaluation mode, takes contiguous images and gives contiguous gradients.
-        image: [B, C, H, W] contiguous, classified right.
-        label: [B].
+        image: [B, C, H, W] contiguous, what it will attack.
         threat: the ball.
         seed: of PyTorch's global generator, which is seeded at the beginning of each batch.
 
     Returns:
-        [B, C, H, W]: a fooling image in the ball where one was found, else the image itself.
+        An object whose ``perturb(image, label)`` gives [B, C, H, W]: a fooling image in the ball
+        where one was found, else the image itself.
     """
     from pyautoattack import AutoAttack
 
     with torch.no_grad():
         classes = network(image[:1]).shape[1]
-        suite = AutoAttack(
-            network,
-            norm=threat.norm,
-            eps=threat.epsilon,
-            seed=seed,
-            device=image.device,
-            version=version,
-        )
-        attack: Any = {
-            "apgd-ce": suite.apgd,
-            "apgd-dlr": suite.apgd,
-            "apgd-t": suite.apgd_targeted,
-            "fab": suite.fab,
-            "fab-t": suite.fab,
-            "square": suite.square,
-        }[part]
-        attack.seed = seed
-        if part in ("apgd-ce", "apgd-dlr"):
-            attack.loss = part.removeprefix("apgd-")
-        if part in ("apgd-t", "fab-t"):
-            attack.n_target_classes = min(attack.n_target_classes, classes - 1)
-        if part in ("fab", "fab-t"):
-            attack.targeted = part == "fab-t"
-        if part == "fab-t":
-            attack.n_restarts = 1
-        found: Tensor = attack.perturb(image, label)
-    return found
+    suite = AutoAttack(
+        network,
+        norm=threat.norm,
+        eps=threat.epsilon,
+        seed=seed,
+        device=image.device,
+        version=version,
+    )
+    attack: Any = {
+        "apgd-ce": suite.apgd,
+        "apgd-dlr": suite.apgd,
+        "apgd-t": suite.apgd_targeted,
+        "fab": suite.fab,
+        "fab-t": suite.fab,
+        "square": suite.square,
+    }[part]
+    attack.seed = seed
+    if part in ("apgd-ce", "apgd-dlr"):
+        attack.loss = part.removeprefix("apgd-")
+    if part in ("apgd-t", "fab-t"):
+        attack.n_target_classes = min(attack.n_target_classes, classes - 1)
+    if part in ("fab", "fab-t"):
+        attack.targeted = part == "fab-t"
+    if part == "fab-t":
+        attack.n_restarts = 1
+    return attack
 
 
 def smallest_change(

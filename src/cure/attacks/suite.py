@@ -16,7 +16,7 @@ from cure.attacks.packages import (
     MINIMUM,
     MINIMUM_SETTINGS,
     VERSIONS,
-    autoattack_part,
+    part_of_autoattack,
     smallest_change,
 )
 from cure.attacks.perturb import Attack, Start, crafting
@@ -262,8 +262,11 @@ def _part_of(kind: str, part: str) -> Part:
         with crafting(model), torch.random.fork_rng(devices=devices):
             if kind == "standard" and threat.norm != "L1":
                 return standard_part(part, model, image.contiguous(), label, threat, seed)
-            network = PlainLayout(model)
-            return autoattack_part(kind, part, network, image.contiguous(), label, threat, seed)
+            plain = image.contiguous()
+            attack = part_of_autoattack(kind, part, PlainLayout(model), plain, threat, seed)
+            with torch.no_grad():
+                found: Tensor = attack.perturb(plain, label)
+            return found
 
     passes, least_classes = _COST[part]
     return Part(run, passes, least_classes)
