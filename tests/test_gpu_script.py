@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from cure.evaluation import measure
+from cure.run_folder import RunFolder
 from cure.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -107,7 +108,9 @@ def test_training_is_the_paper_s_from_one_start(undisturbed: Path) -> None:
     for name in ("cure", "trades", "at"):
         settings = runs[name]["settings"]
         assert settings["method"]["name"] == name
-        assert settings["start"] == str(undisturbed / "runs" / "natural")
+        assert settings["start"] == "natural"
+        config = RunFolder.open(undisturbed / "runs" / name).config
+        assert config.start == str(undisturbed / "runs" / "natural")
         assert settings["training"]["optimizer"]["weight_decay"] == 5e-4
         assert settings["training"]["schedule"]["milestones"] == [0.5, 0.75]
     options = gpu.parser().parse_args(["train"])
@@ -183,6 +186,7 @@ def test_an_interrupted_bench_keeps_what_it_has_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick = ("--repetitions", 1, "--steps", 1, "--piece-seconds", 0)
+    quick += ("--sides", "exact,bf16_compiled")
     quick_compiler(monkeypatch)
     # Its own process, as for users, would import everything again.
     monkeypatch.setattr(gpu.step, "peak_memory", lambda name, net, threads: 100.0 + len(name))
@@ -243,7 +247,7 @@ def test_the_report_has_the_paper_s_row_and_ours(
 ) -> None:
     assert call(undisturbed, "report") == 0
     said = capsys.readouterr().out
-    assert "| CURE, paper (200 epochs) | 200 | - | 86.8 | 54.9 | - | 49.7 |" in said
+    assert "| CURE, paper (resnet18, cifar10) | 200 | - | 86.8 | 54.9 | - | 49.7 |" in said
     for name in gpu.RUNS:
         (result,) = figures(undisturbed, "evaluate")["runs"][name].values()
         part = result["attacks"]["pgd20"]
@@ -251,7 +255,9 @@ def test_the_report_has_the_paper_s_row_and_ours(
         assert f"| {part['accuracy']:.1f} (" in row
         assert "; 30)" in row
     assert "python benchmarks/gpu.py evaluate --device cpu" in said
+    assert "## resnet10 on digits" in said
     assert torch.__version__ in said
+    assert str(undisturbed) not in said
 
 
 def test_shards_of_two_calls_come_together(
