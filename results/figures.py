@@ -226,7 +226,7 @@ def evaluations() -> str:
             }
             lines.append(f"| {titles[kind]} | " + " | ".join(shown) + " |")
         counts = ", ".join(f"{key} {results[key]['data']['n']}" for key in corrupted)
-        lines += ["", f"Images: {counts}; severities of the means 1 to 5 but for resnet18 (3)."]
+        lines += ["", f"Images: {counts}; the means are over severities 1 to 5."]
     agreement = folder / "agreement.json"
     if agreement.exists():
         found = read(agreement)
