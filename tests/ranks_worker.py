@@ -248,7 +248,7 @@ def evaluated(engine: Engine, **options: Any) -> dict[str, Any]:
     module = sys.modules[measure.__module__]
     real = module.evaluation_attack  # type: ignore[attr-defined]
 
-    def planted(name: str) -> EvaluationAttack:
+    def planted(name: str, source: object = None) -> EvaluationAttack:
         if name == "cw":
             return real(name)  # type: ignore[no-any-return]
         parts = {"a": real("pgd1").parts["pgd1"], "b": real("pgd7").parts["pgd7"]}
