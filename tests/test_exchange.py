@@ -52,6 +52,17 @@ def test_what_was_found_can_be_checked(case):
     assert bool((right <= stood).all())
 
 
+def test_images_of_an_unfinished_evaluation_are_no_claim(tmp_path):
+    """Its attacks fooled images that its accuracy does not count."""
+    model, images, _, _ = linear_case(4, EPSILON)
+    file = tmp_path / "adversarial.pt"
+    result = cure.evaluate(
+        model, data=images, attacks="pgd20", epsilon=EPSILON, adversarial=file, time_limit=1e-9
+    )
+    assert "pgd20" in result["unfinished"]
+    assert not file.exists()
+
+
 def change(file: Path, **changes: object) -> None:
     torch.save(torch.load(file, weights_only=True) | changes, file)
 

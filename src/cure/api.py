@@ -30,6 +30,7 @@ from cure.subject import (
     ModelOptions,
     Run,
     Split,
+    check_counts,
     subject_of,
     threat_of,
 )
@@ -176,8 +177,8 @@ def evaluate(
             call goes on with.
         robustbench: file to write the record to that RobustBench's leaderboard takes; needs
             "autoattack" among the attacks.
-        adversarial: file (.pt) to write the worst-case images to, which :func:`verify` checks.
-            What an interrupted call found is then found again.
+        adversarial: file (.pt) to write the worst-case images to, which :func:`verify` checks;
+            written when all attacks are finished.  What an interrupted call found is found again.
         time_limit: seconds after which attacks stop; what is missing then stands under
             "unfinished".
         progress: told (attack, images done, images in all).
@@ -193,9 +194,7 @@ def evaluate(
         check_free(output)
     for further in (robustbench, adversarial):
         check_free(further)
-    for name, count in (("limit", limit), ("batch_size", batch_size)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{name}: expected 1 or more images, got {count}")
+    check_counts(limit=limit, batch_size=batch_size)
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise ConfigError(f"time_limit: expected seconds above 0, got {time_limit:g}")
     subject = subject_of(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
@@ -227,10 +226,11 @@ def evaluate(
     identity = identify(model, images, attacks, ball, engine, size, seed, source, over)
     keep: dict[str, Tensor] | None = None if adversarial is None else {}
     with engine.agreeing():
-        writes = engine.rank == 0 and keep is None
-        where = _partial(output, subject.folder, checkpoint, split, identity) if writes else None
-        journal = Journal(where, identity)
         writes = engine.rank == 0
+        # Of what a journal knows there are no images.
+        resumable = writes and keep is None
+        where = _partial(output, subject.folder, checkpoint, split, identity) if resumable else None
+        journal = Journal(where, identity)
     with journal:
         result = measure(
             engine.place(model),
@@ -283,10 +283,10 @@ def evaluate(
         }
         if output is not None and writes:
             write_json(Path(output), result)
-        if keep is not None and adversarial is not None:
-            natural = next(batches(images, len(images))).image
-            save_adversarial(Path(adversarial), result, keep.get(WORST, natural), images)
         if "unfinished" not in result:
+            if keep is not None and adversarial is not None:
+                natural = next(batches(images, len(images))).image
+                save_adversarial(Path(adversarial), result, keep.get(WORST, natural), images)
             if robustbench is not None and writes:
                 write_json(Path(robustbench), robustbench_record(result))
             if subject.folder is not None and writes:

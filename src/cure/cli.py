@@ -213,17 +213,14 @@ def evaluate(
     """Measure accuracy on natural and on attacked images."""
     from cure.api import evaluate as measure
 
-    if (target is None) == (model is None):
-        raise ConfigError("expected a run folder, or --model NAME, and not both")
-    if target is not None and (weights or option or mean or std):
-        raise ConfigError("--weights, --option, --mean and --std go with --model")
+    named = _named(target, model, weights, option, mean, std)
     if verify is not None:
         from cure.api import verify as recompute
 
         _print_verification(
             recompute(
                 verify,
-                target if target is not None else str(model),
+                named,
                 data=data,
                 split=split.value,
                 epsilon=epsilon,
@@ -242,7 +239,7 @@ def evaluate(
         return
     with _progress() as progress:
         result = measure(
-            target if target is not None else str(model),
+            named,
             data=data,
             split=split.value,
             limit=limit,
@@ -325,13 +322,10 @@ def corruptions(
     """Measure accuracy under 19 natural corruptions: noise, blur, weather, digital."""
     from cure.corruption.measure import corruptions as measure
 
-    if (target is None) == (model is None):
-        raise ConfigError("expected a run folder, or --model NAME, and not both")
-    if target is not None and (weights or option or mean or std):
-        raise ConfigError("--weights, --option, --mean and --std go with --model")
+    named = _named(target, model, weights, option, mean, std)
     with _progress() as progress:
         result = measure(
-            target if target is not None else str(model),
+            named,
             severity=severity,
             only=only,
             files=files,
@@ -381,13 +375,10 @@ def diagnose(
     """Check whether accuracy under attack can be believed; status 1 when a check fails."""
     from cure.diagnosis.verb import diagnose as examine
 
-    if (target is None) == (model is None):
-        raise ConfigError("expected a run folder, or --model NAME, and not both")
-    if target is not None and (weights or option or mean or std):
-        raise ConfigError("--weights, --option, --mean and --std go with --model")
+    named = _named(target, model, weights, option, mean, std)
     with _progress() as progress:
         result = examine(
-            target if target is not None else str(model),
+            named,
             data=data,
             split=split.value,
             limit=limit,
@@ -527,6 +518,17 @@ def demo(run: RunOption = None) -> None:
             results.append(measure(folder, output=folder / "evaluation.json", progress=progress))
     print_results(results)
     _print_ended(done.path)
+
+
+def _named(target: str | None, model: str | None, *of_model: object) -> str:
+    """What a command is to look at: a run, or the name of a network with what goes with it."""
+    if target is not None and model is None:
+        if any(of_model):
+            raise ConfigError("--weights, --option, --mean and --std go with --model")
+        return target
+    if model is not None and target is None:
+        return model
+    raise ConfigError("expected a run folder, or --model NAME, and not both")
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:

@@ -514,9 +514,9 @@ class _Evaluation:
                 length if fools else None
                 for length, fools in zip(lengths.tolist(), fooled.tolist(), strict=True)
             ]
-            fooled &= lengths <= self.threat.epsilon * (1 + 1e-4) + 1e-6
+            fooled &= self.threat.within(lengths)
         else:
-            _check_allowed(adversarial, float(lengths.max()), attack.name, self.threat)
+            _check_allowed(adversarial, lengths, attack.name, self.threat)
         if self.keep is not None:
             for name in (attack.name, WORST):
                 if name not in self.keep:
@@ -572,12 +572,12 @@ class _Evaluation:
                 handle.remove()
 
 
-def _check_allowed(adversarial: Tensor, furthest: float, name: str, threat: Threat) -> None:
+def _check_allowed(adversarial: Tensor, lengths: Tensor, name: str, threat: Threat) -> None:
     """An attack that left the ball or [0, 1] would make the number meaningless."""
     inside = bool(((adversarial >= 0) & (adversarial <= 1)).all())
-    # float32 rounding of image + change; L2 adds up the rounding of many values.
-    if not inside or furthest > threat.epsilon * (1 + 1e-4) + 1e-6:
+    if not inside or not bool(threat.within(lengths).all()):
         raise RuntimeError(
             f"{name} returned images outside what the threat allows "
-            f"(change {furthest:.6f} for epsilon {threat.epsilon:.6f}, in [0, 1]: {inside})"
+            f"(change {float(lengths.max()):.6f} for epsilon {threat.epsilon:.6f}, "
+            f"in [0, 1]: {inside})"
         )

@@ -308,3 +308,14 @@ def threat_of(base: ThreatConfig, epsilon: str | float | None, norm: str | None)
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse numbers of images, by the name of their option, that are given and below 1.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name}: expected 1 or more images, got {count}")

@@ -107,6 +107,13 @@ class Threat:
             return change.abs().flatten(1).sum(dim=1)
         return l2_norm(change).flatten()
 
+    def within(self, length: Tensor) -> Tensor:
+        """Whether changes of these lengths lie in the ball, up to rounding.
+
+        float32 rounds image + change; L2 adds up the rounding of many values.
+        """
+        return length <= self.epsilon * (1 + 1e-4) + 1e-6
+
     def _ascends(self) -> None:
         if self.norm == "L1":
             raise NotImplementedError("there is no gradient ascent of ours in L1")

@@ -33,7 +33,7 @@ from cure.evaluation import Progress, Result, check_outputs, silent, wilson
 from cure.models import describe
 from cure.ranks import launched
 from cure.run_folder import check_free, environment, write_json
-from cure.subject import ModelOptions, Run, Split, Subject, subject_of
+from cure.subject import ModelOptions, Run, Split, Subject, check_counts, subject_of
 
 FORMAT = "cure-corruptions-1"
 BASELINES = Path(__file__).parent / "baselines"
@@ -109,9 +109,7 @@ def corruptions(
         check_free(path)
     if sheet is not None and Path(sheet).suffix.lower() != ".png":
         raise ConfigError(f"expected a .png file for the sheet of pictures, got {sheet}; rename it")
-    for name, count in (("limit", limit), ("batch_size", batch_size)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{name}: expected 1 or more images, got {count}")
+    check_counts(limit=limit, batch_size=batch_size)
     if launched().world > 1:
         raise ConfigError(
             f"corruptions are measured in one process, got {launched().world} ranks; start it "

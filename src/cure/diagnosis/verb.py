@@ -14,11 +14,10 @@ from cure.data import ImageSet
 from cure.diagnosis.examination import Examination
 from cure.diagnosis.report import examine
 from cure.engine import Engine
-from cure.errors import ConfigError
 from cure.evaluation import Progress, Result, silent
 from cure.models import describe
 from cure.run_folder import check_free, environment, write_json
-from cure.subject import ModelOptions, Run, Split, subject_of, threat_of
+from cure.subject import ModelOptions, Run, Split, check_counts, subject_of, threat_of
 
 
 def diagnose(
@@ -59,9 +58,7 @@ def diagnose(
         CureError: for every mistake a user can mend; nothing is written then.
     """
     check_free(output)
-    for name, count in (("limit", limit), ("batch_size", batch_size)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{name}: expected 1 or more images, got {count}")
+    check_counts(limit=limit, batch_size=batch_size)
     how = ModelOptions(mean, std, dict(options or {}))
     subject = subject_of(target, checkpoint, weights, how)
     config = subject.config
