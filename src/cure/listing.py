@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from cure.analysis.study import STUDIES
 from cure.attacks.suite import KNOWN
 from cure.config import MethodConfig, RunConfig, Section
 from cure.corruption.operations import CORRUPTIONS
@@ -19,8 +20,8 @@ def listing(kind: str) -> Rows:
     """Names and descriptions of one kind.
 
     Args:
-        kind: "methods", "models", "recipes", "attacks", "corruptions", "data", or "settings"
-            (keys of a recipe with their defaults).
+        kind: "methods", "models", "recipes", "attacks", "corruptions", "data", "studies", or
+            "settings" (keys of a recipe with their defaults).
     """
     if kind == "methods":
         return [(name, _first_line(METHODS[name])) for name in METHODS.names()]
@@ -46,6 +47,8 @@ def listing(kind: str) -> Rows:
             (name, f"{corruption.group}: {_first_line(corruption.apply)}")
             for name, corruption in CORRUPTIONS.items()
         ]
+    if kind == "studies":
+        return [(name, STUDIES[name].question) for name in STUDIES.names()]
     return known_sources()
 
 

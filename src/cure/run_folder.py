@@ -7,6 +7,7 @@
 - ``checkpoints/{last,best}.safetensors``: weights for anyone.
 - ``checkpoints/state.safetensors``: all that resuming needs.
 - ``evaluations/``: results of ``cure evaluate``, and verdicts of those that are not finished.
+- ``studies/``: results of ``cure analyse`` and their pictures.
 - ``natural/``: the run that trained the start.
 """
 
@@ -237,6 +238,11 @@ class RunFolder:
         paths = sorted(
             (self.path / "evaluations").glob("*.json"), key=lambda p: p.stat().st_mtime_ns
         )
+        return [self._json(path) for path in paths]
+
+    def studies(self) -> list[dict[str, Any]]:
+        """Results of ``cure analyse`` that are filed with the run, the oldest first."""
+        paths = sorted((self.path / "studies").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
         return [self._json(path) for path in paths]
 
     @staticmethod

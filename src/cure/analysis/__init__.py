@@ -1,0 +1,1 @@
+"""Studies: what training does to a network, and why."""

@@ -1,0 +1,215 @@
+"""Pictures: vector graphics that read without colour, in light and dark, alone and in a page.
+
+Text stays text.  What is ink (words, axes) takes the page's ``--ink``, and outside a page follows
+the reader's choice of light or dark.  Series differ by colour, line and mark together.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#010203"
+"""Stands for the reader's ink until the picture is written."""
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
+"""Okabe and Ito's, told apart with any colour vision and on light and dark ground."""
+
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":")
+
+_STYLE = """<style>
+svg.cure-picture { color: var(--ink, #1b1b1b); max-width: 100%; height: auto; }
+svg.cure-picture text { fill: currentColor; }
+@media (prefers-color-scheme: dark) { svg.cure-picture { color: var(--ink, #e6e6e6); } }
+</style>"""
+
+_SETTINGS: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cure",
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.0,
+    "hatch.linewidth": 0.8,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure.
+
+    Attributes:
+        name: letters, digits and hyphens; names its file.
+        title: a short line.
+        description: what is to be seen, for readers who do not see it.
+        svg: the drawing, an ``<svg>`` element whose ids begin with the name.
+    """
+
+    name: str
+    title: str
+    description: str
+    svg: str
+
+
+def canvas(
+    rows: int = 1, columns: int = 1, *, width: float = 6.4, height: float = 3.6, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure and its axes, row by row.
+
+    Args:
+        rows: of axes.
+        columns: of axes.
+        width: inches.
+        height: inches.
+        options: of ``Figure.subplots``: ``sharex``, ``width_ratios``.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, list(axes.flat)
+
+
+def series(number: int) -> dict[str, Any]:
+    """Keyword arguments of ``Axes.plot`` for the series of that number (0 the first)."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKS[number % len(MARKS)],
+        "linestyle": LINES[number % len(LINES)],
+    }
+
+
+def legend(axes: Axes, **options: Any) -> None:
+    """Name the series of ``axes``, without a box that would cover a dark page."""
+    axes.legend(frameon=False, labelcolor=INK, **options)
+
+
+def picture(figure: Figure, name: str, title: str, description: str) -> Picture:
+    """Finish a figure.
+
+    Args:
+        figure: from :func:`canvas`.
+        name: unique in a page.
+        title: what it is.
+        description: what it shows, with its numbers where they are few.
+    """
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS):
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    svg = svg.replace(INK, "currentColor")
+    # Matplotlib's rule is for every element of the page that the drawing is put into.
+    svg = svg.replace(">*{stroke-", ">svg.cure-picture *{stroke-")
+    # Several drawings share a page, and Matplotlib calls the first axes of each "axes_1".
+    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    words = f'<title id="{name}-title">{escape(title)}</title>\n'
+    words += f'<desc id="{name}-description">{escape(description)}</desc>\n'
+    svg = re.sub(
+        r"<svg([^>]*)>",
+        lambda found: (
+            f'<svg class="cure-picture" role="img" aria-labelledby="{name}-title '
+            f'{name}-description"{found[1]}>\n{words}{_STYLE}'
+        ),
+        svg,
+        count=1,
+    )
+    return Picture(name, title, description, svg)
+
+
+def lines(
+    name: str,
+    title: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    x: str,
+    y: str,
+    description: str,
+    intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Picture:
+    """Curves over one axis.
+
+    Args:
+        name: see :class:`Picture`.
+        title: as there.
+        curves: points (x, y) by the name of the curve.
+        x: what the axis shows, with its unit.
+        y: as ``x``.
+        description: as in :class:`Picture`.
+        intervals: lower and upper limit of each point, by the name of the curve.
+    """
+    figure, (axes,) = canvas()
+    for number, (label, points) in enumerate(curves.items()):
+        if not points:
+            continue
+        across, up = zip(*points, strict=True)
+        axes.plot(across, up, label=label, **series(number))
+        if intervals and label in intervals:
+            low, high = zip(*intervals[label], strict=True)
+            colour = COLOURS[number % len(COLOURS)]
+            axes.fill_between(across, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if len(curves) > 1:
+        legend(axes)
+    return picture(figure, name, title, description)
+
+
+def heat_map(
+    axes: Axes,
+    values: Sequence[Sequence[float]],
+    *,
+    low: float,
+    high: float,
+    colours: str = "cividis",
+) -> Any:
+    """Cells [row][column] as rectangles, the first row on top; returns what a colour bar needs.
+
+    Args:
+        axes: where.
+        values: one number a cell.
+        low: end of the scale.
+        high: the other end.
+        colours: Matplotlib's name; cividis grows in lightness for any colour vision.
+    """
+    mesh = axes.pcolormesh(values, vmin=low, vmax=high, cmap=colours, rasterized=False)
+    axes.invert_yaxis()
+    return mesh
+
+
+def contrast(values: Sequence[Sequence[float]], low: float, high: float) -> list[tuple[int, int]]:
+    """Cells (row, column) of the lower half of a scale, whose numbers are to be written light."""
+    middle = (low + high) / 2
+    rows, columns = len(values), len(values[0]) if values else 0
+    return [(r, c) for r, c in product(range(rows), range(columns)) if values[r][c] < middle]
