@@ -365,6 +365,22 @@ class NaturalConfig(Section):
     """Learning rate over the natural run."""
 
 
+class LayersConfig(Section):
+    """Which parts of the network learn (the paper's study U-b)."""
+
+    update: tuple[str, ...] = ()
+    """Parts that learn: ``B1`` to ``B4``, ``stem``, ``classifier``, or names
+    of modules; all when none is named."""
+    reinitialise: Literal["none", "weights", "all"] = "none"
+    """Draw what learns anew before training; ``weights`` leaves the scale and shift of norms
+    (released code), ``all`` does not."""
+    stem: Literal["frozen", "updated"] = "frozen"
+    """Whether what comes before the first block learns although it is not named, never drawn
+    anew (paper's text: frozen; released code: updated)."""
+    statistics: Literal["frozen", "updated"] = "frozen"
+    """Whether BatchNorm of frozen parts goes on with its statistics (released code: updated)."""
+
+
 class EvaluationConfig(Section):
     """What ``cure evaluate RUN`` measures unless it is told otherwise."""
 
@@ -401,6 +417,8 @@ class RunConfig(Section):
     """The attack that training uses."""
     method: SerializeAsAny[MethodConfig]
     """The training method and its settings."""
+    layers: LayersConfig = LayersConfig()
+    """Which parts of the network learn."""
     training: TrainingConfig = TrainingConfig()
     """The training loop."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
 from cure.attacks.suite import evaluation_attack
-from cure.config import DataConfig, RunConfig, TeacherConfig
+from cure.config import DataConfig, LayersConfig, RunConfig, TeacherConfig
 from cure.data import ImageKind, ImageSet, batches, carve, load, steps_per_epoch
 from cure.engine import Engine
 from cure.errors import CheckpointError, ConfigError, CureError, ModelError, TrainingStopped
@@ -25,6 +25,8 @@ from cure.methods import METHODS, Context, Method
 from cure.methods.averaging import Averaged
 from cure.methods.weight_perturbation import WeightPerturbed
 from cure.models import load_weights
+from cure.models.blocks import STEM, blocks, chosen, learn_only, reinitialise
+from cure.randomness import generator
 from cure.recipe import check, override, read_recipe
 from cure.run_folder import RunFolder
 from cure.schedule import learning_rate
@@ -112,6 +114,7 @@ def _prepared(
     fresh = folder is None or not folder.state.exists()
     if fresh and config.start not in (NATURAL, "scratch", "model"):
         load_weights(network, _start_weights(config.start))
+    _choose_layers(network, config)
     prepared = Prepared(engine, training, validation, network, initial)
     prepared = replace(prepared, teachers=_teachers(config, prepared))
     for role, teacher in prepared.teachers.items():
@@ -123,6 +126,25 @@ def _prepared(
     # of the run is refused now and not after the natural start.
     build_method(config, prepared)
     return prepared
+
+
+def _choose_layers(network: nn.Module, config: RunConfig) -> None:
+    """Freeze what does not learn."""
+    layers = config.layers
+    if layers.update:
+        names = chosen(network, layers.update)
+        if layers.stem == "updated":
+            names += blocks(network).get(STEM, [])
+        learn_only(network, names, statistics=layers.statistics == "updated")
+
+
+def _draw_layers(network: nn.Module, config: RunConfig) -> None:
+    """Draw anew what the configuration says, once, before the first step."""
+    layers = config.layers
+    if layers.reinitialise != "none":
+        names = chosen(network, layers.update or blocks(network))
+        draws = generator("cpu", config.seed, "reinitialise")
+        reinitialise(network, names, draws, norms=layers.reinitialise == "all")
 
 
 def check_attacks(names: Iterable[str]) -> None:
@@ -266,6 +288,7 @@ def carry_out(
             held.enter_context(folder.lock())
         if not folder.state.exists():
             _first_things(folder, config, prepared, model, quiet)
+            _draw_layers(prepared.network, config)
         for network in (prepared.network, *prepared.teachers.values()):
             engine.place(network)
         method = build_method(config, prepared)
@@ -402,6 +425,7 @@ def natural_config(config: RunConfig) -> RunConfig:
     )
     return config.model_copy(
         update={
+            "layers": LayersConfig(),
             "name": f"{config.name}-natural",
             "start": "model",
             "method": METHODS["natural"].Config(name="natural"),

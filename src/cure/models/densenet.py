@@ -7,6 +7,8 @@ initialised as PyTorch's layers do by default, as in that lineage of code.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
@@ -55,6 +57,16 @@ class DenseNet(nn.Module):
         classes: number of logits.
         channels: channels of the images.
     """
+
+    parts: ClassVar[dict[str, tuple[str, ...]]] = {
+        "stem": ("conv1",),
+        "B1": ("dense1", "trans1"),
+        "B2": ("dense2", "trans2"),
+        "B3": ("dense3", "trans3"),
+        "B4": ("dense4", "bn"),
+        "classifier": ("linear",),
+    }
+    """See :func:`cure.models.blocks.blocks`; the transitions are made after the blocks."""
 
     def __init__(
         self, blocks: tuple[int, int, int, int], growth: int, classes: int, channels: int
