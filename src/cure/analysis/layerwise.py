@@ -21,7 +21,7 @@ from cure.drawing import INK, Picture, canvas, legend, picture
 from cure.errors import ConfigError, TrainingStopped
 from cure.evaluation import Result
 from cure.models.blocks import CLASSIFIER, STEM, blocks
-from cure.plan import LocalExecutor, Measurement, Plan, Row, carry_out_plan, read_record
+from cure.plan import Executor, LocalExecutor, Measurement, Plan, Row, carry_out_plan, read_record
 from cure.recipe import load_recipe
 from cure.subject import network_of
 
@@ -48,7 +48,7 @@ def layerwise(
     method: str = "at",
     attack: str = "pgd20",
     limit: int | None = 1000,
-    jobs: int = 1,
+    executor: Executor | None = None,
     tell: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> Result:
     """Train and evaluate the sets of blocks that are not done yet.
@@ -68,7 +68,7 @@ def layerwise(
         method: how the blocks are trained; the paper: Madry's adversarial training.
         attack: measures robust accuracy.
         limit: only the first so many test images.
-        jobs: runs at a time.
+        executor: who trains; by default this machine, a run at a time.
         tell: told a line a run.
 
     Returns:
@@ -89,7 +89,7 @@ def layerwise(
     plan = _plan(
         recipe, settings, folder, config, wanted, variants, stem, statistics, method, attack, limit
     )
-    failures = carry_out_plan(plan, folder, LocalExecutor(jobs), tell=tell)
+    failures = carry_out_plan(plan, folder, executor or LocalExecutor(1), tell=tell)
     records = {
         label: read_record(path)
         for label in plan.rows
@@ -289,7 +289,7 @@ def findings(result: Result) -> list[str]:
                 f"{_shown(everything['natural'])} natural; {_shown(everything['robust'])} robust): "
                 f"{', '.join(f'U-{name}' for name in both) or 'no set'}."
             )
-        gaps = {row["set"]: gap for row in rows if (gap := _gap(row)) is not None}
+        gaps = {row["set"]: gap for row in _of(result, variant) if (gap := _gap(row)) is not None}
         if gaps:
             least, most = min(gaps, key=gaps.__getitem__), max(gaps, key=gaps.__getitem__)
             sentences.append(

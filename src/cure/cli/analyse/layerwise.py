@@ -49,6 +49,7 @@ def layerwise(
 ) -> None:
     """Train with only some blocks learning; measure each; goes on where it stopped."""
     from cure.analysis.layerwise import layerwise as study
+    from cure.plan import LocalExecutor
 
     chosen: Any = words(variants) or []
     print_study(
@@ -63,7 +64,7 @@ def layerwise(
             method=method,
             attack=attack,
             limit=limit,
-            jobs=jobs,
+            executor=LocalExecutor(jobs),
             tell=lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True),
         )
     )
