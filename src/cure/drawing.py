@@ -103,6 +103,11 @@ def series(number: int) -> dict[str, Any]:
     }
 
 
+def plain(text: str) -> str:
+    """``text`` that Matplotlib shows as it is: a dollar sign in a name begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def legend(axes: Axes, **options: Any) -> None:
     """Name the series of ``axes``, without a box that would cover a dark page."""
     axes.legend(frameon=False, labelcolor=INK, **options)
@@ -174,7 +179,7 @@ def lines(
         if not points:
             continue
         across, up = zip(*points, strict=True)
-        axes.plot(across, up, label=label, **series(number))
+        axes.plot(across, up, label=plain(label), **series(number))
         if intervals and label in intervals:
             low, high = zip(*intervals[label], strict=True)
             colour = COLOURS[number % len(COLOURS)]

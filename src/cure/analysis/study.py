@@ -93,6 +93,15 @@ class Looked:
         """The threat, for attacks."""
         return Threat(self.threat.norm, self.threat.epsilon)
 
+    def add(self, target: Target) -> str:
+        """Load one more network for the same images, a run's with its best weights; its name."""
+        subject = subject_of(target, "best", None, ModelOptions())
+        name = _unique(subject.name, self.networks)
+        built = subject.build(self.images)
+        self.networks[name] = self.engine.place(built).eval()
+        self.facts[name] = describe(built) | subject.facts
+        return name
+
     def described(self) -> dict[str, Any]:
         """What was looked at, for the result."""
         return {
