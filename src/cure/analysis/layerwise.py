@@ -373,7 +373,9 @@ def pictures(result: Result) -> list[Picture]:
         for row in result["rows"]
         if row["set"] is not None
     )
-    return [picture(figure, "accuracy", "Accuracy when only some blocks learn", told + ".")]
+    return [
+        picture(figure, "layerwise-accuracy", "Accuracy when only some blocks learn", told + ".")
+    ]
 
 
 STUDIES.register("layerwise")(

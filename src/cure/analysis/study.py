@@ -52,7 +52,7 @@ class Study:
         command: an example that makes it, for a reader who lacks it.
         findings: a result in sentences, the most important first, with numbers and n.
         tables: a result in tables; the first one is printed on the terminal.
-        pictures: a result in drawings.
+        pictures: a result in drawings; their names begin with that of the study and a hyphen.
     """
 
     name: str
@@ -226,5 +226,6 @@ def keep(
     if path is not None:
         write_json(path, result)
         for drawn in STUDIES[study].pictures(result):
-            write_text(path.with_name(f"{path.stem}-{drawn.name}.svg"), drawn.svg + "\n")
+            name = f"{path.stem}{drawn.name.removeprefix(study)}.svg"
+            write_text(path.with_name(name), drawn.svg + "\n")
     return result | {"file": None if path is None else str(path)}
