@@ -25,7 +25,6 @@ SETTINGS = [
     "training.threads=1",
     "training.checkpoint_every=3",
     "training.averaging.decay=0.9",
-    "training.tensorboard=false",
     "attack.steps=3",
     "method.revision.horizon=0.8",
 ]

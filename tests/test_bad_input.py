@@ -39,7 +39,6 @@ training:
   batch_size: 16
   validation_steps: 1
   collapse_patience: 100
-  tensorboard: false
   optimizer: {learning_rate: 0.05}
 evaluation: {attacks: [pgd1]}
 """

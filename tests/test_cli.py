@@ -29,7 +29,6 @@ SHRUNK = [
     # Two epochs are too few steps for the recipe's own horizon.
     "method.revision.horizon=0.5",
     "training.validation_steps=2",
-    "training.tensorboard=false",
 ]
 
 
@@ -162,7 +161,7 @@ def test_default_folders_are_numbered(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["method=natural", "start=scratch", "training.epochs=1", "training.tensorboard=false"]
+    words = ["method=natural", "start=scratch", "training.epochs=1"]
     words += ["training.validation_steps=1", "training.optimizer.learning_rate=0.05"]
     for folder in ("runs/digits", "runs/digits-2", "runs/digits-3"):
         ended = command("train", "digits", *words, "--quiet")

@@ -625,7 +625,7 @@ def test_runs_that_differ_in_a_setting_are_no_seeds_of_each_other(make_run: Make
                 ("method.beta=1",),
                 ("method.beta=6",),
                 ("method.beta=6", "training.epochs=9"),
-                ("training.threads=2", "training.tensorboard=false", "name=other"),
+                ("training.threads=2", "tracking=[tensorboard]", "name=other"),
             ]
         )
     ]
@@ -1002,7 +1002,6 @@ def test_real_runs_of_two_seeds(tmp_path: Path) -> None:
         "start": "scratch",
         "training.epochs": 2,
         "training.validation_steps": 1,
-        "training.tensorboard": False,
         "training.optimizer.learning_rate": 0.05,
     }
     runs, results = [], []

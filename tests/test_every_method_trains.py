@@ -25,7 +25,6 @@ QUICK: dict[str, Any] = {
     "training.validation_steps": 1,
     "training.checkpoint_every": 1,
     "training.collapse_patience": 100,
-    "training.tensorboard": False,
     "natural.epochs": 1,
 }
 WRAPPED = {

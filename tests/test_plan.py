@@ -47,7 +47,6 @@ PLAN: dict[str, Any] = {
         "training.epochs": 2,
         "training.validation_steps": 1,
         "training.collapse_patience": 100,
-        "training.tensorboard": False,
         "training.threads": 1,
     },
     "evaluations": [{"attacks": ["pgd2"], "limit": 20, "checkpoints": ["best", "last"]}],

@@ -38,7 +38,6 @@ SETTINGS = [
     "training.epochs=2",
     "training.threads=1",
     "training.device=cpu",
-    "training.tensorboard=false",
     "training.validation_steps=2",
     "training.optimizer.learning_rate=0.02",
     "evaluation.batch_size=32",

@@ -42,7 +42,6 @@ def test_a_shipped_recipe_runs_when_shrunk(name: str, tmp_path: Path) -> None:
             "training.epochs=2",
             "training.batch_size=32",
             "training.optimizer.learning_rate=0.01",
-            "training.tensorboard=false",
             "method.revision={rate: 0.2, horizon: 1.0}",
             "attack.steps=2",
             # small_cnn has no layer called conv1 behind the first

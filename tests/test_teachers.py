@@ -30,7 +30,6 @@ QUICK: dict[str, Any] = {
     "training.batch_size": 16,
     "training.validation_steps": 1,
     "training.collapse_patience": 100,
-    "training.tensorboard": False,
     "natural.epochs": 1,
 }
 

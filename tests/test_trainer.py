@@ -345,7 +345,6 @@ def test_lower_precision_trains(tmp_path: Path, precision: str) -> None:
             "data.limit=400",
             "attack.steps=2",
             "method.revision={rate: 1.0, horizon: 1.0}",
-            "training.tensorboard=false",
         ],
         run=tmp_path / "run",
         quiet=True,
@@ -373,7 +372,6 @@ def test_training_never_opens_the_test_split(
         quiet=True,
     )
     assert set(opened) == {"train"}
-    assert (tmp_path / "run" / "tensorboard").is_dir(), "TensorBoard is installed for tests"
 
 
 def test_totals_remember_the_first_bad_step_across_good_ones() -> None:

@@ -293,7 +293,6 @@ def test_an_unfinished_evaluation_of_a_run_lies_with_it(
         "model.options.width": 2,
         "training.epochs": 1,
         "training.batch_size": 16,
-        "training.tensorboard": False,
         "method": {"name": "natural"},
         "start": "scratch",
     }

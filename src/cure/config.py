@@ -106,6 +106,11 @@ def _by_name(section: object) -> object:
     return {"name": section} if isinstance(section, str) else section
 
 
+def _alone(names: object) -> object:
+    """A bare name, ``tracking: wandb``, for a list of it."""
+    return [names] if isinstance(names, str) else names
+
+
 class AugmentConfig(Section):
     """What happens to a training image on its way into a batch."""
 
@@ -345,8 +350,6 @@ class TrainingConfig(Section):
     """Processor threads; by default PyTorch's choice.  Part of what makes a run repeat."""
     deterministic: bool = True
     """On a GPU, prefer operations that repeat exactly; warns where PyTorch has none."""
-    tensorboard: bool = True
-    """Write TensorBoard files when TensorBoard is installed."""
 
 
 class NaturalConfig(Section):
@@ -423,3 +426,5 @@ class RunConfig(Section):
     """The training loop."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """The default evaluation."""
+    tracking: Annotated[tuple[str, ...], BeforeValidator(_alone)] = ()
+    """Who else is told the numbers of every epoch: tensorboard, wandb, mlflow."""

@@ -31,7 +31,7 @@ from cure.recipe import check, override, read_recipe
 from cure.run_folder import RunFolder
 from cure.schedule import learning_rate
 from cure.subject import check_not_memory, network_of
-from cure.tracking import TerminalTracker, Tracker, tensorboard_tracker
+from cure.tracking import TerminalTracker, Tracker, check_trackers, trackers_of
 from cure.trainer import Interrupted, Trainer
 
 NATURAL = "natural"
@@ -93,6 +93,7 @@ def _prepared(
             "attacks; train with L2 and evaluate with --norm L1"
         )
     check_attacks(config.evaluation.attacks)
+    check_trackers(config.tracking)
     if images is None:
         check_not_memory(config)
         images = load(config.data, "train")
@@ -262,6 +263,7 @@ def teacher_config(place: str, source: TeacherConfig, config: RunConfig) -> RunC
         override(raw, "seed", config.seed)
         override(raw, "training.device", config.training.device)
         override(raw, "training.threads", config.training.threads)
+        override(raw, "tracking", list(config.tracking))
         for key, value in source.settings.items():
             override(raw, key, value)
         # The same validation images, or the student's would not be new to its teacher.
@@ -282,7 +284,7 @@ def carry_out(
     quiet: bool = False,
 ) -> None:
     """Train in ``folder`` from wherever it is, first what it starts with or learns from."""
-    engine, settings = prepared.engine, config.training
+    engine = prepared.engine
     with ExitStack() as held:
         with engine.agreeing():
             held.enter_context(folder.lock())
@@ -292,10 +294,12 @@ def carry_out(
         for network in (prepared.network, *prepared.teachers.values()):
             engine.place(network)
         method = build_method(config, prepared)
+        terminal = TerminalTracker(config.name)
         silent = quiet or not folder.writes
-        trackers: list[Tracker] = [] if silent else [TerminalTracker(config.name)]
-        if settings.tensorboard and folder.writes:
-            trackers += tensorboard_tracker(folder.path / "tensorboard")
+        trackers: list[Tracker] = [] if silent else [terminal]
+        if folder.writes:
+            # That one of them is lost is also said where the run is quiet.
+            trackers += trackers_of(folder.path, config, terminal.warn)
         trainer = Trainer(
             config, method, prepared.training, prepared.validation, engine, folder, trackers
         )

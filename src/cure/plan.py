@@ -29,7 +29,7 @@ from cure.comparison import Table, difference, read_rows, table
 from cure.config import RunConfig, Section
 from cure.errors import CheckpointError, ConfigError, CureError, unknown
 from cure.launch import carry_out, check_attacks, prepare
-from cure.recipe import Raw, check, override, read_recipe
+from cure.recipe import Raw, check, check_kept, override, read_recipe
 from cure.run_folder import RunFolder, write_json, write_text
 from cure.trainer import Interrupted
 
@@ -227,8 +227,8 @@ def is_done(plan: Plan, entry: Entry, output: Path) -> bool:
         return False
     record = read_record(path)
     # Read as a configuration, so that settings which are newer than the result have their defaults.
-    theirs = check(record["config"], str(path)).model_dump(mode="json")
-    _check_same(theirs, entry.config.model_dump(mode="json"), str(path))
+    theirs = check_kept(record["config"], str(path))
+    _check_same(_comparable(theirs), _comparable(entry.config), str(path))
     return all(_found(record, wanted) for wanted in _wanted(plan, entry, record["best_epoch"]))
 
 
@@ -351,8 +351,8 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
 
 
 def _comparable(config: RunConfig) -> Raw:
-    """What makes two runs the same; a name does not."""
-    return {**config.model_dump(mode="json"), "name": "", "description": ""}
+    """What makes two runs the same; a name does not, nor who was told of them."""
+    return {**config.model_dump(mode="json"), "name": "", "description": "", "tracking": []}
 
 
 # -- who does it ---------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ from cure.methods import METHODS
 
 Raw = dict[str, Any]
 
+_MOVED = {"training.tensorboard": "say tracking=[tensorboard], or nothing: it is off by default"}
+"""Keys of earlier versions, and what is said now."""
+
 
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
@@ -146,6 +149,18 @@ def check(raw: Mapping[str, Any], where: str) -> RunConfig:
     return config
 
 
+def check_kept(raw: Mapping[str, Any], where: str) -> RunConfig:
+    """As :func:`check`, for what a run keeps, which an earlier version may have written.
+
+    ``training.tensorboard`` was on by default and wrote only where TensorBoard was installed, so it
+    tells nobody's wish.
+    """
+    training = raw.get("training")
+    if isinstance(training, dict):
+        raw = {**raw, "training": {k: v for k, v in training.items() if k != "tensorboard"}}
+    return check(raw, where)
+
+
 def _check_method(raw: object, mistakes: list[str]) -> tuple[MethodConfig, type[MethodConfig]]:
     """The method's section, checked by the method's own class."""
     placeholder = MethodConfig(name="unknown"), MethodConfig
@@ -186,6 +201,8 @@ def _explain(item: Any, root: type[BaseModel], prefix: tuple[str, ...]) -> str:
     """One mistake in words: where, what was expected, what came."""
     location = tuple(str(part) for part in item["loc"])
     name = ".".join((*prefix, *location))
+    if name in _MOVED:
+        return f"{name}: is no setting any more; {_MOVED[name]}"
     if item["type"] == "extra_forbidden":
         fields = _section_at(root, location[:-1]).model_fields
         return f"{'.'.join((*prefix, *location[:-1])) or 'recipe'}: " + unknown(

@@ -9,6 +9,7 @@
 - ``evaluations/``: results of ``cure evaluate``, and verdicts of those that are not finished.
 - ``studies/``: results of ``cure analyse`` and their pictures.
 - ``natural/``: the run that trained the start.
+- ``tracking.json``: what W&B and MLflow call the run; ``tensorboard/``, ``wandb/``: their files.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from cure.config import RunConfig
 from cure.data.images import ImageKind
 from cure.errors import CheckpointError, ConfigError
 from cure.models.weights import write_atomically
-from cure.recipe import check, dump
+from cure.recipe import check_kept, dump
 
 
 def environment() -> dict[str, Any]:
@@ -179,7 +180,7 @@ class RunFolder:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         if not isinstance(raw, dict):
             raise CheckpointError(f"{path} holds no configuration; restore it from a copy")
-        return check(raw, str(path))
+        return check_kept(raw, str(path))
 
     @property
     def kind(self) -> ImageKind:

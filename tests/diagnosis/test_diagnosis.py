@@ -389,7 +389,7 @@ def test_command_ends_with_status_1_when_a_check_fails(
 def test_a_run_knows_its_validation_accuracy(tmp_path: Path) -> None:
     settings = {
         **{"method": {"name": "natural"}, "start": "scratch", "training.epochs": 2},
-        **{"training.validation_steps": 1, "training.tensorboard": False},
+        **{"training.validation_steps": 1},
     }
     run = cure.train("digits", settings, run=tmp_path / "run", quiet=True)
     epochs = [record["validation"]["natural"] for record in run.metrics]

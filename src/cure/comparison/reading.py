@@ -36,7 +36,7 @@ SUFFIXES = (".md", ".csv", ".json")
 
 # Settings that say where and how closely a run was watched, not what it learnt.
 _OUTSIDE = {
-    *("name", "description", "seed", "method", "evaluation", "training.device"),
+    *("name", "description", "seed", "method", "evaluation", "tracking", "training.device"),
     *("training.threads", "training.tensorboard", "training.deterministic"),
     *("training.channels_last", "training.checkpoint_every", "training.collapse_patience"),
 }

@@ -1,9 +1,8 @@
-"""Who is told how a run goes: the terminal, TensorBoard."""
+"""The terminal, which every run that is not quiet tells how it goes."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,25 +14,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-
-
-class Tracker(Protocol):
-    """Listens to a run; tells it nothing."""
-
-    def start(self, steps: int, done: int) -> None:
-        """The run has ``steps`` optimiser steps, ``done`` of them behind it."""
-
-    def step(self, images: int) -> None:
-        """A step on so many images is done."""
-
-    def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
-        """An epoch is done; see ``metrics.jsonl`` and ``timing.jsonl``."""
-
-    def warn(self, sentence: str) -> None:
-        """Something the user should know."""
-
-    def close(self) -> None:
-        """The run ended, well or not."""
 
 
 class TerminalTracker:
@@ -90,44 +70,3 @@ class TerminalTracker:
     def close(self) -> None:
         """Take the bar away."""
         self.progress.stop()
-
-
-class TensorBoardTracker:
-    """Scalars by epoch for TensorBoard."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder))
-
-    def start(self, steps: int, done: int) -> None:
-        """Nothing to do before the first epoch."""
-
-    def step(self, images: int) -> None:
-        """Scalars are written by epoch."""
-
-    def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
-        """Write the epoch's numbers."""
-        for group in ("train", "validation"):
-            for name, value in (record.get(group) or {}).items():
-                self.writer.add_scalar(f"{group}/{name}", value, record["epoch"])
-        rate = record["learning_rate"]
-        self.writer.add_scalar("train/learning_rate", rate, record["epoch"])
-        speed = timing["images_per_second"]
-        self.writer.add_scalar("train/images_per_second", speed, record["epoch"])
-
-    def warn(self, sentence: str) -> None:
-        """Keep the sentence with the run."""
-        self.writer.add_text("warning", sentence)
-
-    def close(self) -> None:
-        """Flush."""
-        self.writer.close()
-
-
-def tensorboard_tracker(folder: Path) -> list[Tracker]:
-    """A TensorBoard tracker when TensorBoard is installed, else none."""
-    try:
-        return [TensorBoardTracker(folder)]
-    except ImportError:
-        return []
