@@ -30,6 +30,7 @@ LINES = ("-", "--", "-.", ":")
 _STYLE = """<style>
 svg.cure-picture { color: var(--ink, #1b1b1b); max-width: 100%; height: auto; }
 svg.cure-picture text { fill: currentColor; }
+svg.cure-picture [id*="QuadMesh"] { shape-rendering: crispEdges; }
 @media (prefers-color-scheme: dark) { svg.cure-picture { color: var(--ink, #e6e6e6); } }
 </style>"""
 
@@ -133,6 +134,8 @@ def picture(figure: Figure, name: str, title: str, description: str) -> Picture:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
     svg = svg.replace(INK, "currentColor")
+    # A hundredth of a point is not seen, and maps have thousands of corners.
+    svg = re.sub(r' d="([^"]*)"', lambda found: f' d="{_shorter(found[1])}"', svg)
     # Matplotlib's rule is for every element of the page that the drawing is put into.
     svg = svg.replace(">*{stroke-", ">svg.cure-picture *{stroke-")
     # Several drawings share a page, and Matplotlib calls the first axes of each "axes_1".
@@ -151,6 +154,12 @@ def picture(figure: Figure, name: str, title: str, description: str) -> Picture:
         count=1,
     )
     return Picture(name, title, description, svg)
+
+
+def _shorter(path: str) -> str:
+    """The commands of a path with two decimals, on one line."""
+    rounded = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}", path)
+    return " ".join(rounded.split())
 
 
 def lines(
@@ -209,8 +218,21 @@ def heat_map(
         colours: Matplotlib's name; cividis grows in lightness for any colour vision.
     """
     mesh = axes.pcolormesh(values, vmin=low, vmax=high, cmap=colours, rasterized=False)
+    mesh.set_clip_on(False)
     axes.invert_yaxis()
     return mesh
+
+
+def colour_bar(figure: Figure, axes: Axes, mesh: Any, label: str) -> None:
+    """The scale of a map beside it, in 64 steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    low, high = mesh.get_clim()
+    steps = [low + (high - low) * step / 64 for step in range(65)]
+    bar = figure.colorbar(mesh, ax=axes, boundaries=steps, ticks=MaxNLocator(6))
+    bar.set_label(label, color=INK)
+    if bar.solids is not None:
+        bar.solids.set_rasterized(False)
 
 
 def contrast(values: Sequence[Sequence[float]], low: float, high: float) -> list[tuple[int, int]]:

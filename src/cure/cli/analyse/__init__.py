@@ -1,5 +1,6 @@
 """``cure analyse STUDY``: a file a study."""
 
+from cure.cli.analyse import cka as cka
 from cure.cli.analyse import conserved as conserved
 from cure.cli.analyse import layerwise as layerwise
 from cure.cli.analyse.app import analyse
