@@ -750,7 +750,7 @@ STUDIES.register(NAME)(
     Study(
         NAME,
         "Similarity of features (CKA)",
-        "how much do the features of a layer change when an image is attacked, or from one network "
+        "How much do the features of a layer change when an image is attacked, or from one network "
         "to another?",
         "cure analyse cka RUN RUN ...",
         findings,
