@@ -450,7 +450,7 @@ def test_what_cannot_be_studied_is_said() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cka") / "tiny"
     settings = ["method={name: natural}", "start=scratch", "training.epochs=1"]
-    cure.train("digits", [*settings, "training.tensorboard=false"], run=path, quiet=True)
+    cure.train("digits", [*settings], run=path, quiet=True)
     return path
 
 
@@ -462,8 +462,8 @@ def test_the_command(run: Path, command: Command, tmp_path: Path) -> None:
     assert kept["n"] == 40
     assert kept["format"] == "cure-study-1"
     assert sorted(path.name for path in (run / "studies").iterdir()) == [
-        "cka-1-cka-layers-1.svg",
-        "cka-1-cka-map-1.svg",
+        "cka-1-layers-1.svg",
+        "cka-1-map-1.svg",
         "cka-1.json",
     ]
     out = tmp_path / "out.json"
