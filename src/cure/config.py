@@ -342,6 +342,9 @@ class TrainingConfig(Section):
     """PGD steps for robust accuracy on the validation split, with the training attack's size."""
     checkpoint_every: PositiveInt | None = None
     """Also write the resumable state every so many steps inside an epoch."""
+    keep_every: PositiveInt | None = None
+    """Keep the weights of every so many epochs, and of the last one, as
+    ``checkpoints/epoch-0005.safetensors``."""
     collapse_patience: PositiveInt = 5
     """Stop after so many validations in a row with natural accuracy at chance."""
     device: str = "auto"

@@ -425,6 +425,7 @@ def natural_config(config: RunConfig) -> RunConfig:
             ),
             "averaging": None,
             "weight_perturbation": None,
+            "keep_every": None,
         }
     )
     return config.model_copy(

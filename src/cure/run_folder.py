@@ -5,6 +5,7 @@
 - ``metrics.jsonl``: a line an epoch, the same bits for the same run; ``timing.jsonl``: seconds.
 - ``status.json``: how far it came.
 - ``checkpoints/{last,best}.safetensors``: weights for anyone.
+- ``checkpoints/epoch-0005.safetensors``: those that ``training.keep_every`` keeps.
 - ``checkpoints/state.safetensors``: all that resuming needs.
 - ``evaluations/``: results of ``cure evaluate``, and verdicts of those that are not finished.
 - ``studies/``: results of ``cure analyse`` and their pictures.
@@ -101,6 +102,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: object) -> None:
     """Write JSON whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def epoch_name(epoch: int) -> str:
+    """Name of the checkpoint that keeps the weights after so many epochs."""
+    return f"epoch-{epoch:04d}"
 
 
 class RunFolder:
@@ -208,6 +214,12 @@ class RunFolder:
             )
         return path
 
+    def kept(self) -> dict[int, Path]:
+        """The weights that ``training.keep_every`` kept, by epoch."""
+        paths = sorted(self.checkpoints.glob("epoch-*.safetensors"))
+        names = {path: path.stem.removeprefix("epoch-") for path in paths}
+        return {int(number): path for path, number in names.items() if number.isdecimal()}
+
     def status(self) -> dict[str, Any]:
         """How far the run came: {"state": "new"|"running"|"stopped"|"failed"|"finished", ...}."""
         try:
@@ -300,6 +312,9 @@ class RunFolder:
             lines = [line for line in self._lines(name) if line["epoch"] <= epochs]
             if self.writes and (self.path / name).exists():
                 write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in lines))
+        for epoch, path in self.kept().items():
+            if self.writes and epoch > epochs:
+                path.unlink()
 
     def _lines(self, name: str) -> list[dict[str, Any]]:
         path = self.path / name

@@ -218,7 +218,7 @@ def _given_run(
 
     facts = {
         "checkpoint": checkpoint,
-        "epoch": _epoch(path),
+        "epoch": epoch_of(path),
         "method": config.method.name,
         "recipe": config.name,
         "run_seed": config.seed,
@@ -226,7 +226,8 @@ def _given_run(
     return Subject(folder.path.name, facts, folder, config, build)
 
 
-def _epoch(path: Path) -> int | None:
+def epoch_of(path: Path) -> int | None:
+    """The epoch whose weights a file of a run holds, if it says so."""
     try:
         with safe_open(str(path), framework="pt") as file:
             epoch = (file.metadata() or {}).get("epoch")

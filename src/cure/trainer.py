@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cure.alarm import robust_overfitting
 from cure.attacks import Attack, Threat
 from cure.attacks.objectives import CROSS_ENTROPY
 from cure.checkpoint import load_state, save_state
@@ -27,7 +28,7 @@ from cure.methods import Method, Metrics
 from cure.methods.batch_norm import running_statistics
 from cure.models.weights import save_weights
 from cure.randomness import derive
-from cure.run_folder import RunFolder
+from cure.run_folder import RunFolder, epoch_name
 from cure.schedule import learning_rate
 from cure.tracking import Tracker
 
@@ -75,6 +76,7 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.risen = False
         self.at_chance = 0
+        self.alarmed = False
         self._stop_asked = False
 
     # -- one run -------------------------------------------------------------------------------
@@ -91,6 +93,8 @@ class Trainer:
         # The same start everywhere, also for a network whose builder draws without a seed.
         self.engine.spread(self.method.state_dict().values())
         self.folder.rewind(self.done // self.steps_per_epoch)
+        # What was told before a run was stopped is not told again.
+        self.alarmed = robust_overfitting(self.folder.metrics(), len(self.validation)) is not None
         for tracker in self.trackers:
             tracker.start(self.total_steps, self.done)
         self.folder.set_status("running", step=self.done, steps=self.total_steps)
@@ -217,12 +221,23 @@ class Trainer:
         self.folder.append("timing.jsonl", timing)
         for tracker in self.trackers:
             tracker.epoch(record, timing)
+        self._maybe_warn()
         self.totals = Totals(self.engine.device)
         if self._is_alive(record.get("validation")):
             self._save_weights(record)
             self.save()
         if self.engine.any(self._stop_asked):
             self._interrupt()
+
+    def _maybe_warn(self) -> None:
+        """Tell once when the run overfits."""
+        if self.alarmed or not self.trackers:
+            return
+        sentence = robust_overfitting(self.folder.metrics(), len(self.validation))
+        if sentence is not None:
+            self.alarmed = True
+            for tracker in self.trackers:
+                tracker.warn(sentence)
 
     def validate(self) -> dict[str, float]:
         """Natural and robust accuracy in percent on the validation split.
@@ -373,6 +388,9 @@ class Trainer:
                 self.best = {"epoch": record["epoch"], "validation": validation}
                 self._write(model, "best", facts)
         self._write(model, "last", facts)
+        every = self.config.training.keep_every
+        if every is not None and (record["epoch"] % every == 0 or self.done == self.total_steps):
+            self._write(model, epoch_name(record["epoch"]), facts)
 
     def _write(self, model: nn.Module, name: str, facts: dict[str, str]) -> None:
         if self.folder.writes:

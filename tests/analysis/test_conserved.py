@@ -96,17 +96,17 @@ def test_weights_move_by_the_formula() -> None:
     start, end = nn.Linear(2, 2, bias=True), nn.Linear(2, 2, bias=True)
     with torch.no_grad():
         start.weight.copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-        end.weight.copy_(torch.tensor([[1.0, 1.05], [1.5, -1.0]]))
+        end.weight.copy_(torch.tensor([[1.15, 1.05], [1.5, -1.0]]))
         start.bias.zero_()
         end.bias.copy_(torch.tensor([0.0, 2.0]))
     found = moved(start, Normalised(end, [0.5], [0.5]), tolerance=0.1)
     weight, bias = found["tensors"]
     assert (weight["name"], weight["shape"], bias["size"]) == ("weight", [2, 2], 2)
-    assert weight["distance"] == pytest.approx((0.05**2 + 0.5**2) ** 0.5 / 2, rel=1e-6)
-    assert weight["share"] == 25, "0.05 is within a tenth of the rms, 0.5 beyond"
+    assert weight["distance"] == pytest.approx((0.15**2 + 0.05**2 + 0.5**2) ** 0.5 / 2, rel=1e-6)
+    assert weight["share"] == 50, "0.05 is within a tenth of the rms, the others are beyond"
     assert bias["distance"] is None
     assert bias["share"] == 50
-    assert found["distance"] == pytest.approx((0.05**2 + 0.5**2 + 4) ** 0.5 / 2, rel=1e-6)
+    assert found["distance"] == pytest.approx((0.15**2 + 0.05**2 + 0.5**2 + 4) ** 0.5 / 2, rel=1e-6)
 
 
 def test_other_parameters_are_no_distance() -> None:
@@ -159,7 +159,7 @@ def test_of_another_architecture_the_predictions_are_compared(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ["data.limit=300", "data.validation=60", "natural.epochs=2", "training.epochs=1"]
-    settings += ["attack.steps=1", "training.tensorboard=false", "method=at"]
+    settings += ["attack.steps=1", "method=at"]
     path = tmp_path_factory.mktemp("conserved") / "run"
     return cure.train("digits", settings, run=path, quiet=True).path
 
@@ -186,7 +186,7 @@ def test_the_command_finds_the_natural_start(run: Path, command: Command) -> Non
 
 def test_a_run_that_started_from_another_run(run: Path, tmp_path: Path) -> None:
     settings = [f"start={run / 'natural'}", "data.limit=300", "data.validation=60", "method=at"]
-    settings += ["training.epochs=1", "attack.steps=1", "training.tensorboard=false"]
+    settings += ["training.epochs=1", "attack.steps=1"]
     second = cure.train("digits", settings, run=tmp_path / "second", quiet=True).path
     result = conserved([run, second], limit=50, device="cpu", output=tmp_path / "kept.json")
     pairs = [(this["natural"], this["robust"]) for this in result["comparisons"]]

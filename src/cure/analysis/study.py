@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,7 +96,7 @@ class Looked:
     def add(self, target: Target) -> str:
         """Load one more network for the same images, a run's with its best weights; its name."""
         subject = subject_of(target, "best", None, ModelOptions())
-        name = _unique(subject.name, self.networks)
+        name = unique(subject.name, self.networks)
         built = subject.build(self.images)
         self.networks[name] = self.engine.place(built).eval()
         self.facts[name] = describe(built) | subject.facts
@@ -176,7 +176,7 @@ def look(
     facts: dict[str, Any] = {}
     for subject in subjects:
         built = network if subject is first else subject.build(images)
-        name = _unique(subject.name, networks)
+        name = unique(subject.name, networks)
         networks[name] = engine.place(built).eval()
         facts[name] = describe(built) | subject.facts
     config = first.config
@@ -192,7 +192,7 @@ def look(
     )
 
 
-def _unique(name: str, taken: Mapping[str, object]) -> str:
+def unique(name: str, taken: Container[str]) -> str:
     """``name``, numbered when it is taken."""
     candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(candidate for candidate in candidates if candidate not in taken)
