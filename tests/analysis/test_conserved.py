@@ -129,7 +129,7 @@ def test_the_study_of_two_networks(written: ImageSet, tmp_path: Path) -> None:
     assert "chance alone explains" in said
     assert "loses 3 of the 7" in said
     assert "gains 1 of the 3" in said
-    drawn = (tmp_path / "kept-conserved-classes-1.svg").read_text()
+    drawn = (tmp_path / "kept-classes-1.svg").read_text()
     assert ">$10$ bill<" in drawn, "a name is no formula"
     assert "&lt;b&gt;bold" in drawn
 
