@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -444,6 +445,35 @@ def table_(
         print_table(shown)
     if failures:
         raise TrainingStopped(f"{len(failures)} of the plan's runs failed: " + "; ".join(failures))
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Time between two looks.")
+    ] = 2.0,
+) -> None:
+    """Show runs while they train, or as they ended: epochs, curves, speed, time left."""
+    from rich.live import Live
+
+    from cure.watch import shown
+
+    unicode = out.encoding.startswith("utf")
+
+    def look() -> tuple[Any, bool]:
+        return shown(runs, time.time(), out.width, unicode)
+
+    drawn, ended = look()
+    if once or not out.is_terminal:
+        out.print(drawn)
+        return
+    with Live(drawn, console=out, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while not ended:
+            time.sleep(interval)
+            drawn, ended = look()
+            live.update(drawn, refresh=True)
 
 
 @app.command("list")
