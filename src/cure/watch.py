@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
+from cure.alarm import robust_overfitting
 from cure.run_folder import RunFolder
 
 LAST = 5
@@ -208,6 +209,9 @@ def warnings(seen: Seen, now: float) -> Iterator[str]:
     """What a user should look at."""
     if seen.reason is not None:
         yield seen.reason
+    overfits = robust_overfitting(seen.records, seen.validation)
+    if overfits is not None:
+        yield overfits
     if seen.state != "running":
         return
     if seen.held is False:
