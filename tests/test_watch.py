@@ -248,6 +248,18 @@ def test_a_run_that_is_overdue_and_one_that_nobody_trains(
     assert "warning" not in at(tmp_path, monkeypatch, 120, after=220)
 
 
+def test_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "run", 20)
+    for number in range(1, 13):
+        record = line(number, 60.0, 50.0 if number < 7 else 25.0)
+        record["train"]["robust_accuracy"] = number / 20
+        folder.append("metrics.jsonl", record)
+    folder.set_status("finished")
+    assert "warning: robust overfitting: " in at(tmp_path, monkeypatch, 200)
+    folder.rewind(8)
+    assert "warning" not in at(tmp_path, monkeypatch, 200)
+
+
 def test_what_a_folder_says_is_text_and_no_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
