@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cure.analysis.study import STUDIES
 from cure.comparison import table
 
 HERE = Path(__file__).parent
@@ -248,6 +249,35 @@ def evaluations() -> str:
     return "\n".join(lines) + "\n"
 
 
+STUDIES_DOCUMENT = HERE.parent / "docs" / "studies.md"
+
+
+def studies() -> list[str]:
+    """Names of the studies whose result is there."""
+    return sorted(path.stem for path in (HERE / "studies").glob("*.json"))
+
+
+def study(name: str) -> str:
+    """The first table of a study, and what it found: `results/run_studies.sh`."""
+    result = read(HERE / "studies" / f"{name}.json")
+    told = STUDIES[result["study"]]
+    rows = told.tables(result)[0]
+    lines = [f"{rows.title}:", ""]
+    lines.append("| " + " | ".join(rows.header) + " |")
+    lines.append("|---|" + "---|" * (len(rows.header) - 1))
+    lines += ["| " + " | ".join(cells) + " |" for cells in rows.cells]
+    lines += ["", *(f"- {sentence}" for sentence in told.findings(result))]
+    machine = result["environment"]
+    lines += [
+        "",
+        f"{machine['processor']}, {machine['threads']} thread(s), torch "
+        f"{machine['packages']['torch']}, Python {machine['python']}.",
+    ]
+    pictures = sorted((HERE / "studies").glob(f"{name}-*.svg"))
+    lines += ["", " · ".join(f"[{p.stem}](../results/studies/{p.name})" for p in pictures)]
+    return "\n".join(lines) + "\n"
+
+
 def comparison(folder: str, columns: list[str]) -> str:
     """The groups of a plan's table.json with some of its columns, and its caption."""
     rows = read(HERE / folder / "table.json")["rows"]
@@ -270,6 +300,8 @@ if __name__ == "__main__":
     insert(HERE.parent / "README.md", "results/cifar10-mini/table.json", comparison(*IN_README))
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "evaluation", evaluations())
+    for name in studies():
+        insert(STUDIES_DOCUMENT, f"results/studies/{name}.json", study(name))
     for folder in ("cifar10-mini", "ablation", "ablation-digits", "precision"):
         whole = (HERE / folder / "table.md").read_text(encoding="utf-8")
         insert(HERE / "README.md", f"{folder}/table.md", whole)

@@ -12,6 +12,7 @@ from torch import nn
 
 from cure.config import ModelConfig
 from cure.errors import ConfigError
+from cure.methods.averaging import recompute_statistics
 from cure.models import MODELS, build_model
 from cure.models.blocks import blocks, chosen, learn_only, reinitialise
 from cure.models.wrapper import Normalised
@@ -156,3 +157,16 @@ def test_frozen_statistics_stay_in_every_mode_and_copy(statistics):
     learning = {name for name, parameter in twin.named_parameters() if parameter.grad is not None}
     assert learning == set(blocks(twin)["B4"])
     assert model.layer4[0].bn1.running_mean.abs().max() == 0, "the copy is on its own"
+
+
+def test_statistics_computed_anew_leave_the_frozen_ones():
+    model = network("resnet10")
+    learn_only(model, chosen(model, ["B4"]), statistics=False)
+    before = copy.deepcopy(model.state_dict())
+    recompute_statistics(model, [torch.rand(8, 3, 32, 32)])
+    moved = {
+        name.split(".")[0]
+        for name, value in model.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
+    assert moved == {"layer4"}

@@ -87,7 +87,7 @@ def recompute_statistics(model: nn.Module, images: Iterable[Tensor]) -> None:
     a channel has no variance there.
 
     Args:
-        model: its BatchNorm buffers change, its modes do not.
+        model: its BatchNorm buffers change, its modes do not; frozen statistics stay.
         images: batches [B, C, H, W], as the model takes them.
 
     Raises:
@@ -95,10 +95,14 @@ def recompute_statistics(model: nn.Module, images: Iterable[Tensor]) -> None:
 
     Source: Izmailov et al. (SWA), UAI 2018, Sec. 3.2.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
     modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    # Those that stay in evaluation mode are frozen (layers.statistics).
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
+    ]
     momenta = [(norm, norm.momentum) for norm in norms]
     size = seen = 0
     try:
@@ -106,7 +110,7 @@ def recompute_statistics(model: nn.Module, images: Iterable[Tensor]) -> None:
         for norm in norms:
             norm.reset_running_stats()
             norm.train()
-        for image in images:
+        for image in images if norms else ():
             size = size or len(image)
             if len(image) == 1 < size:
                 continue
@@ -119,5 +123,5 @@ def recompute_statistics(model: nn.Module, images: Iterable[Tensor]) -> None:
             norm.momentum = momentum
         for module, mode in modes:
             module.training = mode
-    if not seen:
+    if norms and not seen:
         raise ValueError("BatchNorm statistics are to be computed anew, but there are no images")

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# The studies on cifar10-mini (docs/studies.md).  What is done is skipped; CURE_DATA names the folder
+# that holds cifar10/.  About three hours on two cores, most of it the training of `layerwise`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+OUT=results/studies
+
+# The networks of `make table`, seed 0: one natural start, then AT, TRADES and CURE from it.
+cure table results/cifar10-mini/plan.yaml --only natural,at,trades,cure --seeds 0
+NATURAL=runs/table/natural-seed0
+ROBUST="runs/table/at-seed0 runs/table/trades-seed0 runs/table/cure-seed0"
+
+study() { # NAME ARGUMENTS...: into results/studies/NAME.json, once
+    [ -e "$OUT/$1.json" ] || cure analyse "${1%%-*}" "${@:2}" --output "$OUT/$1.json"
+}
+
+study conserved $ROBUST
+study cka $NATURAL $ROBUST --limit 2000
+study perturbation $NATURAL $ROBUST --limit 500
+study landscape $NATURAL $ROBUST
+
+# 1,000 images and 40 epochs: robust overfitting within minutes.
+cure table $OUT/overfitting/plan.yaml
+study overfitting runs/overfitting/{at,trades,cure,U-1,U-34}-seed0 --limit 500
+
+cure table $OUT/gradients/plan.yaml
+study gradients runs/gradients/at-seed0 runs/gradients/cure-seed0
+
+# All sets of blocks from the same natural start, which is not trained again.
+SETTINGS="training.epochs=3 training.precision=bf16_attack training.threads=1 training.validate_every=5"
+mkdir -p runs/layerwise/training
+[ -e runs/layerwise/training/natural-seed0 ] ||
+    cp -r $NATURAL runs/layerwise/training/natural-seed0
+cure analyse layerwise cifar10-mini $SETTINGS --output runs/layerwise --limit 1000
+cp runs/layerwise/layerwise* $OUT/
+
+cure analyse sensitivity digits --grid 3 --output runs/sensitivity
+
+python results/figures.py
