@@ -142,6 +142,11 @@ def picture(figure: Figure, name: str, title: str, description: str) -> Picture:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", svg)
+    return _told(svg, name, title, description)
+
+
+def _told(svg: str, name: str, title: str, description: str) -> Picture:
+    """The drawing ``svg`` with what readers hear of it, and the reader's choice of ink."""
     words = f'<title id="{name}-title">{escape(title)}</title>\n'
     words += f'<desc id="{name}-description">{escape(description)}</desc>\n'
     svg = re.sub(
@@ -240,3 +245,76 @@ def contrast(values: Sequence[Sequence[float]], low: float, high: float) -> list
     middle = (low + high) / 2
     rows, columns = len(values), len(values[0]) if values else 0
     return [(r, c) for r, c in product(range(rows), range(columns)) if values[r][c] < middle]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place of :func:`image_grid`: a small raster image, and the lines of text below it.
+
+    Attributes:
+        png: base64 of a PNG; None leaves the place empty.
+        caption: lines of text.
+    """
+
+    png: str | None
+    caption: Sequence[str] = ()
+
+
+def image_grid(
+    name: str,
+    title: str,
+    description: str,
+    heads: Sequence[tuple[str, int]],
+    rows: Sequence[Sequence[Cell]],
+    *,
+    side: int = 84,
+) -> Picture:
+    """Raster images side by side, enlarged so that their pixels stay squares.
+
+    Args:
+        name: see :class:`Picture`.
+        title: as there.
+        description: as there.
+        heads: what stands above the columns, and how many of them each spans.
+        rows: cells, row by row.
+        side: width and height of an image in the drawing.
+    """
+    gap, line, top = 10, 13, 22
+    lines_below = max((len(cell.caption) for row in rows for cell in row), default=0)
+    step = side + lines_below * line + gap + 4
+    columns = max((len(row) for row in rows), default=0)
+    width, height = columns * (side + gap) + gap, top + len(rows) * step
+    drawn = []
+
+    def write(x: float, y: float, text: str, room: float, weight: str = "normal") -> None:
+        longest = max(3, int(room / 6))
+        short = text if len(text) <= longest else f"{text[: longest - 1]}…"
+        drawn.append(
+            f'<text x="{x:g}" y="{y:g}" text-anchor="middle" font-size="11" '
+            f'font-weight="{weight}">{escape(short)}</text>'
+        )
+
+    across = 0
+    for head, span in heads:
+        room = span * (side + gap)
+        write(gap / 2 + across * (side + gap) + room / 2, 14, head, room, "bold")
+        across += span
+    for number, row in enumerate(rows):
+        for column, cell in enumerate(row):
+            x, y = gap + column * (side + gap), top + number * step
+            # Nothing but base64 gets into the page.
+            if cell.png is not None and re.fullmatch(r"[A-Za-z0-9+/]+=*", cell.png):
+                drawn.append(
+                    f'<image x="{x}" y="{y}" width="{side}" height="{side}" '
+                    'style="image-rendering: pixelated" '
+                    f'href="data:image/png;base64,{cell.png}"/>'
+                )
+            for place, text in enumerate(cell.caption):
+                write(x + side / 2, y + side + (place + 1) * line, text, side + gap)
+    svg = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" font-family="sans-serif">\n'
+        + "\n".join(drawn)
+        + "\n</svg>"
+    )
+    return _told(svg, name, title, description)

@@ -4,6 +4,7 @@ from cure.cli.analyse import cka as cka
 from cure.cli.analyse import conserved as conserved
 from cure.cli.analyse import layerwise as layerwise
 from cure.cli.analyse import overfitting as overfitting
+from cure.cli.analyse import perturbation as perturbation
 from cure.cli.analyse.app import analyse
 
 __all__ = ["analyse"]
