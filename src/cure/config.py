@@ -345,6 +345,9 @@ class TrainingConfig(Section):
     keep_every: PositiveInt | None = None
     """Keep the weights of every so many epochs, and of the last one, as
     ``checkpoints/epoch-0005.safetensors``."""
+    record_gradients: PositiveInt | None = None
+    """Every so many steps, record the size of gradients and what a mask conserves, for ``cure
+    analyse gradients``."""
     collapse_patience: PositiveInt = 5
     """Stop after so many validations in a row with natural accuracy at chance."""
     device: str = "auto"

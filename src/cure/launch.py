@@ -373,9 +373,10 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
     """The method of a run, on the network as it is now."""
     settings = config.training
     per_epoch = steps_per_epoch(prepared.training, settings.batch_size)
+    engine, every = prepared.engine, settings.record_gradients
     context = Context(
-        engine=prepared.engine,
-        attack=training_attack(config, prepared.engine),
+        engine=engine,
+        attack=training_attack(config, engine),
         seed=config.seed,
         classes=len(prepared.training.classes),
         samples=len(prepared.training),
@@ -385,6 +386,8 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
         learning_rate=lambda step: learning_rate(settings, step / (per_epoch * settings.epochs)),
         weight_decay=settings.optimizer.weight_decay,
         natural_images=lambda: natural_images(prepared, config.evaluation.batch_size),
+        # Two steps in a row, so that their masks can be compared.
+        observed=lambda step: every is not None and engine.rank == 0 and step % every < 2,
     )
     method: Method = METHODS[config.method.name](prepared.network, config.method, context)
     if settings.weight_perturbation is not None:
@@ -426,6 +429,7 @@ def natural_config(config: RunConfig) -> RunConfig:
             "averaging": None,
             "weight_perturbation": None,
             "keep_every": None,
+            "record_gradients": None,
         }
     )
     return config.model_copy(

@@ -3,6 +3,7 @@
 - ``config.yaml``: what the run is, every setting resolved; ``environment.json``: on what.
 - ``data.json``: classes and size of its images.
 - ``metrics.jsonl``: a line an epoch, the same bits for the same run; ``timing.jsonl``: seconds.
+- ``gradients.jsonl``, ``gradients.safetensors``: what ``training.record_gradients`` records.
 - ``status.json``: how far it came.
 - ``checkpoints/{last,best}.safetensors``: weights for anyone.
 - ``checkpoints/epoch-0005.safetensors``: those that ``training.keep_every`` keeps.
@@ -306,10 +307,18 @@ class RunFolder:
                 f"continue with `cure resume {self.resumed_by}`"
             ) from None
 
-    def rewind(self, epochs: int) -> None:
-        """Drop what was recorded after the first ``epochs`` epochs: it will be done again."""
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            lines = [line for line in self._lines(name) if line["epoch"] <= epochs]
+    def gradients(self) -> list[dict[str, Any]]:
+        """The complete lines of ``gradients.jsonl``, which :mod:`cure.recorder` writes."""
+        return self._lines("gradients.jsonl")
+
+    def rewind(self, epochs: int, steps: int) -> None:
+        """Drop what was recorded after so many epochs and steps: it will be done again."""
+        for name, key, most in (
+            ("metrics.jsonl", "epoch", epochs),
+            ("timing.jsonl", "epoch", epochs),
+            ("gradients.jsonl", "step", steps - 1),
+        ):
+            lines = [line for line in self._lines(name) if line[key] <= most]
             if self.writes and (self.path / name).exists():
                 write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in lines))
         for epoch, path in self.kept().items():

@@ -28,6 +28,7 @@ from cure.methods import Method, Metrics
 from cure.methods.batch_norm import running_statistics
 from cure.models.weights import save_weights
 from cure.randomness import derive
+from cure.recorder import GradientRecorder
 from cure.run_folder import RunFolder, epoch_name
 from cure.schedule import learning_rate
 from cure.tracking import Tracker
@@ -71,6 +72,11 @@ class Trainer:
         )
         self.steps_per_epoch = steps_per_epoch(training, config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs
+        self.recorder = (
+            GradientRecorder(config.training.record_gradients, self.parameters, folder)
+            if config.training.record_gradients is not None and folder.writes
+            else None
+        )
         self.done = 0
         self.totals = Totals(engine.device)
         self.best: dict[str, Any] | None = None
@@ -92,7 +98,9 @@ class Trainer:
             self.restore()
         # The same start everywhere, also for a network whose builder draws without a seed.
         self.engine.spread(self.method.state_dict().values())
-        self.folder.rewind(self.done // self.steps_per_epoch)
+        self.folder.rewind(self.done // self.steps_per_epoch, self.done)
+        if self.recorder is not None:
+            self.recorder.start()
         # What was told before a run was stopped is not told again.
         self.alarmed = robust_overfitting(self.folder.metrics(), len(self.validation)) is not None
         for tracker in self.trackers:
@@ -163,6 +171,8 @@ class Trainer:
             grads = self.engine.gradients(out.loss, self.parameters)
         else:
             raise TypeError(f"{type(self.method).__name__}.step returned neither loss nor grads")
+        if self.recorder is not None:
+            self.recorder.step(batch.step, grads, out.masking)
         for name, parameter in self.parameters.items():
             parameter.grad = grads[name]
         if self.config.training.clip_norm is not None:
@@ -225,6 +235,8 @@ class Trainer:
         self.totals = Totals(self.engine.device)
         if self._is_alive(record.get("validation")):
             self._save_weights(record)
+            if self.recorder is not None:
+                self.recorder.save()
             self.save()
         if self.engine.any(self._stop_asked):
             self._interrupt()
@@ -333,7 +345,8 @@ class Trainer:
                 "risen": self.risen,
                 "at_chance": self.at_chance,
                 "ranks": self.engine.world,
-            },
+            }
+            | ({} if self.recorder is None else {"gradients": self.recorder.state()}),
         )
 
     def restore(self) -> None:
@@ -355,6 +368,8 @@ class Trainer:
         self.totals = Totals.of(state["totals"], self.engine.device)
         self.best = state["best"]
         self.risen, self.at_chance = state["risen"], state["at_chance"]
+        if self.recorder is not None and "gradients" in state:
+            self.recorder.restore(state["gradients"], self.engine.device)
         # A state of a version that knew no ranks has none.
         self._warn_of_ranks(state.get("ranks", 1))
 

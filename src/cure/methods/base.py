@@ -46,6 +46,8 @@ class Context:
         learning_rate: the optimiser's rate at a step.
         weight_decay: the optimiser's L2 penalty.
         natural_images: all training images as they are, batch by batch [B, C, H, W].
+        observed: whether someone listens to a step: then a method that holds weights back says
+            which (:class:`Masking`).
     """
 
     engine: Engine
@@ -59,6 +61,7 @@ class Context:
     learning_rate: Callable[[int], float] = lambda step: 0.1  # noqa: ARG005
     weight_decay: float = 0.0
     natural_images: Callable[[], Iterator[Tensor]] = lambda: iter(())
+    observed: Callable[[int], bool] = lambda step: False  # noqa: ARG005
 
     @property
     def total_steps(self) -> int:
@@ -75,6 +78,22 @@ class Context:
         return shared_generator(engine.device, engine.rank, engine.world, self.seed, purpose, step)
 
 
+@dataclass(frozen=True)
+class Masking:
+    """What a step held back, for who listens; all by parameter name.
+
+    Attributes:
+        unmasked: the gradients before.
+        used: True where the step conserves a weight.
+        conserved: the same by the name of a threshold: what one threshold a tensor ("layer") and
+            what one for the network ("global") would conserve with the scores of this step.
+    """
+
+    unmasked: Grads
+    used: dict[str, Tensor]
+    conserved: dict[str, dict[str, Tensor]]
+
+
 @dataclass
 class StepOutput:
     """What a step hands to the trainer.
@@ -84,6 +103,7 @@ class StepOutput:
         grads: finished gradients by parameter name, as the engine gives them: averaged over ranks.
         frozen: by parameter name, True where the optimiser must not move a weight at all, neither
             by the gradient nor by momentum or weight decay.
+        masking: what was held back, of a step that :attr:`Context.observed` asks for.
         metrics: detached 0-dim tensors, ``loss`` among them; averaged over the epoch and read only
             when it ends.
     """
@@ -91,6 +111,7 @@ class StepOutput:
     loss: Tensor | None = None
     grads: Grads | None = None
     frozen: dict[str, Tensor] | None = None
+    masking: Masking | None = None
     metrics: Metrics = field(default_factory=dict)
 
 

@@ -23,7 +23,15 @@ from cure.config import MethodConfig, Section
 from cure.data.images import Batch
 from cure.engine import Grads
 from cure.errors import ConfigError
-from cure.methods.base import METHODS, Context, Crafted, Method, Metrics, StepOutput
+from cure.methods.base import (
+    METHODS,
+    Context,
+    Crafted,
+    Masking,
+    Method,
+    Metrics,
+    StepOutput,
+)
 from cure.methods.losses import accuracy, kl_divergence
 from cure.methods.revision import RevisionConfig, RevisionModel
 
@@ -256,6 +264,14 @@ class Cure(Method):
         consistency = self._consistency(image, adversarial_image, natural, adversarial)
         gradient, scores = self._gradients(natural_loss, adversarial_losses, consistency, batch)
         masks = conserved(scores, self.config.percent, self.config.mask.scope)
+        masking = None
+        if masks and self.context.observed(batch.step):
+            scopes: tuple[Scope, ...] = ("layer", "global")
+            masking = Masking(
+                dict(gradient),
+                masks,
+                {scope: conserved(scores, self.config.percent, scope) for scope in scopes},
+            )
         for name, mask in masks.items():
             gradient[name] = gradient[name].masked_fill(mask, 0)
 
@@ -264,6 +280,7 @@ class Cure(Method):
         return StepOutput(
             grads=gradient,
             frozen=masks if self.config.mask.strict_freeze else None,
+            masking=masking,
             metrics={
                 "loss": loss.detach(),
                 "natural_loss": natural_loss.detach(),

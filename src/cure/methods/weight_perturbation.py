@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class WeightPerturbed(Wrapper):
             self._take_back()
             raise
         metrics = plain.metrics | {"perturbed_loss": worst.metrics["loss"]}
-        return StepOutput(grads=gradients, frozen=worst.frozen, metrics=metrics)
+        return replace(worst, loss=None, grads=gradients, metrics=metrics)
 
     def _gradients(self, out: StepOutput) -> Grads:
         if out.grads is not None:
