@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cure.diagnosis.verb import diagnose
     from cure.errors import CureError
     from cure.recipe import load_recipe
+    from cure.report.page import write_report
     from cure.subject import Run
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "resume",
     "train",
     "verify",
+    "write_report",
 ]
 
 _HOMES = {
@@ -47,6 +49,7 @@ _HOMES = {
     "resume": "cure.api",
     "train": "cure.api",
     "verify": "cure.api",
+    "write_report": "cure.report.page",
 }
 
 

@@ -398,6 +398,28 @@ def compare(
     print_table(done)
 
 
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders; results of `cure evaluate`, `corruptions`, `diagnose`, `analyse`.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New file (default: report.html in the first run, which is replaced)."),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Heading (default: names of the runs).")] = None,
+) -> None:
+    """Write one page that shows what runs are and how well they do; it needs only a browser."""
+    from cure.report.page import write_report
+
+    made = write_report(runs, output=output, title=title)
+    out.print(f"report: {made}", markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command("table")
 def table_(
     plan: Annotated[Path, typer.Argument(help="YAML file: a recipe, and rows that differ.")],

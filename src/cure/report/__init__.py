@@ -1,0 +1,1 @@
+"""One page from what runs keep: metrics, evaluations, studies."""

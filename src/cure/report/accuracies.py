@@ -1,0 +1,468 @@
+"""Accuracies of a page: the verdict, the table, and the diagnosis beside its numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cure.comparison.reading import (
+    RATIOS,
+    Row,
+    alike,
+    check_alike,
+    images_of,
+    rows_of,
+    strength,
+)
+from cure.diagnosis import CHECKS
+from cure.errors import ConfigError
+from cure.report.gather import Content, Entry, number
+from cure.report.parts import (
+    NO_BREAK,
+    Block,
+    Cell,
+    Grid,
+    Interval,
+    Missing,
+    Words,
+    between,
+    percent,
+    points,
+    written,
+)
+
+# They change an image without asking the network which change would hurt it.
+_BLIND = ("noise", "transfer")
+_BAD = ("warn", "fail")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The evaluated networks of a page.
+
+    Attributes:
+        row: of each entry by name, as ``cure compare`` reads it.
+        groups: the rows, those that compare together, the largest group first.
+    """
+
+    row: Mapping[str, Row]
+    groups: Sequence[Sequence[Row]]
+
+    def together(self, first: str, second: str) -> bool:
+        """Whether two entries were evaluated alike."""
+        return any({first, second} <= {str(row["run"]) for row in group} for group in self.groups)
+
+
+def measure(entries: Iterable[Entry]) -> Measured:
+    """The rows of all entries that were evaluated."""
+    having = [entry.source for entry in entries if entry.source.results]
+    rows = rows_of(having) if having else []
+    groups = sorted(alike(rows), key=len, reverse=True)
+    return Measured({str(row["run"]): row for row in rows}, groups)
+
+
+def attack_name(name: str) -> str:
+    """An attack as papers write it."""
+    known = {"cw": "C&W", "fgsm": "FGSM", "fmn": "FMN", "ddn": "DDN", "deepfool": "DeepFool"}
+    known |= {"natural": "natural", "cw-l2": "C&W (L2)", "square": "Square"}
+    name = name.replace("autoattack", "AutoAttack")
+    name, *options = name.split(":")
+    steps = re.fullmatch(r"pgd(\d+)", name)
+    shown = f"PGD-{steps[1]}" if steps else known.get(name, name)
+    return shown + (f" ({', '.join(options)})" if options else "")
+
+
+def measured_attacks(row: Row) -> list[str]:
+    """The attacks of a row, the weakest first."""
+    names = sorted(row["attack_settings"], key=strength)
+    return sorted(
+        names, key=lambda name: (name not in _BLIND, name != "fgsm" and name not in _BLIND)
+    )
+
+
+def strongest(row: Row) -> str | None:
+    """The attack whose number is to be believed first."""
+    names = measured_attacks(row)
+    return names[-1] if names else None
+
+
+def is_strong(attack: str) -> bool:
+    """Whether it is of the kind that is trusted: several attacks, one without gradients."""
+    return attack.startswith("autoattack")
+
+
+def difference(first: Interval, p: float, second: Interval, q: float) -> Interval:
+    """95 % interval of the difference p - q of two shares with Wilson intervals, in percent.
+
+    Source: Newcombe, Statistics in Medicine 1998, method 10.  Images are taken as drawn anew for
+    each; those of one test set are the same, so the true interval is as wide or narrower.
+    """
+    low = math.hypot(p - first[0], second[1] - q)
+    high = math.hypot(first[1] - p, q - second[0])
+    return p - q - low, p - q + high
+
+
+def about(row: Row) -> str:
+    """What a row's numbers are of: ``cifar10 test images, Linf ε = 8/255``."""
+    return f"{row['data']} ({row['split']} images), {row['norm']} ε{NO_BREAK}={NO_BREAK}" + str(
+        row["epsilon_text"]
+    )
+
+
+def change(row: Row) -> str:
+    """The threat in words."""
+    size = float(row["epsilon"])
+    if row["norm"] == "Linf":
+        return (
+            f"change every pixel by up to {row['epsilon_text']} of the way from black to white"
+            if size <= 1
+            else f"change every pixel by up to {row['epsilon_text']}"
+        )
+    what = {"L2": "Euclidean length", "L1": "sum of changes"}.get(str(row["norm"]), "size")
+    return f"change the image by a {what} of up to {row['epsilon_text']}"
+
+
+# The diagnosis.
+
+
+@dataclass(frozen=True)
+class Note:
+    """A finding that a reader of a number should know.
+
+    Attributes:
+        status: "warn" or "fail".
+        text: who, which check, what it means.
+        attacks: whether it concerns accuracies under attack only.
+    """
+
+    status: str
+    text: str
+    attacks: bool
+
+
+def checks_of(entry: Entry, row: Row | None) -> tuple[list[Content], bool]:
+    """The newest finding of each check on this network, and whether ``cure diagnose`` was run."""
+    checkpoint = row["checkpoint"] if row else None
+    results = [r for r in entry.source.results if row and images_of(r) == images_of(row)]
+    found: dict[str, Content] = {}
+    for result in [r for r in results if r["model"].get("checkpoint") == checkpoint]:
+        checks = (result.get("diagnosis") or {}).get("checks")
+        found |= {str(c["name"]): c for c in checks or () if _whole(c)}
+    diagnosed = False
+    for result in entry.diagnoses:
+        if checkpoint is None or result["model"].get("checkpoint") in (None, checkpoint):
+            diagnosed = True
+            found |= {check["name"]: check for check in result["checks"]}
+    return list(found.values()), diagnosed
+
+
+def _whole(check: object) -> bool:
+    keys = ("name", "status", "meaning")
+    return isinstance(check, dict) and all(isinstance(check.get(key), str) for key in keys)
+
+
+def notes_of(entry: Entry, row: Row | None) -> list[Note]:
+    """What did not pass, the worst first."""
+    checks, _ = checks_of(entry, row)
+    notes = [
+        Note(
+            check["status"],
+            f"{entry.name}: {check['name'].replace('_', ' ')}: {check['meaning']}",
+            check["name"] in CHECKS and CHECKS[check["name"]].attacks,
+        )
+        for check in checks
+        if check["status"] in _BAD
+    ]
+    return sorted(notes, key=lambda note: note.status != "fail")
+
+
+# The verdict.
+
+
+@dataclass(frozen=True)
+class Number:
+    """A large number of the verdict."""
+
+    title: str
+    value: str
+    interval: str
+    bar: tuple[float, float, float] | None
+    detail: str
+    status: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reader who reads one thing should read, of one network.
+
+    Attributes:
+        entry: which.
+        sentences: the accuracies, the change against the start, in this order.
+        warnings: what makes the numbers less than they seem.
+        numbers: the same in large figures.
+    """
+
+    entry: Entry
+    sentences: Sequence[str]
+    warnings: Sequence[str]
+    numbers: Sequence[Number]
+
+
+def verdict(entry: Entry, measured: Measured) -> Verdict:
+    """The verdict on one network."""
+    row = measured.row.get(entry.name)
+    if row is None:
+        sentence = f"{entry.name} has not been evaluated, so nothing is known of its accuracy."
+        return Verdict(entry, [sentence], [], [])
+    attack = strongest(row)
+    natural, interval = float(row["natural"]), tuple(row["natural_interval"])
+    images = f"{int(row['n']):,} {row['split']} images"
+    sentence = f"{entry.name} is right on {percent(natural)} ({between(interval)}) of {images}"
+    numbers = [
+        Number(
+            "natural images",
+            percent(natural),
+            f"95 % interval {between(interval)}",
+            (natural, *row["natural_interval"]),
+            f"right on {images} as they are",
+        )
+    ]
+    if attack is None:
+        sentence += " as they are; under attack it was not measured."
+    else:
+        shown, n = attack_name(attack), int(row[f"{attack}_n"])
+        robust, limits = float(row[attack]), tuple(row[f"{attack}_interval"])
+        of = f"{n:,} {row['split']} images"
+        sentence += (
+            f" as they are. It withstands {shown}, the strongest attack tried, on "
+            f"{percent(robust)} ({between(limits)}) of {'these' if n == row['n'] else of}, when the"
+            f" attacker may {change(row)}."
+        )
+        numbers.append(
+            Number(
+                "under attack",
+                percent(robust),
+                f"95 % interval {between(limits)}",
+                (robust, *limits),
+                f"withstands {shown}, {row['norm']} ε = {row['epsilon_text']}, on {of}",
+            )
+        )
+    sentences = [sentence, *_against_start(entry, row, measured)]
+    numbers.append(_trust(entry, row))
+    return Verdict(entry, sentences, _warnings(entry, row, attack), numbers)
+
+
+def _against_start(entry: Entry, row: Row, measured: Measured) -> list[str]:
+    """The change that training made, where both were evaluated alike."""
+    start = entry.start
+    before = measured.row.get(start.name) if start is not None else None
+    if start is None:
+        return []
+    if before is None:
+        return [
+            f"The network it started from ({start.name}) was not evaluated, so what training "
+            "changed is not known."
+        ]
+    if not _comparable(row, before):
+        return [f"{start.name}, where it started, was evaluated otherwise; the two do not compare."]
+
+    def changed(name: str) -> str:
+        limits = difference(
+            row[f"{name}_interval"], row[name], before[f"{name}_interval"], before[name]
+        )
+        return points(row[name] - before[name], limits)
+
+    said = f"Against the network it started from ({start.name}): {changed('natural')}"
+    said += " on natural images"
+    shared = [
+        name
+        for name in measured_attacks(row)
+        if name in before["attack_settings"] and before[f"{name}_n"] == row[f"{name}_n"]
+    ]
+    if shared:
+        said += f", {changed(shared[-1])} under {attack_name(shared[-1])}"
+    return [said + "."]
+
+
+def _comparable(first: Row, second: Row) -> bool:
+    try:
+        check_alike([first, second])
+    except ConfigError:
+        return False
+    return True
+
+
+def _trust(entry: Entry, row: Row) -> Number:
+    """Whether the numbers can be believed, as a tile of the verdict."""
+    checks, diagnosed = checks_of(entry, row)
+    failed, warned = (sum(c["status"] == kind for c in checks) for kind in ("fail", "warn"))
+    made_by = "of cure diagnose" if diagnosed else "of the evaluation; cure diagnose has more"
+    if not checks:
+        return Number("can it be believed?", "unchecked", "", None, "no checks were run", "warn")
+    status = "fail" if failed else "warn" if warned else "pass"
+    value = {"fail": "no", "warn": "with care", "pass": "nothing amiss"}[status]
+    passed = len(checks) - failed - warned
+    detail = f"{passed} of {len(checks)} checks passed ({made_by})"
+    return Number("can it be believed?", value, "", None, detail, status)
+
+
+def _warnings(entry: Entry, row: Row, attack: str | None) -> list[str]:
+    where = entry.typed
+    warnings = []
+    if attack is None:
+        warnings.append(f"Under attack nothing was measured: `cure evaluate {where}`.")
+    elif not is_strong(attack):
+        warnings.append(
+            f"The accuracy under attack comes from {attack_name(attack)} alone, and a stronger "
+            f"attack can only lower it: `cure evaluate {where} --attacks autoattack`."
+        )
+    checks, diagnosed = checks_of(entry, row)
+    for status, says in (("fail", "fails"), ("warn", "warns")):
+        names = [c["name"].replace("_", " ") for c in checks if c["status"] == status]
+        if names:
+            warnings.append(
+                f"The diagnosis {says} ({', '.join(names)}): "
+                + next(c["meaning"] for c in checks if c["status"] == status)
+            )
+    if not diagnosed:
+        warnings.append(
+            f"Whether attacks were misled was checked briefly only: `cure diagnose {where}`."
+        )
+    if row["split"] != "test":
+        warnings.append(
+            f"These are {row['split']} images, which training has seen or chosen by; "
+            "test images are usually harder."
+        )
+    if row["finished"] is False:
+        warnings.append("It was not trained to its end.")
+    return warnings
+
+
+# The table.
+
+
+def tables(entries: Sequence[Entry], measured: Measured) -> list[Block]:
+    """Accuracies with intervals, a table for each set of rows that compare."""
+    blocks: list[Block] = []
+    place = {entry.name: index for index, entry in enumerate(entries)}
+    by_name = {entry.name: entry for entry in entries}
+    remarks: list[Note] = []
+    for number_of_group, group in enumerate(measured.groups):
+        if number_of_group:
+            why = _why(measured.groups[0][0], group[0])
+            said = f"Measured differently, so not to be compared with the table above: {why}."
+            blocks.append(Words([said]))
+        blocks.append(_table(group, by_name, place, remarks))
+    if remarks:
+        blocks.append(Words([f"{note.status}: {note.text}" for note in remarks], "remarks"))
+    unmeasured = [entry for entry in entries if entry.name not in measured.row]
+    for entry in unmeasured:
+        sentence = f"{entry.name} has no evaluation."
+        blocks.append(Missing(sentence, [f"cure evaluate {entry.typed}"]))
+    blocks += _unfinished(entries)
+    return blocks
+
+
+def _why(first: Row, other: Row) -> str:
+    try:
+        check_alike([first, other])
+    except ConfigError as error:
+        return str(error).partition(": ")[2].partition("; evaluate")[0]
+    return "another way"
+
+
+def _table(
+    rows: Sequence[Row],
+    entries: Mapping[str, Entry],
+    place: Mapping[str, int],
+    remarks: list[Note],
+) -> Grid:
+    attacks = {name: None for row in rows for name in row["attack_settings"]}
+    # What counts most stands first: a reader of a phone sees it without scrolling.
+    names = measured_attacks({"attack_settings": attacks})[::-1]
+    first = rows[0]
+    counts = {n: {row[f"{n}_n"] for row in rows if row.get(f"{n}_n") is not None} for n in names}
+    ratios = [n for n in RATIOS if any(number(row.get(f"nrr_{n}")) is not None for row in rows)]
+    worst = {row["run"]: _worst(entries[row["run"]], row) for row in rows}
+    header = ["network", "method", "natural", *(["worst case"] if any(worst.values()) else [])]
+    for name in names:
+        alone = len(counts[name]) == 1 and counts[name] != {first["n"]}
+        header.append(attack_name(name) + (f", n = {min(counts[name]):,}" if alone else ""))
+        header += [f"NRR, {attack_name(name)}"] if name in ratios else []
+    cells = []
+    for row in rows:
+        entry = entries[row["run"]]
+        own = [(len(remarks) + i, note) for i, note in enumerate(notes_of(entry, row), start=1)]
+        remarks += [note for _, note in own]
+        every = [(i, note.status) for i, note in own]
+        natural = [(i, note.status) for i, note in own if not note.attacks]
+        line = [
+            Cell(entry.name, series=place[entry.name]),
+            Cell(str(row["method"] or "unknown")),
+            _accuracy(row["natural"], row["natural_interval"], natural),
+        ]
+        if any(worst.values()):
+            part = worst[row["run"]] or {}
+            count = part.get("n") if part.get("n") != row["n"] else None
+            line.append(_accuracy(part.get("accuracy"), part.get("interval"), every, count))
+        for name in names:
+            count = row.get(f"{name}_n") if len(counts[name]) > 1 else None
+            line.append(_accuracy(row.get(name), row.get(f"{name}_interval"), every, count))
+            if name in ratios:
+                value = number(row.get(f"nrr_{name}"))
+                line.append(Cell(written(value), order=-1.0 if value is None else value))
+        cells.append(line)
+    caption = (
+        f"Accuracy in percent (95 % interval) on {about(first)}, n = {int(first['n']):,} images"
+        + (f", {first['checkpoint']} checkpoint" if first["checkpoint"] else "")
+    )
+    return Grid(caption, header, cells, words=2, sortable=len(cells) > 1)
+
+
+def _accuracy(
+    value: float | None,
+    interval: Sequence[float] | None,
+    notes: Sequence[tuple[int, str]],
+    count: int | None = None,
+) -> Cell:
+    """An accuracy, with its number of images where that is not the table's."""
+    if value is None or interval is None:
+        return Cell(written(None), order=-1.0)
+    low, high = interval
+    detail = f"({between(interval)})" + (f", n = {count:,}" if count is not None else "")
+    return Cell(written(value), detail, float(value), notes=notes, bar=(value, low, high))
+
+
+def _worst(entry: Entry, row: Row) -> Content | None:
+    """Accuracy under all attacks of the evaluation with the strongest one, image by image."""
+    results = [
+        r
+        for r in entry.source.of(row["checkpoint"], images_of(row))
+        if isinstance(r.get("worst_case"), dict) and strongest(row) in r["attacks"]
+    ]
+    part = results[-1]["worst_case"] if results else None
+    if part is None or len(part.get("over") or ()) < 2:
+        return None
+    limits = part.get("interval")
+    sound = isinstance(limits, list) and len(limits) == 2
+    known = [part.get("accuracy"), part.get("n"), *(limits if sound else [None])]
+    return part if all(number(value) is not None for value in known) else None
+
+
+def _unfinished(entries: Iterable[Entry]) -> list[Block]:
+    """Attacks that ran out of time have bounds and no accuracy."""
+    said = []
+    for entry in entries:
+        for result in entry.source.results:
+            parts: Any = result.get("unfinished")
+            for name, part in parts.items() if isinstance(parts, dict) else ():
+                bounds = part.get("bounds") if isinstance(part, dict) else None
+                if isinstance(bounds, list) and len(bounds) == 2:
+                    said.append(
+                        f"{entry.name}, {attack_name(name)}: not finished; its accuracy lies "
+                        f"between {percent(bounds[0])} and {percent(bounds[1])}."
+                    )
+    return [Words(said, "warn")] if said else []

@@ -1,0 +1,718 @@
+"""The verb ``write_report``: one page of runs, which needs nothing but a browser."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import statistics
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cure import __version__
+from cure.analysis.study import STUDIES, Rows
+from cure.comparison.reading import flattened, no_place
+from cure.drawing import renamed, series
+from cure.errors import ConfigError, CureError
+from cure.report import figures
+from cure.report.accuracies import Measured, attack_name, measure, tables, verdict
+from cure.report.gather import Content, Entry, Gathered, Told, gather, number
+from cure.report.parts import (
+    DASH,
+    Block,
+    Cell,
+    Figure,
+    Grid,
+    Heading,
+    Missing,
+    Section,
+    Words,
+    plain,
+    written,
+)
+from cure.run_folder import check_free, write_text
+from cure.subject import Run
+
+HERE = Path(__file__).parent
+GENERATOR = "cure report"
+"""What a page says made it, so that only such a page is ever replaced."""
+
+LARGEST = 5_000_000
+"""Bytes of a page; drawings that would make it larger are left out, the largest first."""
+
+TIMES = " \N{MULTIPLICATION SIGN} "
+
+_FOR_WORDS = 500_000
+"""Bytes that are kept for everything but drawings."""
+
+# Studies with a section of their own; the others stand together.
+_OWN_SECTIONS = ("overfitting", "cka", "gradients", "perturbation")
+
+
+def write_report(
+    targets: str | Path | Run | Iterable[str | Path | Run],
+    *,
+    output: str | Path | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write one page of HTML about runs: no network, no other file, under 5 MB.
+
+    Args:
+        targets: one or more run folders, or JSON results of ``cure evaluate``, ``corruptions``,
+            ``diagnose`` and ``analyse``.  A natural start inside a run is shown beside it.
+        output: a new file; by default ``report.html`` in the folder of the first run, where an
+            earlier page of this function is replaced: it says nothing that the run does not.
+        title: heading of the page; by default the names of the runs.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        CureError: for a target that cannot be read, or a file that cannot be written.
+    """
+    if isinstance(targets, str | Path | Run):
+        targets = [targets]
+    check_free(output)
+    made = gather(targets)
+    path = _place(made, output)
+    try:
+        write_text(path, _page(made, title))
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}); name another file with --output"
+        ) from None
+    return path
+
+
+def _place(made: Gathered, output: str | Path | None) -> Path:
+    if output is not None:
+        return Path(output)
+    if made.first is None:
+        raise ConfigError("a page of result files has no run to stand in; name it with --output")
+    path = made.first / "report.html"
+    if path.exists() and f'content="{GENERATOR}' not in _beginning(path):
+        raise ConfigError(f"{path} was not made by `cure report` and is kept; use --output")
+    return path
+
+
+def _beginning(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(2000)
+
+
+# The page.
+
+
+def _page(made: Gathered, title: str | None) -> str:
+    import jinja2
+    from markupsafe import Markup
+
+    shown = [entry for entry in made.entries if not entry.starts]
+    place = {entry.name: index for index, entry in enumerate(made.entries)}
+    with _any_letters():
+        measured = measure(made.entries)
+        sections = _sections(made, measured, place)
+    left_out = _fit(sections)
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # All that is printed and not ours: names of files, classes, runs; text of result files.
+        finalize=lambda value: (
+            plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
+    )
+    environment.filters["code"] = lambda text: Markup("").join(
+        Markup("<code>{}</code>").format(plain(part)) if index % 2 else plain(part)
+        for index, part in enumerate(text.split("`"))
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.get_template("page.html").render(
+        title=title or _title(shown) or "Studies",
+        generator=f"{GENERATOR} {__version__}",
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=digest,
+        verdicts=[verdict(entry, measured) for entry in shown],
+        entries=made.entries,
+        place=place,
+        swatches=[Markup(_swatch(index)) for index in range(len(made.entries))],
+        trained=[_trained(entry, measured) for entry in made.entries],
+        sections={section.name: section for section in sections},
+        drawing=lambda figure: Markup(plain(figure.picture.svg)),
+        glossary=GLOSSARY,
+        troubles=made.troubles,
+        left_out=left_out,
+        made=_made(),
+        made_of=_commands(made.entries, made.studies),
+    )
+    # A lone surrogate, which JSON can hold, is no text that can be written.
+    return page.encode("utf-8", "replace").decode("utf-8")
+
+
+@contextmanager
+def _any_letters() -> Iterator[None]:
+    """Let names have letters that Matplotlib's own font lacks: the reader's browser has them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
+        yield
+
+
+def _title(entries: Sequence[Entry]) -> str:
+    names = [entry.name for entry in entries]
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _swatch(index: int) -> str:
+    """The mark of a network, as in the drawings."""
+    look = series(index)
+    shapes = {
+        "o": '<circle cx="12" cy="6" r="3.6"/>',
+        "s": '<rect x="8.6" y="2.6" width="6.8" height="6.8"/>',
+        "^": '<path d="M12 1.8 16 9.4H8Z"/>',
+        "D": '<path d="M12 1.4 16.6 6 12 10.6 7.4 6Z"/>',
+        "v": '<path d="M12 10.2 16 2.6H8Z"/>',
+        "P": '<path d="M10.4 2h3.2v2.4H16v3.2h-2.4V10h-3.2V7.6H8V4.4h2.4Z"/>',
+        "X": '<path d="m9.8 1.6 2.2 2.2 2.2-2.2 2.2 2.2L14.2 6l2.2 2.2-2.2 2.2L12 8.2l-2.2 2.2'
+        '-2.2-2.2L9.8 6 7.6 3.8Z"/>',
+        "*": '<path d="m12 .8 1.5 3.6 3.9.3-3 2.5.9 3.8L12 8.9 8.7 11l.9-3.8-3-2.5 3.9-.3Z"/>',
+    }
+    dashes = {"-": "", "--": "5 2.5", "-.": "5 2 1 2", ":": "1.2 2"}[look["linestyle"]]
+    return (
+        f'<svg class="swatch" viewBox="0 0 24 12" width="24" height="12" aria-hidden="true" '
+        f'fill="{look["color"]}"><path d="M0 6h24" stroke="{look["color"]}" stroke-width="1.6" '
+        f'stroke-dasharray="{dashes}"/>{shapes[look["marker"]]}</svg>'
+    )
+
+
+# Sections.
+
+
+def _sections(made: Gathered, measured: Measured, place: Mapping[str, int]) -> list[Section]:
+    entries = made.entries
+    runs = [entry for entry in entries if entry.folder is not None]
+    where = next((e.typed for e in entries if not e.starts), "RUN")
+    studies: dict[str, list[Told]] = {}
+    for told in made.studies:
+        studies.setdefault(told.study, []).append(told)
+    main = measured.groups[0] if measured.groups else []
+    return [
+        Section(
+            "accuracies",
+            "Accuracies",
+            "Of a hundred images, how many the network gets right: as they are (natural), and when "
+            "an attack has changed each of them to fool it. The bracket is the 95 % interval: how "
+            "far the number may be off because only so many images were tried.",
+            _accuracies(entries, measured, main, place, where),
+        ),
+        Section(
+            "trade-off",
+            "Natural against robust",
+            "Training against attacks usually costs accuracy on ordinary images. Each mark is a "
+            "network; further right is better on ordinary images, higher is better under attack. "
+            "No network can lie above the dotted line.",
+            _trade_off(main, measured, place, where),
+        ),
+        Section(
+            "learning",
+            "Learning curves",
+            "How training went, epoch by epoch (an epoch is one pass over the training images). "
+            "Accuracies are on validation images, which training does not learn from.",
+            [*figures.learning(runs, place)]
+            or [Missing("No epoch is recorded.", ["cure train RECIPE", f"cure resume {where}"])],
+        ),
+        Section(
+            "overfitting",
+            "Robust overfitting",
+            "Late in training, robust accuracy on new images often falls while it still rises on "
+            "the training images. The gap between the best epoch and the last one shows how much.",
+            [*_overfitting(runs, measured, place), *_study("overfitting", studies, where)],
+        ),
+        Section(
+            "epsilon",
+            "Accuracy over epsilon",
+            "Epsilon is how much an attack may change an image. A sound curve starts at natural "
+            "accuracy, falls steadily and reaches zero; one that stays up says the attack failed.",
+            _over_epsilon(entries, place, where),
+        ),
+        Section(
+            "corruptions",
+            "Corruptions",
+            "Noise, blur, weather and digital damage: harm that nobody aims at the network. Being "
+            "robust to attacks does not make a network robust to these, or the reverse.",
+            _corruptions(entries, place, where),
+        ),
+        Section(
+            "cka",
+            "Similarity of layers (CKA)",
+            "How alike what two layers see is, from 0 (nothing in common) to 1 (the same up to "
+            "rotation and scale): for natural and for attacked images, or for two networks.",
+            _study("cka", studies, where),
+        ),
+        Section(
+            "gradients",
+            "Gradients and mask",
+            "How strongly training pulls at each layer, and which weights CURE lets move and which "
+            "it conserves.",
+            _study("gradients", studies, where),
+        ),
+        Section(
+            "perturbation",
+            "Least perturbations",
+            "The smallest change of an image that makes a network err. The larger it has to be, "
+            "the more robust the network is.",
+            _study("perturbation", studies, where, pictures=False),
+        ),
+        Section(
+            "pictures",
+            "Pictures",
+            "Images as they are, images after an attack, and the change between them, with what "
+            "networks take each for.",
+            _pictures(studies.get("perturbation", []), where),
+        ),
+        Section(
+            "studies",
+            "Further studies",
+            "What else was asked of these networks.",
+            _further(studies, where),
+        ),
+    ]
+
+
+def _accuracies(
+    entries: Sequence[Entry],
+    measured: Measured,
+    main: Sequence[Content],
+    place: Mapping[str, int],
+    where: str,
+) -> list[Block]:
+    if not measured.groups:
+        return [Missing("No network of this page was evaluated.", [f"cure evaluate {where}"])]
+    drawn = figures.by_attack(main, place)
+    return [*tables(entries, measured), *([drawn] if drawn else [])]
+
+
+def _trade_off(
+    main: Sequence[Content], measured: Measured, place: Mapping[str, int], where: str
+) -> list[Block]:
+    drawn = figures.trade_off(main, place) if main else None
+    if drawn is None:
+        return [Missing("Nothing was measured under attack.", [f"cure evaluate {where}"])]
+    figure, said = drawn
+    blocks: list[Block] = [figure, Words([said])]
+    if "Hollow diamonds" in said:
+        known = figures.paper()
+        blocks.append(Words([f"The paper's rows: {known['source']}. {known['remark']}"], "aside"))
+    left = sum(len(group) for group in measured.groups[1:])
+    if left:
+        blocks.append(
+            Words(
+                [f"{left} more evaluated otherwise (see the tables above) are not drawn."], "aside"
+            )
+        )
+    return blocks
+
+
+def _overfitting(
+    runs: Sequence[Entry], measured: Measured, place: Mapping[str, int]
+) -> list[Block]:
+    blocks: list[Block] = []
+    drawn = figures.best_and_last(runs, place)
+    if drawn is not None:
+        figure, said = drawn
+        blocks += [Words(said), figure]
+    cells = []
+    for name, row in measured.row.items():
+        for key in [n for n in row if n.startswith("best_minus_last_")]:
+            gap = number(row[key])
+            if gap is not None:
+                attack = key.removeprefix("best_minus_last_")
+                cells.append(
+                    [
+                        Cell(name, series=place[name]),
+                        Cell(attack_name(attack)),
+                        Cell(written(row[attack])),
+                        Cell(written(row[f"last_{attack}"])),
+                        Cell(written(gap)),
+                    ]
+                )
+    if cells:
+        header = ["network", "measured", "best (%)", "last (%)", "gap (points)"]
+        caption = "Best checkpoint against the last one, on the images of the evaluation"
+        blocks.append(Grid(caption, header, cells, words=2, sortable=True, folded=len(cells) > 8))
+    return blocks
+
+
+def _over_epsilon(entries: Sequence[Entry], place: Mapping[str, int], where: str) -> list[Block]:
+    drawn, said = figures.over_epsilon(entries, place)
+    if not drawn:
+        return [
+            Missing(
+                "No accuracy over epsilon was measured.", [f"cure evaluate {where} --curve pgd20"]
+            )
+        ]
+    return [Words(said), *drawn]
+
+
+def _corruptions(entries: Sequence[Entry], place: Mapping[str, int], where: str) -> list[Block]:
+    drawn, grids, said = figures.corrupted(entries, place)
+    if not drawn:
+        return [Missing("No corruption was measured.", [f"cure corruptions {where}"])]
+    return [Words(said), *drawn, *grids]
+
+
+# Studies.
+
+
+def _command(study: str, where: str) -> str:
+    """The command that makes a study, with the run's own name in the place of RUN."""
+    shown = STUDIES[study].command if study in STUDIES else f"cure analyse {study} RUN"
+    return re.sub(r"\bRUN\b", lambda _: where, shown)
+
+
+def _study(
+    name: str, studies: Mapping[str, list[Told]], where: str, pictures: bool = True
+) -> list[Block]:
+    """All results of one study, or the command that makes one."""
+    told = studies.get(name, [])
+    if not told:
+        return [Missing("This study was not made.", [_command(name, where)])]
+    blocks: list[Block] = []
+    for serial, one in enumerate(told):
+        if len(told) > 1:
+            blocks.append(Heading(one.owner))
+        blocks += _blocks(one, serial, words=True, pictures=pictures)
+    return blocks
+
+
+def _pictures(told: Sequence[Told], where: str) -> list[Block]:
+    blocks: list[Block] = []
+    for serial, one in enumerate(told):
+        drawn = _blocks(one, serial, words=False, pictures=True)
+        blocks += [Heading(one.owner), *drawn] if drawn and len(told) > 1 else drawn
+    command = _command("perturbation", where)
+    return blocks or [Missing("No pictures were kept.", [command])]
+
+
+def _further(studies: Mapping[str, list[Told]], where: str) -> list[Block]:
+    blocks: list[Block] = []
+    names = [name for name in STUDIES.names() if name not in _OWN_SECTIONS]
+    lacking = []
+    for name in names:
+        if name in studies:
+            blocks += [Heading(STUDIES[name].title), Words([STUDIES[name].question], "aside")]
+            blocks += _study(name, studies, where)
+        else:
+            lacking.append(name)
+    if lacking:
+        sentence = "Not made: " + "; ".join(f"{STUDIES[n].title}" for n in lacking) + "."
+        blocks.append(Missing(sentence, [_command(name, where) for name in lacking]))
+    return blocks or [Missing("There are none.", ["cure list studies"])]
+
+
+def _blocks(told: Told, serial: int, words: bool, pictures: bool) -> list[Block]:
+    """One result of a study; a sentence where it is damaged."""
+    study = STUDIES[told.study]
+    blocks: list[Block] = []
+    try:
+        if words:
+            findings = study.findings(told.result)
+            blocks += [Words(findings, "findings")] if findings else []
+            blocks += [_grid(rows) for rows in study.tables(told.result)]
+        if pictures:
+            for drawn in study.pictures(told.result):
+                blocks.append(Figure(renamed(drawn, f"{told.study}-{serial}-{drawn.name}")))
+    # The result is a file of any content, and what tells it trusts what it finds there.
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, CureError):
+        sentence = (
+            f"A result of `cure analyse {told.study}` of {told.owner} is damaged or incomplete and "
+            "cannot be shown; make it again."
+        )
+        return [Words([sentence], "warn")]
+    return blocks
+
+
+def _grid(rows: Rows) -> Grid:
+    def order(text: str) -> float | str:
+        found = re.match(r"[-+\N{MINUS SIGN}]?\d[\d,]*(\.\d+)?", text)
+        return float(found[0].replace(",", "").replace("\N{MINUS SIGN}", "-")) if found else text
+
+    cells = [[Cell(str(text), order=order(str(text))) for text in line] for line in rows.cells]
+    return Grid(rows.title, list(rows.header), cells, sortable=len(cells) > 1)
+
+
+def _fit(sections: Sequence[Section]) -> list[str]:
+    """Leave out the largest drawings until the page is small enough; say which."""
+    drawings = [
+        (len(block.picture.svg.encode("utf-8", "replace")), section, block)
+        for section in sections
+        for block in section.blocks
+        if isinstance(block, Figure)
+    ]
+    total, left_out = sum(size for size, _, _ in drawings), []
+    for size, section, block in sorted(drawings, key=lambda drawing: -drawing[0]):
+        if total <= LARGEST - _FOR_WORDS:
+            break
+        total -= size
+        said = f"{block.picture.title} ({size / 1e6:.1f} MB)"
+        left_out.append(said)
+        place = section.blocks.index(block)
+        section.blocks[place] = Words(
+            [
+                f"Left out to keep the page below {LARGEST // 1_000_000} MB: {said}; a study keeps "
+                "its drawings beside its result."
+            ],
+            "warn",
+        )
+    return left_out
+
+
+# What was trained, and how the page was made.
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run was.
+
+    Attributes:
+        entry: which.
+        facts: a term and what it was.
+        command: that began it.
+        settings: all of them.
+    """
+
+    entry: Entry
+    facts: Sequence[tuple[str, str]]
+    command: str
+    settings: Grid | None
+
+
+def _trained(entry: Entry, measured: Measured) -> Trained:
+    config = no_place(entry.config)
+    environment = entry.source.environment or {}
+    row = measured.row.get(entry.name, {})
+    facts: list[tuple[str, str]] = []
+    if config:
+        facts += [
+            ("method", str(config["method"]["name"])),
+            ("data", _data(config, entry.images)),
+            ("start", _start(config)),
+            (
+                "threat",
+                f"{config['threat'].get('norm')}, epsilon {config['threat'].get('epsilon')}",
+            ),
+        ]
+    if row.get("network"):
+        parameters = number(row.get("parameters"))
+        facts.append(
+            (
+                "network",
+                str(row["network"])
+                + (f", {parameters:,.0f} parameters" if parameters is not None else ""),
+            )
+        )
+    if config:
+        facts.append(("training", _training(entry, config)))
+    facts += _times(entry)
+    if environment:
+        facts += [("made with", _versions(environment)), ("on", _machine(environment))]
+        if environment.get("time"):
+            facts.append(("begun", str(environment["time"])))
+    if not config:
+        facts.append(("known", "only results; name the run's folder for what was trained"))
+    flat = flattened(config)
+    grid = (
+        Grid(
+            f"All {len(flat)} settings",
+            ["setting", "value"],
+            [[Cell(key), Cell(str(value))] for key, value in flat.items()],
+            words=2,
+            folded=True,
+        )
+        if flat
+        else None
+    )
+    return Trained(entry, facts, str(environment.get("command") or ""), grid)
+
+
+def _data(config: Content, images: Content) -> str:
+    data = _section(config, "data")
+    said = str(data.get("source", "unknown"))
+    if number(data.get("limit")) is not None:
+        said += f", the first {data['limit']:,} training images"
+    if isinstance(images.get("classes"), list):
+        said += f", {len(images['classes'])} classes"
+    if isinstance(images.get("size"), list):
+        said += f", {TIMES.join(map(str, images['size']))} pixels"
+    if number(data.get("validation")) is not None:
+        said += f"; {data['validation']:,} of them validate"
+    return said
+
+
+def _section(config: Content, name: str) -> Content:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _start(config: Content) -> str:
+    start = str(config.get("start") or "scratch")
+    if start == "scratch":
+        return "random weights"
+    if start == "natural":
+        epochs = _section(config, "natural").get("epochs")
+        return "a network trained on natural images first" + (
+            f", for {epochs} epochs" if epochs else ""
+        )
+    if start == "model":
+        return "the weights that the network came with"
+    return f"weights of {start}"
+
+
+def _training(entry: Entry, config: Content) -> str:
+    training = config["training"]
+    done = int(entry.metrics[-1]["epoch"]) if entry.metrics else 0
+    said = f"{done} of {training['epochs']} epochs"
+    if training.get("batch_size"):
+        said += f" of batches of {training['batch_size']}"
+    if entry.status.get("state"):
+        said += f"; {entry.status['state']}"
+    return said + f"; seed {config.get('seed')}"
+
+
+def _times(entry: Entry) -> list[tuple[str, str]]:
+    seconds = [t["seconds"] for t in entry.source.timing if "seconds" in t]
+    memory = [t["peak_memory_mib"] for t in entry.source.timing if "peak_memory_mib" in t]
+    if not seconds:
+        return []
+    said = f"{_duration(sum(seconds))} in all, {_duration(statistics.median(seconds))} an epoch"
+    return [("time", said + (f"; at most {max(memory):,.0f} MiB of memory" if memory else ""))]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} seconds" if seconds >= 10 else f"{seconds:.1f} seconds"
+    minutes = seconds / 60
+    return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+
+
+def _versions(environment: Mapping[str, Any]) -> str:
+    packages = environment.get("packages")
+    torch = packages.get("torch") if isinstance(packages, Mapping) else None
+    return (
+        f"cure {environment.get('cure')}, commit {environment.get('commit') or 'unknown'}, "
+        f"torch {torch}, Python {environment.get('python')}"
+    )
+
+
+def _machine(environment: Mapping[str, Any]) -> str:
+    said = f"{environment.get('processor') or 'unknown processor'}, "
+    said += f"{environment.get('threads')} of {environment.get('cores')} cores"
+    return said + (f", {environment['gpu']}" if environment.get("gpu") else "")
+
+
+def _made() -> list[tuple[str, str]]:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("matplotlib", "jinja2"))
+    return [
+        ("made with", f"cure {__version__}, {packages}"),
+        ("time", datetime.now(UTC).isoformat(timespec="seconds")),
+    ]
+
+
+def _commands(entries: Sequence[Entry], studies: Sequence[Told]) -> Grid | None:
+    """Every result that the page shows, with the command and the version that made it."""
+    rows = []
+    for entry in entries:
+        for kind, results in (
+            ("evaluate", entry.source.results),
+            ("corruptions", entry.corruptions),
+            ("diagnose", entry.diagnoses),
+        ):
+            rows += [_command_row(entry.name, kind, result) for result in results]
+    rows += [_command_row(told.owner, f"analyse {told.study}", told.result) for told in studies]
+    header = ["of", "result", "command", "commit", "time"]
+    return (
+        Grid("Where each number comes from", header, rows, words=5, folded=True) if rows else None
+    )
+
+
+def _command_row(owner: str, kind: str, result: Content) -> list[Cell]:
+    known = result.get("environment")
+    environment = known if isinstance(known, dict) else {}
+    keys = ("command", "commit", "time")
+    return [Cell(owner), Cell(kind), *(Cell(str(environment.get(key) or DASH)) for key in keys)]
+
+
+GLOSSARY = (
+    (
+        "natural accuracy",
+        "Share of images, in percent, that the network classifies right as they are.",
+    ),
+    (
+        "robust accuracy",
+        "Share of images that it classifies right after an attack has changed each of "
+        "them as it likes within the threat. An image that is wrong as it is counts as lost. It is "
+        "always an upper limit: a better attack can only lower it.",
+    ),
+    (
+        "threat, epsilon (ε)",
+        "How much an attack may change an image. Linf with ε = 8/255: every "
+        "pixel by up to 8 of its 255 grey levels, which the eye hardly sees. L2 limits the length "
+        "of the whole change instead.",
+    ),
+    ("FGSM", "One step in the direction that raises the loss most. Fast and weak."),
+    (
+        "PGD-20",
+        "Projected gradient descent: twenty small such steps, each time put back into the "
+        "threat. The usual quick measure.",
+    ),
+    (
+        "C&W",
+        "Here, as in the tables of this field: PGD on the margin between the right class and "
+        "the best wrong one (Carlini and Wagner's loss).",
+    ),
+    (
+        "AutoAttack",
+        "Four attacks without settings to tune, one of which needs no gradient; the "
+        "number that is trusted most.",
+    ),
+    (
+        "worst case",
+        "Share of images that withstand every one of the attacks tried, image by image.",
+    ),
+    (
+        "NRR",
+        "Natural-Robust Ratio: the harmonic mean of natural and robust accuracy. High only "
+        "when both are.",
+    ),
+    (
+        "95 % interval",
+        "How far a number may be off because only so many images were tried "
+        "(Wilson's). It says nothing of how another training with another seed would come out.",
+    ),
+    ("points", "Percentage points: from 60 % to 55 % is a loss of 5 points."),
+    (
+        "validation and test images",
+        "Validation images choose the checkpoint; test images are "
+        "looked at only to evaluate. Neither is learnt from.",
+    ),
+    (
+        "best and last checkpoint",
+        "Weights after the epoch with the best validation accuracy, and after the last epoch.",
+    ),
+    ("natural start", "A network trained on ordinary images, from which robust training begins."),
+    (
+        "diagnosis",
+        "Checks for evaluations that fool themselves: hidden gradients, attacks that "
+        "stop too early, randomness. Warn: the number may be off. Fail: it means nothing.",
+    ),
+)

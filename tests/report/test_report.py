@@ -1,0 +1,515 @@
+"""The page of runs: what is in it, what it says where something lacks, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from planted_runs import corruptions, diagnosis, evaluation, plant, write
+from reading_pages import Element, cells, read
+
+import cure
+from cure import drawing
+from cure.analysis.study import STUDIES, STUDY_FORMAT, Rows, Study
+from cure.errors import CureError
+from cure.evaluation import wilson
+from cure.report import page as page_module
+from cure.report.accuracies import difference
+from cure.report.page import write_report
+from helpers import Command, refused
+
+SECTIONS = [
+    *("verdict", "trained", "accuracies", "trade-off", "learning", "overfitting", "epsilon"),
+    *("corruptions", "cka", "gradients", "perturbation", "pictures", "studies", "glossary", "made"),
+]
+
+
+def whole_run(place: Path) -> Path:
+    """A run with everything but studies, and its natural start."""
+    warning = {"name": "precision", "status": "warn", "meaning": "Logits are large."}
+    folder = plant(
+        place / "robust",
+        results=[
+            evaluation("robust", curve=[(0.05, 100), (0.2, 0)], checks=[warning]),
+            corruptions("robust"),
+            diagnosis("robust", "fail"),
+        ],
+    )
+    plant(
+        folder / "natural",
+        method="natural",
+        results=[
+            evaluation("natural", 190, {"pgd20": 2, "cw": 1, "autoattack": 0}, method="natural")
+        ],
+    )
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run for a test to change."""
+    return whole_run(tmp_path)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A run with one result, whose page is drawn fast."""
+    return plant(tmp_path / "small", robust=(), results=[evaluation("small")])
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run, where it is by default."""
+    return write_report(whole_run(tmp_path_factory.mktemp("written")))
+
+
+@pytest.fixture(scope="module")
+def tree(written: Path) -> Element:
+    return read(written)
+
+
+def section(tree: Element, name: str) -> Element:
+    return tree.one("section", id=name)
+
+
+@pytest.fixture
+def planted_study(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A study that tells what its result says."""
+
+    def pictures(result: dict[str, Any]) -> list[drawing.Picture]:
+        curve = {"a": [(0.0, 1.0), (1.0, float(result["value"]))]}
+        return [drawing.lines("planted-lines", "A line", curve, x="x", y="y", description="It.")]
+
+    STUDIES.names()  # What registers itself has done so.
+    study = Study(
+        "planted",
+        "A planted study",
+        "Does it grow?",
+        "cure analyse planted RUN --limit 9",
+        lambda result: [f"It grew to {result['value']}."],
+        lambda result: [Rows("Growth", ["what", "size"], [["it", str(result["value"])]])],
+        pictures,
+    )
+    monkeypatch.setitem(STUDIES._entries, "planted", study)
+    return "planted"
+
+
+# What is in it.
+
+
+def test_every_section_is_there_and_in_the_contents(tree: Element) -> None:
+    found = [e.attributes["id"] for e in tree.one("main").children if isinstance(e, Element)]
+    assert found == SECTIONS
+    links = [a.attributes["href"] for a in tree.one("details", id="contents").all("a")]
+    assert links == [f"#{name}" for name in SECTIONS]
+    for name in SECTIONS:
+        head = section(tree, name).one("h2")
+        assert head.attributes["id"] == f"{name}-heading"
+    ids = [e.attributes["id"] for e in tree.all() if "id" in e.attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_accuracies_are_those_of_the_results(tree: Element, written: Path) -> None:
+    table = section(tree, "accuracies").all("table")[0]
+    head = [th.text for th in table.one("thead").all("th")]
+    assert head == [
+        *("network", "method", "natural", "worst case", "AutoAttack", "NRR, AutoAttack"),
+        *("C&W", "NRR, C&W", "PGD-20"),
+    ]
+    robust, natural = cells(table)
+    result = json.loads((written.parent / "evaluations" / "best-test-1.json").read_text())
+    low, high = result["natural"]["interval"]
+    assert robust[0] == "1 robust"
+    assert robust[1] == "cure"
+    assert robust[2].startswith(f"75.0 ({low:.1f}-{high:.1f})")
+    low, high = result["attacks"]["autoattack"]["interval"]
+    assert robust[4].startswith(f"20.0 ({low:.1f}-{high:.1f})")
+    # 2 x 75 x 20 / 95.
+    assert robust[5] == "31.6"
+    assert robust[8].startswith("30.0 (")
+    assert natural[0] == "2 robust/natural"
+    assert natural[2].startswith("95.0 (")
+    assert natural[4].startswith("0.0 (0.0-1.9)")
+
+
+def test_the_verdict_has_numbers_intervals_images_and_the_start(tree: Element) -> None:
+    said = section(tree, "verdict").text
+    assert "robust is right on 75.0 % (68.6-80.5) of 200 test images as they are." in said
+    assert "AutoAttack, the strongest attack tried, on 20.0 % (15.0-26.1) of these" in said
+    assert "Against the network it started from (robust/natural): -20.0 points" in said
+    assert "+20.0 points (+14.7 to +26.1) under AutoAttack" in said
+    tiles = [t.text for t in section(tree, "verdict").all("p", class_="tile-value")]
+    assert tiles == ["75.0 %", "20.0 %", "no"]
+    assert "The diagnosis fails (black box): Square finds more." in said
+    # Only runs that were named have a verdict; the start stands beside its run.
+    assert "robust/natural is right" not in said
+
+
+def test_a_difference_has_newcombes_interval() -> None:
+    # Newcombe 1998, Table II (a), method 10: 56/70 - 48/80 is 0.20 (0.0524 to 0.3339).
+    low, high = difference(wilson(56, 70), 80.0, wilson(48, 80), 60.0)
+    assert (round(low, 2), round(high, 2)) == (5.24, 33.39)
+
+
+def test_findings_stand_beside_the_numbers_they_concern(tree: Element) -> None:
+    table = section(tree, "accuracies").all("table")[0]
+    row = table.one("tbody").all("tr")[0]
+    flags = [[a.attributes["href"] for a in cell.all("a")] for cell in row.all("td")]
+    # black_box and precision are about attacks: natural accuracy stands as it is.
+    assert flags[1] == []
+    assert flags[3] == ["#remark-1", "#remark-2"]
+    assert tree.one("li", id="remark-1").text == "fail: robust: black box: Square finds more."
+    assert tree.one("li", id="remark-2").text == "warn: robust: precision: Logits are large."
+
+
+def test_a_check_of_the_whole_evaluation_is_flagged_at_natural_accuracy(tmp_path: Path) -> None:
+    check = {"name": "determinism", "status": "warn", "meaning": "It draws."}
+    run = plant(tmp_path / "run", results=[evaluation("run", checks=[check])])
+    row = section(read(write_report(run)), "accuracies").all("table")[0].one("tbody").all("tr")[0]
+    assert [a.attributes["href"] for a in row.all("td")[1].all("a")] == ["#remark-1"]
+
+
+def test_weak_attacks_alone_are_called_weak(tmp_path: Path) -> None:
+    run = plant(tmp_path / "run", results=[evaluation("run", attacks={"pgd20": 60, "noise": 140})])
+    said = section(read(write_report(run)), "verdict").text
+    assert "withstands PGD-20, the strongest attack tried, on 30.0 %" in said
+    assert "comes from PGD-20 alone" in said
+    assert "--attacks autoattack" in said
+
+
+def test_what_was_trained(tree: Element) -> None:
+    card = tree.one("details", id="trained-1")
+    for words in ("cure", "digits, 2 classes", "3 of ", "3 minutes in all, 60 seconds an epoch"):
+        assert words in card.text, words
+    assert "commit abc1234, torch 2.13.0" in card.text
+    assert card.one("pre").text == "cure train digits --run planted"
+    settings = dict(row for row in cells(card.one("table")))
+    assert settings["method.percent"] == "30.0"
+
+
+def test_curves_tables_say_the_numbers(tree: Element) -> None:
+    figures = section(tree, "learning").all("figure")
+    assert len(figures) == 4
+    loss = cells(figures[0].one("table"))
+    assert loss[0] == ["1 robust", "2.000", "1.000", "0.667"]
+    overfitting = section(tree, "overfitting")
+    assert "robust: best 30.0 % after epoch 2, last 25.0 % after epoch 3" in overfitting.text
+    assert "5.0 points were lost" in overfitting.text
+    epsilon = section(tree, "epsilon")
+    assert "PGD-20 leaves no image right from ε = 51/255 on" in epsilon.text
+    assert cells(epsilon.one("table"))[0] == ["1 robust", "75.000", "50.000", "0.000"]
+    groups, each = section(tree, "corruptions").all("table")
+    assert cells(groups)[0][2].startswith("50.0 (")
+    assert [row[:2] for row in cells(each)] == [["fog", "weather"], ["shot noise", "noise"]]
+
+
+def test_every_drawing_has_a_title_and_a_description(tree: Element) -> None:
+    drawings = tree.all("svg", role="img")
+    assert len(drawings) >= 8
+    for svg in drawings:
+        for name in svg.attributes["aria-labelledby"].split():
+            (words,) = [e for e in svg.all() if e.attributes.get("id") == name]
+            assert words.name in ("title", "desc")
+            assert len(words.text) > 3
+
+
+def test_sections_without_data_name_their_command(tmp_path: Path) -> None:
+    run = plant(tmp_path / "run", robust=())
+    tree = read(write_report(run))
+    for name, command in {
+        "accuracies": "cure evaluate run",
+        "trade-off": "cure evaluate run",
+        "learning": "cure resume run",
+        "epsilon": "cure evaluate run --curve pgd20",
+        "corruptions": "cure corruptions run",
+        "cka": "cure analyse cka",
+        "gradients": "cure analyse gradients",
+        "overfitting": "cure analyse overfitting",
+        "perturbation": "cure analyse perturbation",
+        "pictures": "cure analyse perturbation",
+    }.items():
+        commands = [pre.text for pre in section(tree, name).all("pre")]
+        assert any(said.startswith(command) for said in commands), (name, commands)
+    assert "has not been evaluated" in section(tree, "verdict").text
+
+
+def test_a_study_is_told(small: Path, planted_study: str) -> None:
+    result = {"format": STUDY_FORMAT, "study": planted_study, "environment": {}}
+    write(small / "studies" / "planted-1.json", result | {"value": 7})
+    write(small / "studies" / "planted-2.json", result | {"value": 8})
+    write(small / "studies" / "planted-3.json", result)
+    studies = section(read(write_report(small)), "studies")
+    assert "It grew to 7." in studies.text
+    assert "It grew to 8." in studies.text
+    assert [cells(table) for table in studies.all("table")] == [[["it", "7"]], [["it", "8"]]]
+    assert len(studies.all("svg", role="img")) == 2
+    assert "A result of cure analyse planted of small is damaged" in studies.text
+
+
+def test_a_study_that_was_not_made_says_its_own_command(small: Path, planted_study: str) -> None:
+    commands = [pre.text for pre in section(read(write_report(small)), "studies").all("pre")]
+    assert "cure analyse planted small --limit 9" in commands
+
+
+# Several runs, and files.
+
+
+def test_runs_are_overlaid_and_keep_their_marks(run: Path, tmp_path: Path) -> None:
+    other = plant(tmp_path / "other", method="at", results=[evaluation("other", method="at")])
+    tree = read(write_report([run, other], output=tmp_path / "both.html", title="Two"))
+    assert tree.one("h1").text == "Two"
+    rows = cells(section(tree, "accuracies").all("table")[0])
+    assert [row[0] for row in rows] == ["1 robust", "2 robust/natural", "3 other"]
+    assert len(section(tree, "learning").all("figure")) == 4
+    legend = [a.text for a in tree.one("ul", class_="legend").all("a")]
+    assert legend == ["1 robust", "2 robust/natural", "3 other"]
+
+
+def test_one_start_of_several_runs_is_shown_once(run: Path, tmp_path: Path) -> None:
+    other = plant(tmp_path / "other", results=[evaluation("other")])
+    plant(other / "natural", method="natural")
+    tree = read(write_report([run, other], output=tmp_path / "both.html"))
+    legend = [a.text for a in tree.one("ul", class_="legend").all("a")]
+    assert legend == ["1 robust", "2 robust/natural", "3 other"]
+    said = section(tree, "verdict").text
+    assert said.count("Against the network it started from (robust/natural)") == 2
+
+
+def test_what_was_measured_otherwise_stands_in_a_table_of_its_own(
+    small: Path, tmp_path: Path
+) -> None:
+    other = plant(tmp_path / "other", robust=(), results=[evaluation("other", count=400)])
+    accuracies = section(
+        read(write_report([small, other], output=tmp_path / "both.html")), "accuracies"
+    )
+    tables = [t for t in accuracies.all("table") if "Accuracy in percent" in t.text]
+    assert [len(cells(table)) for table in tables] == [1, 1]
+    assert "Measured differently, so not to be compared" in accuracies.text
+    assert "number of images 200 against 400" in accuracies.text
+
+
+def test_result_files_go_to_the_run_they_are_of(tmp_path: Path) -> None:
+    run = plant(tmp_path / "run")
+    files = [
+        write(tmp_path / "evaluation.json", evaluation("run")),
+        write(tmp_path / "corruptions.json", corruptions("run")),
+        write(tmp_path / "diagnosis.json", diagnosis("run")),
+        write(tmp_path / "stranger.json", evaluation("run", 100, method="trades")),
+    ]
+    tree = read(write_report([run, *files], output=tmp_path / "page.html"))
+    rows = cells(section(tree, "accuracies").all("table")[0])
+    # A result of another method is of another network, whatever it is called.
+    assert [(row[0], row[1]) for row in rows] == [("1 run", "cure"), ("2 run-2", "trades")]
+    assert "fog" in section(tree, "corruptions").text
+    assert "2 of 2 checks passed (of cure diagnose)" in section(tree, "verdict").text
+
+
+def test_cifar10_is_set_beside_the_paper_and_nothing_else_is(tmp_path: Path) -> None:
+    result = evaluation("run", data="cifar10", epsilon=(8 / 255, "8/255"))
+    run = plant(tmp_path / "run", results=[result])
+    drawn = section(read(write_report(run)), "trade-off")
+    rows = {row[0]: row[1:] for row in cells(drawn.one("table"))}
+    assert rows["CURE"] == ["the paper", "86.76", "49.69"]
+    assert rows["1 run"][0] == "here"
+    # ACT and ARD have no AutoAttack in the paper.
+    assert "ACT" not in rows
+    assert len(rows) == 9
+    assert "Table 1" in drawn.text
+    for other in ({"data": "svhn"}, {"epsilon": (4 / 255, "4/255")}):
+        kept = {"data": "cifar10", "epsilon": (8 / 255, "8/255")} | other
+        result = evaluation("x", **kept)
+        again = plant(tmp_path / next(iter(other)), robust=(), results=[result])
+        assert "the paper" not in section(read(write_report(again)), "trade-off").text
+
+
+def test_many_runs(tmp_path: Path) -> None:
+    runs = [plant(tmp_path / f"run{n}", results=[evaluation(f"run{n}", 100 + n)]) for n in range(9)]
+    tree = read(write_report(runs, output=tmp_path / "many.html"))
+    assert len(cells(section(tree, "accuracies").all("table")[0])) == 9
+    # No legend has room for so many: numbers stand at the marks and in the list of networks.
+    legend = [a.text for a in tree.one("ul", class_="legend").all("a")]
+    assert legend == [f"{n + 1} run{n}" for n in range(9)]
+    for name in ("trade-off", "learning"):
+        drawn = [text.text for text in section(tree, name).all("svg", role="img")[0].all("text")]
+        assert {str(n + 1) for n in range(9)} <= set(drawn)
+    assert len({tuple(drawing.series(n).values()) for n in range(40)}) == 40
+
+
+# Damage, and names that mean harm.
+
+
+def test_a_damaged_file_costs_a_sentence(run: Path) -> None:
+    (run / "evaluations" / "best-test-9.json").write_text('{"format": "cure-evaluation-1"')
+    write(run / "evaluations" / "best-test-8.json", {"format": "cure-evaluation-1"})
+    write(run / "corruptions" / "best-test-7.json", {"groups": {"fog": 3}})
+    (run / "timing.jsonl").write_bytes(b"\xff\xfe")
+    (run / "environment.json").write_text("[]")
+    tree = read(write_report(run))
+    said = [li.text for li in section(tree, "verdict").one("div", class_="trouble").all("li")]
+    assert len(said) == 5
+    for name in ("best-test-9", "best-test-8", "best-test-7", "timing", "environment"):
+        assert any(name in sentence for sentence in said), (name, said)
+    # Where on this machine the run lies is nobody's business.
+    assert str(run.parent) not in (run / "report.html").read_text()
+    assert cells(section(tree, "accuracies").all("table")[0])[0][2].startswith("75.0")
+
+
+def test_numbers_that_are_none_do_not_break_a_page(tmp_path: Path) -> None:
+    run = plant(tmp_path / "run", results=[evaluation("run")])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "train": {"loss": NaN}, "validation": {"robust": "high"}}\n')
+        file.write('{"epoch": 5, "train": [], "validation": null}\n{"epoch": "six"}\n[1]\n{"ep')
+    tree = read(write_report(run))
+    assert cells(section(tree, "learning").all("table")[0])[0][1:] == ["2.000", "1.000", "0.667"]
+
+
+HOSTILE = [
+    "<script>window.hurt=1</script>",
+    '"><img src=x onerror="window.hurt=1">',
+    "</style><style>body{display:none}</style>",
+    "</svg></title><svg onload=window.hurt=1>",
+    r"$\frac$ $x_{$ \undefined",
+    "javascript:window.hurt=1",
+    "{{ 7 * 7 }} {% include 'page.css' %}",
+    "\u202eturned\u202c \u0000\u0007",
+    "name " * 80,
+]
+
+
+def hostile_run(folder: Path) -> Path:
+    """A run whose every text means harm."""
+    names = iter(HOSTILE * 4)
+    result = evaluation(folder.name, attacks={"pgd20": 60, next(names): 50, next(names): 40})
+    result["data"]["name"] = result["model"]["name"] = HOSTILE[1]
+    result["threat"]["epsilon_text"] = HOSTILE[4]
+    check = {"name": HOSTILE[0], "status": "fail", "meaning": " ".join(HOSTILE)}
+    result["diagnosis"] = {"verdict": "fail", "checks": [check], "left_out": {}}
+    harmed = corruptions(folder.name)
+    for name in HOSTILE:
+        harmed["corruptions"][name] = harmed["corruptions"]["fog"] | {"group": name}
+        harmed["groups"][name] = harmed["groups"]["weather"]
+    kept = plant(folder, classes=HOSTILE, command=" ".join(HOSTILE), results=[result, harmed])
+    config = kept / "config.yaml"
+    config.write_text(
+        config.read_text().replace("name: digits", f"name: {json.dumps(HOSTILE[2])}", 1)
+    )
+    return kept
+
+
+def test_names_that_mean_harm_stay_words(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    runs = [
+        hostile_run(tmp_path / "<script>window.hurt=1<"),
+        hostile_run(tmp_path / r"$\frac$ _x"),
+        plant(tmp_path / ("long" * 60), results=[evaluation("long" * 60)]),
+        plant(tmp_path / "\u05d0\u05d1 \u202egnp.", results=[evaluation("x")]),
+    ]
+    title = "</title><script>window.hurt=1</script>"
+    path = write_report(runs, output=tmp_path / "page.html", title=title)
+    tree = read(path)
+    assert [e.text[:12] for e in tree.all("script")] == ['"use strict"']
+    assert not tree.all("img")
+    text = path.read_text(encoding="utf-8")
+    assert "\u202e" not in text
+    assert "\x00" not in text
+    handlers = [(e.name, k) for e in tree.all() for k in e.attributes if k.startswith("on")]
+    assert handlers == []
+    for link in [e for e in tree.all() if "href" in e.attributes or "src" in e.attributes]:
+        assert link.attributes.get("href", "").startswith(("#", "data:,")), link.attributes
+    # In drawings "$" is a letter, and nothing is taken out of them.
+    assert r"$\frac$ _x" in section(tree, "learning").text
+    assert "49" not in [tree.one("h1").text]
+    assert "{{ 7 * 7 }}" in tree.one("details", id="trained-1").text
+    assert tree.one("h1").text == title
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+
+
+def test_nothing_can_be_loaded_from_anywhere(tree: Element, written: Path) -> None:
+    policy = tree.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]
+    rules = dict(rule.split(maxsplit=1) for rule in policy.attributes["content"].split("; "))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+    assert re.fullmatch(r"'sha256-[A-Za-z0-9+/=]+'", rules["script-src"])
+    # Names of XML's dialects are no addresses that are fetched.
+    found = set(re.findall(r"https?://[^\s\"'<>)]+", written.read_text()))
+    assert found <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_a_page_that_would_be_too_large_says_what_it_leaves_out(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = write_report(small).stat().st_size
+    drawings = len(read(small / "report.html").all("svg", role="img"))
+    monkeypatch.setattr(page_module, "LARGEST", page_module._FOR_WORDS + 25_000)
+    tree = read(write_report(small))
+    assert len(tree.all("svg", role="img")) < drawings
+    assert (small / "report.html").stat().st_size < whole
+    said = section(tree, "verdict").text
+    assert "Left out because the page would be too large" in said
+    assert "Left out to keep the page below" in tree.one("main").text
+
+
+# Files.
+
+
+def test_a_page_of_a_run_is_replaced_and_no_other_file_is(small: Path, tmp_path: Path) -> None:
+    before = {p: p.read_bytes() for p in small.rglob("*") if p.is_file()}
+    path = write_report(small)
+    path.write_text(path.read_text() + "<!-- old -->")
+    assert "<!-- old -->" not in write_report(small).read_text()
+    assert {p: p.read_bytes() for p in small.rglob("*") if p.is_file() and p != path} == before
+    given = tmp_path / "given.html"
+    write_report(small, output=given)
+    with pytest.raises(CureError, match="exists and is kept"):
+        write_report(small, output=given)
+    path.write_text("mine")
+    with pytest.raises(CureError, match="was not made by `cure report` and is kept"):
+        write_report(small)
+    assert path.read_text() == "mine"
+
+
+def test_the_verb_is_a_function_whatever_was_imported(small: Path) -> None:
+    for _ in range(2):
+        assert cure.write_report is page_module.write_report
+    assert cure.write_report(cure.Run(small)) == small / "report.html"
+
+
+def test_the_command_says_where_the_page_is(command: Command, small: Path, tmp_path: Path) -> None:
+    output = tmp_path / "page.html"
+    ended = command("report", small, "--output", output, "--title", "A & B")
+    assert (ended.status, ended.out) == (0, f"report: {output}\n")
+    assert read(output).one("head").one("title").text == "A & B · cure report"
+
+
+def test_what_cannot_be_a_page_is_refused(command: Command, small: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    strange = write(tmp_path / "strange.json", {"format": "other"})
+    part = write(tmp_path / "part.json", {"format": "cure-diagnosis-1", "checks": 3})
+    study = write(tmp_path / "study.json", {"format": STUDY_FORMAT, "study": "nothing"})
+    for words, said in (
+        ((tmp_path / "nowhere",), "does not exist"),
+        ((tmp_path,), "holds no run"),
+        ((small, small), "named twice"),
+        ((broken,), "cannot be read as JSON"),
+        ((strange,), "its format is 'other'"),
+        ((part,), "is no whole result of `cure diagnose`"),
+        ((study,), "unknown study 'nothing'"),
+    ):
+        refused(command("report", *words, "--output", page), said)
+        assert not page.exists()
+    lone = write(tmp_path / "lone.json", evaluation("lone"))
+    refused(command("report", lone), "name it with --output")
+    refused(command("report", small, "--output", tmp_path / "no" / "page.html"), "does not exist")
+    (small / "config.yaml").write_text("{")
+    refused(command("report", small, "--output", page), "holds no whole configuration")
+
+
+def test_a_page_of_files_alone(tmp_path: Path) -> None:
+    file = write(tmp_path / "lone.json", evaluation("lone"))
+    tree = read(write_report(file, output=tmp_path / "page.html"))
+    assert "lone is right on 75.0 %" in section(tree, "verdict").text
+    assert "only results" in section(tree, "trained").text
