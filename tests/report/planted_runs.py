@@ -172,3 +172,67 @@ def plant(
         kind = kinds.get(result["format"], "diagnoses")
         write(folder / kind / f"best-test-{number}.json", result)
     return folder
+
+
+def whole_run(place: Path) -> Path:
+    """A run with everything but studies, and its natural start."""
+    warning = {"name": "precision", "status": "warn", "meaning": "Logits are large."}
+    folder = plant(
+        place / "robust",
+        results=[
+            evaluation("robust", curve=[(0.05, 100), (0.2, 0)], checks=[warning]),
+            corruptions("robust"),
+            diagnosis("robust", "fail"),
+        ],
+    )
+    plant(
+        folder / "natural",
+        method="natural",
+        results=[
+            evaluation("natural", 190, {"pgd20": 2, "cw": 1, "autoattack": 0}, method="natural")
+        ],
+    )
+    return folder
+
+
+HOSTILE = [
+    "<script>window.hurt=1</script>",
+    '"><img src=x onerror="window.hurt=1">',
+    "</style><style>body{display:none}</style>",
+    "</svg></title><svg onload=window.hurt=1>",
+    r"$\frac$ $x_{$ \undefined",
+    "javascript:window.hurt=1",
+    "{{ 7 * 7 }} {% include 'page.css' %}",
+    "\u202eturned\u202c \u0000\u0007",
+    "name " * 80,
+]
+
+
+def hostile_run(folder: Path) -> Path:
+    """A run whose every text means harm."""
+    names = iter(HOSTILE * 4)
+    result = evaluation(folder.name, attacks={"pgd20": 60, next(names): 50, next(names): 40})
+    result["data"]["name"] = result["model"]["name"] = HOSTILE[1]
+    result["threat"]["epsilon_text"] = HOSTILE[4]
+    check = {"name": HOSTILE[0], "status": "fail", "meaning": " ".join(HOSTILE)}
+    result["diagnosis"] = {"verdict": "fail", "checks": [check], "left_out": {}}
+    harmed = corruptions(folder.name)
+    for name in HOSTILE:
+        harmed["corruptions"][name] = harmed["corruptions"]["fog"] | {"group": name}
+        harmed["groups"][name] = harmed["groups"]["weather"]
+    kept = plant(folder, classes=HOSTILE, command=" ".join(HOSTILE), results=[result, harmed])
+    config = kept / "config.yaml"
+    config.write_text(
+        config.read_text().replace("name: digits", f"name: {json.dumps(HOSTILE[2])}", 1)
+    )
+    return kept
+
+
+def hostile_runs(place: Path) -> list[Path]:
+    """Runs whose every name means harm."""
+    return [
+        hostile_run(place / "<script>window.hurt=1<"),
+        hostile_run(place / r"$\frac$ _x"),
+        plant(place / ("long" * 60), robust=(), results=[evaluation("long" * 60)]),
+        plant(place / "\u05d0\u05d1 \u202egnp.", robust=(), results=[evaluation("x")]),
+    ]

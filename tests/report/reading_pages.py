@@ -6,6 +6,12 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
+SECTIONS = [
+    *("verdict", "trained", "accuracies", "trade-off", "learning", "overfitting", "epsilon"),
+    *("corruptions", "cka", "gradients", "perturbation", "pictures", "studies", "glossary", "made"),
+]
+"""Ids of the sections, in their order."""
+
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 

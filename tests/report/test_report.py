@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted_runs import corruptions, diagnosis, evaluation, plant, write
-from reading_pages import Element, cells, read
+from planted_runs import corruptions, diagnosis, evaluation, hostile_runs, plant, whole_run, write
+from reading_pages import SECTIONS, Element, cells, read
 
 import cure
 from cure import drawing
@@ -20,32 +20,6 @@ from cure.report import page as page_module
 from cure.report.accuracies import difference
 from cure.report.page import write_report
 from helpers import Command, refused
-
-SECTIONS = [
-    *("verdict", "trained", "accuracies", "trade-off", "learning", "overfitting", "epsilon"),
-    *("corruptions", "cka", "gradients", "perturbation", "pictures", "studies", "glossary", "made"),
-]
-
-
-def whole_run(place: Path) -> Path:
-    """A run with everything but studies, and its natural start."""
-    warning = {"name": "precision", "status": "warn", "meaning": "Logits are large."}
-    folder = plant(
-        place / "robust",
-        results=[
-            evaluation("robust", curve=[(0.05, 100), (0.2, 0)], checks=[warning]),
-            corruptions("robust"),
-            diagnosis("robust", "fail"),
-        ],
-    )
-    plant(
-        folder / "natural",
-        method="natural",
-        results=[
-            evaluation("natural", 190, {"pgd20": 2, "cw": 1, "autoattack": 0}, method="natural")
-        ],
-    )
-    return folder
 
 
 @pytest.fixture
@@ -366,46 +340,8 @@ def test_numbers_that_are_none_do_not_break_a_page(tmp_path: Path) -> None:
     assert cells(section(tree, "learning").all("table")[0])[0][1:] == ["2.000", "1.000", "0.667"]
 
 
-HOSTILE = [
-    "<script>window.hurt=1</script>",
-    '"><img src=x onerror="window.hurt=1">',
-    "</style><style>body{display:none}</style>",
-    "</svg></title><svg onload=window.hurt=1>",
-    r"$\frac$ $x_{$ \undefined",
-    "javascript:window.hurt=1",
-    "{{ 7 * 7 }} {% include 'page.css' %}",
-    "\u202eturned\u202c \u0000\u0007",
-    "name " * 80,
-]
-
-
-def hostile_run(folder: Path) -> Path:
-    """A run whose every text means harm."""
-    names = iter(HOSTILE * 4)
-    result = evaluation(folder.name, attacks={"pgd20": 60, next(names): 50, next(names): 40})
-    result["data"]["name"] = result["model"]["name"] = HOSTILE[1]
-    result["threat"]["epsilon_text"] = HOSTILE[4]
-    check = {"name": HOSTILE[0], "status": "fail", "meaning": " ".join(HOSTILE)}
-    result["diagnosis"] = {"verdict": "fail", "checks": [check], "left_out": {}}
-    harmed = corruptions(folder.name)
-    for name in HOSTILE:
-        harmed["corruptions"][name] = harmed["corruptions"]["fog"] | {"group": name}
-        harmed["groups"][name] = harmed["groups"]["weather"]
-    kept = plant(folder, classes=HOSTILE, command=" ".join(HOSTILE), results=[result, harmed])
-    config = kept / "config.yaml"
-    config.write_text(
-        config.read_text().replace("name: digits", f"name: {json.dumps(HOSTILE[2])}", 1)
-    )
-    return kept
-
-
 def test_names_that_mean_harm_stay_words(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    runs = [
-        hostile_run(tmp_path / "<script>window.hurt=1<"),
-        hostile_run(tmp_path / r"$\frac$ _x"),
-        plant(tmp_path / ("long" * 60), results=[evaluation("long" * 60)]),
-        plant(tmp_path / "\u05d0\u05d1 \u202egnp.", results=[evaluation("x")]),
-    ]
+    runs = hostile_runs(tmp_path)
     title = "</title><script>window.hurt=1</script>"
     path = write_report(runs, output=tmp_path / "page.html", title=title)
     tree = read(path)
