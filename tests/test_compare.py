@@ -147,7 +147,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         for record in timing:
             folder.append("timing.jsonl", record)
         for content in results:
-            folder.keep_evaluation(content)
+            folder.keep("evaluations", content)
         return folder.path
 
     return make

@@ -290,7 +290,7 @@ def evaluate(
             if robustbench is not None and writes:
                 write_json(Path(robustbench), robustbench_record(result))
             if subject.folder is not None and writes:
-                subject.folder.keep_evaluation(result)
+                subject.folder.keep("evaluations", result)
             journal.remove()
     return result
 

@@ -9,6 +9,7 @@
 - ``checkpoints/epoch-0005.safetensors``: those that ``training.keep_every`` keeps.
 - ``checkpoints/state.safetensors``: all that resuming needs.
 - ``evaluations/``: results of ``cure evaluate``, and verdicts of those that are not finished.
+- ``corruptions/``, ``diagnoses/``: results of ``cure corruptions`` and ``cure diagnose``.
 - ``studies/``: results of ``cure analyse`` and their pictures.
 - ``natural/``: the run that trained the start.
 - ``tracking.json``: what W&B and MLflow call the run; ``tensorboard/``, ``wandb/``: their files.
@@ -269,13 +270,26 @@ class RunFolder:
             raise CheckpointError(f"{path} is missing or damaged; restore it from a copy")
         return content
 
-    def keep_evaluation(self, result: dict[str, Any]) -> None:
-        """File a result of ``evaluate`` with the run, under the first free number."""
-        folder = self.path / "evaluations"
-        folder.mkdir(exist_ok=True)
+    def keep(self, kind: str, result: dict[str, Any]) -> None:
+        """File a result of ``evaluate`` or the like with the run, under the first free number.
+
+        Args:
+            kind: folder: "evaluations", "corruptions", "diagnoses".
+            result: what says its checkpoint and split.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        folder = self.path / kind
         name = f"{result['model']['checkpoint']}-{result['data']['split']}"
         paths = (folder / f"{name}-{number}.json" for number in itertools.count(1))
-        write_json(next(path for path in paths if not path.exists()), result)
+        try:
+            folder.mkdir(exist_ok=True)
+            write_json(next(path for path in paths if not path.exists()), result)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be written ({error.strerror}); make {self.path} writable"
+            ) from None
 
     def partial_evaluation(self, name: str) -> Path:
         """The file called ``name`` in which an unfinished evaluation keeps its verdicts.

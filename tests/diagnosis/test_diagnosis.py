@@ -405,6 +405,12 @@ def test_a_run_knows_its_validation_accuracy(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text().replace('"natural": ', '"natural": 99.0, "was": '))
     assert measured()["measured"]["expected"] == 99.0
+    # Each diagnosis is kept with the run, under the first free number.
+    kept = sorted(file.name for file in (tmp_path / "run" / "diagnoses").iterdir())
+    assert kept == ["best-test-1.json", "best-train-1.json", "last-test-1.json"]
+    cure.corruptions(run, only="fog", severity=1, limit=4, data_options={"resize": 32})
+    (file,) = (tmp_path / "run" / "corruptions").iterdir()
+    assert json.loads(file.read_text())["format"] == "cure-corruptions-1"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {

@@ -164,6 +164,8 @@ def corruptions(
         write_sheet(Path(sheet), first, lambda name, s: give(name, s, 0, 1)[0], names, severities)
     if output is not None:
         write_json(Path(output), result)
+    if subject.folder is not None:
+        subject.folder.keep("corruptions", result)
     return result
 
 

@@ -98,4 +98,6 @@ def diagnose(
     }
     if output is not None:
         write_json(Path(output), result)
+    if subject.folder is not None:
+        subject.folder.keep("diagnoses", result)
     return result
