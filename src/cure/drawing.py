@@ -97,10 +97,12 @@ def canvas(
 
 def series(number: int) -> dict[str, Any]:
     """Keyword arguments of ``Axes.plot`` for the series of that number (0 the first)."""
+    # Colours, marks and lines come round together, so each round moves them against each other.
+    again = number // len(COLOURS)
     return {
         "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKS[number % len(MARKS)],
-        "linestyle": LINES[number % len(LINES)],
+        "marker": MARKS[(number + again) % len(MARKS)],
+        "linestyle": LINES[(number + again) % len(LINES)],
     }
 
 
@@ -111,7 +113,11 @@ def plain(text: str) -> str:
 
 def legend(axes: Axes, **options: Any) -> None:
     """Name the series of ``axes``, without a box that would cover a dark page."""
-    axes.legend(frameon=False, labelcolor=INK, **options)
+    shown = axes.legend(frameon=False, labelcolor=INK, **options)
+    for text in shown.get_texts():
+        # A name may hold a dollar sign, as it is or as plain() has it.
+        text.set_text(text.get_text().replace(r"\$", "$"))
+        text.set_parse_math(False)
 
 
 def picture(figure: Figure, name: str, title: str, description: str) -> Picture:
@@ -165,6 +171,19 @@ def _shorter(path: str) -> str:
     """The commands of a path with two decimals, on one line."""
     rounded = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.2f}", path)
     return " ".join(rounded.split())
+
+
+def renamed(drawn: Picture, name: str) -> Picture:
+    """The same picture under another name, for a page that holds several of one name."""
+    old = re.escape(drawn.name)
+    svg = re.sub(rf'\bid="{old}-', f'id="{name}-', drawn.svg)
+    svg = re.sub(rf'href="#{old}-', f'href="#{name}-', svg)
+    svg = re.sub(rf"url\(#{old}-", f"url(#{name}-", svg)
+    svg = svg.replace(
+        f'aria-labelledby="{drawn.name}-title {drawn.name}-description"',
+        f'aria-labelledby="{name}-title {name}-description"',
+    )
+    return Picture(name, drawn.title, drawn.description, svg)
 
 
 def lines(

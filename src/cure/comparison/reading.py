@@ -46,7 +46,7 @@ _OUTSIDE = {
 
 
 @dataclass
-class _Source:
+class Source:
     """What is known of one run.
 
     Attributes:
@@ -80,7 +80,7 @@ class _Source:
         return [
             result
             for result in self.results
-            if result["model"].get("checkpoint") == checkpoint and _images(result) == images
+            if result["model"].get("checkpoint") == checkpoint and images_of(result) == images
         ]
 
 
@@ -90,7 +90,7 @@ def read_rows(runs: Iterable[str | Path | Run], split: str | None = None) -> lis
     Raises:
         CureError: when one cannot be read, was not evaluated, or not like the others.
     """
-    sources: list[_Source] = []
+    sources: list[Source] = []
     rows: list[Row] = []
     loose: list[tuple[str, dict[str, Any]]] = []
     seen: set[Path] = set()
@@ -100,13 +100,13 @@ def read_rows(runs: Iterable[str | Path | Run], split: str | None = None) -> lis
             raise ConfigError(f"{path} is named twice; a run counts once: name it once")
         seen.add(path.resolve())
         if path.is_file():
-            content = _read_json(path)
+            content = read_json(path)
             if content.get("format") == FORMAT:
                 rows += _checked_rows(content.get("rows"), path)
             elif content.get("format") == RUN_FORMAT:
-                sources.append(_read_record(content, path))
+                sources.append(read_record(content, path))
             else:
-                loose.append((str(path), _checked_result(content, path)))
+                loose.append((str(path), checked_result(content, path)))
         else:
             sources.append(_read_folder(path))
     sources += _merged(loose)
@@ -114,13 +114,30 @@ def read_rows(runs: Iterable[str | Path | Run], split: str | None = None) -> lis
         raise ConfigError("expected one or more runs, got none; name the folders of evaluated runs")
     if split is not None:
         sources, rows = _only(sources, rows, split)
-    rank = _rank(sources, rows)
-    rows = [_row(source, rank) for source in sources] + rows
+    rows = rows_of(sources, rows)
     check_alike(rows)
-    return _labelled(_filled(rows))
+    return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def rows_of(sources: Sequence[Source], rows: Sequence[Row] = ()) -> list[Row]:
+    """One row a source, all about the images that most share; then ``rows`` as they are.
+
+    Whether they compare is another question: :func:`check_alike`, :func:`alike`.
+
+    Args:
+        sources: one or more, each with results.
+        rows: of an earlier table.
+    """
+    rank = _rank(list(sources), list(rows))
+    return _labelled(_filled([*(_row(source, rank) for source in sources), *rows]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty when it holds another kind of JSON.
+
+    Raises:
+        CheckpointError: when it is no JSON.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -131,7 +148,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _checked_result(content: dict[str, Any], path: Path) -> dict[str, Any]:
+def checked_result(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """The result, once everything that a row takes from it was found in it."""
     try:
         for name, part in {"natural": content["natural"], **content["attacks"]}.items():
@@ -141,9 +158,9 @@ def _checked_result(content: dict[str, Any], path: Path) -> dict[str, Any]:
             _need(name == "natural" or isinstance(part["settings"], dict))
         for section in ("model", "nrr", "environment", "threat"):
             _need(isinstance(content[section], dict))
-        for text in (content["target"], content["threat"]["epsilon_text"], _time(content)):
+        for text in (content["target"], content["threat"]["epsilon_text"], time_of(content)):
             _need(isinstance(text, str))
-        _images(content)
+        images_of(content)
     except (KeyError, TypeError, AttributeError, ValueError):
         raise CheckpointError(
             f"expected a run folder or a result of `cure evaluate --output`, got {path}, which "
@@ -157,7 +174,7 @@ def _need(true: bool) -> None:
         raise ValueError
 
 
-def _time(result: Mapping[str, Any]) -> str:
+def time_of(result: Mapping[str, Any]) -> str:
     """When it was measured, so that the newest is the last in alphabetical order."""
     time: str = result["environment"]["time"]
     return time
@@ -174,7 +191,7 @@ def _checked_rows(rows: object, path: Path) -> list[Row]:
     return records
 
 
-def _read_folder(path: Path) -> _Source:
+def _read_folder(path: Path) -> Source:
     """A run and all its evaluations."""
     config_file = path / "config.yaml"
     if not config_file.is_file():
@@ -187,41 +204,41 @@ def _read_folder(path: Path) -> _Source:
         config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         config = None
-    config = _checked_config(config, config_file)
-    files = sorted((path / "evaluations").glob("*.json"), key=_number)
-    results = [_checked_result(_read_json(file), file) for file in files]
+    config = checked_config(config, config_file)
+    files = sorted((path / "evaluations").glob("*.json"), key=number_of)
+    results = [checked_result(read_json(file), file) for file in files]
     if not results:
         raise CheckpointError(f"{path} was not evaluated yet; do so with `cure evaluate {path}`")
-    results.sort(key=_time)
-    results = _current(results)
+    results.sort(key=time_of)
+    results = current(results)
     environment, status = path / "environment.json", path / "status.json"
     place = path.resolve()
     inside = (place.parent / "config.yaml").is_file()
-    return _Source(
+    return Source(
         # All natural starts are in folders called "natural".
         name=f"{place.parent.name}/{place.name}" if inside else place.name,
         typed=str(path),
         results=results,
         config=config,
-        timing=_lines(path / "timing.jsonl"),
-        environment=_read_json(environment) if environment.is_file() else None,
-        finished=_read_json(status).get("state") == "finished" if status.is_file() else None,
+        timing=read_lines(path / "timing.jsonl"),
+        environment=read_json(environment) if environment.is_file() else None,
+        finished=read_json(status).get("state") == "finished" if status.is_file() else None,
     )
 
 
-def _read_record(content: dict[str, Any], path: Path) -> _Source:
+def read_record(content: dict[str, Any], path: Path) -> Source:
     """A run as a plan keeps it when its folder may be gone."""
-    config = _checked_config(content.get("config"), path)
+    config = checked_config(content.get("config"), path)
     evaluations, timing = content.get("evaluations"), content.get("timing")
     if not evaluations or not isinstance(evaluations, list) or not isinstance(timing, list):
         raise CheckpointError(
             f"{path} holds no evaluation of its run; move it away and do that run of the plan again"
         )
-    results = sorted((_checked_result(result, path) for result in evaluations), key=_time)
-    return _Source(
+    results = sorted((checked_result(result, path) for result in evaluations), key=time_of)
+    return Source(
         name=path.stem,
         typed=str(path),
-        results=_current(results),
+        results=current(results),
         config=config,
         timing=timing,
         environment=content.get("environment"),
@@ -230,7 +247,12 @@ def _read_record(content: dict[str, Any], path: Path) -> _Source:
     )
 
 
-def _checked_config(config: Any, path: Path) -> dict[str, Any]:
+def checked_config(config: Any, path: Path) -> dict[str, Any]:
+    """The settings, once those that rows are made from were found in them.
+
+    Raises:
+        CheckpointError: when one is missing.
+    """
     try:
         for section, key in (("method", "name"), ("training", "epochs"), ("threat", "epsilon")):
             _need(config[section][key] is not None)
@@ -242,19 +264,20 @@ def _checked_config(config: Any, path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _current(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def current(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without those of a checkpoint that was replaced when the run went on."""
     now = {r["model"].get("checkpoint"): r["model"].get("epoch") for r in results}
     return [r for r in results if r["model"].get("epoch") == now[r["model"].get("checkpoint")]]
 
 
-def _number(file: Path) -> int:
+def number_of(file: Path) -> int:
     """The number at the end of the name of an evaluation: a later one has a larger number."""
     last = file.stem.rpartition("-")[2]
     return int(last) if last.isdigit() else 0
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON; none when there is no file."""
     records: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -264,24 +287,24 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _merged(loose: list[tuple[str, dict[str, Any]]]) -> list[_Source]:
+def _merged(loose: list[tuple[str, dict[str, Any]]]) -> list[Source]:
     """Result files by the run they say they are of.
 
     Raises:
         ConfigError: when two that name the same run cannot be of the same network.
     """
-    sources: dict[tuple[Any, ...], _Source] = {}
+    sources: dict[tuple[Any, ...], Source] = {}
     seen: dict[tuple[Any, ...], tuple[str, Any]] = {}
     for typed, result in loose:
         facts = result["model"]
         keys = ("method", "recipe", "run_seed", "weights", "name", "parameters")
         identity = (result["target"], *(facts.get(key) for key in keys))
-        source = sources.setdefault(identity, _Source(_no_place(result["target"]), typed, []))
+        source = sources.setdefault(identity, Source(no_place(result["target"]), typed, []))
         source.results.append(result)
         part = result["natural"]
         for key, value in (
             (("epoch",), facts.get("epoch")),
-            (("natural accuracy", part["n"], _images(result)), part["accuracy"]),
+            (("natural accuracy", part["n"], images_of(result)), part["accuracy"]),
         ):
             place = (identity, facts.get("checkpoint"), *key)
             other, there = seen.setdefault(place, (typed, value))
@@ -292,20 +315,20 @@ def _merged(loose: list[tuple[str, dict[str, Any]]]) -> list[_Source]:
                     "run folders in their place"
                 )
     for source in sources.values():
-        source.results.sort(key=_time)
+        source.results.sort(key=time_of)
     return list(sources.values())
 
 
-def _images(record: Mapping[str, Any]) -> tuple[Any, ...]:
+def images_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
     """Values of ``IMAGES`` in a result or in a row."""
     if "attack_settings" in record:
         return tuple(record[name] for name in IMAGES)
     data, threat = record["data"], record["threat"]
     size = "x".join(map(str, data["size"]))
-    return _no_place(data["name"]), data["split"], size, threat["norm"], float(threat["epsilon"])
+    return no_place(data["name"]), data["split"], size, threat["norm"], float(threat["epsilon"])
 
 
-def _only(sources: list[_Source], rows: list[Row], split: str) -> tuple[list[_Source], list[Row]]:
+def _only(sources: list[Source], rows: list[Row], split: str) -> tuple[list[Source], list[Row]]:
     """The evaluations of one split."""
     for source in sources:
         source.results = [r for r in source.results if r["data"]["split"] == split]
@@ -323,7 +346,7 @@ def _only(sources: list[_Source], rows: list[Row], split: str) -> tuple[list[_So
     return sources, rows
 
 
-def _rank(sources: list[_Source], rows: list[Row]) -> Callable[[tuple[Any, ...]], Any]:
+def _rank(sources: list[Source], rows: list[Row]) -> Callable[[tuple[Any, ...]], Any]:
     """How much rather one kind of images is compared than another.
 
     Those that all were evaluated on, then test images, then the threat that the runs were trained
@@ -334,10 +357,10 @@ def _rank(sources: list[_Source], rows: list[Row]) -> Callable[[tuple[Any, ...]]
         best: dict[tuple[Any, ...], tuple[int, str]] = {}
         for result in source.results:
             if result["model"].get("checkpoint") == source.checkpoint:
-                latest = (int(result["natural"]["n"]), _time(result))
-                best[_images(result)] = max(best.get(_images(result), (0, "")), latest)
+                latest = (int(result["natural"]["n"]), time_of(result))
+                best[images_of(result)] = max(best.get(images_of(result), (0, "")), latest)
         evaluated.append(best)
-    evaluated += [{_images(row): (row["n"], "")} for row in rows]
+    evaluated += [{images_of(row): (row["n"], "")} for row in rows]
     trained = [_threat(source.config) for source in sources if source.config is not None]
 
     def rank(images: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -357,11 +380,11 @@ def _threat(config: Mapping[str, Any]) -> tuple[str, float] | None:
 # One row.
 
 
-def _row(source: _Source, rank: Callable[[tuple[Any, ...]], Any]) -> Row:
+def _row(source: Source, rank: Callable[[tuple[Any, ...]], Any]) -> Row:
     """The flat record of one run."""
     checkpoint = source.checkpoint
     main = [r for r in source.results if r["model"].get("checkpoint") == checkpoint]
-    images = max({_images(result) for result in main}, key=lambda images: (rank(images), images))
+    images = max({images_of(result) for result in main}, key=lambda images: (rank(images), images))
     main = source.of(checkpoint, images)
     whole = _largest(main)
     facts, config = whole["model"], source.config
@@ -375,7 +398,7 @@ def _row(source: _Source, rank: Callable[[tuple[Any, ...]], Any]) -> Row:
         "label": "",
         "plan_label": source.label,
         "seed": config["seed"] if config else facts.get("run_seed"),
-        "network": _no_place(facts.get("name")),
+        "network": no_place(facts.get("name")),
         "parameters": facts.get("parameters"),
         "weights": facts.get("weights"),
         "recipe": facts.get("recipe"),
@@ -391,7 +414,7 @@ def _row(source: _Source, rank: Callable[[tuple[Any, ...]], Any]) -> Row:
     }
     attacks = {name for result in main for name in result["attacks"]}
     chosen = {name: _largest([r for r in main if name in r["attacks"]]) for name in attacks}
-    for name in sorted(attacks, key=_strength):
+    for name in sorted(attacks, key=strength):
         part = chosen[name]["attacks"][name]
         row |= {
             name: part["accuracy"],
@@ -400,15 +423,15 @@ def _row(source: _Source, rank: Callable[[tuple[Any, ...]], Any]) -> Row:
         }
         if name in RATIOS:
             row[f"nrr_{name}"] = chosen[name]["nrr"].get(name)
-    for name in ("natural", *sorted(attacks, key=_strength)):
+    for name in ("natural", *sorted(attacks, key=strength)):
         row |= _last(name, row[name], row[f"{name}_n"] if name in chosen else row["n"], last)
     epochs = {name: [t[name] for t in source.timing if t.get(name) is not None] for name in _TIMING}
     for column, (name, summary) in zip(COSTS, _TIMING.items(), strict=True):
         row[column] = summary(epochs[name]) if epochs[name] else None
     row["attack_settings"] = {
-        name: chosen[name]["attacks"][name]["settings"] for name in sorted(attacks, key=_strength)
+        name: chosen[name]["attacks"][name]["settings"] for name in sorted(attacks, key=strength)
     }
-    row["settings"] = _no_place(config["method"]) if config else None
+    row["settings"] = no_place(config["method"]) if config else None
     row["configuration"] = _configuration(config) if config else None
     known = source.environment or whole["environment"]
     row["environment"] = {name: known.get(name) for name in _ENVIRONMENT}
@@ -441,7 +464,7 @@ def _last(name: str, value: float, count: int, last: list[dict[str, Any]]) -> Ro
     }
 
 
-def _strength(attack: str) -> tuple[int, int, str]:
+def strength(attack: str) -> tuple[int, int, str]:
     """Order of attacks in a table: PGD by its steps, others, C&W, AutoAttack."""
     steps = re.fullmatch(r"pgd(\d+)", attack)
     place = {"cw": 2, "autoattack": 3}.get(attack, 1)
@@ -451,7 +474,7 @@ def _strength(attack: str) -> tuple[int, int, str]:
 def attacks_of(rows: Iterable[Row]) -> list[str]:
     """Every attack that a row has, and the usual ones."""
     return sorted(
-        {*USUAL, *(name for row in rows for name in row["attack_settings"])}, key=_strength
+        {*USUAL, *(name for row in rows for name in row["attack_settings"])}, key=strength
     )
 
 
@@ -469,12 +492,12 @@ def _filled(rows: list[Row]) -> list[Row]:
     return [{name: row.get(name) for name in (*single, *columns, *NESTED)} for row in rows]
 
 
-def _no_place(value: Any) -> Any:
+def no_place(value: Any) -> Any:
     """The same value, with every path that says where on a machine cut to its last part."""
     if isinstance(value, Mapping):
-        return {key: _no_place(inner) for key, inner in value.items()}
+        return {key: no_place(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_no_place(inner) for inner in value]
+        return [no_place(inner) for inner in value]
     if not isinstance(value, str):
         return value
     prefix, colon, rest = value.rpartition(":")
@@ -495,7 +518,7 @@ def flattened(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _configuration(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the run is besides its method, by dotted name."""
     flat = flattened({key: value for key, value in config.items() if key not in _OUTSIDE})
-    flat = {key: _no_place(value) for key, value in flat.items() if key not in _OUTSIDE}
+    flat = {key: no_place(value) for key, value in flat.items() if key not in _OUTSIDE}
     if "start" in flat:
         flat["start"] = _origin(str(flat["start"]))
     if "data.source" in flat:
@@ -602,6 +625,22 @@ def check_alike(rows: Sequence[Row]) -> None:
             if attack != "autoattack" and having[0][f"{attack}_n"] != row[f"{attack}_n"]:
                 differing.append((f"{attack} images", having[0][f"{attack}_n"], row[f"{attack}_n"]))
             refuse_unlike(having[0], row, differing)
+
+
+def alike(rows: Iterable[Row]) -> list[list[Row]]:
+    """The same rows in groups that compare, each row with the first group it is like."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        for group in groups:
+            try:
+                check_alike([*group, row])
+            except ConfigError:
+                continue
+            group.append(row)
+            break
+        else:
+            groups.append([row])
+    return groups
 
 
 def refuse_unlike(first: Row, second: Row, differing: list[tuple[str, Any, Any]]) -> None:
