@@ -25,7 +25,7 @@ cure table $OUT/overfitting/plan.yaml
 study overfitting runs/overfitting/{at,trades,cure,U-1,U-34}-seed0 --limit 500
 
 cure table $OUT/gradients/plan.yaml
-study gradients runs/gradients/at-seed0 runs/gradients/cure-seed0
+study gradients runs/table/at-recorded-seed0 runs/table/cure-recorded-seed0
 
 # All sets of blocks from the same natural start, which is not trained again.
 SETTINGS="training.epochs=3 training.precision=bf16_attack training.threads=1 training.validate_every=5"
