@@ -128,6 +128,9 @@ def test_medians_by_hand() -> None:
     # n = 10: P(X < 2) = 11/1024 = 0.0107, P(X < 3) = 56/1024 = 0.055: second and ninth.
     found = median([float(value) for value in (5, 3, 9, 1, 7, 2, 8, 4, 10, 6)])
     assert found == {"median": 5.5, "low": 2.0, "high": 9.0}
+    # n = 8: P(X < 1) = 0.004, P(X < 2) = 0.035: the ends.
+    found = median([float(value) for value in range(8)])
+    assert found == {"median": 3.5, "low": 0.0, "high": 7.0}
     assert median([0.0, 1.0, math.inf]) == {"median": 1.0, "low": None, "high": None}
     assert median([math.inf] * 8)["median"] is None
     assert median([]) == {"median": None, "low": None, "high": None}

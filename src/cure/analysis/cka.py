@@ -699,7 +699,7 @@ def _map(name: str, one: Mapping[str, Any], result: Result) -> Picture:
         light = drawing.contrast(cells, 0.0, 1.0)
         for r, c in product(range(len(rows)), range(len(columns))):
             if math.isfinite(cells[r][c]):
-                colour = "white" if (r, c) in light else "black"
+                colour = "#ffffff" if (r, c) in light else "#111111"
                 axes.text(
                     c + 0.5,
                     r + 0.5,

@@ -3,6 +3,7 @@
 from cure.cli.analyse import cka as cka
 from cure.cli.analyse import conserved as conserved
 from cure.cli.analyse import gradients as gradients
+from cure.cli.analyse import landscape as landscape
 from cure.cli.analyse import layerwise as layerwise
 from cure.cli.analyse import overfitting as overfitting
 from cure.cli.analyse import perturbation as perturbation
