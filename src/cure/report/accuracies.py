@@ -201,14 +201,16 @@ class Verdict:
     Attributes:
         entry: which.
         sentences: the accuracies, the change against the start, in this order.
+        threat: what the attacker may do.
         warnings: what makes the numbers less than they seem.
         numbers: the same in large figures.
     """
 
     entry: Entry
-    sentences: Sequence[str]
-    warnings: Sequence[str]
-    numbers: Sequence[Number]
+    sentences: list[str]
+    threat: str
+    warnings: list[str]
+    numbers: list[Number]
 
 
 def verdict(entry: Entry, measured: Measured) -> Verdict:
@@ -216,7 +218,7 @@ def verdict(entry: Entry, measured: Measured) -> Verdict:
     row = measured.row.get(entry.name)
     if row is None:
         sentence = f"{entry.name} has not been evaluated, so nothing is known of its accuracy."
-        return Verdict(entry, [sentence], [], [])
+        return Verdict(entry, [sentence], "", [], [])
     attack = strongest(row)
     natural, interval = float(row["natural"]), tuple(row["natural_interval"])
     images = f"{int(row['n']):,} {row['split']} images"
@@ -238,8 +240,7 @@ def verdict(entry: Entry, measured: Measured) -> Verdict:
         of = f"{n:,} {row['split']} images"
         sentence += (
             f" as they are. It withstands {shown}, the strongest attack tried, on "
-            f"{percent(robust)} ({between(limits)}) of {'these' if n == row['n'] else of}, when the"
-            f" attacker may {change(row)}."
+            f"{percent(robust)} ({between(limits)}) of {'these' if n == row['n'] else of}."
         )
         numbers.append(
             Number(
@@ -252,7 +253,8 @@ def verdict(entry: Entry, measured: Measured) -> Verdict:
         )
     sentences = [sentence, *_against_start(entry, row, measured)]
     numbers.append(_trust(entry, row))
-    return Verdict(entry, sentences, _warnings(entry, row, attack), numbers)
+    threat = f"The attacker may {change(row)}." if attack else ""
+    return Verdict(entry, sentences, threat, _warnings(entry, row, attack), numbers)
 
 
 def _against_start(entry: Entry, row: Row, measured: Measured) -> list[str]:

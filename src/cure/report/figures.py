@@ -31,6 +31,8 @@ Size = tuple[float, float]
 Spots = tuple[float, Spot]
 
 _WIDTH, _HEIGHT = 4.4, 3.1
+_MIDDLE = 5.2
+"""Inches; a phone still shows words of such a drawing at a size to read."""
 _LEADER: dict[str, object] = {"arrowstyle": "-", "color": INK, "alpha": 0.35, "linewidth": 0.5}
 
 
@@ -172,7 +174,7 @@ def by_attack(rows: Sequence[Row], place: Place) -> Figure | None:
     names = ["natural", *_in_order(attacks)]
     if len(names) < 3 or len(rows) > MOST_NAMES:
         return None
-    figure, (axes,) = canvas(width=6.6, height=1.1 + 0.3 * len(names) * max(1, len(rows) / 3))
+    figure, (axes,) = canvas(width=_MIDDLE, height=1.1 + 0.3 * len(names) * max(1, len(rows) / 3))
     for offset, row in enumerate(rows):
         having = [(at, name) for at, name in enumerate(names) if row.get(name) is not None]
         _points_with_bars(
@@ -220,7 +222,7 @@ def trade_off(rows: Sequence[Row], place: Place) -> tuple[Figure, str] | None:
     attack = max(having, key=lambda name: (len(having[name]), order.index(name)))
     shown = having[attack]
     beside = _paper_rows(shown, attack)
-    figure, (axes,) = canvas(width=6.4, height=4.6)
+    figure, (axes,) = canvas(width=_MIDDLE, height=4.2)
     axes.plot([0, 100], [0, 100], color=INK, alpha=0.35, linewidth=0.8, linestyle=":")
     for row in shown:
         index = place[row["run"]]
@@ -257,7 +259,7 @@ def trade_off(rows: Sequence[Row], place: Place) -> tuple[Figure, str] | None:
     axes.set_xlim(max(0.0, min(lowest) - 6), 100)
     axes.set_ylim(-top / 40, top)
     marks = {place[row["run"]]: (float(row["natural"]), float(row[attack])) for row in shown}
-    _number_marks(axes, marks, (395, 285))
+    _number_marks(axes, marks, (310, 255))
     axes.grid(alpha=0.2, linewidth=0.6)
     axes.set_xlabel("right on natural images (%)")
     axes.set_ylabel(f"right under {label(attack_name(attack))} (%)", parse_math=False)
@@ -437,7 +439,7 @@ def best_and_last(entries: Sequence[Entry], place: Place) -> tuple[Figure, list[
             rows.append((entry, best, curve[-1]))
     if not rows:
         return None
-    figure, (axes,) = canvas(width=6.4, height=1.0 + 0.32 * len(rows))
+    figure, (axes,) = canvas(width=_MIDDLE, height=1.1 + 0.32 * len(rows))
     for down, (entry, (_, best), (_, last)) in enumerate(rows):
         look = series(place[entry.name])
         axes.plot([last, best], [down, down], color=look["color"], linewidth=2.2)
@@ -457,7 +459,7 @@ def best_and_last(entries: Sequence[Entry], place: Place) -> tuple[Figure, list[
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
-    axes.set_xlabel("right under PGD on validation images (%): filled best epoch, hollow last")
+    axes.set_xlabel("right under PGD on validation images (%)\nfilled: best epoch, hollow: last")
     said, cells = [], []
     for entry, (epoch, best), (end, last) in rows:
         gap = best - last
@@ -563,7 +565,9 @@ def corrupted(entries: Sequence[Entry], place: Place) -> tuple[list[Figure], lis
     if not newest:
         return [], [], []
     groups = list(dict.fromkeys(group for r in newest.values() for group in r["groups"]))
-    figure, (axes,) = canvas(width=6.4, height=1.2 + 0.13 * (len(groups) + 1) * (len(newest) + 2))
+    figure, (axes,) = canvas(
+        width=_MIDDLE, height=1.2 + 0.13 * (len(groups) + 1) * (len(newest) + 2)
+    )
     names = ["natural", *groups]
     table = []
     for offset, (name, result) in enumerate(newest.items()):
@@ -594,7 +598,7 @@ def corrupted(entries: Sequence[Entry], place: Place) -> tuple[list[Figure], lis
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.grid(axis="x", alpha=0.25, linewidth=0.6)
-    axes.set_xlabel("images right (%), mean over corruptions of a group, with 95 % interval")
+    axes.set_xlabel("images right (%), mean of a group, with 95 % interval")
     _named(figure, axes, len(newest))
     said = []
     for name, result in newest.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -70,14 +71,16 @@ class Figure:
     kind: str = field(default="figure", init=False)
 
     @property
-    def wide(self) -> bool:
-        """Whether it needs the whole width of the page."""
-        return 'width="' in self.picture.svg and _width(self.picture.svg) > 340
+    def size(self) -> str:
+        """How much of the page it takes: "small" has room for another beside it."""
+        width = _width(self.picture.svg)
+        return "small" if width < 340 else "middle" if width < 390 else "wide"
 
 
 def _width(svg: str) -> float:
     """Width of a drawing in points."""
-    return float(svg.split('width="', 1)[1].split("pt", 1)[0])
+    found = re.search(r'<svg[^>]*\bwidth="([\d.]+)pt"', svg)
+    return float(found[1]) if found else 0.0
 
 
 @dataclass(frozen=True)
