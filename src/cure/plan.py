@@ -465,7 +465,7 @@ def carry_out_plan(
         _known(plan, label, "--only")
     chosen = _with_needs(plan, set(only) if only is not None else set(plan.rows))
     wanted_seeds = set(seeds) if seeds is not None else None
-    with _stopped_by_signals():
+    with stopped_by_signals():
         try:
             return _carry_out(plan, output, executor, chosen, wanted_seeds, tell)
         except BaseException:
@@ -476,7 +476,7 @@ def carry_out_plan(
 
 
 @contextmanager
-def _stopped_by_signals() -> Iterator[None]:
+def stopped_by_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM as KeyboardInterrupt, also where a shell has them ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield

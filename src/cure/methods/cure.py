@@ -175,6 +175,21 @@ class CureConfig(MethodConfig):
     revision: RevisionConfig = RevisionConfig()
     """How the revision model remembers."""
 
+    def sweep(self) -> tuple[str, ...]:
+        """p, alpha, gamma (around Tables 9 and 10), r, and d in the form that the recipe gives."""
+        memory = (
+            "revision.decay=0.99,0.995,0.998,0.999,0.9995"
+            if self.revision.horizon is None
+            else "revision.horizon=0.02:0.2:log"
+        )
+        ranges = (
+            "percent=10:50",
+            "alpha=0.05:0.5:log",
+            "gamma=0.1:2:log",
+            "revision.rate=0.05:0.5",
+        )
+        return (*ranges, memory)
+
 
 @METHODS.register("cure")
 class Cure(Method):

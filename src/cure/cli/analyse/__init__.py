@@ -7,6 +7,7 @@ from cure.cli.analyse import landscape as landscape
 from cure.cli.analyse import layerwise as layerwise
 from cure.cli.analyse import overfitting as overfitting
 from cure.cli.analyse import perturbation as perturbation
+from cure.cli.analyse import sensitivity as sensitivity
 from cure.cli.analyse.app import analyse
 
 __all__ = ["analyse"]
