@@ -525,17 +525,15 @@ def show(
 
 @app.command()
 def demo(run: RunOption = None) -> None:
-    """Handwritten digits: train naturally, make robust with CURE, evaluate both (a minute)."""
-    from cure.api import evaluate as measure
-    from cure.api import train as start
+    """Handwritten digits: train naturally, make robust with CURE, study both, write a page."""
+    from cure.demo import begin, examine
 
-    done = start("digits", run=run)
-    results = []
-    for folder in (done.path / "natural", done.path):
-        with show_progress() as progress:
-            results.append(measure(folder, output=folder / "evaluation.json", progress=progress))
+    done = begin(run)
+    with show_progress() as progress:
+        results, page = examine(done, progress)
     print_results(results)
     _print_ended(done.path)
+    out.print(f"open in a browser: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_ended(path: Path) -> None:
