@@ -275,7 +275,7 @@ def test_what_cannot_be_studied_is_said() -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("perturbation") / "tiny"
     settings = ["method={name: natural}", "start=scratch", "training.epochs=1"]
-    cure.train("digits", [*settings, "training.tensorboard=false"], run=path, quiet=True)
+    cure.train("digits", settings, run=path, quiet=True)
     return path
 
 

@@ -406,8 +406,9 @@ def findings(result: Result) -> list[str]:
     said.append(
         f"n = {result['n']:,} images, epsilon {threat['norm']} {threat['epsilon_text']}; two "
         f"random directions of weights (seed {result['seed']}), filter by filter as long as the "
-        "weights; parameters of one dimension and BatchNorm's statistics stay. Adversarial images: PGD-20, "
-        f"{made}. A flat picture in two directions of many does not prove a flat valley."
+        "weights; parameters of one dimension and BatchNorm's statistics stay. Adversarial "
+        f"images: PGD-20, {made}. A flat picture in two directions of many does not prove a flat "
+        "valley."
     )
     return said
 
