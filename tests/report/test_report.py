@@ -64,7 +64,10 @@ def planted_study(monkeypatch: pytest.MonkeyPatch) -> str:
         "Does it grow?",
         "cure analyse planted RUN --limit 9",
         lambda result: [f"It grew to {result['value']}."],
-        lambda result: [Rows("Growth", ["what", "size"], [["it", str(result["value"])]])],
+        lambda result: [
+            Rows("Growth", ["what", "size"], [["it", str(result["value"])]]),
+            Rows("Each", ["what"], [[str(number)] for number in range(20)]),
+        ],
         pictures,
     )
     monkeypatch.setitem(STUDIES._entries, "planted", study)
@@ -199,11 +202,11 @@ def test_sections_without_data_name_their_command(tmp_path: Path) -> None:
         "learning": "cure resume run",
         "epsilon": "cure evaluate run --curve pgd20",
         "corruptions": "cure corruptions run",
-        "cka": "cure analyse cka",
-        "gradients": "cure analyse gradients",
-        "overfitting": "cure analyse overfitting",
-        "perturbation": "cure analyse perturbation",
-        "pictures": "cure analyse perturbation",
+        "cka": "cure analyse cka run",
+        "gradients": "cure analyse gradients run",
+        "overfitting": "cure analyse overfitting run",
+        "perturbation": "cure analyse perturbation run",
+        "pictures": "cure analyse perturbation run",
     }.items():
         commands = [pre.text for pre in section(tree, name).all("pre")]
         assert any(said.startswith(command) for said in commands), (name, commands)
@@ -218,7 +221,10 @@ def test_a_study_is_told(small: Path, planted_study: str) -> None:
     studies = section(read(write_report(small)), "studies")
     assert "It grew to 7." in studies.text
     assert "It grew to 8." in studies.text
-    assert [cells(table) for table in studies.all("table")] == [[["it", "7"]], [["it", "8"]]]
+    tables = [cells(table) for table in studies.all("table")]
+    assert tables[::2] == [[["it", "7"]], [["it", "8"]]]
+    # Long tables are folded.
+    assert [details.one("summary").text for details in studies.all("details")] == ["Each", "Each"]
     assert len(studies.all("svg", role="img")) == 2
     assert "A result of cure analyse planted of small is damaged" in studies.text
 
@@ -359,6 +365,9 @@ def test_names_that_mean_harm_stay_words(tmp_path: Path, recwarn: pytest.Warning
     assert "49" not in [tree.one("h1").text]
     assert "{{ 7 * 7 }}" in tree.one("details", id="trained-1").text
     assert tree.one("h1").text == title
+    # A command is there to be copied, and a name must not become one.
+    commands = [code.text for code in section(tree, "verdict").all("code")]
+    assert "cure diagnose '<script>window.hurt=1<'" in commands
     assert not [w for w in recwarn if "Glyph" in str(w.message)]
 
 
@@ -449,3 +458,24 @@ def test_a_page_of_files_alone(tmp_path: Path) -> None:
     tree = read(write_report(file, output=tmp_path / "page.html"))
     assert "lone is right on 75.0 %" in section(tree, "verdict").text
     assert "only results" in section(tree, "trained").text
+
+
+def test_pictures_stand_apart_from_curves_of_perturbations(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pictures(result: dict[str, Any]) -> list[drawing.Picture]:
+        curve = {"a": [(0.0, 1.0), (1.0, 2.0)]}
+        names = ("perturbation-curve", "perturbation-images")
+        return [drawing.lines(name, name, curve, x="x", y="y", description="It.") for name in names]
+
+    STUDIES.names()
+    study = Study("perturbation", "It", "It?", "cure", lambda _: [], lambda _: [], pictures)
+    monkeypatch.setitem(STUDIES._entries, "perturbation", study)
+    write(
+        small / "studies" / "perturbation-1.json",
+        {"format": STUDY_FORMAT, "study": "perturbation", "environment": {}},
+    )
+    tree = read(write_report(small))
+    for name, shown in (("perturbation", "curve"), ("pictures", "images")):
+        titles = [svg.one("title").text for svg in section(tree, name).all("svg", role="img")]
+        assert titles == [f"perturbation-{shown}"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,7 +50,7 @@ class Entry:
         name: unique in the page.
         source: results of ``cure evaluate``, settings, times; as ``cure compare`` reads them.
         folder: of a run.
-        typed: as the user named it, for commands to copy.
+        typed: as the user named it, for commands to copy: quoted where a shell would act on it.
         metrics: a record an epoch.
         images: what ``data.json`` says.
         status: how far it came.
@@ -192,7 +193,7 @@ def _entry(path: Path, name: str, made: Gathered) -> Entry:
         config = None
     name = _free(name, made.entries)
     source = Source(name, str(path), [], checked_config(config, config_file))
-    entry = Entry(name, source, path, str(no_place(str(path))))
+    entry = Entry(name, source, path, shlex.quote(str(no_place(str(path)))))
 
     def careful(file: Path, read: Callable[[Path], Any], otherwise: Any) -> Any:
         if not file.exists():
@@ -341,7 +342,7 @@ def _attach(typed: str, content: Content, made: Gathered) -> None:
     entry = next((e for e in made.entries if _is_of(e, target, facts)), None)
     if entry is None:
         name = _free(target, made.entries)
-        entry = Entry(name, Source(name, typed, []), typed=target)
+        entry = Entry(name, Source(name, typed, []), typed=shlex.quote(target))
         made.entries.append(entry)
     kinds = {
         _EVALUATION: entry.source.results,

@@ -7,9 +7,9 @@ import hashlib
 import re
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +47,9 @@ LARGEST = 5_000_000
 """Bytes of a page; drawings that would make it larger are left out, the largest first."""
 
 TIMES = " \N{MULTIPLICATION SIGN} "
+
+MOST_ROWS = 12
+"""Rows of a table of a study that is shown unfolded."""
 
 _FOR_WORDS = 500_000
 """Bytes that are kept for everything but drawings."""
@@ -201,7 +204,8 @@ def _swatch(index: int) -> str:
 def _sections(made: Gathered, measured: Measured, place: Mapping[str, int]) -> list[Section]:
     entries = made.entries
     runs = [entry for entry in entries if entry.folder is not None]
-    where = next((e.typed for e in entries if not e.starts), "RUN")
+    names = [entry.typed for entry in entries if not entry.starts and entry.folder is not None]
+    where = names[0] if names else "RUN"
     studies: dict[str, list[Told]] = {}
     for told in made.studies:
         studies.setdefault(told.study, []).append(told)
@@ -236,7 +240,7 @@ def _sections(made: Gathered, measured: Measured, place: Mapping[str, int]) -> l
             "Robust overfitting",
             "Late in training, robust accuracy on new images often falls while it still rises on "
             "the training images. The gap between the best epoch and the last one shows how much.",
-            [*_overfitting(runs, measured, place), *_study("overfitting", studies, where)],
+            [*_overfitting(runs, measured, place), *_study("overfitting", studies, names)],
         ),
         Section(
             "epsilon",
@@ -257,34 +261,34 @@ def _sections(made: Gathered, measured: Measured, place: Mapping[str, int]) -> l
             "Similarity of layers (CKA)",
             "How alike what two layers see is, from 0 (nothing in common) to 1 (the same up to "
             "rotation and scale): for natural and for attacked images, or for two networks.",
-            _study("cka", studies, where),
+            _study("cka", studies, names),
         ),
         Section(
             "gradients",
             "Gradients and mask",
             "How strongly training pulls at each layer, and which weights CURE lets move and which "
             "it conserves.",
-            _study("gradients", studies, where),
+            _study("gradients", studies, names),
         ),
         Section(
             "perturbation",
             "Least perturbations",
             "The smallest change of an image that makes a network err. The larger it has to be, "
             "the more robust the network is.",
-            _study("perturbation", studies, where, pictures=False),
+            _study("perturbation", studies, names, _is_drawing),
         ),
         Section(
             "pictures",
             "Pictures",
             "Images as they are, images after an attack, and the change between them, with what "
             "networks take each for.",
-            _pictures(studies.get("perturbation", []), where),
+            _pictures(studies.get("perturbation", []), names),
         ),
         Section(
             "studies",
             "Further studies",
             "What else was asked of these networks.",
-            _further(studies, where),
+            _further(studies, names),
         ),
     ]
 
@@ -374,64 +378,90 @@ def _corruptions(entries: Sequence[Entry], place: Mapping[str, int], where: str)
 # Studies.
 
 
-def _command(study: str, where: str) -> str:
-    """The command that makes a study, with the run's own name in the place of RUN."""
+def _commands_of(study: str, names: Sequence[str]) -> list[str]:
+    """What makes a study, the runs of the page in the place of RUN where runs are looked at."""
     shown = STUDIES[study].command if study in STUDIES else f"cure analyse {study} RUN"
-    return re.sub(r"\bRUN\b", lambda _: where, shown)
+
+    def named(found: re.Match[str]) -> str:
+        return " ".join(names if " " in found[0] else names[:1])
+
+    return [
+        re.sub(r"\bRUN\b(?: RUN\b)*(?: \.\.\.)?", named, command)
+        if command.startswith("cure analyse") and names
+        else command
+        for command in shown.split("; ")
+    ]
 
 
 def _study(
-    name: str, studies: Mapping[str, list[Told]], where: str, pictures: bool = True
+    name: str,
+    studies: Mapping[str, list[Told]],
+    names: Sequence[str],
+    shown: Callable[[str], bool] = bool,
 ) -> list[Block]:
     """All results of one study, or the command that makes one."""
     told = studies.get(name, [])
     if not told:
-        return [Missing("This study was not made.", [_command(name, where)])]
+        return [Missing("This study was not made.", _commands_of(name, names))]
     blocks: list[Block] = []
     for serial, one in enumerate(told):
         if len(told) > 1:
             blocks.append(Heading(one.owner))
-        blocks += _blocks(one, serial, words=True, pictures=pictures)
+        blocks += _blocks(one, serial, True, shown)
     return blocks
 
 
-def _pictures(told: Sequence[Told], where: str) -> list[Block]:
+def _pictures(told: Sequence[Told], names: Sequence[str]) -> list[Block]:
     blocks: list[Block] = []
     for serial, one in enumerate(told):
-        drawn = _blocks(one, serial, words=False, pictures=True)
+        drawn = _blocks(one, serial, False, lambda name: not _is_drawing(name))
         blocks += [Heading(one.owner), *drawn] if drawn and len(told) > 1 else drawn
-    command = _command("perturbation", where)
-    return blocks or [Missing("No pictures were kept.", [command])]
+    return blocks or [Missing("No pictures were kept.", _commands_of("perturbation", names))]
 
 
-def _further(studies: Mapping[str, list[Told]], where: str) -> list[Block]:
+def _further(studies: Mapping[str, list[Told]], names: Sequence[str]) -> list[Block]:
     blocks: list[Block] = []
-    names = [name for name in STUDIES.names() if name not in _OWN_SECTIONS]
+    others = [name for name in STUDIES.names() if name not in _OWN_SECTIONS]
     lacking = []
-    for name in names:
+    for name in others:
         if name in studies:
             blocks += [Heading(STUDIES[name].title), Words([STUDIES[name].question], "aside")]
-            blocks += _study(name, studies, where)
+            blocks += _study(name, studies, names)
         else:
             lacking.append(name)
     if lacking:
         sentence = "Not made: " + "; ".join(f"{STUDIES[n].title}" for n in lacking) + "."
-        blocks.append(Missing(sentence, [_command(name, where) for name in lacking]))
+        blocks.append(
+            Missing(
+                sentence, [command for name in lacking for command in _commands_of(name, names)]
+            )
+        )
     return blocks or [Missing("There are none.", ["cure list studies"])]
 
 
-def _blocks(told: Told, serial: int, words: bool, pictures: bool) -> list[Block]:
-    """One result of a study; a sentence where it is damaged."""
+def _is_drawing(name: str) -> bool:
+    """Whether a picture of the study ``perturbation`` is anything but its grid of images."""
+    return "images" not in name
+
+
+def _blocks(told: Told, serial: int, words: bool, shown: Callable[[str], bool]) -> list[Block]:
+    """One result of a study, with those of its pictures that are to be shown here.
+
+    Where it is damaged there is a sentence in its place.
+    """
     study = STUDIES[told.study]
     blocks: list[Block] = []
     try:
+        grids = [_grid(rows) for rows in study.tables(told.result)] if words else []
         if words:
             findings = study.findings(told.result)
             blocks += [Words(findings, "findings")] if findings else []
-            blocks += [_grid(rows) for rows in study.tables(told.result)]
-        if pictures:
-            for drawn in study.pictures(told.result):
+            blocks += [grid for grid in grids[:1] if not grid.folded]
+        for drawn in study.pictures(told.result):
+            if shown(drawn.name):
                 blocks.append(Figure(renamed(drawn, f"{told.study}-{serial}-{drawn.name}")))
+        # Long tables are for who looks for a number, after what everybody looks at.
+        blocks += [replace(grid, folded=True) for grid in grids if grid not in blocks]
     # The result is a file of any content, and what tells it trusts what it finds there.
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, CureError):
         sentence = (
@@ -448,7 +478,8 @@ def _grid(rows: Rows) -> Grid:
         return float(found[0].replace(",", "").replace("\N{MINUS SIGN}", "-")) if found else text
 
     cells = [[Cell(str(text), order=order(str(text))) for text in line] for line in rows.cells]
-    return Grid(rows.title, list(rows.header), cells, sortable=len(cells) > 1)
+    folded = len(cells) > MOST_ROWS
+    return Grid(rows.title, list(rows.header), cells, sortable=len(cells) > 1, folded=folded)
 
 
 def _fit(sections: Sequence[Section]) -> list[str]:
