@@ -289,6 +289,31 @@ def test_a_trial_held_by_a_living_worker_is_left_to_it(
     assert sweep._take(planned, study, storage, "another folder") is None
 
 
+def test_ctrl_c_stops_all_workers_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    called_off: list[bool] = []
+
+    class Stopped:
+        def __init__(self, jobs: int) -> None:
+            assert jobs == 2
+
+        def submit(self, *work: Any) -> Stopped:
+            return self
+
+        def result(self) -> str:
+            raise KeyboardInterrupt
+
+        def call_off(self) -> None:
+            called_off.append(True)
+
+    monkeypatch.setattr("cure.analysis.sensitivity.LocalExecutor", Stopped)
+    words = ["analyse", "sensitivity", "digits", *SCRATCH, *VARY, "--output", tmp_path / "out"]
+    ended = command(*words, "--jobs", 2)
+    assert (ended.status, called_off) == (130, [True])
+    assert ended.err == "stopped: the trials are stopped; the same command goes on\n"
+
+
 def test_what_fails_is_told_and_equal_trials_are_trained_once(
     tmp_path: Path, command: Command
 ) -> None:

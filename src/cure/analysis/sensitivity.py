@@ -17,6 +17,7 @@ from cure.evaluation import Progress, Result, silent, wilson
 from cure.plan import LocalExecutor, stopped_by_signals
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.sweep import Sweep, begin, fitting, read_varied, trials, work
+from cure.trainer import Interrupted
 
 NAME = "sensitivity"
 AIMS = ("natural", "robust")
@@ -139,6 +140,9 @@ def sensitivity(
             try:
                 for job in [executor.submit(work, sweep) for _ in range(jobs)]:
                     job.result()
+            except KeyboardInterrupt:
+                executor.call_off()
+                raise Interrupted("the trials are stopped; the same command goes on") from None
             except BaseException:
                 executor.call_off()
                 raise
