@@ -202,6 +202,14 @@ def test_masked_gradients_and_what_is_not_finite_are_said() -> None:
     of["input"]["natural"]["loss"] = [[1.0] * 5 for _ in range(5)]
     of["input"]["natural"]["loss"][3][2] = 1.5
     assert any("sign of masked gradients" in said for said in study.findings(result))
+    assert "fewer than half of these images stay right from epsilon" in study.findings(result)[0]
+    # Half right at a radius that can make any image grey: an attack that fails, in Linf only.
+    point = {"epsilon": 128 / 255, "epsilon_text": "128/255", "interval": [40.0, 60.0]}
+    of["curve"]["points"] = [point | {"accuracy": 50.0, "correct": 10, "n": 20}]
+    assert "at least half of these images stay right" in study.findings(result)[0]
+    assert any("made grey" in said for said in study.findings(result))
+    result["threat"]["norm"] = "L2"
+    assert not any("made grey" in said for said in study.findings(result))
     of["weights"]["natural"]["loss"][0][0] = None
     of["weights"]["adversarial"]["loss"] = [[None] * 5 for _ in range(5)]
     assert "not finite" in study.findings(result)[0]

@@ -359,13 +359,20 @@ def _number(value: float | None, sign: str = "") -> str:
     return "not finite" if value is None else f"{value:{sign}.2f}"
 
 
-def _beyond_half(network: Mapping[str, Any]) -> str:
+def _beyond_half(network: Mapping[str, Any]) -> str | None:
     """The first radius at which fewer than half of the naturally right images are right."""
     half = network["natural"]["accuracy"] / 2
     for point in network["curve"]["points"]:
         if point["accuracy"] < half:
             return str(point["epsilon_text"])
-    return "beyond the last radius"
+    return None
+
+
+def _lost(network: Mapping[str, Any]) -> str:
+    radius = _beyond_half(network)
+    if radius is None:
+        return "at least half of these images stay right at every epsilon tried"
+    return f"fewer than half of these images stay right from epsilon {radius} on"
 
 
 def findings(result: Result) -> list[str]:
@@ -383,16 +390,17 @@ def findings(result: Result) -> list[str]:
             f"{_number(random)}. Up to half a filter norm away in weights the natural loss differs "
             f"by {_number(_rise(of['weights'], 'natural'), '+')} on average, the adversarial one "
             f"by {_number(_rise(of['weights'], 'adversarial'), '+')}. Natural accuracy is "
-            f"{natural['accuracy']:.1f} % ({low:.1f} to {high:.1f}); under PGD-20 fewer than half "
-            f"of these images are right from {threat['norm']} epsilon {_beyond_half(of)} on."
+            f"{natural['accuracy']:.1f} % ({low:.1f} to {high:.1f}); under PGD-20 {_lost(of)}."
         )
         if None not in (centre, steep, random) and steep <= random and random > centre:  # type: ignore[operator]
             said.append(
                 f"{name}: a random direction raises the loss as much as the gradient's: a sign of "
                 "masked gradients; see `cure diagnose`."
             )
-        last = of["curve"]["points"][-1] if of["curve"]["points"] else None
-        if last is not None and last["correct"] and last["epsilon"] >= 0.5:
+        # Only in Linf: half of the range makes any image grey.
+        for last in of["curve"]["points"][-1:] if threat["norm"] == "Linf" else ():
+            if last["epsilon"] < 0.5 or not last["correct"]:
+                continue
             said.append(
                 f"{name}: {last['accuracy']:.1f} % are still right at epsilon "
                 f"{last['epsilon_text']}, where any image can be made grey: attacks fail on this "
@@ -426,7 +434,7 @@ def tables(result: Result) -> list[Rows]:
                 ),
                 _number(_rise(of["weights"], "natural"), "+"),
                 _number(_rise(of["weights"], "adversarial"), "+"),
-                _beyond_half(of),
+                _beyond_half(of) or "-",
             ]
         )
     radii = list(
@@ -593,8 +601,7 @@ def _curves(result: Result) -> Picture:
         curves[name] = [(unit * point["epsilon"], point["accuracy"]) for point in points]
         intervals[name] = [tuple(point["interval"]) for point in points]
     told = "; ".join(
-        f"{name}: natural {of['natural']['accuracy']:.1f} percent, fewer than half of that from "
-        f"{_beyond_half(of)} on"
+        f"{name}: natural {of['natural']['accuracy']:.1f} percent, {_lost(of)}"
         for name, of in result["networks"].items()
     )
     return drawing.lines(
