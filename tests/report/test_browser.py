@@ -126,6 +126,14 @@ def test_every_link_of_the_contents_lands_on_its_section(browser: Any, page: Pat
         assert -1 <= top <= 60 or (end and top < height and bottom > 0), name
 
 
+def test_a_link_to_what_is_folded_unfolds_it(browser: Any, page: Path) -> None:
+    show(browser, page)
+    card = browser.find_element("id", "trained-3")
+    assert card.get_attribute("open") is None
+    browser.find_element("css selector", "nav a[href='#trained-3']").click()
+    assert card.get_attribute("open") is not None
+
+
 def column(browser: Any, number: int) -> list[str]:
     return browser.execute_script(
         """return [...document.querySelector('#accuracies table').tBodies[0].rows]
