@@ -51,10 +51,6 @@ class Measured:
     row: Mapping[str, Row]
     groups: Sequence[Sequence[Row]]
 
-    def together(self, first: str, second: str) -> bool:
-        """Whether two entries were evaluated alike."""
-        return any({first, second} <= {str(row["run"]) for row in group} for group in self.groups)
-
 
 def measure(entries: Iterable[Entry]) -> Measured:
     """The rows of all entries that were evaluated."""
