@@ -273,8 +273,14 @@ def study(name: str) -> str:
         f"{machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['packages']['torch']}, Python {machine['python']}.",
     ]
-    pictures = sorted((HERE / "studies").glob(f"{name}-*.svg"))
-    lines += ["", " · ".join(f"[{p.stem}](../results/studies/{p.name})" for p in pictures)]
+    drawn = [
+        (f"{name}{picture.name.removeprefix(result['study'])}", picture.title)
+        for picture in told.pictures(result)
+    ]
+    (first, title), *others = [(f"../results/studies/{stem}.svg", title) for stem, title in drawn]
+    lines += ["", f"![{title}]({first})"]
+    if others:
+        lines += ["", " · ".join(f"[{title}]({path})" for path, title in others)]
     return "\n".join(lines) + "\n"
 
 

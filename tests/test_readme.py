@@ -169,6 +169,16 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     assert shown[1] == expected
 
 
+def test_the_studies_are_told_from_their_results() -> None:
+    figures = runpy.run_path(str(RESULTS / "figures.py"))
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    names = figures["studies"]()
+    assert names
+    for name in names:
+        mark = f"<!-- results/studies/{name}.json -->\n"
+        assert text.split(mark)[1].split("<!-- end -->")[0] == figures["study"](name)
+
+
 @pytest.mark.parametrize("name", ["cifar10-mini", "ablation", "ablation-digits", "precision"])
 def test_the_tables_of_plans_follow_from_the_results_of_their_runs(
     name: str, tmp_path: Path
