@@ -337,6 +337,18 @@ def test_a_damaged_file_costs_a_sentence(run: Path) -> None:
     assert cells(section(tree, "accuracies").all("table")[0])[0][2].startswith("75.0")
 
 
+def test_robust_overfitting_is_told_of_methods_that_can_have_it(tmp_path: Path) -> None:
+    falling = [50.0] * 6 + [20.0] * 6
+    robust = plant(tmp_path / "robust", robust=falling)
+    natural = plant(tmp_path / "natural", method="natural", robust=[8.0, 1.0, 0.5])
+    page = write_report([robust, natural], output=tmp_path / "page.html")
+    said = section(read(page), "overfitting").text
+    assert "robust: robust overfitting: robust accuracy on validation images is 20.0 %" in said
+    assert "natural: best" not in said
+    steady = plant(tmp_path / "steady", robust=[20.0] * 6 + [50.0] * 6)
+    assert "robust overfitting:" not in section(read(write_report(steady)), "overfitting").text
+
+
 def test_numbers_that_are_none_do_not_break_a_page(tmp_path: Path) -> None:
     run = plant(tmp_path / "run", results=[evaluation("run")])
     with (run / "metrics.jsonl").open("a") as file:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cure.comparison.reading import Row, strength, time_of
 from cure.drawing import INK, canvas, picture, series
+from cure.methods import METHODS
 from cure.report.accuracies import attack_name, measured_attacks
 from cure.report.gather import Content, Entry, number
 from cure.report.parts import Cell, Figure, Grid, between, label, percent, written
@@ -434,7 +435,7 @@ def best_and_last(entries: Sequence[Entry], place: Place) -> tuple[Figure, list[
             for r in entry.metrics
             if "robust" in r["validation"]
         ]
-        if len(curve) > 1:
+        if len(curve) > 1 and not _natural(entry):
             best = max(curve, key=lambda point: point[1])
             rows.append((entry, best, curve[-1]))
     if not rows:
@@ -482,6 +483,12 @@ def best_and_last(entries: Sequence[Entry], place: Place) -> tuple[Figure, list[
     data = Grid("The numbers", header, cells, sortable=len(cells) > 1, folded=True)
     title = "Robust validation accuracy, best epoch and last"
     return Figure(picture(figure, "best-last", title, " ".join(said)), data), said
+
+
+def _natural(entry: Entry) -> bool:
+    """Whether its method is not after robust accuracy, so that there is none to lose."""
+    name = (entry.config.get("method") or {}).get("name")
+    return isinstance(name, str) and name in METHODS and METHODS[name].selection == "natural"
 
 
 def _of_validation(entry: Entry) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cure import __version__
+from cure.alarm import robust_overfitting
 from cure.analysis.study import STUDIES, Rows
 from cure.comparison.reading import flattened, no_place
 from cure.drawing import renamed, series
@@ -334,7 +335,8 @@ def _overfitting(
     drawn = figures.best_and_last(runs, place)
     if drawn is not None:
         figure, said = drawn
-        blocks += [Words(said), figure]
+        alarms = [f"{entry.name}: {told}." for entry in runs if (told := _alarm(entry))]
+        blocks += [Words([*said, *alarms]), figure]
     cells = []
     for name, row in measured.row.items():
         for key in [n for n in row if n.startswith("best_minus_last_")]:
@@ -355,6 +357,13 @@ def _overfitting(
         caption = "Best checkpoint against the last one, on the images of the evaluation"
         blocks.append(Grid(caption, header, cells, words=2, sortable=True, folded=len(cells) > 8))
     return blocks
+
+
+def _alarm(entry: Entry) -> str | None:
+    """What training warned of, from its metrics."""
+    images = (entry.config.get("data") or {}).get("validation")
+    records = [r for r in entry.metrics if "robust" in r["validation"] and "epoch" in r]
+    return robust_overfitting(records, images) if isinstance(images, int) and images else None
 
 
 def _over_epsilon(entries: Sequence[Entry], place: Mapping[str, int], where: str) -> list[Block]:
