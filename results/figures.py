@@ -284,6 +284,14 @@ def study(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw_study(name: str) -> None:
+    """The pictures of a study, anew from its result."""
+    result = read(HERE / "studies" / f"{name}.json")
+    for picture in STUDIES[result["study"]].pictures(result):
+        path = HERE / "studies" / f"{name}{picture.name.removeprefix(result['study'])}.svg"
+        path.write_text(picture.svg + "\n", encoding="utf-8")
+
+
 def comparison(folder: str, columns: list[str]) -> str:
     """The groups of a plan's table.json with some of its columns, and its caption."""
     rows = read(HERE / folder / "table.json")["rows"]
@@ -307,6 +315,7 @@ if __name__ == "__main__":
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "evaluation", evaluations())
     for name in studies():
+        draw_study(name)
         insert(STUDIES_DOCUMENT, f"results/studies/{name}.json", study(name))
     for folder in ("cifar10-mini", "ablation", "ablation-digits", "precision"):
         whole = (HERE / folder / "table.md").read_text(encoding="utf-8")

@@ -134,7 +134,13 @@ def picture(figure: Figure, name: str, title: str, description: str) -> Picture:
     buffer = io.StringIO()
     with matplotlib.rc_context(_SETTINGS):
         figure.savefig(
-            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None},
+            # The layout reckons a little too little for words beside square axes.
+            bbox_inches="tight",
+            pad_inches=0.04,
         )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
