@@ -256,7 +256,7 @@ def test_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         folder.append("metrics.jsonl", record)
     folder.set_status("finished")
     assert "warning: robust overfitting: " in at(tmp_path, monkeypatch, 200)
-    folder.rewind(8)
+    folder.rewind(8, 8)
     assert "warning" not in at(tmp_path, monkeypatch, 200)
 
 
