@@ -27,14 +27,25 @@ study overfitting runs/overfitting/{at,trades,cure,U-1,U-34}-seed0 --limit 500
 cure table $OUT/gradients/plan.yaml
 study gradients runs/table/at-recorded-seed0 runs/table/cure-recorded-seed0
 
-# All sets of blocks from the same natural start, which is not trained again.
+# All sets of blocks from the same natural start, which is not trained again; some of them as the
+# released code has it.
 SETTINGS="training.epochs=3 training.precision=bf16_attack training.threads=1 training.validate_every=5"
-mkdir -p runs/layerwise/training
-[ -e runs/layerwise/training/natural-seed0 ] ||
-    cp -r $NATURAL runs/layerwise/training/natural-seed0
-cure analyse layerwise cifar10-mini $SETTINGS --output runs/layerwise --limit 1000
-cp runs/layerwise/layerwise* $OUT/
+for form in layerwise layerwise-released; do
+    mkdir -p runs/$form/training
+    [ -e runs/$form/training/natural-seed0 ] || cp -r $NATURAL runs/$form/training/natural-seed0
+done
+cure analyse layerwise cifar10-mini $SETTINGS --output runs/layerwise
+cp runs/layerwise/layerwise.json $OUT/
+cure analyse layerwise cifar10-mini $SETTINGS --output runs/layerwise-released --sets 1,2,4,23 \
+    --variants reinitialised --stem updated --statistics updated
+cp runs/layerwise-released/layerwise.json $OUT/layerwise-released.json
 
-cure analyse sensitivity digits --grid 3 --output runs/sensitivity
+# What p and gamma do, on few images.
+cure analyse sensitivity cifar10-mini data.limit=1500 data.validation=500 natural.epochs=20 \
+    training.epochs=8 method.revision.horizon=0.2 training.validate_every=2 \
+    training.precision=bf16_attack training.threads=1 \
+    --vary method.percent=10,30,50 --vary method.gamma=0.3,1,3 --grid 3 --output runs/sensitivity
+cp runs/sensitivity/sensitivity.json $OUT/
 
+# Drawings, and the figures in docs/studies.md.
 python results/figures.py

@@ -213,7 +213,7 @@ def test_what_is_told_of_it(grid: Path) -> None:
     assert "4 trials are few" in printed
     assert "Evaluate the chosen run on test images." in printed
     names = {path.name for path in (grid / "out").glob("*.svg")}
-    assert names == {"sensitivity-settings-front.svg", "sensitivity-settings-each.svg"}
+    assert names == {"sensitivity-front.svg", "sensitivity-each.svg"}
 
 
 def test_other_settings_in_the_same_folder_are_refused(grid: Path, command: Command) -> None:

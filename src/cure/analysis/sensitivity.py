@@ -360,7 +360,7 @@ def _scatter(result: Result, finished: Sequence[Mapping[str, Any]]) -> Picture:
     )
     return drawing.picture(
         figure,
-        "settings-front",
+        "sensitivity-front",
         "Natural against robust accuracy of all trials",
         f"{len(finished)} trials, n = {result['data']['n']:,} validation images each. "
         f"The front: {words}.",
@@ -397,7 +397,7 @@ def _by_setting(result: Result, finished: Sequence[Mapping[str, Any]]) -> Pictur
     drawing.legend(panels[0])
     return drawing.picture(
         figure,
-        "settings-each",
+        "sensitivity-each",
         "Accuracy of every trial over each setting",
         f"{len(finished)} trials; rank correlations: "
         + "; ".join(
