@@ -283,7 +283,6 @@ def settings(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "training.compile": options.compile and not natural,
         "training.deterministic": options.deterministic,
         "training.device": options.device,
-        "training.tensorboard": False,
     }
     if options.tiny:
         found |= {

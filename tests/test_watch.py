@@ -328,7 +328,7 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(
     folder.set_status("running", step=0)
     fill(folder, [(50.0, 10.0)])
     file = io.StringIO()
-    monkeypatch.setattr("cure.cli.out", Console(file=file, force_terminal=True, width=80))
+    monkeypatch.setattr("cure.cli.out", Console(file=file, force_terminal=True, width=300))
     waited = []
 
     def sleep(seconds: float) -> None:
