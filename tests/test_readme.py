@@ -179,7 +179,11 @@ def test_the_studies_are_told_from_their_results() -> None:
         assert text.split(mark)[1].split("<!-- end -->")[0] == figures["study"](name)
 
 
-@pytest.mark.parametrize("name", ["cifar10-mini", "ablation", "ablation-digits", "precision"])
+PLANS = ("cifar10-mini", "ablation", "ablation-digits", "precision")
+PLANS += ("studies/overfitting", "studies/gradients")
+
+
+@pytest.mark.parametrize("name", PLANS)
 def test_the_tables_of_plans_follow_from_the_results_of_their_runs(
     name: str, tmp_path: Path
 ) -> None:
