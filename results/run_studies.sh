@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-OUT=results/studies
+STUDIES=results/studies
 
 # The networks of `make table`, seed 0: one natural start, then AT, TRADES and CURE from it.
 cure table results/cifar10-mini/plan.yaml --only natural,at,trades,cure --seeds 0
@@ -12,7 +12,7 @@ NATURAL=runs/table/natural-seed0
 ROBUST="runs/table/at-seed0 runs/table/trades-seed0 runs/table/cure-seed0"
 
 study() { # NAME ARGUMENTS...: into results/studies/NAME.json, once
-    [ -e "$OUT/$1.json" ] || cure analyse "${1%%-*}" "${@:2}" --output "$OUT/$1.json"
+    [ -e "$STUDIES/$1.json" ] || cure analyse "${1%%-*}" "${@:2}" --output "$STUDIES/$1.json"
 }
 
 study conserved $ROBUST
@@ -21,10 +21,10 @@ study perturbation $NATURAL $ROBUST --limit 500
 study landscape $NATURAL $ROBUST
 
 # 1,000 images and 40 epochs: robust overfitting within minutes.
-cure table $OUT/overfitting/plan.yaml
+cure table $STUDIES/overfitting/plan.yaml
 study overfitting runs/overfitting/{at,trades,cure,U-1,U-34}-seed0 --limit 500
 
-cure table $OUT/gradients/plan.yaml
+cure table $STUDIES/gradients/plan.yaml
 study gradients runs/table/at-recorded-seed0 runs/table/cure-recorded-seed0
 
 # All sets of blocks from the same natural start, which is not trained again; some of them as the
@@ -35,22 +35,22 @@ for form in layerwise layerwise-released; do
     [ -e runs/$form/training/natural-seed0 ] || cp -r $NATURAL runs/$form/training/natural-seed0
 done
 cure analyse layerwise cifar10-mini $SETTINGS --output runs/layerwise
-cp runs/layerwise/layerwise.json $OUT/
+cp runs/layerwise/layerwise.json $STUDIES/
 cure analyse layerwise cifar10-mini $SETTINGS --output runs/layerwise-released --sets 1,2,4,23 \
     --variants reinitialised --stem updated --statistics updated
-cp runs/layerwise-released/layerwise.json $OUT/layerwise-released.json
+cp runs/layerwise-released/layerwise.json $STUDIES/layerwise-released.json
 
 # What p and gamma do, on few images.
 cure analyse sensitivity cifar10-mini data.limit=1500 data.validation=500 natural.epochs=20 \
     training.epochs=8 method.revision.horizon=0.2 training.validate_every=2 \
     training.precision=bf16_attack training.threads=1 \
     --vary method.percent=10,30,50 --vary method.gamma=0.3,1,3 --grid 3 --output runs/sensitivity
-cp runs/sensitivity/sensitivity.json $OUT/
+cp runs/sensitivity/sensitivity.json $STUDIES/
 
 # Drawings, the figures in docs/studies.md, and an example of a page, with three studies to keep it small.
 python results/figures.py
 rm -f results/report.html
 cure report runs/table/{cure,at,trades,natural}-seed0 \
     results/evaluation/{cure,at,natural}-{suite,diagnosis,corruptions}.json \
-    $OUT/{conserved,layerwise,perturbation}.json \
+    $STUDIES/{conserved,layerwise,perturbation}.json \
     --output results/report.html
