@@ -619,7 +619,7 @@ STUDIES.register(NAME)(
     Study(
         NAME,
         "Landscape of the loss",
-        "is the loss flat around the network's weights and around images, and how does accuracy "
+        "Is the loss flat around the network's weights and around images, and how does accuracy "
         "fall as the adversary may change more?",
         "cure analyse landscape RUN RUN ...",
         findings,

@@ -593,7 +593,7 @@ STUDIES.register(NAME)(
     Study(
         NAME,
         "The least change that fools",
-        "how much must an image be changed until each network gets it wrong, and what does the "
+        "How much must an image be changed until each network gets it wrong, and what does the "
         "change look like?",
         "cure analyse perturbation RUN RUN ...",
         findings,
