@@ -414,8 +414,8 @@ STUDIES.register(NAME)(
     Study(
         name=NAME,
         title="What the settings do",
-        question="how natural and robust accuracy depend on settings, and which give the best of "
-        "both",
+        question="How do natural and robust accuracy depend on settings, and which give the best "
+        "of both?",
         command="cure analyse sensitivity digits --grid 3 --output sweep",
         findings=findings,
         tables=tables,
