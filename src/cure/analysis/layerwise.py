@@ -22,7 +22,7 @@ from cure.errors import ConfigError, TrainingStopped
 from cure.evaluation import Result
 from cure.models.blocks import CLASSIFIER, STEM, blocks
 from cure.plan import Executor, LocalExecutor, Measurement, Plan, Row, carry_out_plan, read_record
-from cure.recipe import load_recipe
+from cure.recipe import load_recipe, parse_override
 from cure.subject import network_of
 
 SETS = ("1", "2", "3", "4", "12", "23", "34", "123", "234", "all")
@@ -137,8 +137,6 @@ def _plan(
     limit: int | None,
 ) -> Plan:
     """The study as a plan: the natural start, and a row a set and variant."""
-    from cure.recipe import parse_override
-
     change = dict(parse_override(word) for word in settings)
     natural = {"method": "natural", "start": "scratch"}
     for key, value in config.natural.model_dump(exclude_none=True, mode="json").items():
@@ -201,7 +199,6 @@ def _result(
         (r["config"]["layers"] for n, r in records.items() if n != "natural"), {}
     )
     return {
-        "models": {},
         "blocks": {part: len(names) for part, names in parts.items()},
         "rows": rows,
         "attack": attack,

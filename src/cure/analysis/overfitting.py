@@ -183,7 +183,8 @@ class _Opened:
         folder, config, records = self.folder, self.config, self.folder.metrics()
         ends = {end: folder.weights(end) for end in ("best", "last")}
         epochs = {end: epoch_of(path) for end, path in ends.items()}
-        paths = {epochs[end] or 0: path for end, path in ends.items()} | folder.kept()
+        kept = folder.kept()
+        paths = {epochs[end] or 0: path for end, path in ends.items()} | kept
         attack = validation_attack(config, engine)
         settings = {
             "name": f"pgd{attack.steps}",
@@ -207,7 +208,6 @@ class _Opened:
                 known[epoch][split] = found
             progress(f"{name} epoch {epoch}", len(splits), len(splits))
         best, last = known[epochs["best"] or 0], known[epochs["last"] or 0]
-        kept = folder.kept()
         missing = None
         if not kept:
             missing = (
