@@ -33,14 +33,15 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.attacks.suite import AUTOATTACK
+from cure.attacks.registry import AUTOATTACK
 from cure.data import ImageSet, batches
-from cure.engine import Engine
-from cure.evaluation import _Evaluation, silent
+from cure.evaluation.journal import Journal
+from cure.evaluation.runner import _Evaluation, silent
+from cure.evaluation.target import load_split
 from cure.models import describe, digest
-from cure.run_folder import environment, write_json
-from cure.subject import Run, load_split
-from cure.verdicts import Journal
+from cure.runs.folder import environment, write_json
+from cure.runs.run import Run
+from cure.utils.distributed import Engine
 
 KINDS = ("wall", "processor")
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cure.config import DataConfig
-from cure.corruption.operations import CORRUPTIONS, corrupt
 from cure.data import load
+from cure.evaluation.corruptions.operations import CORRUPTIONS, corrupt
 
 Pixels = NDArray[np.uint8]
 

@@ -36,12 +36,12 @@ from torch import Tensor
 
 import cure
 import step
-from cure.engine import pick_device
 from cure.errors import CureError
 from cure.methods.cure import threshold
 from cure.recipe import check, override, read_recipe
-from cure.run_folder import RunFolder, environment, write_json, write_text
-from cure.trainer import Interrupted
+from cure.runs.folder import RunFolder, environment, write_json, write_text
+from cure.training.trainer import Interrupted
+from cure.utils.distributed import pick_device
 from step import COMPILED, YARDSTICK, Net
 
 LEFT = 3

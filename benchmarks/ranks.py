@@ -21,11 +21,11 @@ from pathlib import Path
 
 from cure import data
 from cure.data import ImageSet
-from cure.engine import leave
-from cure.launch import build_method, prepare
 from cure.recipe import check, override, read_recipe
-from cure.run_folder import RunFolder
-from cure.trainer import Trainer
+from cure.runs.folder import RunFolder
+from cure.training.setup import build_method, prepare
+from cure.training.trainer import Trainer
+from cure.utils.distributed import leave
 
 
 def measured(method: str, options: argparse.Namespace) -> dict[str, float]:

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cure.allocator import keep_freed_memory
 from cure.attacks import Attack, Threat
 from cure.config import ModelConfig
 from cure.data import Batch
-from cure.engine import Engine
 from cure.methods import METHODS, Context, Method
 from cure.methods.cure import conserved
 from cure.models import build_model
+from cure.utils.device import keep_freed_memory
+from cure.utils.distributed import Engine
 from yardstick import PlainResNet, Yardstick
 
 YARDSTICK = "yardstick"

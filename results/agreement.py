@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 import cure
 from cure.attacks import Threat
-from cure.attacks.suite import evaluation_attack
+from cure.attacks.registry import evaluation_attack
 from cure.data import batches
-from cure.engine import Engine
-from cure.run_folder import environment
-from cure.subject import ModelOptions, subject_of
+from cure.evaluation.target import ModelOptions, subject_of
+from cure.runs.folder import environment
+from cure.utils.distributed import Engine
 
 EPSILON = 8 / 255
 Fools = Callable[[nn.Module, Tensor, Tensor], Tensor]

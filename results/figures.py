@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cure.analysis.study import STUDIES
-from cure.comparison import table
+from cure.experiments.compare import table
 
 HERE = Path(__file__).parent
 MINI = HERE / "cifar10-mini-cure"

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from cure.cli import main
+from cure.cli.main import main
 from cure.data import ImageSet
 from helpers import Command, Ended, bright_or_dark
 

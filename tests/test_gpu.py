@@ -15,21 +15,21 @@ from typing import Any
 
 import pytest
 import torch
+from test_every_method_trains import QUICK, WRAPPED, small
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cure import data
 from cure.data import Batch, ImageSet
-from cure.engine import Engine
-from cure.launch import Prepared, build_method
 from cure.methods import METHODS
 from cure.methods.cure import threshold
 from cure.models import build_model, folding
 from cure.recipe import check, override, read_recipe
-from cure.run_folder import RunFolder
-from cure.trainer import Trainer
-from test_every_method_trains import QUICK, WRAPPED, small
+from cure.runs.folder import RunFolder
+from cure.training.setup import Prepared, build_method
+from cure.training.trainer import Trainer
+from cure.utils.distributed import Engine
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 

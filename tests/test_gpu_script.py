@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cure.evaluation import measure
-from cure.run_folder import RunFolder
-from cure.trainer import Trainer
+from cure.evaluation.runner import measure
+from cure.runs.folder import RunFolder
+from cure.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu

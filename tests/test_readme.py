@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cure.experiments.plan import entries, is_done, read_plan, write_tables
 from cure.models import save_weights
-from cure.plan import entries, is_done, read_plan, write_tables
 from cure.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,5 +1,5 @@
 """``python -m cure``."""
 
-from cure.cli import main
+from cure.cli.main import main
 
 main()

@@ -27,6 +27,12 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+OBJECT = "object:"
+"""Prefix of ``model.name`` when the network was passed as a Python object."""
+
+MEMORY = "memory:"
+"""Prefix of ``data.source`` when the images were passed as a Python object."""
+
 
 class Ratio(float):
     """A number that may be written as a fraction, and remembers how it was written.

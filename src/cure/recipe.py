@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from cure.config import MethodConfig, RunConfig, Section
 from cure.errors import ConfigError, unknown
-from cure.methods import METHODS
+from cure.registry import METHODS
 
 Raw = dict[str, Any]
 

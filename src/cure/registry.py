@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cure.errors import ConfigError, unknown
 
@@ -71,4 +71,18 @@ class Registry(Generic[T]):
         self._loaded = True
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+            if not module.ispkg:
+                importlib.import_module(f"{self._package}.{module.name}")
+
+
+METHODS: Registry[Any] = Registry("method", "cure.methods")
+"""Training methods: classes derived from :class:`cure.methods.Method`."""
+
+MODELS: Registry[Any] = Registry("model", "cure.models")
+"""Architectures: ``builder(classes, channels, size, *, options...) -> network``."""
+
+TRACKERS: Registry[Any] = Registry("tracker", "cure.training.tracking")
+"""Experiment trackers."""
+
+STUDIES: Registry[Any] = Registry("study", "cure.analysis")
+"""Studies of trained networks."""

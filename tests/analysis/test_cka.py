@@ -19,7 +19,7 @@ from cure.analysis import cka as study
 from cure.analysis.cka import Similarity, centred_gram, cka, layers_of, linear_cka
 from cure.analysis.study import STUDIES
 from cure.attacks import Threat
-from cure.attacks.suite import evaluation_attack
+from cure.attacks.registry import evaluation_attack
 from cure.config import ModelConfig
 from cure.errors import ConfigError, DataError, ModelError
 from cure.models import build_model

@@ -21,9 +21,9 @@ from cure.errors import CheckpointError, ConfigError
 from cure.methods import Masking
 from cure.methods.cure import Cure, conserved
 from cure.models import read_weights
-from cure.recorder import GradientRecorder
-from cure.run_folder import RunFolder
-from cure.trainer import Trainer
+from cure.runs.folder import RunFolder
+from cure.training.gradient_logger import GradientRecorder
+from cure.training.trainer import Trainer
 from helpers import Command, refused
 
 SETTINGS = [

@@ -23,7 +23,7 @@ from cure.analysis.study import STUDIES
 from cure.attacks import Threat
 from cure.data import ImageSet
 from cure.errors import ConfigError, ModelError
-from cure.randomness import generator
+from cure.utils.random import generator
 from helpers import Command, refused
 
 SLOPE = 3.0

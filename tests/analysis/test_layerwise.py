@@ -14,9 +14,9 @@ import cure
 from cure.analysis.layerwise import findings, layerwise, pictures, tables
 from cure.cli.analyse import layerwise as of_command
 from cure.errors import ConfigError
+from cure.experiments.plan import Job
 from cure.models.blocks import blocks
-from cure.plan import Job
-from cure.run_folder import RunFolder
+from cure.runs.folder import RunFolder
 from helpers import Command, refused
 
 TINY = (
@@ -96,7 +96,7 @@ def test_drawn_anew_is_another_network_than_kept(trained):
 
 def test_a_run_that_was_stopped_is_not_drawn_anew(trained, tmp_path, monkeypatch):
     """Resumed inside the first epoch: the blocks go on from where they were."""
-    from cure.trainer import Interrupted, Trainer
+    from cure.training.trainer import Interrupted, Trainer
 
     change = [*TINY, "method=at", f"start={trained['natural']}", "layers.update=[B3]"]
     change += ["layers.reinitialise=weights", "training.checkpoint_every=1"]

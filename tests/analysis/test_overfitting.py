@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import cure
-from cure.alarm import LAST, robust_overfitting
 from cure.analysis import overfitting as study_module
 from cure.analysis.overfitting import independent_difference, overfitting
 from cure.analysis.study import STUDIES
 from cure.errors import CheckpointError, ConfigError
 from cure.models import read_weights
-from cure.run_folder import RunFolder
-from cure.trainer import Trainer
+from cure.runs.folder import RunFolder
+from cure.training.overfitting_detector import LAST, robust_overfitting
+from cure.training.trainer import Trainer
 from helpers import Command, bright_or_dark, refused
 
 SETTINGS = [
@@ -179,8 +179,8 @@ def test_training_tells_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert images == 100
         return f"epoch {len(records)}" if len(records) >= 2 else None
 
-    monkeypatch.setattr("cure.launch.TerminalTracker", Listener)
-    monkeypatch.setattr("cure.trainer.robust_overfitting", alarm)
+    monkeypatch.setattr("cure.training.setup.TerminalTracker", Listener)
+    monkeypatch.setattr("cure.training.trainer.robust_overfitting", alarm)
     cure.train("digits", [*SETTINGS, "training.epochs=4"], run=tmp_path / "run")
     assert told == ["epoch 2"]
 

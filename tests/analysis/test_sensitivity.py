@@ -15,13 +15,14 @@ import pytest
 from scipy.stats import spearmanr
 
 import cure
-from cure import data, sweep
+from cure import data
 from cure.analysis.sensitivity import findings, front, pictures, rank_correlation, tables
 from cure.errors import ConfigError
+from cure.experiments import sweep
+from cure.experiments.sweep import Varied, fitting, read_varied
 from cure.methods import METHODS
 from cure.recipe import load_recipe, read_recipe, recipe_names
-from cure.run_folder import RunFolder
-from cure.sweep import Varied, fitting, read_varied
+from cure.runs.folder import RunFolder
 from helpers import Command, refused
 
 WORDS = [
@@ -139,8 +140,8 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["cure", "analyse", "sensitivity", "digits", *CURE, *GRID, "--output", "out"]
     killing = f"""
 import os, signal, sys
-from cure.cli import main
-from cure.run_folder import RunFolder
+from cure.cli.main import main
+from cure.runs.folder import RunFolder
 append = RunFolder.append
 def dying(self, name, record):
     append(self, name, record)
@@ -237,7 +238,7 @@ def test_no_test_image_is_opened_and_zero_trials_only_tell(
         opened.append(split)
         return load(config, split)
 
-    monkeypatch.setattr("cure.launch.load", spy)
+    monkeypatch.setattr("cure.training.setup.load", spy)
     words = ["analyse", "sensitivity", "digits", *SCRATCH, *VARY, "--output", tmp_path / "out"]
     ended = command(*words, "--trials", 1)
     assert ended.status == 0, ended.err

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cure.attacks import Attack, Threat
 from cure.config import ModelConfig, Section, TeacherConfig
 from cure.data.images import Batch
-from cure.engine import Engine
 from cure.methods import METHODS, Context, Method
+from cure.utils.distributed import Engine
 
 CLASSES = 3
 SAMPLES = 24

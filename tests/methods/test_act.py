@@ -28,7 +28,7 @@ from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import WeightPerturbationConfig
 from cure.methods import Method
 from cure.methods.act import ActConfig, concurrent_loss, concurrent_objective
-from cure.methods.weight_perturbation import WeightPerturbed, perturbation
+from cure.methods.wrappers.awp import WeightPerturbed, perturbation
 from cure.recipe import load_recipe
 
 

@@ -35,8 +35,8 @@ from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import TeacherConfig
 from cure.methods import Method
 from cure.methods.ard import ArdConfig
-from cure.methods.losses import distillation
-from cure.methods.teacher import Teacher
+from cure.methods.common.losses import distillation
+from cure.methods.common.teacher import Teacher
 from cure.recipe import load_recipe
 
 # What the teachers say of the two natural and of the two adversarial images.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cure.config import AveragingConfig
 from cure.methods import METHODS, Context, Method, Metrics
-from cure.methods.adversarial import Adversarial
-from cure.methods.averaging import Averaged, recompute_statistics
+from cure.methods.at import Adversarial
+from cure.methods.wrappers.averaging import Averaged, recompute_statistics
 
 every_method = pytest.mark.parametrize("name", METHODS.names())
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cure.attacks.objectives import KL, with_cross_entropy
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.losses import kl_divergence
+from cure.methods.common.losses import kl_divergence
 
 # -- losses by hand ------------------------------------------------------------------------------
 

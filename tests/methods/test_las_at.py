@@ -33,13 +33,13 @@ from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
 from cure.attacks.objectives import CROSS_ENTROPY, KL
-from cure.attacks.perturb import starting_point
+from cure.attacks.pgd import starting_point
 from cure.config import ModelConfig, WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, Context, Method
+from cure.methods.common.losses import smoothed_cross_entropy
 from cure.methods.las_at import LasAtConfig, RewardConfig, StrategyConfig, StrategyNetwork
-from cure.methods.losses import smoothed_cross_entropy
-from cure.methods.weight_perturbation import WeightPerturbed
+from cure.methods.wrappers.awp import WeightPerturbed
 from cure.models import describe
 from cure.recipe import check, dump, load_recipe
 

@@ -26,7 +26,7 @@ from test_trades import random_logits
 from torch import Tensor
 
 from cure.attacks.objectives import CROSS_ENTROPY
-from cure.methods.losses import boosted_cross_entropy, doubt_weighted_kl
+from cure.methods.common.losses import boosted_cross_entropy, doubt_weighted_kl
 from cure.methods.mart import MartConfig, mart
 from cure.recipe import load_recipe
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from cure.errors import ConfigError
-from cure.methods.revision import RevisionConfig, RevisionModel
+from cure.methods.common.revision import RevisionConfig, RevisionModel
 
 
 def single(value: float) -> nn.Linear:

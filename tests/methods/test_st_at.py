@@ -29,10 +29,10 @@ from test_fat import learnt
 from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
-from cure.attacks.perturb import starting_point
+from cure.attacks.pgd import starting_point
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.batch_norm import untracked
+from cure.methods.common.batch_norm import untracked
 from cure.methods.st_at import StAtConfig, extremes, pick, squeeze, symmetric_kl
 from cure.recipe import load_recipe
 

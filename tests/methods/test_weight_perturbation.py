@@ -18,10 +18,10 @@ from cure.attacks.objectives import CROSS_ENTROPY, KL
 from cure.config import AveragingConfig, WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, Method, StepOutput
-from cure.methods.adversarial import Adversarial
-from cure.methods.averaging import Averaged
-from cure.methods.weight_perturbation import WeightPerturbed, keeping_buffers, perturbation
-from cure.trainer import holding
+from cure.methods.at import Adversarial
+from cure.methods.wrappers.averaging import Averaged
+from cure.methods.wrappers.awp import WeightPerturbed, keeping_buffers, perturbation
+from cure.training.trainer import holding
 
 every_method = pytest.mark.parametrize("name", METHODS.names())
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from cure.config import ModelConfig
 from cure.errors import ConfigError
-from cure.methods.averaging import recompute_statistics
+from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import MODELS, build_model
 from cure.models.blocks import blocks, chosen, learn_only, reinitialise
 from cure.models.wrapper import Normalised

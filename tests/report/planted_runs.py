@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cure.evaluation import nrr, wilson
+from cure.evaluation.runner import nrr, wilson
 from cure.recipe import dump, load_recipe
 
 Content = dict[str, Any]

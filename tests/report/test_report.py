@@ -12,13 +12,13 @@ from planted_runs import corruptions, diagnosis, evaluation, hostile_runs, plant
 from reading_pages import SECTIONS, Element, cells, read
 
 import cure
-from cure import drawing
 from cure.analysis.study import STUDIES, STUDY_FORMAT, Rows, Study
 from cure.errors import CureError
-from cure.evaluation import wilson
+from cure.evaluation.runner import wilson
 from cure.report import page as page_module
 from cure.report.accuracies import difference
 from cure.report.page import write_report
+from cure.utils import plotting as drawing
 from helpers import Command, refused
 
 

@@ -19,16 +19,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cure import drawing
 from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
-from cure.attacks.suite import evaluation_attack
+from cure.attacks.registry import evaluation_attack
 from cure.data import ImageSet, batches
-from cure.drawing import Picture
 from cure.errors import ConfigError, DataError
-from cure.evaluation import Progress, Result, check_outputs, silent
+from cure.evaluation.runner import Progress, Result, silent
+from cure.evaluation.target import Split
 from cure.models import core
-from cure.run_folder import check_free
-from cure.subject import Split
+from cure.models.checks import check_outputs
+from cure.runs.folder import check_free
+from cure.utils import plotting as drawing
+from cure.utils.plotting import Picture
 
 NAME = "cka"
 ATTACK = "pgd20"

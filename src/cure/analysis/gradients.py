@@ -11,14 +11,14 @@ import safetensors
 import torch
 from torch import Tensor
 
-from cure import drawing
 from cure.analysis.study import STUDIES, Rows, Study, keep, unique
-from cure.drawing import Picture
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluation import Progress, Result, silent
-from cure.recorder import COUNTS, LINES
-from cure.run_folder import RunFolder, check_free
-from cure.subject import Run
+from cure.evaluation.runner import Progress, Result, silent
+from cure.runs.folder import RunFolder, check_free
+from cure.runs.run import Run
+from cure.training.gradient_logger import COUNTS, LINES
+from cure.utils import plotting as drawing
+from cure.utils.plotting import Picture
 
 BINS = 40
 """Stretches of a run over which sizes are averaged."""

@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cure import drawing
 from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
 from cure.attacks import Threat, crafting
-from cure.attacks.suite import evaluation_attack
+from cure.attacks.registry import evaluation_attack
 from cure.data import ImageSet, batches
-from cure.drawing import Picture
 from cure.errors import ConfigError
-from cure.evaluation import Curve, Progress, Result, measure, silent
-from cure.randomness import generator
-from cure.run_folder import check_free
-from cure.subject import Split
+from cure.evaluation.runner import Curve, Progress, Result, measure, silent
+from cure.evaluation.target import Split
+from cure.runs.folder import check_free
+from cure.utils import plotting as drawing
+from cure.utils.plotting import Picture
+from cure.utils.random import generator
 
 NAME = "landscape"
 ATTACK = "pgd20"

@@ -17,13 +17,21 @@ import torch
 from cure.analysis.study import STUDIES, Rows, Study, keep
 from cure.config import RunConfig
 from cure.data import load
-from cure.drawing import INK, Picture, canvas, legend, picture
 from cure.errors import ConfigError, TrainingStopped
-from cure.evaluation import Result
+from cure.evaluation.runner import Result
+from cure.experiments.plan import (
+    Executor,
+    LocalExecutor,
+    Measurement,
+    Plan,
+    Row,
+    carry_out_plan,
+    read_record,
+)
 from cure.models.blocks import CLASSIFIER, STEM, blocks
-from cure.plan import Executor, LocalExecutor, Measurement, Plan, Row, carry_out_plan, read_record
+from cure.models.build import network_of
 from cure.recipe import load_recipe, parse_override
-from cure.subject import network_of
+from cure.utils.plotting import INK, Picture, canvas, legend, picture
 
 SETS = ("1", "2", "3", "4", "12", "23", "34", "123", "234", "all")
 """The paper's nine sets of blocks, and all."""

@@ -13,23 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure import drawing
-from cure.alarm import robust_overfitting
 from cure.analysis.study import STUDIES, Rows, Study, keep, unique
 from cure.attacks import Attack
 from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import ImageSet, batches
-from cure.drawing import Picture
-from cure.engine import Engine
+from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluation import Progress, Result, paired_difference, silent, wilson
+from cure.evaluation.runner import Progress, Result, paired_difference, silent, wilson
+from cure.evaluation.target import check_counts, epoch_of, load_split
 from cure.models import digest, load_weights
-from cure.models.weights import read_weights
-from cure.randomness import generator
-from cure.run_folder import RunFolder, check_free
-from cure.subject import Run, check_counts, check_not_memory, epoch_of, load_split, network_of
-from cure.trainer import validation_attack
+from cure.models.build import network_of
+from cure.models.checkpoint import read_weights
+from cure.runs.folder import RunFolder, check_free
+from cure.runs.run import Run
+from cure.training.overfitting_detector import robust_overfitting
+from cure.training.trainer import validation_attack
+from cure.utils import plotting as drawing
+from cure.utils.distributed import Engine
+from cure.utils.plotting import Picture
+from cure.utils.random import generator
 
 SPLITS = ("train", "validation", "test")
 
@@ -65,7 +68,7 @@ def verdicts(
 ) -> Verdicts:
     """Which images a network has right as they are and under the attack of the validation split.
 
-    The random starts are those of :meth:`~cure.trainer.Trainer.validate`, so that epochs compare.
+    The random starts are those of :meth:`Trainer.validate`, so that epochs compare.
     """
     images = images.to(engine.device)
     natural, robust = [], []
@@ -110,9 +113,9 @@ def overfitting(
         ``runs``: for each its name, method, ``attack``, number of images a split, ``recorded``
         (epoch, validation and training figures of the metrics), ``measured`` (epoch, and for each
         split natural and robust accuracy with interval), ``best`` and ``last`` epoch, ``gap``
-        (best less last in points with its interval, :func:`~cure.evaluation.paired_difference`),
+        (best less last in points with its interval, :func:`paired_difference`),
         ``generalisation`` (training less test, robust, :func:`independent_difference`), ``alarm``
-        (epoch and sentence of :func:`~cure.alarm.robust_overfitting`) and ``missing``: what the
+        (epoch and sentence of :func:`robust_overfitting`) and ``missing``: what the
         run did not keep and the setting that keeps it.
 
     Raises:

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from cure import drawing
 from cure.analysis.study import STUDIES, Rows, Study, keep
-from cure.drawing import Picture
 from cure.errors import ConfigError
-from cure.evaluation import Progress, Result, silent, wilson
-from cure.plan import LocalExecutor, stopped_by_signals
+from cure.evaluation.runner import Progress, Result, silent, wilson
+from cure.experiments.plan import LocalExecutor, stopped_by_signals
+from cure.experiments.sweep import Sweep, begin, fitting, read_varied, trials, work
 from cure.recipe import check, override, parse_override, read_recipe
-from cure.sweep import Sweep, begin, fitting, read_varied, trials, work
-from cure.trainer import Interrupted
+from cure.training.trainer import Interrupted
+from cure.utils import plotting as drawing
+from cure.utils.plotting import Picture
 
 NAME = "sensitivity"
 AIMS = ("natural", "robust")

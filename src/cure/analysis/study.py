@@ -13,20 +13,19 @@ from torch import nn
 from cure.attacks import Threat
 from cure.config import ThreatConfig
 from cure.data import ImageSet
-from cure.drawing import Picture
-from cure.engine import Engine
 from cure.errors import ConfigError
-from cure.evaluation import Result
+from cure.evaluation.runner import Result
+from cure.evaluation.target import ModelOptions, Split, check_counts, subject_of, threat_of
 from cure.models import describe
-from cure.registry import Registry
-from cure.run_folder import RunFolder, environment, write_json, write_text
-from cure.subject import ModelOptions, Run, Split, check_counts, subject_of, threat_of
+from cure.registry import STUDIES as STUDIES
+from cure.runs.folder import RunFolder, environment, write_json, write_text
+from cure.runs.run import Run
+from cure.utils.distributed import Engine
+from cure.utils.plotting import Picture
 
 STUDY_FORMAT = "cure-study-1"
 
 Target = str | Path | Run | nn.Module
-
-STUDIES: Registry[Study] = Registry("study", "cure.analysis")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from cure.attacks.packages import part_of_autoattack
+from cure.attacks.third_party import part_of_autoattack
 from cure.attacks.threat import Threat
 
 NONE_FOUND = 1e10

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cure.randomness import draw_for_batch
+from cure.utils.random import draw_for_batch
 
 
 def per_sample(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cure.config import AugmentConfig
 from cure.errors import DataError
-from cure.randomness import draw_for_batch
+from cure.utils.random import draw_for_batch
 
 
 def augment(image: Tensor, config: AugmentConfig, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from cure.config import AugmentConfig
 from cure.data.augment import augment as augment_images
 from cure.data.images import Batch, ImageSet
 from cure.errors import DataError
-from cure.randomness import generator, shared_generator
+from cure.utils.random import generator, shared_generator
 
 
 def steps_per_epoch(images: ImageSet, batch_size: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cure.config import DataConfig
+from cure.config import MEMORY, DataConfig, RunConfig
 from cure.data.decode import decode
 from cure.data.images import ImageSet
 from cure.data.readers import (
@@ -28,7 +28,7 @@ from cure.data.readers import (
     read_npz,
 )
 from cure.data.splits import stratified
-from cure.errors import DataError, unknown
+from cure.errors import ConfigError, DataError, unknown
 
 
 class HubName(NamedTuple):
@@ -309,4 +309,13 @@ def _in_range(label: NDArray[np.int64], count: int, where: str) -> None:
         raise DataError(
             f"expected labels 0..{count - 1} for the {count} classes in {where}, got {label[row]} "
             f"in row {row}; correct the labels or the class names"
+        )
+
+
+def check_not_memory(config: RunConfig) -> None:
+    """Refuse to look for images that only ever were in memory."""
+    if config.data.source.startswith(MEMORY):
+        raise ConfigError(
+            f"the run was given its images ('{config.data.source}') in Python; pass images again "
+            "(data=...)"
         )

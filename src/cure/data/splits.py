@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cure.data.images import ImageSet
 from cure.errors import DataError
-from cure.randomness import generator
+from cure.utils.random import generator
 
 
 def stratified(label: Tensor, count: int, seed: int, purpose: str) -> tuple[Tensor, Tensor]:

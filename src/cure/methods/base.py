@@ -19,14 +19,12 @@ from cure.attacks import Attack
 from cure.attacks.objectives import Objective
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.engine import Engine, Grads
-from cure.randomness import shared_generator
-from cure.registry import Registry
+from cure.registry import METHODS as METHODS
+from cure.utils.distributed import Engine, Grads
+from cure.utils.random import shared_generator
 
 Metrics = dict[str, Tensor]
 Crafted = dict[str, Tensor]
-
-METHODS: Registry[type[Method]] = Registry("method", "cure.methods")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Context:
     def generator(self, purpose: str, step: int) -> torch.Generator:
         """A fresh generator for one purpose at one step, in the same state on every rank.
 
-        What is drawn for samples is drawn by :func:`~cure.randomness.draw_for_batch`, which gives
+        What is drawn for samples is drawn by :func:`~cure.utils.random.draw_for_batch`, which gives
         each rank the numbers of its own samples.
         """
         engine = self.engine

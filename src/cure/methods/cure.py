@@ -21,7 +21,6 @@ from torch import Tensor
 from cure.attacks.objectives import KL, with_cross_entropy
 from cure.config import MethodConfig, Section
 from cure.data.images import Batch
-from cure.engine import Grads
 from cure.errors import ConfigError
 from cure.methods.base import (
     METHODS,
@@ -32,8 +31,9 @@ from cure.methods.base import (
     Metrics,
     StepOutput,
 )
-from cure.methods.losses import accuracy, kl_divergence
-from cure.methods.revision import RevisionConfig, RevisionModel
+from cure.methods.common.losses import accuracy, kl_divergence
+from cure.methods.common.revision import RevisionConfig, RevisionModel
+from cure.utils.distributed import Grads
 
 Scope = Literal["layer", "global"]
 

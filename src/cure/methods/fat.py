@@ -12,7 +12,7 @@ from cure.attacks.objectives import CROSS_ENTROPY, KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
-from cure.methods.losses import accuracy
+from cure.methods.common.losses import accuracy
 from cure.methods.mart import mart
 from cure.methods.trades import trades
 

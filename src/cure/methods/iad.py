@@ -13,8 +13,8 @@ from cure.attacks.objectives import CROSS_ENTROPY, kl_divergence_per_sample
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
-from cure.methods.losses import accuracy, distillation
-from cure.methods.teacher import Teacher
+from cure.methods.common.losses import accuracy, distillation
+from cure.methods.common.teacher import Teacher
 
 Form = Literal["I", "II"]
 

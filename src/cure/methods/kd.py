@@ -12,8 +12,8 @@ from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
-from cure.methods.losses import accuracy
-from cure.methods.teacher import Teacher
+from cure.methods.common.losses import accuracy
+from cure.methods.common.teacher import Teacher
 
 
 class KdConfig(MethodConfig):

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from cure.attacks import Attack
 from cure.attacks.objectives import CROSS_ENTROPY, KL, kl_divergence_per_sample
-from cure.attacks.perturb import crafting
+from cure.attacks.pgd import crafting
 from cure.config import MethodConfig, ModelConfig, Section
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
-from cure.methods.losses import accuracy, smoothed_cross_entropy
+from cure.methods.common.losses import accuracy, smoothed_cross_entropy
 from cure.models import build_model
-from cure.randomness import derive, draw_for_batch
+from cure.utils.random import derive, draw_for_batch
 
 Form = Literal["at", "trades"]
 

@@ -11,7 +11,7 @@ from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Crafted, Method, StepOutput
-from cure.methods.losses import accuracy, boosted_cross_entropy, doubt_weighted_kl
+from cure.methods.common.losses import accuracy, boosted_cross_entropy, doubt_weighted_kl
 
 
 def mart(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Crafted, Method, StepOutput
-from cure.methods.losses import accuracy
+from cure.methods.common.losses import accuracy
 
 
 class NaturalConfig(MethodConfig):

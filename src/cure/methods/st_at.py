@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from cure.attacks import Attack, crafting
 from cure.attacks.objectives import kl_divergence_per_sample
-from cure.attacks.perturb import starting_point
+from cure.attacks.pgd import starting_point
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
 from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
-from cure.methods.batch_norm import untracked
-from cure.methods.losses import accuracy
+from cure.methods.common.batch_norm import untracked
+from cure.methods.common.losses import accuracy
 
 
 def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from cure.attacks.objectives import KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Crafted, Method, StepOutput
-from cure.methods.losses import accuracy, kl_divergence
+from cure.methods.common.losses import accuracy, kl_divergence
 
 
 def trades(natural: Tensor, adversarial: Tensor, label: Tensor, beta: float) -> StepOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,13 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
-from cure.config import ModelConfig
+from cure.config import OBJECT, ModelConfig, RunConfig
+from cure.data.images import ImageKind
 from cure.errors import ConfigError, unknown
 from cure.models.external import build_external, is_external
 from cure.models.registry import MODELS, Builder
 from cure.models.wrapper import Normalised, core
-from cure.randomness import derive
+from cure.utils.random import derive
 
 _NAME = "_cure_name"
 
@@ -109,3 +111,31 @@ def _checked(name: str, builder: Builder, options: dict[str, Any]) -> dict[str, 
                 f"got {value!r}"
             ) from None
     return values
+
+
+def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> nn.Module:
+    """The network of a run, not yet with the run's weights.
+
+    Args:
+        config: the run.
+        kind: the images it is trained on.
+        model: the network, when the run was given one as a Python object; it is copied.
+    """
+    if config.model.name.startswith(OBJECT):
+        if model is None:
+            raise ConfigError(
+                f"the run was given its network ({config.model.name}) in Python; pass it again: "
+                "cure.resume(path, model=...), cure.Run(path, model).model() or "
+                "cure.evaluate(cure.Run(path, model))"
+            )
+        network = copy.deepcopy(model)
+        if config.model.mean is not None and config.model.std is not None:
+            network = Normalised(network, config.model.mean, config.model.std)
+        return network
+    return build_model(
+        config.model,
+        classes=len(kind.classes),
+        channels=kind.channels,
+        size=kind.size,
+        seed=config.seed,
+    )

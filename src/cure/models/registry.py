@@ -6,11 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from cure.registry import Registry
+from cure.registry import MODELS as MODELS
 
 Builder = Callable[..., nn.Module]
 """``builder(classes, channels, size, *, options...) -> network``; the options are keyword-only,
 and their annotations are what :func:`cure.models.build_model` checks a recipe against."""
-
-MODELS: Registry[Builder] = Registry("model", "cure.models")
-"""All registered architectures, by the name that a recipe uses."""

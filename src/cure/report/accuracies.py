@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cure.comparison.reading import (
+from cure.errors import ConfigError
+from cure.evaluation.diagnosis import CHECKS
+from cure.experiments.compare.reading import (
     RATIOS,
     Row,
     alike,
@@ -17,10 +19,7 @@ from cure.comparison.reading import (
     rows_of,
     strength,
 )
-from cure.diagnosis import CHECKS
-from cure.errors import ConfigError
-from cure.report.gather import Content, Entry, number
-from cure.report.parts import (
+from cure.report.components import (
     NO_BREAK,
     Block,
     Cell,
@@ -33,6 +32,7 @@ from cure.report.parts import (
     points,
     written,
 )
+from cure.report.loader import Content, Entry, number
 
 # They change an image without asking the network which change would hurt it.
 _BLIND = ("noise", "transfer")

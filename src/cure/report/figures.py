@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from cure.comparison.reading import Row, strength, time_of
-from cure.drawing import INK, canvas, picture, series
+from cure.experiments.compare.reading import Row, strength, time_of
 from cure.methods import METHODS
 from cure.report.accuracies import attack_name, measured_attacks
-from cure.report.gather import Content, Entry, number
-from cure.report.parts import Cell, Figure, Grid, between, label, percent, written
+from cure.report.components import Cell, Figure, Grid, between, label, percent, written
+from cure.report.loader import Content, Entry, number
+from cure.utils.plotting import INK, canvas, picture, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

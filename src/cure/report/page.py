@@ -15,16 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cure import __version__
-from cure.alarm import robust_overfitting
 from cure.analysis.study import STUDIES, Rows
-from cure.comparison.reading import flattened, no_place
-from cure.drawing import renamed, series
 from cure.errors import ConfigError, CureError
+from cure.experiments.compare.reading import flattened, no_place
 from cure.report import figures
 from cure.report.accuracies import Measured, attack_name, measure, tables, verdict
-from cure.report.gather import Content, Entry, Gathered, Told, gather, number
-from cure.report.parts import (
+from cure.report.components import (
     DASH,
     Block,
     Cell,
@@ -37,8 +33,12 @@ from cure.report.parts import (
     plain,
     written,
 )
-from cure.run_folder import check_free, write_text
-from cure.subject import Run
+from cure.report.loader import Content, Entry, Gathered, Told, gather, number
+from cure.runs.folder import check_free, write_text
+from cure.runs.run import Run
+from cure.training.overfitting_detector import robust_overfitting
+from cure.utils.plotting import renamed, series
+from cure.utils.version import VERSION
 
 HERE = Path(__file__).parent
 GENERATOR = "cure report"
@@ -142,7 +142,7 @@ def _page(made: Gathered, title: str | None) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template("page.html").render(
         title=title or _title(shown) or "Studies",
-        generator=f"{GENERATOR} {__version__}",
+        generator=f"{GENERATOR} {VERSION}",
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
@@ -663,7 +663,7 @@ def _machine(environment: Mapping[str, Any]) -> str:
 def _made() -> list[tuple[str, str]]:
     packages = ", ".join(f"{name} {version(name)}" for name in ("matplotlib", "jinja2"))
     return [
-        ("made with", f"cure {__version__}, {packages}"),
+        ("made with", f"cure {VERSION}, {packages}"),
         ("time", datetime.now(UTC).isoformat(timespec="seconds")),
     ]
 

@@ -1,0 +1,594 @@
+"""The command ``cure``: parses and prints, nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from contextlib import suppress
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cure.cli.analyse import analyse
+from cure.cli.console import QUIET, SEVERAL, err, out, show_progress
+from cure.cli.options import (
+    BatchSizeOption,
+    Checkpoint,
+    CheckpointOption,
+    DataOption,
+    DataOptionsOption,
+    DeviceOption,
+    EpsilonOption,
+    LimitOption,
+    MeanOption,
+    ModelOption,
+    NormOption,
+    OptionsOption,
+    OutputOption,
+    Precision,
+    Split,
+    SplitOption,
+    StdOption,
+    TargetArgument,
+    WeightsOption,
+    named,
+    numbers,
+    pairs,
+    whole_numbers,
+    words,
+)
+from cure.cli.printing import (
+    print_corruptions,
+    print_diagnosis,
+    print_distances,
+    print_results,
+    print_table,
+    print_unfinished,
+    print_verification,
+)
+from cure.errors import ConfigError, CureError, RanksLost, TrainingStopped
+from cure.utils.device import keep_freed_memory
+from cure.utils.launcher import launched
+
+FAILED_CHECK = 1
+USER_MISTAKE = 2
+INTERRUPTED = 130
+UNFINISHED = 3
+# Seconds in which the launcher ends the other ranks of a run once the first one has spoken.
+SECONDS_FOR_THE_FIRST = 15
+
+TOGETHER = ("train", "resume", "evaluate")
+"""Commands that several ranks may run together."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make an image classifier withstand adversarial changes and keep its natural accuracy.",
+)
+app.add_typer(analyse, name="analyse")
+
+
+class Kind(StrEnum):
+    """What can be listed."""
+
+    methods = "methods"
+    models = "models"
+    recipes = "recipes"
+    attacks = "attacks"
+    corruptions = "corruptions"
+    data = "data"
+    studies = "studies"
+    settings = "settings"
+
+
+RunOption = Annotated[
+    Path | None,
+    # torchrun takes --run for one of its own options, wherever it stands.
+    typer.Option("--run", "--folder", help="Folder to make for the run (default: runs/NAME)."),
+]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A name from `cure list recipes`, or a YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: training.epochs=10"),
+    ] = None,
+    run: RunOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the run is.")] = False,
+) -> None:
+    """Train by a recipe into a new run folder."""
+    from cure.training.run import train as start
+
+    done = start(recipe, settings or [], run=run, quiet=quiet)
+    _print_ended(done.path)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the run is.")] = False,
+) -> None:
+    """Continue a run that was stopped or killed, to the bits it would have ended with."""
+    from cure.runs.folder import RunFolder
+    from cure.training.run import resume as go_on
+
+    finished = RunFolder.open(run).status()["state"] == "finished"
+    done = go_on(run, quiet=quiet)
+    if finished:
+        err.print(f"{run} had already finished; nothing was changed", markup=False)
+    _print_ended(done.path)
+
+
+@app.command()
+def evaluate(
+    target: TargetArgument = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    option: OptionsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    checkpoint: CheckpointOption = Checkpoint.best,
+    data: DataOption = None,
+    data_option: DataOptionsOption = None,
+    split: SplitOption = Split.test,
+    limit: LimitOption = None,
+    attacks: Annotated[
+        str | None, typer.Option(help="For example natural,pgd20,cw,autoattack.")
+    ] = None,
+    epsilon: EpsilonOption = None,
+    norm: NormOption = None,
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    precision: Annotated[
+        Precision, typer.Option(help="bf16_attack: less time; what fools is verified in fp32.")
+    ] = Precision.fp32,
+    transfer: Annotated[
+        str | None, typer.Option(help="Run that the attack transfer crafts on.")
+    ] = None,
+    curve: Annotated[
+        str | None, typer.Option(help="Also accuracy over epsilon, by this attack: pgd20.")
+    ] = None,
+    epsilons: Annotated[
+        str | None, typer.Option(help="Radii of the curve: 1/255,2/255 (default: up to 0 %).")
+    ] = None,
+    output: OutputOption = None,
+    robustbench: Annotated[
+        Path | None, typer.Option(help="Write RobustBench's record of the model.")
+    ] = None,
+    adversarial: Annotated[
+        Path | None, typer.Option(help="Write the worst-case images (.pt), for --verify.")
+    ] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(help="Instead: recompute what such a file claims and check its images."),
+    ] = None,
+    time_limit: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Stop attacking after so long and say what is missing; the same command goes on.",
+        ),
+    ] = None,
+) -> None:
+    """Measure accuracy on natural and on attacked images."""
+    from cure.evaluation.evaluate import evaluate as measure
+
+    subject = named(target, model, weights, option, mean, std)
+    if verify is not None:
+        from cure.evaluation.evaluate import verify as recompute
+
+        print_verification(
+            recompute(
+                verify,
+                subject,
+                data=data,
+                split=split.value,
+                epsilon=epsilon,
+                norm=norm,
+                checkpoint=checkpoint.value,
+                weights=weights,
+                mean=numbers("mean", mean),
+                std=numbers("std", std),
+                options=pairs(option),
+                data_options=pairs(data_option),
+                batch_size=batch_size or 256,
+                device=device,
+                output=output,
+            )
+        )
+        return
+    with show_progress() as progress:
+        result = measure(
+            subject,
+            data=data,
+            split=split.value,
+            limit=limit,
+            attacks=attacks,
+            epsilon=epsilon,
+            norm=norm,
+            checkpoint=checkpoint.value,
+            weights=weights,
+            mean=numbers("mean", mean),
+            std=numbers("std", std),
+            options=pairs(option),
+            data_options=pairs(data_option),
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            precision=precision.value,
+            transfer=transfer,
+            curve=curve,
+            epsilons=words(epsilons),
+            output=output,
+            robustbench=robustbench,
+            adversarial=adversarial,
+            time_limit=time_limit,
+            progress=progress,
+        )
+    print_results([result])
+    print_distances(result)
+    for check in result["diagnosis"]["checks"]:
+        if check["status"] != "pass":
+            err.print(
+                f"warning: {check['name']}: {check['meaning']}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+    present, known = result["data"]["classes_present"], len(result["data"]["classes"])
+    if present < known:
+        err.print(
+            f"warning: these {result['data']['n']:,} images hold only {present} of the {known} "
+            "classes; the images may be sorted by class: leave out --limit",
+            markup=False,
+            highlight=False,
+        )
+    if "unfinished" in result:
+        print_unfinished(result, kept=target is not None or output is not None)
+        sys.exit(UNFINISHED)
+
+
+@app.command()
+def corruptions(
+    target: TargetArgument = None,
+    severity: Annotated[str, typer.Option(help="1 to 5: 3, 1,3 or 1-5.")] = "1-5",
+    only: Annotated[
+        str | None, typer.Option(help="Only these: fog,snow; see `cure list corruptions`.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="For the mean corruption error: a file that --output wrote, or a name."),
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Picture to write: .png.")] = None,
+    files: Annotated[
+        str | None,
+        typer.Option(help="Read CIFAR-10-C or CIFAR-100-C: folder of .npy files, or hub name."),
+    ] = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    option: OptionsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    checkpoint: CheckpointOption = Checkpoint.best,
+    data: DataOption = None,
+    data_option: DataOptionsOption = None,
+    split: SplitOption = Split.test,
+    limit: LimitOption = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images classified at once.")] = None,
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the corruptions.")] = 0,
+    output: OutputOption = None,
+) -> None:
+    """Measure accuracy under 19 natural corruptions: noise, blur, weather, digital."""
+    from cure.evaluation.corruptions.measure import corruptions as measure
+
+    subject = named(target, model, weights, option, mean, std)
+    with show_progress() as progress:
+        result = measure(
+            subject,
+            severity=severity,
+            only=only,
+            files=files,
+            baseline=baseline,
+            sheet=sheet,
+            data=data,
+            split=split.value,
+            limit=limit,
+            checkpoint=checkpoint.value,
+            weights=weights,
+            mean=numbers("mean", mean),
+            std=numbers("std", std),
+            options=pairs(option),
+            data_options=pairs(data_option),
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            output=output,
+            progress=progress,
+        )
+    print_corruptions(result)
+
+
+@app.command()
+def diagnose(
+    target: TargetArgument = None,
+    model: ModelOption = None,
+    weights: WeightsOption = None,
+    option: OptionsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    checkpoint: CheckpointOption = Checkpoint.best,
+    data: DataOption = None,
+    data_option: DataOptionsOption = None,
+    split: SplitOption = Split.test,
+    limit: Annotated[int, typer.Option(help="Only the first so many images.")] = 200,
+    epsilon: EpsilonOption = None,
+    norm: NormOption = None,
+    transfer: Annotated[
+        str | None, typer.Option(help="Another run: its adversarial images are tried, too.")
+    ] = None,
+    batch_size: BatchSizeOption = None,
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
+    output: OutputOption = None,
+) -> None:
+    """Check whether accuracy under attack can be believed; status 1 when a check fails."""
+    from cure.evaluation.diagnosis.api import diagnose as examine
+
+    subject = named(target, model, weights, option, mean, std)
+    with show_progress() as progress:
+        result = examine(
+            subject,
+            data=data,
+            split=split.value,
+            limit=limit,
+            epsilon=epsilon,
+            norm=norm,
+            checkpoint=checkpoint.value,
+            weights=weights,
+            mean=numbers("mean", mean),
+            std=numbers("std", std),
+            options=pairs(option),
+            data_options=pairs(data_option),
+            transfer=transfer,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            output=output,
+            progress=progress,
+        )
+    print_diagnosis(result)
+    if result["verdict"] == "fail":
+        raise typer.Exit(FAILED_CHECK)
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders, results of `cure evaluate --output`, tables of this command (JSON).",
+        ),
+    ],
+    columns: Annotated[
+        str | None, typer.Option(help="Columns to show: natural,pgd20,nrr_cw,seconds_per_epoch.")
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option(help="Column to sort by; by default NRR of the strongest attack.")
+    ] = None,
+    split: Annotated[
+        Split | None, typer.Option(help="Evaluations on these images; by default test, if there.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write: .md, .csv or .json.")] = None,
+) -> None:
+    """Set evaluated runs side by side, seeds of one method together, like against like."""
+    from cure.experiments.compare import compare as side_by_side
+
+    done = side_by_side(
+        runs, columns=columns, sort=sort, split=split.value if split else None, output=output
+    )
+    print_table(done)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN",
+            help="Run folders; results of `cure evaluate`, `corruptions`, `diagnose`, `analyse`.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New file (default: report.html in the first run, which is replaced)."),
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Heading (default: names of the runs).")] = None,
+) -> None:
+    """Write one page that shows what runs are and how well they do; it needs only a browser."""
+    from cure.report.page import write_report
+
+    made = write_report(runs, output=output, title=title)
+    out.print(f"report: {made}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("table")
+def table_(
+    plan: Annotated[Path, typer.Argument(help="YAML file: a recipe, and rows that differ.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results (default: that of the plan).")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time on this machine.")] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="Instead: slurm (through submitit), or local to try it.")
+    ] = None,
+    cluster_option: Annotated[
+        list[str] | None,
+        typer.Option(help="Parameter of submitit: slurm_partition=gpu, timeout_min=600."),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Only these rows and what they need.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Only these seeds: 0,1.")] = None,
+) -> None:
+    """Train and evaluate all runs of a plan that are not done yet; write their table."""
+    from cure.experiments.plan import (
+        Executor,
+        LocalExecutor,
+        carry_out_plan,
+        cluster_executor,
+        read_plan,
+        write_tables,
+    )
+
+    made = read_plan(plan)
+    folder = plan.parent if output is None else output
+    executor: Executor = (
+        LocalExecutor(jobs)
+        if cluster is None
+        else cluster_executor(cluster, Path(made.runs) / "jobs", pairs(cluster_option))
+    )
+    failures = carry_out_plan(
+        made,
+        folder,
+        executor,
+        only=words(only),
+        seeds=whole_numbers("seeds", seeds),
+        tell=lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
+    shown = write_tables(made, folder)
+    if shown is not None:
+        print_table(shown)
+    if failures:
+        raise TrainingStopped(f"{len(failures)} of the plan's runs failed: " + "; ".join(failures))
+
+
+@app.command()
+def watch(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
+    once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
+    interval: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Time between two looks.")
+    ] = 2.0,
+) -> None:
+    """Show runs while they train, or as they ended: epochs, curves, speed, time left."""
+    from rich.live import Live
+
+    from cure.cli.watch import shown
+
+    unicode = out.encoding.startswith("utf")
+
+    def look() -> tuple[Any, bool]:
+        return shown(runs, time.time(), out.width, unicode)
+
+    drawn, ended = look()
+    if once or not out.is_terminal:
+        out.print(drawn)
+        return
+    with Live(drawn, console=out, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while not ended:
+            time.sleep(interval)
+            drawn, ended = look()
+            live.update(drawn, refresh=True)
+
+
+@app.command("list")
+def list_(what: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+    """List what can be named in a recipe or on the command line."""
+    from cure.cli.listing import listing
+
+    rows = listing(what.value)
+    width = max(len(name) for name, _ in rows)
+    for name, description in rows:
+        # A row a line, whatever the terminal's width, so that grep finds whole rows.
+        typer.echo(f"{name:<{width}}  {description}")
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="A name from `cure list recipes`, or a YAML file.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
+    ] = None,
+) -> None:
+    """Print every setting of a recipe as it would run, in YAML."""
+    from cure.recipe import dump, load_recipe
+
+    typer.echo(dump(load_recipe(recipe, settings or [])), nl=False)
+
+
+@app.command()
+def demo(run: RunOption = None) -> None:
+    """Handwritten digits: train naturally, make robust with CURE, study both, write a page."""
+    from cure.cli.demo import begin, examine
+
+    done = begin(run)
+    with show_progress() as progress:
+        results, page = examine(done, progress)
+    print_results(results)
+    _print_ended(done.path)
+    out.print(f"open in a browser: {page}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_ended(path: Path) -> None:
+    out.print(f"run folder: {path}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"next: cure evaluate {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _say(word: str, error: CureError) -> None:
+    """One message on stderr, whichever of the ranks of a run the error is on.
+
+    What ends all ranks is the first one's to say: the launcher ends the others meanwhile.  What one
+    of the others has to say then is its own.
+    """
+    if not QUIET:
+        err.print(f"{word}: {error}", markup=False, highlight=False, soft_wrap=True, style="bold")
+        return
+    if not isinstance(error, RanksLost):
+        time.sleep(SECONDS_FOR_THE_FIRST)
+    print(f"{word} (rank {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)
+
+
+@app.callback()
+def _alone_or_together(context: typer.Context) -> None:
+    if launched().world > 1 and context.invoked_subcommand not in TOGETHER:
+        raise ConfigError(
+            f"cure {context.invoked_subcommand} runs in one process, got {launched().world} ranks; "
+            f"torchrun is for {', '.join(TOGETHER)}"
+        )
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one message and status 2."""
+    keep_freed_memory()
+    try:
+        try:
+            app()
+        except SystemExit as ended:
+            if SEVERAL and ended.code in (None, 0, UNFINISHED):
+                from cure.utils.distributed import leave
+
+                leave()
+            raise
+    except CureError as error:
+        from cure.training.trainer import Interrupted
+
+        stopped = isinstance(error, Interrupted)
+        _say("stopped" if stopped else "error", error)
+        status = INTERRUPTED if stopped else USER_MISTAKE
+        if SEVERAL:
+            # At once: the launcher looks for the first rank that ended, and gloo's threads, whose
+            # other ends are going away, can abort an interpreter that takes its time to end.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,228 @@
+"""Results as tables on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from cure.cli.console import err, out
+
+if TYPE_CHECKING:
+    from cure.experiments.compare import Table as ComparisonTable
+
+MOST_COLUMNS = 4
+"""Attacks that a table of results has columns for; more have rows."""
+
+
+def print_results(results: Sequence[dict[str, Any]]) -> None:
+    """A table of results of one threat, one row each; intervals are Wilson's at 95 %."""
+    threat, data = results[0]["threat"], results[0]["data"]
+    shown = [result["attacks"] | result.get("unfinished", {}) for result in results]
+    names = list(dict.fromkeys(name for attacks in shown for name in attacks))
+    table = Table(
+        title=escape(
+            f"{data['name']} {data['split']}, {data['n']:,} images, "
+            f"{threat['norm']} {threat['epsilon_text']}"
+        ),
+        caption="accuracy in percent, 95 % interval; NRR: harmonic mean with natural accuracy",
+    )
+    if len(results) == 1 and len(names) > MOST_COLUMNS:
+        _by_attack(table, results[0], shown[0])
+        return
+    table.add_column("model")
+    for name in ("natural", *names):
+        table.add_column(name, justify="right")
+    ratios = [name for name in ("cw", "autoattack") if name in names]
+    for name in ratios:
+        table.add_column(f"NRR {name}", justify="right")
+    for result, attacks in zip(results, shown, strict=True):
+        cells = [result["natural"], *(attacks.get(name) for name in names)]
+        table.add_row(
+            escape(result["target"]),
+            *(_accuracy(cell) for cell in cells),
+            *(_ratio(result["nrr"][name]) for name in ratios),
+        )
+    out.print(table)
+
+
+def _by_attack(table: Table, result: dict[str, Any], attacks: dict[str, Any]) -> None:
+    """One row an attack, where there are too many for columns."""
+    table.caption = "accuracy in percent, 95 % interval; the worst case is over all, image by image"
+    for heading in (escape(result["target"]), "accuracy", "seconds"):
+        table.add_column(heading, justify="left" if table.columns == [] else "right")
+    rows = {"natural": result["natural"]} | attacks
+    if "worst_case" in result:
+        rows["worst case"] = result["worst_case"]
+    for name, part in rows.items():
+        table.add_row(escape(name), _accuracy(part), f"{part.get('seconds', 0):,.0f}")
+    out.print(table)
+
+
+def print_distances(result: dict[str, Any]) -> None:
+    """Smallest changes and the curve over epsilon, where they were measured."""
+    for name, part in result["attacks"].items():
+        if "median_distance" in part:
+            low, high = (_distance(limit) for limit in part["median_interval"])
+            out.print(
+                f"{name}: the median image is fooled by a change of "
+                f"{_distance(part['median_distance'])} ({low} to {high})",
+                markup=False,
+                highlight=False,
+            )
+    if "curve" not in result:
+        return
+    table = Table(title=f"accuracy over epsilon, {escape(result['curve']['attack'])}")
+    for heading in ("epsilon", "accuracy"):
+        table.add_column(heading, justify="right")
+    for point in result["curve"]["points"]:
+        table.add_row(point["epsilon_text"], _accuracy(point))
+    out.print(table)
+
+
+def _distance(length: float | None) -> str:
+    return "none found" if length is None else f"{length:.4g}"
+
+
+def print_verification(result: dict[str, Any]) -> None:
+    """Whether a claim holds; status 1 when it does not."""
+    low, high = result["interval"]
+    out.print(
+        f"{result['correct']:,} of {result['n']:,} images are right: {result['accuracy']:.2f} % "
+        f"({low:.1f} to {high:.1f}); largest change {result['largest_change']:.6f}, epsilon "
+        f"{result['threat']['epsilon']:.6f} ({result['threat']['norm']})",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result["outside"]:
+        say = f"{result['outside']:,} images leave the ball or [0, 1]; they prove nothing"
+        err.print(f"the claim fails: {say}", markup=False, highlight=False, soft_wrap=True)
+    elif not result["holds"]:
+        err.print(
+            f"the claim fails: it says {result['claimed_correct']:,} right",
+            markup=False,
+            highlight=False,
+        )
+    if not result["holds"]:
+        sys.exit(1)
+
+
+def print_unfinished(result: dict[str, Any], kept: bool) -> None:
+    """What the time did not suffice for."""
+    for name, part in result["unfinished"].items():
+        low, high = part["bounds"]
+        where = f" in {part['stopped_in']}" if part["stopped_in"] != name else ""
+        err.print(
+            f"unfinished: {name} ran out of time{where}; {part['undecided']:,} of {part['n']:,} "
+            f"images are undecided, so its accuracy lies between {low:.1f} and {high:.1f}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+    if kept:
+        err.print("the same command goes on where this one stopped", markup=False, highlight=False)
+
+
+def print_corruptions(result: dict[str, Any]) -> None:
+    """A row a corruption with its severities and their mean; then groups and means."""
+    data, severities = result["data"], result["settings"]["severities"]
+    errors = result["mce"]
+    table = Table(
+        title=escape(f"{result['target']}: {data['name']} {data['split']}, {data['n']:,} images"),
+        caption="accuracy in percent, 95 % interval"
+        + ("; CE: error in percent of the baseline's" if errors else ""),
+    )
+    for heading in ("", "group"):
+        table.add_column(heading)
+    for heading in (*map(str, severities), "mean", *(["CE"] if errors else [])):
+        table.add_column(heading, justify="right")
+    blank = [""] * len(severities)
+    if result["natural"] is not None:
+        table.add_row("natural", "", *blank, _accuracy(result["natural"]))
+    for name, cell in result["corruptions"].items():
+        cells = [f"{cell['severities'][str(s)]['accuracy']:.1f}" for s in severities]
+        own = [f"{errors['corruptions'][name]:.1f}"] if errors else []
+        table.add_row(name, cell["group"], *cells, _accuracy(cell), *own)
+    table.add_section()
+    for group, cell in result["groups"].items():
+        table.add_row(f"mean of {len(cell['over'])}", group, *blank, _accuracy(cell))
+    cells = [f"{result['severities'][str(s)]['accuracy']:.1f}" for s in severities]
+    table.add_row(f"mean of {len(result['corruptions'])}", "", *cells)
+    for kind, title in (
+        ("benchmark", "mean of the 15"),
+        ("all", "mean of all 19"),
+        ("cure", "CURE's 17, severity 3"),
+    ):
+        cell = result["means"][kind]
+        own = [f"{errors[kind]:.1f}"] if errors and errors.get(kind) is not None else []
+        if cell is not None:
+            table.add_row(title, "", *blank, _accuracy(cell), *own)
+    out.print(table)
+    for name, reason in result["settings"]["left_out"].items():
+        err.print(f"left out: {name} ({reason})", markup=False, highlight=False)
+
+
+def print_diagnosis(result: dict[str, Any]) -> None:
+    """A line a check with its numbers, then what is not in order and what to do about it."""
+    table = Table(
+        title=escape(
+            f"{result['target']}: {result['verdict']} ({result['n']:,} images of "
+            f"{result['data']['name']} {result['data']['split']}, "
+            f"{result['norm']} {result['epsilon_text']})"
+        )
+    )
+    for heading in ("check", "status", "measured"):
+        table.add_column(heading)
+    colours = {"pass": "green", "warn": "yellow", "fail": "red"}
+    for item in result["checks"]:
+        numbers = _in_words(item["measured"])
+        status = f"[{colours[item['status']]}]{item['status']}[/]"
+        table.add_row(item["name"], status, escape(numbers))
+    out.print(table)
+    for item in result["checks"]:
+        if item["status"] != "pass":
+            line = f"{item['status']} {item['name']}: {item['meaning']}"
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+    for name, why in result["left_out"].items():
+        line = f"left out {name}: {why}"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _in_words(measured: dict[str, Any]) -> str:
+    """Numbers with their names in a line, without those that are not there."""
+    words = []
+    for name, value in measured.items():
+        if isinstance(value, dict):
+            words += [f"{name.replace('_', ' ')} ({_in_words(value)})"]
+        elif value is not None and value != []:
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            words += [f"{name.replace('_', ' ')} {shown}"]
+    return ", ".join(words)
+
+
+def print_table(shown: ComparisonTable) -> None:
+    """Runs side by side."""
+    table = Table(caption=escape(shown.caption))
+    for number, heading in enumerate(shown.header()):
+        table.add_column(escape(heading), justify="right" if number else "left")
+    for cells in shown.cells():
+        table.add_row(*map(escape, cells))
+    out.print(table)
+
+
+def _accuracy(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    if "bounds" in cell:
+        low, high = cell["bounds"]
+        return f"unfinished: {low:.1f} to {high:.1f}"
+    low, high = cell["interval"]
+    return f"{cell['accuracy']:.1f} ({low:.1f}-{high:.1f})"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,9 +1,0 @@
-"""Runs side by side: one row a run, one line a group of seeds, and only like against like.
-
-Nothing here needs PyTorch: rows are read from the files that runs and evaluations leave behind.
-"""
-
-from cure.comparison.reading import Row, read_rows
-from cure.comparison.tables import Difference, Table, compare, difference, table
-
-__all__ = ["Difference", "Row", "Table", "compare", "difference", "read_rows", "table"]

@@ -1,0 +1,1 @@
+"""Evaluation of a target: accuracy under attack, diagnosis, corruptions."""

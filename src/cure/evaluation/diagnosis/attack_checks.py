@@ -1,0 +1,382 @@
+"""Checks that attack: did the attack that is reported leave what another one finds?"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from cure.attacks import Objective, perturb
+from cure.attacks.objectives import MARGIN, cross_entropy
+from cure.evaluation.diagnosis.context import RESTARTS, Examination
+from cure.evaluation.diagnosis.table import Finding, beyond, check, judged, short, worst
+from cure.utils.random import derive
+
+NOISES = 20
+QUERIES = 500
+DIRECTIONS = 16
+SOFT_MARGIN = 10.0
+"""Margin of logits at which the softmax passes a gradient, e^-10, far above float32's 1e-7."""
+
+FOLLOWED = 0.1
+"""Least share of what a gradient predicts that must come true: an order of magnitude.
+
+Sound networks come to 0.8 or more at epsilon / 4, a natural ResNet-18 to 0.6 (0.8 for one level).
+"""
+
+SOUND_GAP = (0.05, 0.10)
+"""Shares that warn and fail where PGD-20 is compared with all that a stronger attack does.
+
+Sound networks keep a gap to AutoAttack, of up to 6.2 points in the tables of CURE (ICLR 2024);
+AutoAttack took more than 10 from many published ones, broken defences among them (Croce and Hein,
+ICML 2020).
+"""
+
+
+def pair_margin(logits: Tensor, pair: Tensor) -> Tensor:
+    """Logit of one class minus that of another, [B], for pairs [B, 2] of (label, other class)."""
+    label, other = logits.gather(1, pair).unbind(dim=1)
+    return other - label
+
+
+@check("gradient_direction", cheap=True)
+def gradient_direction(this: Examination) -> Finding | str:
+    """A step along the gradient raises what it should raise, and about as much.
+
+    The difference of two logits ahead of the image and behind it, ``f(x + s) - f(x - s)``, against
+    what its gradient predicts.  A gradient without meaning has the right sign on half of the images
+    at an attack's step of epsilon / 4: more than 5 % wrong warns, more than a quarter, half way to
+    chance, fails.  A rise of less than ``FOLLOWED`` of the prediction warns, and fails when the
+    same is true for a step of one grey level (1/255), below which no image file differs.
+    Source: Athalye et al., ICML 2018 (shattered gradients).
+    """
+    right = this.right
+    if not right.any():
+        return "no image is classified right"
+    other = this.natural.scatter(1, this.label[:, None], -torch.inf).argmax(dim=1)
+    pair = torch.stack([this.label, other], dim=1)
+    gradient = this.gradient(pair_margin, pair)
+    direction = this.threat.steepest(gradient)
+
+    def follow(length: float) -> tuple[Tensor, float]:
+        ahead = (this.image + length * direction).clamp(0, 1)
+        behind = (this.image - length * direction).clamp(0, 1)
+        rise = pair_margin(this.logits(ahead), pair) - pair_margin(this.logits(behind), pair)
+        predicted = (gradient * (ahead - behind)).flatten(1).sum(dim=1)
+        known = right & (predicted > 0)
+        return rise, float((rise / predicted)[known].median()) if known.any() else 0.0
+
+    step = this.threat.epsilon / 4
+    width = 1.0 if this.threat.norm == "Linf" else math.sqrt(this.image[0].numel())
+    rise, at_step = follow(step)
+    _, at_level = follow(min(step, width / 255))
+    wrong, count = int((right & (rise <= 0)).sum()), int(right.sum())
+    measured = {
+        "images_without_rise": wrong,
+        "of": count,
+        "rise_over_predicted": short(at_step),
+        "rise_over_predicted_for_one_grey_level": short(at_level),
+    }
+    status = beyond(wrong, count, 0.05, 0.25)
+    if at_step < FOLLOWED:
+        status = worst(status, "fail" if at_level < FOLLOWED else "warn")
+    return judged(
+        status,
+        measured,
+        "A step along the gradient raises the other class, as it should.",
+        "A step along the gradient does not raise the other class as it promises: the gradient is "
+        "not that of the network, or turns within a step (shattered). Attack with gradients "
+        "averaged over noise, through a differentiable stand-in (BPDA), or without them (Square).",
+    )
+
+
+@check("single_step")
+def single_step(this: Examination) -> Finding:
+    """Many steps find what one step finds.  Source: Carlini et al., 2019."""
+    one = this.withstand(this.after_pgd20, this.pgd("one step", 1, 1, random=False))
+    only = this.after_pgd20 & ~one
+    return judged(
+        beyond(int(only.sum()), this.count),
+        this.points(only),
+        "One step finds nothing that twenty steps have not found.",
+        "One step (FGSM) fools images that twenty steps (PGD-20) do not: the loss is too rough for "
+        "the steps, as where gradients are masked. Use smaller steps, keep the worst of all steps, "
+        "and attack with gradients averaged over noise or without gradients.",
+    )
+
+
+@check("convergence")
+def convergence(this: Examination) -> Finding:
+    """More steps and restarts come to an end.  Source: Carlini et al., 2019.
+
+    What the last restart still finds is judged by the usual limits; what all of them find beyond
+    PGD-20 by those of ``families``, which say how far PGD-20 is from AutoAttack on sound networks.
+    """
+    stages = [this.after_pgd20, *this.restarts]
+    last, more = stages[-2] & ~stages[-1], stages[0] & ~stages[-1]
+    accuracies = [short(100 * int(stage.sum()) / this.count) for stage in stages]
+    names = ["pgd20", *(f"pgd100x{restart + 1}" for restart in range(RESTARTS))]
+    measured = {
+        "accuracy": dict(zip(names, accuracies, strict=True)),
+        **this.points(more),
+        "images_by_last_restart": int(last.sum()),
+    }
+    return judged(
+        worst(
+            beyond(int(last.sum()), this.count),
+            beyond(int(more.sum()), this.count, *SOUND_GAP),
+        ),
+        measured,
+        "More steps and restarts come to an end near the accuracy of PGD-20.",
+        "More steps and restarts find many more images, so PGD-20 has not converged and its "
+        "accuracy is too high. Report an attack with more steps and restarts, or AutoAttack.",
+    )
+
+
+@check("families")
+def families(this: Examination) -> Finding:
+    """Other losses and steps find hardly more than cross-entropy; the limits are ``SOUND_GAP``."""
+    found = {name: this.after_restarts & ~left for name, left in this.after_families.items()}
+    more = this.after_restarts & ~this.after_white_box
+    measured = {
+        **this.points(more),
+        **{f"images_by_{name}": int(fooled.sum()) for name, fooled in found.items()},
+    }
+    return judged(
+        beyond(int(more.sum()), this.count, *SOUND_GAP),
+        measured,
+        "Attacks on other losses find hardly more than attacks on cross-entropy.",
+        "Attacks on the margin of the logits, or with other steps, fool many images that attacks "
+        "on cross-entropy do not: PGD's accuracy is too high. Report the worst case over attacks, "
+        "or AutoAttack.",
+    )
+
+
+@check("precision")
+def precision(this: Examination) -> Finding:
+    """Dividing large logits, which changes no decision, finds nothing more.
+
+    Each image's logits are divided so that its margin is at most ``SOFT_MARGIN``; an image
+    whose margin is smaller is attacked as it was.
+    Source: Carlini and Wagner, S&P 2017 (defensive distillation).
+    """
+    top = this.natural.topk(2, dim=1).values
+    excess = (top[:, 0] - top[:, 1]) / SOFT_MARGIN
+    large = excess > 1
+
+    def craft(image: Tensor, label: Tensor, number: int) -> Tensor:
+        with torch.no_grad():
+            highest = this.model(image).topk(2, dim=1).values
+        scale = ((highest[:, 0] - highest[:, 1]) / SOFT_MARGIN).clamp_min(1)[:, None]
+        softened = Objective(lambda logits, label, _: cross_entropy(logits / scale, label))
+        return this.pgd("softened", 20, 1 / 4, softened)(image, label, number)
+
+    tried = this.after_pgd20 & large
+    more = tried & ~this.withstand(tried, craft)
+    measured = {
+        **this.points(more),
+        "images_with_large_margin": int((large & this.right).sum()),
+        "median_margin": short((top[:, 0] - top[:, 1]).median()),
+    }
+    return judged(
+        beyond(int(more.sum()), this.count),
+        measured,
+        "Logits are small enough for float32: dividing them finds nothing more.",
+        "The same attack on divided logits fools more: logits are so large that the softmax "
+        "rounds to 1 and the gradient of cross-entropy to 0. Attack the margin (cw) or the ratio "
+        "of logits (AutoAttack), or divide the logits by a constant.",
+    )
+
+
+@check("smoothed_gradient")
+def smoothed_gradient(this: Examination) -> Finding:
+    """A gradient that is smoothed by differences finds nothing more than the one at a point.
+
+    ``sum_k (z(x + u_k) - z(x - u_k)) u_k`` over random directions ``u_k`` half as long as epsilon
+    is up to a factor the gradient of the logits averaged over the ball: what is rougher than the
+    attack is levelled, and no derivative is asked for.
+    Source: Athalye et al., ICML 2018; Ilyas et al., ICML 2018 (finite differences).
+    """
+    radius = this.threat.epsilon / 2
+
+    def craft(image: Tensor, label: Tensor, number: int) -> Tensor:
+        draws = this.draws("smoothed", number)
+
+        def forward(x: Tensor) -> Tensor:
+            with torch.no_grad():
+                many = x.repeat(DIRECTIONS, 1, 1, 1)
+                normal = torch.randn(many.shape, generator=draws, device=many.device)
+                direction = this.threat.steepest(normal)
+                ahead, behind = many + radius * direction, many - radius * direction
+                difference = this.model(ahead) - this.model(behind)
+                logits: Tensor = this.model(x)
+            # Adds nothing to the value; its derivative by x is the sum above.
+            moved = (x - x.detach()).repeat(DIRECTIONS, 1, 1, 1)
+            along = (direction * moved).flatten(1).sum(dim=1, keepdim=True)
+            joined: Tensor = (difference * along).reshape(DIRECTIONS, *logits.shape).sum(dim=0)
+            return logits + joined
+
+        return perturb(
+            forward,
+            lambda logits: MARGIN(logits, label, None),
+            image,
+            this.threat,
+            steps=20,
+            step_size=this.threat.epsilon / 4,
+            start="uniform",
+            generator=draws,
+        )
+
+    more = this.after_white_box & ~this.withstand(this.after_white_box, craft, DIRECTIONS)
+    return judged(
+        beyond(int(more.sum()), this.count),
+        {**this.points(more), "directions": DIRECTIONS},
+        "A gradient smoothed over the ball finds nothing more.",
+        "A gradient smoothed over the ball fools images that the one at a point does not, which is "
+        "zero or shattered. Report an attack that averages gradients over noise, a differentiable "
+        "stand-in (BPDA), or AutoAttack with more queries of Square.",
+    )
+
+
+@check("noise")
+def noise(this: Examination) -> Finding:
+    """Random changes of the same size find nothing more than the attack."""
+    draws = this.draws("noise")
+
+    def inside(image: Tensor, *_: object) -> Tensor:
+        return (image + this.threat.sample(image, draws)).clamp(0, 1)
+
+    def at_the_edge(image: Tensor, *_: object) -> Tensor:
+        direction = torch.randn(image.shape, generator=draws, device=image.device)
+        return (image + this.threat.epsilon * this.threat.steepest(direction)).clamp(0, 1)
+
+    standing = this.after_pgd20
+    for draw in range(NOISES):
+        standing = this.withstand(standing, at_the_edge if draw % 2 else inside)
+    found = this.after_pgd20 & ~standing
+    return judged(
+        beyond(int(found.sum()), this.count),
+        {**this.points(found), "draws": NOISES},
+        "Random noise finds nothing that PGD-20 has not found.",
+        "Random noise of the same size fools images that PGD-20 does not: the attack goes astray. "
+        "See what the other checks say of gradients.",
+    )
+
+
+@check("black_box")
+def black_box(this: Examination) -> Finding:
+    """An attack without gradients finds nothing more than those with gradients.
+
+    Source: Carlini et al., 2019; Square: Andriushchenko et al., ECCV 2020.
+    """
+
+    def craft(image: Tensor, label: Tensor, number: int) -> Tensor:
+        from pyautoattack.square import SquareAttack
+
+        square = SquareAttack(
+            this.model,
+            norm=this.threat.norm,
+            eps=this.threat.epsilon,
+            n_queries=QUERIES,
+            seed=derive(this.seed, "diagnosis", "square", number) % 2**31,
+            device=image.device,
+        )
+        with torch.no_grad():
+            found: Tensor = square.perturb(image.contiguous(), label)
+        return found
+
+    more = this.after_white_box & ~this.withstand(this.after_white_box, craft)
+    return judged(
+        beyond(int(more.sum()), this.count),
+        {**this.points(more), "queries": QUERIES},
+        f"Square with {QUERIES} queries finds hardly more than attacks that see the gradient.",
+        "Square, which sees no gradient, fools images that attacks with gradients do not: "
+        "gradients are masked and their accuracy is too high. Report AutoAttack or Square with "
+        "more queries, and an attack made for this network.",
+    )
+
+
+@check("transfer")
+def transfer(this: Examination) -> Finding | str:
+    """Images made on another network fool no more.  Source: Carlini et al., 2019."""
+    if this.other is None:
+        return "no other network was given (--transfer)"
+    left = this.after_white_box
+    for objective in (cross_entropy, MARGIN.function):
+        craft = this.pgd("transfer", 20, 1 / 4, Objective(objective), model=this.other)
+        left = this.withstand(left, craft)
+    more = this.after_white_box & ~left
+    return judged(
+        beyond(int(more.sum()), this.count),
+        this.points(more),
+        "Images made on the other network find hardly more than attacks on this one.",
+        "Images made on the other network fool this one where attacks on itself do not: gradients "
+        "are masked. Report the worst case over both, and an attack made for this network.",
+    )
+
+
+@check("growing_epsilon")
+def growing_epsilon(this: Examination) -> Finding:
+    """Accuracy falls to 0 when the ball grows until it holds every image.
+
+    An image that is fooled in a ball is fooled in every larger one, and is not attacked again.
+    Source: Carlini et al., 2019 (unbounded attacks reach 0).
+    """
+    threat, standing = this.threat, this.after_white_box
+    # Linf: the difference of black and white.  L2: that of all values.
+    whole = 1.0 if threat.norm == "Linf" else math.sqrt(this.image[0].numel())
+    epsilon = threat.epsilon
+    curve = {f"{epsilon:.4g}": short(100 * int(standing.sum()) / this.count)}
+    while epsilon < whole:
+        epsilon = min(2 * epsilon, whole)
+        ball = type(threat)(threat.norm, epsilon)
+        for objective in (cross_entropy, MARGIN.function):
+            name = f"epsilon {epsilon}"
+            attack = Objective(objective)
+            # From the image itself: in such a ball a random start alone would fool many.
+            craft = this.pgd(name, 40, 1 / 10, attack, threat=ball, random=False)
+            standing = this.withstand(standing, craft)
+        curve[f"{epsilon:.4g}"] = short(100 * int(standing.sum()) / this.count)
+    return judged(
+        beyond(int(standing.sum()), this.count),
+        {"accuracy_by_epsilon": curve, **this.points(standing)},
+        "Accuracy reaches 0 when the attack may change everything.",
+        "Images withstand an attack that may turn them into any image: the attack fails, not the "
+        "image withstands. See what the other checks say of gradients.",
+    )
+
+
+@check("training_mode")
+def training_mode(this: Examination) -> Finding:
+    """Nothing that defends works in training mode only, which no evaluation sees.
+
+    PyTorch's own modules stay in evaluation mode: dropout and BatchNorm differ by design.  It warns
+    when more than 5 points of adversarial images are right in training mode, where dropout that is
+    written as a function may move some.  It never fails: the number is that of evaluation mode.
+    """
+    fooled = this.right & ~this.after_pgd20
+    own = [
+        (module, module.training)
+        for module in this.given.modules()
+        if not isinstance(module, (_NormBase, _DropoutNd))
+        and not type(module).__module__.startswith("torch.nn")
+    ]
+    try:
+        for module, _ in own:
+            module.training = True
+        restored = fooled & this.correct(this.pgd20_images)
+        changed = this.logits(this.image).argmax(dim=1) != this.natural.argmax(dim=1)
+    finally:
+        for module, training in own:
+            module.training = training
+    return judged(
+        beyond(int(restored.sum()), this.count, 0.05, 1.0),
+        {**this.points(restored), "natural_predictions_changed": int(changed.sum())},
+        "In training mode the network withstands no more than in evaluation mode.",
+        "In training mode the network withstands images that fool it in evaluation mode, which is "
+        "what is measured: a defence that acts in training mode only. Let it act in evaluation "
+        "mode, or leave it out.",
+    )

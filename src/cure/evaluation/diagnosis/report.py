@@ -1,0 +1,92 @@
+"""Runs the checks of the table and puts their findings together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cure.attacks import Threat
+from cure.data import ImageSet
+from cure.evaluation.diagnosis.context import Examination
+from cure.evaluation.diagnosis.table import CHECKS, worst
+from cure.evaluation.runner import Progress, silent
+from cure.utils.distributed import Engine
+
+CHEAP_IMAGES = 64
+
+
+def examine(
+    examination: Examination,
+    names: Iterable[str] | None = None,
+    *,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Run checks and put their findings together.
+
+    Args:
+        examination: the network, its images and the threat.
+        names: which checks; by default all.
+        progress: told (check, images done, images in all).
+
+    Returns:
+        {"verdict": the worst status, "checks": [{"name", "status", "measured", "meaning"}],
+        "left_out": {name: why}}.
+
+    Raises:
+        ModelError: when the network's output has not the shape of logits.
+    """
+    chosen = set(CHECKS if names is None else names)
+    found: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
+    count, astray = examination.count, False
+    with examination.lent():
+        for row in CHECKS.values():
+            if row.name not in chosen:
+                continue
+            if row.attacks and astray:
+                left_out[row.name] = "what the network returns is not finite"
+                continue
+            progress(row.name, 0, count)
+            finding = row.run(examination)
+            progress(row.name, count, count)
+            if isinstance(finding, str):
+                left_out[row.name] = finding
+                continue
+            astray |= row.name == "finite" and finding.status == "fail"
+            found.append({"name": row.name, **vars(finding)})
+    verdict = worst(*(item["status"] for item in found))
+    return {"verdict": verdict, "checks": found, "left_out": left_out}
+
+
+def cheap_checks(
+    model: nn.Module,
+    images: ImageSet,
+    threat: Threat,
+    *,
+    engine: Engine,
+    seed: int = 0,
+    expected: float | None = None,
+) -> dict[str, Any]:
+    """The checks that cost a few passes, on at most 64 images from all over the set.
+
+    Args:
+        model: as for :class:`Examination`; nothing of it changes.
+        images: those that are evaluated.
+        threat: the ball.
+        engine: device and memory layout.
+        seed: of draws.
+        expected: natural accuracy that is known of the network on such images, percent.
+
+    Returns:
+        What :func:`examine` returns.
+    """
+    count = min(CHEAP_IMAGES, len(images))
+    spread = torch.linspace(0, len(images) - 1, count).long()
+    few = images.subset(spread.to(images.image.device))
+    examination = Examination(
+        model, few, threat, engine=engine, seed=seed, batch_size=count, expected=expected
+    )
+    return examine(examination, (row.name for row in CHECKS.values() if row.cheap))

@@ -1,0 +1,499 @@
+"""Rows of runs as groups of seeds, in a table; differences between groups."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cure.errors import ConfigError, unknown
+from cure.experiments.compare.reading import (
+    COSTS,
+    FORMAT,
+    NESTED,
+    RATIOS,
+    SETTINGS,
+    SUFFIXES,
+    WHO,
+    Row,
+    attacks_of,
+    check_alike,
+    flattened,
+    read_rows,
+    refuse_unlike,
+)
+
+if TYPE_CHECKING:
+    from cure.runs.run import Run
+
+
+class Difference(NamedTuple):
+    """How far one group of runs lies above another.
+
+    Attributes:
+        mean: of the differences a - b over the seeds both have; None without such a seed.
+        interval: its 95 % Student t interval over seeds; None for fewer than two seeds.
+        n: seeds that both have.
+    """
+
+    mean: float | None
+    interval: tuple[float, float] | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """What :func:`compare` returns.
+
+    Attributes:
+        rows: one flat record a run, as documented in docs/compare.md.
+        groups: one record a label, means over its seeds; in the order of the table.
+        columns: what the table shows of them.
+        caption: on what images, with what intervals, on what hardware.
+        chosen: whether the columns were asked for.
+    """
+
+    rows: list[Row]
+    groups: list[Row]
+    columns: list[str]
+    caption: str
+    chosen: bool = False
+
+    def header(self) -> list[str]:
+        """The heading of each column of the table."""
+        return ["model", "n seeds", *(_heading(column, self.rows) for column in self.columns)]
+
+    def cells(self) -> list[list[str]]:
+        """The text of the table, a list a group; what is missing is "-"."""
+        return [
+            [
+                group["label"],
+                _text(group["n_seeds"], "{:d}"),
+                *(_cell(group, column, self.rows) for column in self.columns),
+            ]
+            for group in self.groups
+        ]
+
+    def markdown(self) -> str:
+        """A table as GitHub reads it, and the caption."""
+        header, *body = (
+            [_markdown(text) for text in line] for line in [self.header(), *self.cells()]
+        )
+        rule = ["---"] + ["---:"] * (len(header) - 1)
+        lines = ["| " + " | ".join(line) + " |" for line in (header, rule, *body)]
+        return "\n".join([*lines, "", _markdown(self.caption), ""])
+
+    def csv(self) -> str:
+        """A line a run; intervals as two columns ``_low`` and ``_high``, missing values empty.
+
+        All that is known of a run, or who it is and the columns that were asked for.
+        """
+        kept = list(self.rows[0])
+        if self.chosen:
+            parts = [(name, f"{name}_interval", f"{name}_n") for name in self.columns]
+            kept = [*WHO, *(name for part in parts for name in part if name in kept)]
+        flat = [_flat_record(row, kept) for row in self.rows]
+        names = list(dict.fromkeys(name for record in flat for name in record))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+        return text.getvalue()
+
+    def json(self) -> str:
+        """Everything: all columns of all rows and groups."""
+        content = {
+            "format": FORMAT,
+            "caption": self.caption,
+            "rows": self.rows,
+            "groups": self.groups,
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def write(self, output: str | Path) -> None:
+        """Write a new file in the form that its suffix names.
+
+        Raises:
+            ConfigError: for another suffix, a file that exists, or a place that refuses it.
+        """
+        check_output(output)
+        write: dict[str, Callable[[], str]] = {
+            ".md": self.markdown,
+            ".csv": self.csv,
+            ".json": self.json,
+        }
+        text = write[Path(output).suffix.lower()]()
+        try:
+            # "x": another process may have made the file since it was looked for.
+            with Path(output).open("x", encoding="utf-8", newline="") as file:
+                file.write(text)
+        except FileExistsError:
+            raise ConfigError(f"{output} exists and is kept; name another output file") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{output} cannot be written ({error.strerror}); make room or name another file"
+            ) from None
+
+
+def compare(
+    runs: Iterable[str | Path | Run],
+    *,
+    columns: str | Sequence[str] | None = None,
+    sort: str | None = None,
+    split: str | None = None,
+    output: str | Path | None = None,
+) -> Table:
+    """Set runs side by side: accuracies with intervals over images or seeds, and what they cost.
+
+    Args:
+        runs: run folders, result files of ``cure evaluate --output``, records that a plan keeps
+            of its runs, or tables of this function in JSON.  Results of the same run make one row.
+        columns: of the table, as a list or as "natural,pgd20"; by default what was measured.
+        sort: column to sort by, largest first; by default the NRR of the strongest attack that
+            all have.
+        split: only evaluations of this split; by default test images where all have them.
+        output: new file to write, by its suffix: Markdown, CSV or JSON.
+
+    Returns:
+        Rows, groups of seeds and caption.
+
+    Raises:
+        CureError: when a run was not evaluated, when two were not evaluated alike, or for a
+            column or file that cannot be.
+    """
+    if output is not None:
+        check_output(output)
+    done = table(read_rows(runs, split), columns, sort)
+    if output is not None:
+        done.write(output)
+    return done
+
+
+def check_output(output: str | Path) -> None:
+    """Refuse a file that could not be written, before anything is read.
+
+    Raises:
+        ConfigError: for an unknown suffix, a file that exists, a folder that does not.
+    """
+    path = Path(output)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConfigError(
+            f"expected an output file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, "
+            f"got {output}; name such a file"
+        )
+    if path.exists():
+        raise ConfigError(f"{output} exists and is kept; name another output file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")
+
+
+# Groups of seeds.
+
+
+def table(
+    rows: Sequence[Row],
+    columns: str | Sequence[str] | None = None,
+    sort: str | None = None,
+) -> Table:
+    """Rows of :func:`read_rows` as groups of seeds, sorted.
+
+    A group of one seed has that run's numbers with Wilson 95 % intervals over images; one of
+    several has means with 95 % Student t intervals over seeds.
+
+    Args:
+        rows: one or more.
+        columns: see :func:`compare`.
+        sort: a column, largest first and missing values last; or "label", in alphabetical order.
+
+    Raises:
+        ConfigError: for an unknown column, rows that do not compare, or a seed that comes twice
+            under one label.
+    """
+    if not rows:
+        raise ConfigError("expected one or more rows, got none; name evaluated runs")
+    rows = list(rows)
+    check_alike(rows)
+    known = _columns(rows)
+    if isinstance(columns, str):
+        columns = [name.strip() for name in columns.split(",") if name.strip()]
+    shown = _usual_columns(rows) if columns is None else list(dict.fromkeys(columns))
+    sort = _usual_sort(rows) if sort is None else sort
+    for name in shown:
+        if name not in known:
+            raise ConfigError(unknown("column", name, known))
+    if sort not in (*known, "label"):
+        raise ConfigError(unknown("column", sort, [*known, "label"]))
+    gathered: dict[tuple[Any, ...], list[Row]] = {}
+    for number, row in enumerate(rows):
+        # A network without a seed is one of its kind.
+        key = (row["label"],) if row["seed"] is not None else (row["label"], number)
+        gathered.setdefault(key, []).append(row)
+    groups = [_group(members, known) for members in gathered.values()]
+    groups.sort(key=lambda group: str(group["label"]))
+    if sort != "label":
+        # Sorting is stable: equal and missing values stay in the order of their labels.
+        groups.sort(key=lambda group: (group[sort] is None, -(group[sort] or 0.0)))
+    return Table(rows, groups, shown, _caption(rows, groups, shown, sort), columns is not None)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """Every column that has a number to show."""
+    attacks = attacks_of(rows)
+    return [
+        *("natural", *attacks),
+        *(f"nrr_{name}" for name in RATIOS),
+        *(f"last_{name}" for name in ("natural", *attacks)),
+        *(f"best_minus_last_{name}" for name in ("natural", *attacks)),
+        *COSTS,
+        "epoch",
+        *SETTINGS,
+    ]
+
+
+def _usual_columns(rows: Sequence[Row]) -> list[str]:
+    attacks = attacks_of(rows)
+    first = next((name for name in attacks if any(row.get(name) is not None for row in rows)), "")
+    usual = ["natural", *attacks, *(f"nrr_{name}" for name in RATIOS)]
+    usual += [f"best_minus_last_{first}", "seconds_per_epoch"]
+    return [name for name in usual if any(row.get(name) is not None for row in rows)]
+
+
+def _usual_sort(rows: Sequence[Row]) -> str:
+    """The NRR of the strongest attack that all rows have on as many images, else that attack."""
+    attacks = attacks_of(rows)
+    candidates = [*(f"nrr_{name}" for name in reversed(RATIOS)), *reversed(attacks)]
+    for name in candidates:
+        if all(row.get(name) is not None for row in rows) and len(_counts(rows, name)) == 1:
+            return name
+    return "natural"
+
+
+def _count(row: Row, column: str) -> int | None:
+    """Images that a number of a row is about; None for columns that are about none."""
+    name = re.sub("^(nrr|last|best_minus_last)_", "", column)
+    if name == "natural":
+        return int(row["n"])
+    count = row.get(f"{name}_n")
+    return None if count is None else int(count)
+
+
+def _counts(rows: Iterable[Row], column: str) -> list[int]:
+    return sorted({n for n in (_count(row, column) for row in rows) if n is not None})
+
+
+def _group(rows: list[Row], columns: Sequence[str]) -> Row:
+    """Means over the seeds of one label."""
+    label, seeds = rows[0]["label"], [row["seed"] for row in rows if row["seed"] is not None]
+    _once(rows)
+    group: Row = {
+        "label": label,
+        "method": rows[0]["method"],
+        "runs": [row["run"] for row in rows],
+        "seeds": sorted(seeds),
+        "n_seeds": len(seeds) or None,
+    }
+    for column in columns:
+        having = [row for row in rows if row.get(column) is not None]
+        values = [float(row[column]) for row in having]
+        interval = having[0].get(f"{column}_interval") if len(values) == 1 else None
+        over = None if interval is None else "images"
+        if len(values) > 1 and column not in SETTINGS:
+            interval, over = list(_t_interval(values)), "seeds"
+        group[column] = statistics.fmean(values) if values else None
+        group[f"{column}_interval"] = interval
+        group[f"{column}_interval_over"] = over
+        group[f"{column}_runs"] = len(values)
+        group[f"{column}_images"] = _counts(having, column)
+    return group
+
+
+def _once(rows: Sequence[Row]) -> None:
+    """Refuse a seed that comes twice: its runs are no two draws."""
+    seen: dict[Any, Row] = {}
+    for row in rows:
+        other = seen.setdefault(row["seed"], row)
+        if row["seed"] is not None and other is not row:
+            raise ConfigError(
+                f"{other['run']} and {row['run']} both are '{row['label']}' with seed "
+                f"{row['seed']}, and a seed counts once; leave one out, or name run folders, "
+                "whose settings tell runs apart"
+            )
+
+
+def _t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % Student t interval of the mean of two or more values, in their unit."""
+    from scipy.special import stdtrit
+
+    mean = statistics.fmean(values)
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values)
+    half /= math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def difference(rows_a: Sequence[Row], rows_b: Sequence[Row], column: str) -> Difference:
+    """By how much ``column`` is higher in a than in b, paired by seed.
+
+    Args:
+        rows_a: runs of one kind, each with another seed.
+        rows_b: runs of the other kind.
+        column: name of a number of a row ("pgd20", "nrr_cw", "seconds_per_epoch").
+
+    Raises:
+        ConfigError: when the column is unknown, the evaluations are not alike, or a seed comes
+            twice on one side.
+    """
+    both = [*rows_a, *rows_b]
+    if column not in _columns(both):
+        raise ConfigError(unknown("column", column, _columns(both)))
+    check_alike(both)
+    _once(rows_a)
+    _once(rows_b)
+    first, second = (
+        {r["seed"]: r for r in rows if r["seed"] is not None and r.get(column) is not None}
+        for rows in (rows_a, rows_b)
+    )
+    seeds = sorted(first.keys() & second.keys())
+    for seed in seeds:
+        ours, theirs = _count(first[seed], column), _count(second[seed], column)
+        if ours != theirs:
+            refuse_unlike(first[seed], second[seed], [(f"{column} images", ours, theirs)])
+    values = [float(first[seed][column]) - float(second[seed][column]) for seed in seeds]
+    if not values:
+        return Difference(None, None, 0)
+    interval = _t_interval(values) if len(values) > 1 else None
+    return Difference(statistics.fmean(values), interval, len(values))
+
+
+# Words.
+
+
+def _heading(column: str, rows: Sequence[Row]) -> str:
+    heading = column
+    for prefix, words in (
+        ("nrr_", "NRR "),
+        ("best_minus_last_", "best - last "),
+        ("last_", "last "),
+    ):
+        heading = re.sub(f"^{prefix}", words, heading)
+    counts = _counts([row for row in rows if row.get(column) is not None], column)
+    if len(counts) == 1 and counts[0] != rows[0]["n"]:
+        heading += f" (n = {counts[0]:,})"
+    return heading.replace("_", " ").replace("mib", "MiB")
+
+
+def _text(value: Any, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _cell(group: Row, column: str, rows: Sequence[Row]) -> str:
+    """``68.2 (67.3-69.1)``, with what is unlike the rest of its column or its group."""
+    value, interval = group[column], group[f"{column}_interval"]
+    if value is None:
+        return "-"
+    text = f"{value:,.0f}" if column in SETTINGS else f"{value:.1f}"
+    if interval is not None:
+        low, high = interval
+        dash = "-" if low >= 0 else " to "
+        text += f" ({low:.1f}{dash}{high:.1f})"
+    if group[f"{column}_runs"] < (group["n_seeds"] or 1):
+        count = group[f"{column}_runs"]
+        text += f", {count} seed{'s' if count > 1 else ''}"
+    if len(_counts([row for row in rows if row.get(column) is not None], column)) > 1:
+        text += ", n = " + " and ".join(f"{count:,}" for count in group[f"{column}_images"])
+    return text
+
+
+def _caption(rows: list[Row], groups: list[Row], columns: Sequence[str], sort: str) -> str:
+    """What the numbers are of, what their intervals mean, what made them."""
+    first = rows[0]
+    fewer = [
+        f"{name}: {' or '.join(f'{count:,}' for count in _counts(rows, name))}"
+        for name in attacks_of(rows)
+        if name in columns and _counts(rows, name) not in ([], [first["n"]])
+    ]
+    checkpoint = next((row["checkpoint"] for row in rows if row["checkpoint"]), None)
+    sentences = [
+        f"On {first['data']} {first['split']}, n = {first['n']:,} images"
+        + (f" ({'; '.join(fewer)})" if fewer else "")
+        + f", {first['norm']} ε = {first['epsilon_text']}"
+        + (f", {checkpoint} checkpoint" if checkpoint else "")
+        + f"; accuracies in percent, sorted by {_heading(sort, rows)}"
+    ]
+    if any(column.startswith("nrr_") for column in columns):
+        sentences.append(
+            "NRR: harmonic mean of natural accuracy and accuracy under that attack, same images"
+        )
+    kinds = {group[f"{column}_interval_over"] for group in groups for column in columns}
+    if "seeds" in kinds:
+        sentences.append("Several seeds: mean over seeds (95 % Student t interval over seeds)")
+    if "images" in kinds or any(group["n_seeds"] == 1 for group in groups):
+        sentences.append(
+            "One seed: accuracy (Wilson 95 % interval over images), which says nothing about the "
+            "spread over seeds"
+        )
+    seeds = sorted({row["seed"] for row in rows if row["seed"] is not None})
+    sentences.append(f"Seeds: {', '.join(map(str, seeds))}" if seeds else "No seed is known")
+    unknown_settings = {row["label"] for row in rows if not row["configuration"]}
+    if any(g["label"] in unknown_settings and (g["n_seeds"] or 0) > 1 for g in groups):
+        sentences.append(
+            "Runs known by result files alone are grouped by method, recipe and network; their "
+            "settings are not in these files"
+        )
+    stopped = [row["run"] for row in rows if row.get("finished") is False]
+    if stopped:
+        sentences.append(f"Not trained to the end: {', '.join(stopped)}")
+    hardware = _distinct(_hardware(row["environment"]) for row in rows)
+    if len(hardware) > 1 and any("seconds" in column for column in columns):
+        sentences.append("Times of different hardware do not compare")
+    sentences.append(f"Hardware: {'; '.join(hardware)}")
+    sentences.append("; ".join(_distinct(_versions(row["environment"]) for row in rows)))
+    return ". ".join(sentences) + "."
+
+
+def _distinct(words: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(words))
+
+
+def _hardware(environment: Mapping[str, Any]) -> str:
+    cores = environment.get("cores")
+    text = str(environment.get("processor") or "unknown processor")
+    text += f", {cores} core{'' if cores == 1 else 's'}" if cores else ""
+    return text + (f", {environment['gpu']}" if environment.get("gpu") else "")
+
+
+def _versions(environment: Mapping[str, Any]) -> str:
+    torch = (environment.get("packages") or {}).get("torch", "unknown")
+    return f"cure {environment.get('cure')}, torch {torch}, Python {environment.get('python')}"
+
+
+def _markdown(text: str) -> str:
+    """Text that stays in its cell and is shown as it is."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", text)
+
+
+def _flat_record(row: Row, names: Iterable[str]) -> Row:
+    """The named values of a row for CSV, intervals in two parts."""
+    record: Row = {}
+    for name in names:
+        value = row[name]
+        if name.endswith("_interval"):
+            ends = ("_low", "_high")
+            limits = value or (None, None)
+            record |= {
+                name.removesuffix("_interval") + e: v for e, v in zip(ends, limits, strict=True)
+            }
+        elif isinstance(value, Mapping):
+            for key, inner in flattened(value, f"{name}.").items():
+                record[key] = " ".join(map(str, inner)) if isinstance(inner, list) else inner
+        elif value is not None or name not in NESTED:
+            record[name] = value
+    return record

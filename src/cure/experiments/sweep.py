@@ -1,0 +1,490 @@
+"""Many runs of one recipe with settings that vary: what is tried, by whom, and what came of it.
+
+Optuna's storage holds the trials, so that workers on one or several machines share them.  A trial
+is a run in ``OUTPUT/runs``: one that was interrupted is taken up again where it was, by whoever
+comes next to the same folder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import shlex
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import yaml
+
+from cure.config import Ratio, RunConfig
+from cure.errors import ConfigError, ModelError, TrainingStopped
+from cure.evaluation.runner import Progress, silent
+from cure.recipe import check, override, parse_override, read_recipe
+from cure.runs.folder import RunFolder, write_json
+from cure.training.run import resume, train
+from cure.training.setup import NATURAL, carry_out, natural_config, prepare
+from cure.training.trainer import Interrupted
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+FORMAT = "cure-sweep-1"
+
+RULERS = ("data", "threat", "attack.step_size", "training.validation_steps", "training.precision")
+"""Settings that accuracies on the validation images are measured by, so that none may vary."""
+
+ORPHANED = 60
+"""Seconds after which a trial that nobody put a name to was left by a worker that was killed."""
+
+
+@dataclass(frozen=True)
+class Varied:
+    """A setting that varies: within a range, or over a few values.
+
+    Attributes:
+        key: its place in the recipe.
+        choices: the values, where they are listed.
+        low: least value of a range.
+        high: largest.
+        log: whether the range is even in the logarithm.
+        whole: whether only whole numbers mean something.
+    """
+
+    key: str
+    choices: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+
+    def points(self, count: int) -> list[Any]:
+        """``count`` values from end to end, or the listed ones."""
+        if self.choices:
+            return list(self.choices)
+        shares = [place / (count - 1) for place in range(count)] if count > 1 else [0.5]
+        if self.log:
+            low, high = math.log(self.low), math.log(self.high)
+            found = [math.exp(low + share * (high - low)) for share in shares]
+        else:
+            found = [self.low + share * (self.high - self.low) for share in shares]
+        if self.whole:
+            return list(dict.fromkeys(round(value) for value in found))
+        # Without the last rounding errors, which would stand in every command line.
+        return [min(max(float(f"{value:.12g}"), self.low), self.high) for value in found]
+
+    def distribution(self) -> BaseDistribution:
+        """What Optuna draws from."""
+        from optuna import distributions
+
+        if self.choices:
+            return distributions.CategoricalDistribution(self.choices)
+        if self.whole:
+            return distributions.IntDistribution(int(self.low), int(self.high), log=self.log)
+        return distributions.FloatDistribution(self.low, self.high, log=self.log)
+
+
+def read_varied(word: str) -> Varied:
+    """The setting in ``KEY=LOW:HIGH``, ``KEY=LOW:HIGH:log`` or ``KEY=A,B,C``.
+
+    Raises:
+        ConfigError: when the word says none of these.
+    """
+    key, _, text = word.partition("=")
+    expected = ConfigError(
+        f"vary: expected KEY=LOW:HIGH, KEY=LOW:HIGH:log or KEY=A,B,C with LOW below HIGH and, for "
+        f"log, above 0; got '{word}'"
+    )
+    if not key or not text:
+        raise expected
+    if "," in text or ":" not in text:
+        try:
+            choices = tuple(yaml.safe_load(part) for part in text.split(","))
+        except yaml.YAMLError:
+            raise expected from None
+        plain = all(isinstance(value, str | int | float | bool) for value in choices)
+        if not plain or len(choices) < 2 or len(set(map(repr, choices))) < len(choices):
+            raise expected
+        return Varied(key, choices)
+    ends = text.split(":")
+    log = ends[-1] == "log"
+    try:
+        low, high = (float(Ratio(end)) for end in ends[: -1 if log else None])
+    except ValueError:
+        raise expected from None
+    if not low < high < math.inf or (log and low <= 0):
+        raise expected
+    return Varied(key, (), low, high, log)
+
+
+def fitting(raw: Mapping[str, Any], varied: Sequence[Varied], where: str) -> tuple[Varied, ...]:
+    """The same settings, whole where the recipe takes whole numbers only.
+
+    Args:
+        raw: the recipe with its changes.
+        varied: what varies.
+        where: the recipe's name, for messages.
+
+    Raises:
+        ConfigError: when an end or a listed value is refused, a key is named twice, or it is one
+            that accuracies are measured by.
+    """
+    found = []
+    for one in varied:
+        if any(f"{one.key}.".startswith(f"{r}.") for r in RULERS) and not one.key.startswith(
+            "data.augment"
+        ):
+            raise ConfigError(
+                f"vary: {one.key} changes what accuracy is measured on or by, so trials could not "
+                "be compared; start a sweep for each value"
+            )
+        if [other.key for other in varied].count(one.key) > 1:
+            raise ConfigError(f"vary: {one.key} is named twice")
+        if not one.choices and one.low.is_integer() and one.high.is_integer():
+            one = replace(one, whole=not _accepts(raw, one.key, one.high - 0.5))
+        for value in one.choices or one.points(2):
+            check(changed(raw, {one.key: value}), f"{where} with {one.key}={value}")
+        found.append(one)
+    return tuple(found)
+
+
+def changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with other settings."""
+    new = json.loads(json.dumps(raw))
+    for key, value in settings.items():
+        override(new, key, value)
+    return dict(new)
+
+
+def _accepts(raw: Mapping[str, Any], key: str, value: float) -> bool:
+    try:
+        check(changed(raw, {key: value}), key)
+    except ConfigError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is tried, and where.
+
+    Attributes:
+        recipe: a name or a file.
+        settings: changes to it that all trials share.
+        varied: what they differ in.
+        grid: values of each range, all combined; None to let Optuna choose.
+        trials: how many trials there are to be in the end, where Optuna chooses.
+        seed: of Optuna's choices.
+        storage: URL of a database, or a journal file; None for a journal in ``output``.
+        output: folder of the runs.
+    """
+
+    recipe: str
+    settings: tuple[str, ...]
+    varied: tuple[Varied, ...]
+    grid: int | None
+    trials: int
+    seed: int
+    storage: str | None
+    output: Path
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """The recipe with the settings that all trials share."""
+        return changed(read_recipe(self.recipe), dict(map(parse_override, self.settings)))
+
+    @property
+    def config(self) -> RunConfig:
+        """The run that trials differ from."""
+        return check(self.raw, f"recipe {self.recipe}")
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """All settings of the grid; none where Optuna chooses."""
+        if self.grid is None:
+            return []
+        points = [one.points(self.grid) for one in self.varied]
+        keys = [one.key for one in self.varied]
+        return [dict(zip(keys, values, strict=True)) for values in product(*points)]
+
+    def command(self, settings: Mapping[str, Any]) -> str:
+        """The command that trains with a trial's settings."""
+        words = [f"{key}={_word(value)}" for key, value in settings.items()]
+        return shlex.join(["cure", "train", self.recipe, *self.settings, *words])
+
+    def folder(self, number: int) -> Path:
+        """The run of a trial."""
+        return self.output / "runs" / f"trial-{number:04}"
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it the same sweep, however much of it is done at a time."""
+        varied = json.loads(json.dumps([asdict(one) for one in self.varied]))
+        return {"settings": self.config.model_dump(mode="json"), "varied": varied}
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other workers of this folder from choosing at the same time."""
+        with (self.output / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    return str(value)
+
+
+def begin(sweep: Sweep) -> None:
+    """Make the folder or find it as it was left, with its natural start and its grid.
+
+    Raises:
+        ConfigError: when the folder belongs to something else, or Optuna cannot use the storage.
+    """
+    path = sweep.output / "sweep.json"
+    # A begin that was killed leaves empty folders and the lock.
+    files = (entry for entry in sweep.output.rglob("*") if entry.is_file())
+    foreign = sweep.output.is_file() or any(entry.name != ".lock" for entry in files)
+    if foreign and not path.exists():
+        raise ConfigError(
+            f"{sweep.output} exists and holds something else; name another folder with --output"
+        )
+    here = {**sweep.identity(), "storage": hashlib.sha256(repr(sweep.storage).encode()).hexdigest()}
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in here.items():
+            if kept.get(name) != value:
+                raise ConfigError(
+                    f"{sweep.output} was begun with other {name}; say the same as then, or name "
+                    "another folder with --output"
+                )
+    # Whatever can be refused is refused before anything is written: data, network, storage.
+    _optuna()
+    middle = changed(sweep.raw, {one.key: one.points(1)[0] for one in sweep.varied})
+    prepare(check(middle, f"recipe {sweep.recipe}"), None, None)
+    if sweep.storage is not None:
+        open_study(sweep)
+    (sweep.output / "runs").mkdir(parents=True, exist_ok=True)
+    with sweep.alone():
+        if not path.exists():
+            write_json(path, {"format": FORMAT, "home": uuid.uuid4().hex, **here})
+        _natural_start(sweep)
+        study, _ = open_study(sweep)
+        for settings in sweep.combinations():
+            study.enqueue_trial(settings, skip_if_exists=True)
+
+
+def _natural_path(sweep: Sweep) -> Path | None:
+    """The natural start of all trials, where none of what varies changes it."""
+    shared = all(one.key.startswith("method.") for one in sweep.varied)
+    return sweep.output / "natural" if shared and sweep.config.start == NATURAL else None
+
+
+def _natural_start(sweep: Sweep) -> None:
+    path = _natural_path(sweep)
+    if path is None:
+        return
+    config = natural_config(sweep.config)
+    if not path.exists():
+        RunFolder.create(path, config, prepare(config, None, None).training.kind)
+    folder = RunFolder.open(path)
+    if folder.status()["state"] != "finished":
+        carry_out(folder, config, prepare(config, None, None, folder), quiet=True)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError("a sweep needs optuna: pip install 'cure-at[sweeps]'") from None
+    return optuna
+
+
+def open_study(sweep: Sweep) -> tuple[Study, BaseStorage]:
+    """Optuna's study, and the storage that holds it.
+
+    Raises:
+        ConfigError: when Optuna is not installed or cannot use the storage.
+    """
+    optuna = _optuna()
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    name = hashlib.sha256(json.dumps(sweep.identity(), sort_keys=True).encode()).hexdigest()
+    try:
+        storage: BaseStorage
+        if sweep.storage is not None and "://" in sweep.storage:
+            storage = RDBStorage(sweep.storage)
+        else:
+            # Lines of JSON; a journal in a file keeps no pickled copies, as one in Redis does.
+            file = sweep.storage or str(sweep.output / "trials.journal")
+            storage = JournalStorage(JournalFileBackend(file))
+        study = optuna.create_study(
+            study_name=f"cure-{name[:16]}",
+            storage=storage,
+            directions=["maximize", "maximize"],
+            load_if_exists=True,
+        )
+    except Exception as error:  # Whatever databases, their drivers and file systems raise.
+        raise ConfigError(f"storage: Optuna cannot use it: {str(error).splitlines()[0]}") from None
+    return study, storage
+
+
+# -- working -------------------------------------------------------------------------------------
+
+
+def work(sweep: Sweep, progress: Progress = silent) -> str:
+    """Do trials until none is left to begin.
+
+    Raises:
+        Interrupted: after Ctrl-C; the trial is taken up again by the next worker in this folder.
+    """
+    home = str(json.loads((sweep.output / "sweep.json").read_text(encoding="utf-8"))["home"])
+    study, storage = open_study(sweep)
+    wanted = len(sweep.combinations()) or sweep.trials
+    while (taken := _take(sweep, study, storage, home)) is not None:
+        trial, claim = taken
+        with claim:
+            _carry_out(sweep, study, storage, trial)
+        done = sum(known["state"] in ("finished", "failed") for known in trials(sweep))
+        progress("trials", min(done, wanted), wanted)
+    return "done"
+
+
+def _take(
+    sweep: Sweep, study: Study, storage: BaseStorage, home: str
+) -> tuple[FrozenTrial, IO[str]] | None:
+    """A trial that is this worker's alone, and the open file that says so; None when all is begun.
+
+    First those that an interrupted worker of this folder left, then new ones.
+    """
+    from optuna.samplers import TPESampler
+    from optuna.trial import TrialState
+
+    with sweep.alone():
+        known = study.get_trials(deepcopy=False)
+        for trial in known:
+            left = trial.state == TrialState.RUNNING and _is_ours(trial, home)
+            if left and (claim := _claim(sweep, trial.number)) is not None:
+                storage.set_trial_user_attr(trial._trial_id, "home", home)
+                return trial, claim
+        waiting = any(trial.state == TrialState.WAITING for trial in known)
+        if not waiting and (sweep.grid is not None or len(known) >= sweep.trials):
+            return None
+        # Two workers never begin at the same number, so that no two draw alike.
+        study.sampler = TPESampler(seed=sweep.seed + len(known))
+        number = study.ask({one.key: one.distribution() for one in sweep.varied}).number
+        trial = study.get_trials(deepcopy=False)[number]
+        if sweep.grid is not None and "fixed_params" not in trial.system_attrs:
+            # A worker on another machine has taken the last of the grid in this moment.
+            study.tell(number, state=TrialState.FAIL)
+            return None
+        storage.set_trial_user_attr(trial._trial_id, "home", home)
+        claim = _claim(sweep, number)
+        assert claim is not None, "only a worker that holds the folder's lock claims"
+        return trial, claim
+
+
+def _is_ours(trial: FrozenTrial, home: str) -> bool:
+    theirs = trial.user_attrs.get("home")
+    if theirs is not None:
+        return bool(theirs == home)
+    began = trial.datetime_start
+    return began is not None and time.time() - began.timestamp() > ORPHANED
+
+
+def _claim(sweep: Sweep, number: int) -> IO[str] | None:
+    """A lock that ends with its process, however that ends."""
+    path = sweep.folder(number)
+    file = path.with_name(f".{path.name}.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _settings(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any] | None:
+    """What a trial tries; None for one whose worker was killed before that was settled."""
+    settled = trial.system_attrs.get("fixed_params", {}) | trial.params
+    keys = [one.key for one in sweep.varied]
+    return {key: settled[key] for key in keys} if settled.keys() >= set(keys) else None
+
+
+def _carry_out(sweep: Sweep, study: Study, storage: BaseStorage, trial: FrozenTrial) -> None:
+    """Train a trial, from wherever it is, and tell what came of it."""
+    from optuna.trial import TrialState
+
+    def fail(reason: str) -> None:
+        storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+        study.tell(trial.number, state=TrialState.FAIL)
+
+    settings = _settings(sweep, trial)
+    if settings is None:
+        return fail("interrupted before its settings were known")
+    for other in study.get_trials(deepcopy=False):
+        if other.number < trial.number and _settings(sweep, other) == settings:
+            return fail(f"the same settings as trial {other.number}")
+    path, natural = sweep.folder(trial.number), _natural_path(sweep)
+    start = {} if natural is None else {"start": str(natural)}
+    name = {"name": f"{sweep.config.name}-{path.name}"}
+    try:
+        if path.exists():
+            resume(path, quiet=True)
+        else:
+            changes = dict(map(parse_override, sweep.settings)) | start | name | settings
+            train(sweep.recipe, changes, run=path, quiet=True)
+    except Interrupted:
+        raise Interrupted(
+            f"stopped in trial {trial.number}; the same command goes on where it was"
+        ) from None
+    except (TrainingStopped, ConfigError, ModelError) as error:
+        return fail(str(error))
+    folder = RunFolder.open(path)
+    best = folder.status()["best"]
+    facts = {
+        "epoch": best["epoch"],
+        "seconds": sum(line["seconds"] + line["validation_seconds"] for line in folder.timing()),
+    }
+    storage.set_trial_user_attr(trial._trial_id, "facts", facts)
+    study.tell(trial.number, [best["validation"]["natural"], best["validation"]["robust"]])
+    return None
+
+
+def trials(sweep: Sweep) -> list[dict[str, Any]]:
+    """All trials by number: settings, state, accuracies on the validation images in percent.
+
+    A state is "waiting", "running" (or interrupted), "finished", or "failed" with a reason.
+    """
+    from optuna.trial import TrialState
+
+    names = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed"}
+    study, _ = open_study(sweep)
+    found = []
+    for trial in study.get_trials(deepcopy=False):
+        natural, robust = trial.values or (None, None)
+        settings = _settings(sweep, trial)
+        found.append(
+            {
+                "number": trial.number,
+                "settings": settings or {},
+                "state": names.get(trial.state, trial.state.name.lower()),
+                "reason": trial.user_attrs.get("reason"),
+                "natural": natural,
+                "robust": robust,
+                "epoch": trial.user_attrs.get("facts", {}).get("epoch"),
+                "seconds": trial.user_attrs.get("facts", {}).get("seconds"),
+                "command": sweep.command(settings or {}),
+            }
+        )
+    return found

@@ -1,0 +1,127 @@
+"""Weight averaging, for any method: what is evaluated is an average of its weights over time."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cure.config import AveragingConfig
+from cure.methods.base import Method, Metrics
+from cure.methods.wrappers.base import Wrapper
+
+
+class Averaged(Wrapper):
+    """``average <- average + share (weights - average)``, once averaging has begun.
+
+    ``exponential``: share ``1 - decay``.  ``equal``: share ``1 / (n + 1)`` after n weights, which
+    makes the plain mean.  BatchNorm's running statistics are averaged alike, or computed anew from
+    the training images; counters are copied.  Until it begins, the method's own network is
+    evaluated.
+
+    Source: Izmailov et al., UAI 2018 (equal weights, SWA); Rebuffi et al., 2021 (exponential).
+    """
+
+    def __init__(self, inner: Method, config: AveragingConfig) -> None:
+        super().__init__(inner)
+        self.averaging = config
+        self.average = copy.deepcopy(inner.inference_model()).requires_grad_(False)
+        self.count = 0
+        """Weights that went into the average."""
+
+    def after_step(self, step: int) -> Metrics:
+        """The method's own averages, then this one."""
+        metrics = self.inner.after_step(step)
+        first = round(self.averaging.start * self.context.total_steps)
+        if self.averaging.every == "step" and step >= first:
+            self._take()
+        return metrics
+
+    def after_epoch(self, epoch: int) -> None:
+        """The average over epochs, and BatchNorm statistics that fit the averaged weights."""
+        self.inner.after_epoch(epoch)
+        first = round(self.averaging.start * self.context.epochs)
+        if self.averaging.every == "epoch" and epoch >= first:
+            self._take()
+        if self.averaging.batch_norm == "recomputed" and self.count:
+            recompute_statistics(self.average, self.context.natural_images())
+
+    @torch.no_grad()
+    def _take(self) -> None:
+        """Add the weights as they are to the average."""
+        source = self.inner.inference_model()
+        if self.count == 0:
+            self.average.load_state_dict(source.state_dict())
+        equal = self.averaging.kind == "equal"
+        share = 1 / (self.count + 1) if equal else 1 - self.averaging.decay
+        theirs = dict(source.named_buffers()) | dict(source.named_parameters())
+        ours = dict(self.average.named_buffers()) | dict(self.average.named_parameters())
+        moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]
+        averages: list[Tensor] = [ours[name] for name in moving]
+        torch._foreach_lerp_(averages, [theirs[name] for name in moving], share)
+        for name in ours.keys() - set(moving):
+            ours[name].copy_(theirs[name])
+        self.count += 1
+
+    def inference_model(self) -> nn.Module:
+        """The average, once there is one."""
+        return self.average if self.count else self.inner.inference_model()
+
+    def get_extra_state(self) -> Tensor:
+        """How many weights are in the average, for a restart."""
+        return torch.tensor(self.count)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """See :meth:`get_extra_state`."""
+        self.count = int(state)
+
+
+@torch.no_grad()
+def recompute_statistics(model: nn.Module, images: Iterable[Tensor]) -> None:
+    """BatchNorm's running statistics as means over all images, one forward pass each.
+
+    A batch counts by its size.  A last batch of one image is left out, since a layer with one value
+    a channel has no variance there.
+
+    Args:
+        model: its BatchNorm buffers change, its modes do not; frozen statistics stay.
+        images: batches [B, C, H, W], as the model takes them.
+
+    Raises:
+        ValueError: when there are no images.
+
+    Source: Izmailov et al. (SWA), UAI 2018, Sec. 3.2.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    # Those that stay in evaluation mode are frozen (layers.statistics).
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
+    ]
+    momenta = [(norm, norm.momentum) for norm in norms]
+    size = seen = 0
+    try:
+        model.eval()  # Dropout stays out of it.
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+        for image in images if norms else ():
+            size = size or len(image)
+            if len(image) == 1 < size:
+                continue
+            seen += len(image)
+            for norm in norms:
+                norm.momentum = len(image) / seen
+            model(image)
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
+    if norms and not seen:
+        raise ValueError("BatchNorm statistics are to be computed anew, but there are no images")

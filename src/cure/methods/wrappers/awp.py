@@ -1,0 +1,120 @@
+"""Adversarial weight perturbation, for any method: learn where the weights themselves are worst."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cure.config import WeightPerturbationConfig
+from cure.data.images import Batch
+from cure.methods.base import Crafted, Method, Metrics, StepOutput
+from cure.methods.wrappers.base import Wrapper
+from cure.utils.distributed import Grads
+
+TINY = 1e-20
+"""Keeps a tensor without a gradient from dividing by 0 (released code)."""
+
+
+def perturbation(weights: Mapping[str, Tensor], gradients: Grads, gamma: float) -> Grads:
+    """The change of each weight tensor towards higher loss, ``gamma`` times as long as the tensor.
+
+    ``v = gamma ||w||_F g / ||g||_F`` for tensors named ``weight`` of two or more dimensions
+    (convolutions, linear layers); the others are left out.
+
+    Args:
+        weights: by parameter name.
+        gradients: of the loss, same names.
+        gamma: relative size.
+
+    Source: Wu et al. (AWP), NeurIPS 2020, Eqs. 7-10.
+    """
+    return {
+        name: gamma * weight.norm() / (gradients[name].norm() + TINY) * gradients[name]
+        for name, weight in weights.items()
+        if weight.dim() > 1 and name.endswith("weight")
+    }
+
+
+class WeightPerturbed(Wrapper):
+    """Gradients at ``theta + v``, where v makes the method's own loss larger: AWP.
+
+    After the attack on theta, the method learns once at theta, which gives v, and once at
+    theta + v, which gives the gradients.  The optimiser's step, weight decay included, happens at
+    theta + v, then v is taken back: with a step of length 0 the weights are what they were, to
+    the bit.
+
+    Costs one more loss of the method: 1 forward and 1 backward pass for AT, 2 and 2 for TRADES.
+
+    Source: Wu et al., NeurIPS 2020, Algorithm 1.
+    Differs from the released code: v comes from the gradient itself, not from a step of a copy of
+    the network, whose learning rate cancels.
+    """
+
+    def __init__(self, inner: Method, config: WeightPerturbationConfig) -> None:
+        super().__init__(inner)
+        self.perturbing = config
+        self._before: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def step(self, batch: Batch) -> StepOutput:
+        """The method's step, its gradients taken at the perturbed weights."""
+        return self.learn(batch, self.craft(batch))
+
+    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+        """Gradients at the perturbed weights, where the weights are left for the optimiser."""
+        first = round(self.perturbing.start * self.context.epochs)
+        if batch.step < first * self.context.steps_per_epoch:
+            return self.inner.learn(batch, crafted)
+        parameters = self.trainable()
+        with keeping_buffers(self.inner):
+            plain = self.inner.learn(batch, crafted)
+            gradients = self._gradients(plain)
+        with torch.no_grad():
+            changes = perturbation(parameters, gradients, self.perturbing.gamma)
+            for name, change in changes.items():
+                before = parameters[name].clone()
+                parameters[name].add_(change)
+                self._before[name] = before, parameters[name].clone()
+        try:
+            worst = self.inner.learn(batch, crafted)
+            gradients = self._gradients(worst)
+        except BaseException:
+            self._take_back()
+            raise
+        metrics = plain.metrics | {"perturbed_loss": worst.metrics["loss"]}
+        return replace(worst, loss=None, grads=gradients, metrics=metrics)
+
+    def _gradients(self, out: StepOutput) -> Grads:
+        if out.grads is not None:
+            return out.grads
+        assert out.loss is not None
+        return self.context.engine.gradients(out.loss, self.trainable())
+
+    @torch.no_grad()
+    def _take_back(self) -> None:
+        """Undo the perturbation, keeping what the optimiser changed since."""
+        parameters = self.trainable()
+        for name, (before, perturbed) in self._before.items():
+            # Not `weight - v`: (w + v) - v is not w in floating point.
+            parameters[name].copy_(before + (parameters[name] - perturbed))
+        self._before = {}
+
+    def after_step(self, step: int) -> Metrics:
+        """Take the perturbation back; then the method's own averages."""
+        self._take_back()
+        return self.inner.after_step(step)
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Put every buffer back as it was: a look at a loss must not move BatchNorm statistics."""
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.copy_(before)

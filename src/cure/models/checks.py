@@ -1,0 +1,48 @@
+"""Whether a network behaves as a classifier of these images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cure.errors import ModelError
+
+
+def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
+    """Refuse what attacks would silently misread.
+
+    Args:
+        model: in evaluation mode.
+        image: [B, C, H, W] in [0, 1], some of the images to be evaluated.
+        classes: number of classes of the data.
+
+    Raises:
+        ModelError: when the output is no finite logits [B, classes].
+    """
+    with torch.no_grad():
+        try:
+            logits = model(image)
+        except RuntimeError as error:
+            raise ModelError(
+                f"the model cannot take images of shape {list(image.shape[1:])}: "
+                f"{str(error).splitlines()[0]}; resize with data.resize or name another model"
+            ) from None
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(image):
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"expected logits of shape [{len(image)}, {classes}], got {came}")
+    if logits.shape[1] != classes:
+        raise ModelError(
+            f"the model returns {logits.shape[1]} logits but the data has {classes} classes; "
+            "name a model for these classes"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ModelError(
+            "the model returns values that are not finite; its weights are damaged or its input "
+            "is expected in another range than [0, 1]"
+        )
+    sums = logits.sum(dim=1)
+    if bool((logits >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        raise ModelError(
+            "the model returns probabilities, not logits; remove its softmax: through it, "
+            "gradients vanish and attacks look weaker than they are"
+        )

@@ -1,0 +1,1 @@
+"""Training a run: setup, the loop, its schedule and what it records."""

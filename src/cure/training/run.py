@@ -1,0 +1,96 @@
+"""Train a run, or resume one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cure.config import MEMORY, OBJECT
+from cure.data import ImageSet
+from cure.recipe import check, override, parse_override, read_recipe
+from cure.runs.folder import RunFolder
+from cure.runs.run import Run
+from cure.training.setup import carry_out, prepare
+
+RESULT_FORMAT = "cure-evaluation-1"
+
+
+def train(
+    recipe: str | Path,
+    overrides: str | Iterable[str] | Mapping[str, Any] = (),
+    *,
+    run: str | Path | None = None,
+    model: nn.Module | None = None,
+    data: str | Path | ImageSet | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Train by a recipe into a new run folder.
+
+    Args:
+        recipe: a name (``cure list recipes``) or the path of a YAML file.
+        overrides: ``{"training.epochs": 10}``, ``["training.epochs=10"]``, or one such word.
+        run: the folder to make; by default the first free ``runs/NAME[-N]``.
+        model: your network: images [B, C, H, W] in [0, 1] to logits.  It is copied, not changed.
+            Its weights are what ``start: model`` begins with and ``start: natural`` trains first.
+        data: what ``data.source`` would say, or images in memory (its training split).
+        quiet: print nothing.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        CureError: for every mistake a user can mend, before or while training.
+    """
+    raw = read_recipe(recipe)
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            override(raw, key, value)
+    else:
+        for word in [overrides] if isinstance(overrides, str) else overrides:
+            override(raw, *parse_override(word))
+    if model is not None:
+        given = {"name": OBJECT + f"{type(model).__module__}.{type(model).__qualname__}"}
+        old = raw.get("model")
+        kept = {k: old[k] for k in ("mean", "std") if k in old} if isinstance(old, dict) else {}
+        raw["model"] = kept | given
+    if isinstance(data, ImageSet):
+        override(raw, "data.source", MEMORY + data.name)
+    elif data is not None:
+        override(raw, "data.source", str(data))
+    config = check(raw, f"recipe {recipe}")
+    images = data if isinstance(data, ImageSet) else None
+    # Everything that can be wrong is found before the folder is made.
+    prepared = prepare(config, images, model)
+    engine = prepared.engine
+    path = engine.first(lambda: RunFolder.create(run, config, prepared.training.kind).path)
+    folder = RunFolder(path, writes=engine.rank == 0)
+    carry_out(folder, config, prepared, model, quiet)
+    return Run(folder.path, model)
+
+
+def resume(
+    run: str | Path,
+    *,
+    model: nn.Module | None = None,
+    data: ImageSet | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Continue a run that was stopped or killed; it ends with the bits it would have had.
+
+    Args:
+        run: its folder, which knows its recipe.
+        model: the network, when the run was given one as a Python object.
+        data: the images, when the run was given images in memory.
+        quiet: print nothing.
+    """
+    folder = RunFolder.open(run)
+    config = folder.config
+    if folder.status()["state"] == "finished":
+        return Run(folder.path, model)
+    prepared = prepare(config, data, model, folder)
+    folder.writes = prepared.engine.rank == 0
+    carry_out(folder, config, prepared, model, quiet)
+    return Run(folder.path, model)

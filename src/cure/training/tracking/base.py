@@ -1,0 +1,181 @@
+"""The contract of a tracker, and what keeps a run from depending on one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from cure.config import RunConfig
+from cure.errors import ConfigError
+from cure.registry import TRACKERS as TRACKERS
+from cure.runs.folder import write_json
+
+
+class Tracker(Protocol):
+    """Listens to a run; tells it nothing."""
+
+    def start(self, steps: int, done: int) -> None:
+        """The run has ``steps`` optimiser steps, ``done`` of them behind it."""
+
+    def step(self, images: int) -> None:
+        """A step on so many images is done."""
+
+    def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
+        """An epoch is done; see ``metrics.jsonl`` and ``timing.jsonl``."""
+
+    def warn(self, sentence: str) -> None:
+        """Something the user should know."""
+
+    def close(self) -> None:
+        """The run ended, well or not."""
+
+
+class EpochTracker:
+    """A tracker of another project, which takes numbers by epoch.
+
+    Registered in :data:`TRACKERS` under the name that a recipe says; the extra of the same name
+    installs it.  Made when the run's training begins or goes on, on the first rank alone.
+
+    Args:
+        folder: the run's.
+        config: the run.
+    """
+
+    module: ClassVar[str]
+    """What must be importable for it."""
+
+    @abstractmethod
+    def __init__(self, folder: Path, config: RunConfig) -> None: ...
+
+    def start(self, steps: int, done: int) -> None:
+        """Nothing to do before the first epoch."""
+
+    def step(self, images: int) -> None:
+        """Numbers go by epoch."""
+
+    def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
+        """Hand on the epoch's numbers."""
+        self.log(record["epoch"], scalars(record, timing))
+
+    @abstractmethod
+    def log(self, epoch: int, numbers: Mapping[str, float]) -> None:
+        """Take the numbers of an epoch; those of an epoch that is done again are the same."""
+
+    @abstractmethod
+    def warn(self, sentence: str) -> None:
+        """Keep the sentence with the run."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The run ended, well or not."""
+
+
+def scalars(record: Mapping[str, Any], timing: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an epoch by name: ``train/loss``, ``validation/robust``."""
+    found = {
+        f"{group}/{name}": float(value)
+        for group in ("train", "validation")
+        for name, value in (record.get(group) or {}).items()
+    }
+    return found | {
+        "train/learning_rate": record["learning_rate"],
+        "train/images_per_second": timing["images_per_second"],
+    }
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse a tracker that is unknown or not installed.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    for name in names:
+        module = TRACKERS[name].module
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise ConfigError(
+                f"tracking: {name} is not installed: pip install 'cure-at[{name}]', or leave it out"
+            ) from None
+
+
+def trackers_of(folder: Path, config: RunConfig, tell: Callable[[str], None]) -> list[Tracker]:
+    """The trackers that a run names; none of them can end it.
+
+    Args:
+        folder: the run's.
+        config: the run.
+        tell: told when a tracker fails and is left out from there on.
+    """
+    return [Isolated(name, folder, config, tell) for name in dict.fromkeys(config.tracking)]
+
+
+class Isolated:
+    """A tracker whose first failure is said and is its last: training goes on without it."""
+
+    def __init__(
+        self, name: str, folder: Path, config: RunConfig, tell: Callable[[str], None]
+    ) -> None:
+        self.name = name
+        self.tell = tell
+        self.inner: Tracker | None = None
+        self._guard(lambda: self._begin(folder, config))
+
+    def _begin(self, folder: Path, config: RunConfig) -> None:
+        self.inner = TRACKERS[self.name](folder, config)
+
+    def _guard(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.inner = None
+            said = " ".join(str(error).split()) or type(error).__name__
+            self.tell(
+                f"{self.name} failed ({said}); the run goes on without it, its numbers are in "
+                "metrics.jsonl, and a resumed run tries again"
+            )
+
+    def start(self, steps: int, done: int) -> None:
+        """Pass on."""
+        if (inner := self.inner) is not None:
+            self._guard(lambda: inner.start(steps, done))
+
+    def step(self, images: int) -> None:
+        """Pass on."""
+        if (inner := self.inner) is not None:
+            self._guard(lambda: inner.step(images))
+
+    def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
+        """Pass on."""
+        if (inner := self.inner) is not None:
+            self._guard(lambda: inner.epoch(record, timing))
+
+    def warn(self, sentence: str) -> None:
+        """Pass on."""
+        if (inner := self.inner) is not None:
+            self._guard(lambda: inner.warn(sentence))
+
+    def close(self) -> None:
+        """Pass on."""
+        if (inner := self.inner) is not None:
+            self._guard(inner.close)
+
+
+def known_identity(folder: Path, name: str) -> str | None:
+    """What the tracker called this run when it first saw it."""
+    try:
+        found = json.loads((folder / "tracking.json").read_text(encoding="utf-8")).get(name)
+    except FileNotFoundError:
+        return None
+    return None if found is None else str(found)
+
+
+def keep_identity(folder: Path, name: str, identity: str) -> None:
+    """Keep what the tracker calls this run, so that a resumed run goes on there."""
+    path = folder / "tracking.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, known | {name: identity})

@@ -1,0 +1,543 @@
+"""The training loop.  It knows no method by name: it is handed gradients, or a loss.
+
+One step is :meth:`Trainer.train_step`; everything else is about stopping, resuming and measuring.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cure.attacks import Attack, Threat
+from cure.attacks.objectives import CROSS_ENTROPY
+from cure.config import RunConfig
+from cure.data import Batch, ImageSet, batches, epoch, steps_per_epoch
+from cure.errors import CheckpointError, CureError, TrainingStopped
+from cure.methods import Method, Metrics
+from cure.methods.common.batch_norm import running_statistics
+from cure.models.checkpoint import save_weights
+from cure.runs.folder import RunFolder, epoch_name
+from cure.runs.state import load_state, save_state
+from cure.training.gradient_logger import GradientRecorder
+from cure.training.overfitting_detector import robust_overfitting
+from cure.training.schedule import learning_rate
+from cure.training.tracking import Tracker
+from cure.utils.distributed import Engine
+from cure.utils.random import derive
+
+# Steps between two looks at the loss: each look waits for the device.
+GUARD_EVERY = 50
+
+
+class Interrupted(CureError):
+    """The user stopped the run; its state is on disk."""
+
+
+class Trainer:
+    """Trains one method in one run folder, from wherever the folder is."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        method: Method,
+        training: ImageSet,
+        validation: ImageSet,
+        engine: Engine,
+        folder: RunFolder,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.config = config
+        self.method = method
+        self.training = training.to(engine.device)
+        self.validation = validation.to(engine.device)
+        self.engine = engine
+        self.folder = folder
+        self.trackers = trackers
+        self.parameters = method.trainable()
+        settings = config.training.optimizer
+        self.optimizer = torch.optim.SGD(
+            self.parameters.values(),
+            lr=settings.learning_rate,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            weight_decay=settings.weight_decay,
+        )
+        self.steps_per_epoch = steps_per_epoch(training, config.training.batch_size)
+        self.total_steps = self.steps_per_epoch * config.training.epochs
+        self.recorder = (
+            GradientRecorder(config.training.record_gradients, self.parameters, folder)
+            if config.training.record_gradients is not None and folder.writes
+            else None
+        )
+        self.done = 0
+        self.totals = Totals(engine.device)
+        self.best: dict[str, Any] | None = None
+        self.risen = False
+        self.at_chance = 0
+        self.alarmed = False
+        self._stop_asked = False
+
+    # -- one run -------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the end of the run, or raise having kept a state to resume from.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM.
+            TrainingStopped: when the loss is not finite or the network stays at chance.
+        """
+        if self.folder.state.exists():
+            self.restore()
+        # The same start everywhere, also for a network whose builder draws without a seed.
+        self.engine.spread(self.method.state_dict().values())
+        self.folder.rewind(self.done // self.steps_per_epoch, self.done)
+        if self.recorder is not None:
+            self.recorder.start()
+        # What was told before a run was stopped is not told again.
+        self.alarmed = robust_overfitting(self.folder.metrics(), len(self.validation)) is not None
+        for tracker in self.trackers:
+            tracker.start(self.total_steps, self.done)
+        self.folder.set_status("running", step=self.done, steps=self.total_steps)
+        try:
+            with self._stop_on_signal(), self._own_chance():
+                while self.done < self.total_steps:
+                    self._train_epoch(self.done // self.steps_per_epoch)
+        except TrainingStopped as error:
+            self.folder.set_status("failed", step=self.done, reason=str(error))
+            raise
+        except Interrupted:
+            self.folder.set_status("stopped", step=self.done, steps=self.total_steps)
+            raise
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+        self.folder.set_status("finished", step=self.done, steps=self.total_steps, best=self.best)
+        # What the first rank wrote may be read by the others from here on.
+        self.engine.any(False)
+
+    def _train_epoch(self, number: int) -> None:
+        self.method.on_epoch(number)
+        self.method.train()
+        began, before = (time.perf_counter(), time.process_time()), self.done
+        settings = self.config.training
+        for batch in epoch(
+            self.training,
+            batch_size=settings.batch_size,
+            epoch=number,
+            seed=self.config.seed,
+            augment=self.config.data.augment,
+            start=self.done % self.steps_per_epoch,
+            rank=self.engine.rank,
+            world=self.engine.world,
+        ):
+            self.totals.add(self.train_step(batch), batch.step)
+            self.done += 1
+            for tracker in self.trackers:
+                tracker.step(settings.batch_size)
+            last = self.done % self.steps_per_epoch == 0
+            if self.done % GUARD_EVERY == 0:
+                self._check_finite()
+            if not last:
+                self._maybe_save_inside(settings.checkpoint_every)
+        self.method.after_epoch(number)
+        seconds = {
+            "seconds": time.perf_counter() - began[0],
+            # All threads together: unlike the wall's, hardly changed by other work on the machine.
+            "processor_seconds": time.process_time() - began[1],
+        }
+        images = (self.done - before) * settings.batch_size
+        self._finish_epoch(number + 1, seconds, images)
+
+    def train_step(self, batch: Batch) -> Metrics:
+        """The method's gradients, the optimiser's step, the method's averages."""
+        batch = Batch(self.engine.arrange(batch.image), batch.label, batch.index, batch.step)
+        # For dropout and its like inside the network, which draw from PyTorch's own generator.
+        # Ranks draw differently, or the same units would be dropped in all their parts of a batch.
+        of_rank = (self.engine.rank,) if self.engine.rank else ()
+        torch.manual_seed(derive(self.config.seed, "network", batch.step, *of_rank))
+        self._set_learning_rate(batch.step)
+        out = self.method.step(batch)
+        if out.grads is not None:
+            grads = out.grads
+        elif out.loss is not None:
+            grads = self.engine.gradients(out.loss, self.parameters)
+        else:
+            raise TypeError(f"{type(self.method).__name__}.step returned neither loss nor grads")
+        if self.recorder is not None:
+            self.recorder.step(batch.step, grads, out.masking)
+        for name, parameter in self.parameters.items():
+            parameter.grad = grads[name]
+        if self.config.training.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
+        with holding(self.optimizer, self.parameters, out.frozen or {}):
+            self.optimizer.step()
+        return self._of_all_ranks(out.metrics) | self.method.after_step(batch.step)
+
+    @torch.no_grad()
+    def _of_all_ranks(self, metrics: Metrics) -> Metrics:
+        """The metrics of the whole batch; BatchNorm's running statistics become those of all ranks.
+
+        At every step and in one exchange: so all ranks are in the same state after each step, which
+        the first can save for all, and they decide alike whatever they decide by it.
+        """
+        if self.engine.world == 1:
+            return metrics
+        statistics = running_statistics(self.method)
+        means = self.engine.average([*metrics.values(), *statistics])
+        if statistics:
+            torch._foreach_copy_(statistics, means[len(metrics) :])
+        return dict(zip(metrics, means, strict=False))
+
+    def _set_learning_rate(self, step: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.training, step / self.total_steps)
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def _finish_epoch(self, number: int, seconds: dict[str, float], images: int) -> None:
+        """Validate, record, save: in that order, so that a killed run repeats the whole of it."""
+        self._check_finite()
+        record: dict[str, Any] = {
+            "epoch": number,
+            "epochs": self.config.training.epochs,
+            "step": self.done,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "train": self.totals.means(),
+        }
+        began = time.perf_counter()
+        due = number % self.config.training.validate_every == 0
+        if due or self.done == self.total_steps:
+            record["validation"] = self.validate()
+        (processor_seconds,) = self.engine.sums(seconds["processor_seconds"])
+        (peak_memory,) = self.engine.largest(self.engine.peak_memory())
+        timing = {
+            "epoch": number,
+            "seconds": seconds["seconds"],
+            "processor_seconds": processor_seconds,
+            "images_per_second": images / seconds["seconds"],
+            "validation_seconds": time.perf_counter() - began,
+            "peak_memory_mib": peak_memory,
+            "ranks": self.engine.world,
+        }
+        self.folder.append("metrics.jsonl", record)
+        self.folder.append("timing.jsonl", timing)
+        for tracker in self.trackers:
+            tracker.epoch(record, timing)
+        self._maybe_warn()
+        self.totals = Totals(self.engine.device)
+        if self._is_alive(record.get("validation")):
+            self._save_weights(record)
+            if self.recorder is not None:
+                self.recorder.save()
+            self.save()
+        if self.engine.any(self._stop_asked):
+            self._interrupt()
+
+    def _maybe_warn(self) -> None:
+        """Tell once when the run overfits."""
+        if self.alarmed or not self.trackers:
+            return
+        sentence = robust_overfitting(self.folder.metrics(), len(self.validation))
+        if sentence is not None:
+            self.alarmed = True
+            for tracker in self.trackers:
+                tracker.warn(sentence)
+
+    def validate(self) -> dict[str, float]:
+        """Natural and robust accuracy in percent on the validation split.
+
+        Robust: PGD on cross-entropy, uniform start, the training attack's step size, the same
+        random numbers at every epoch so that epochs compare.  The ranks share the batches and add
+        up what they count, so that the figures are those of one process.
+        """
+        model = self.method.inference_model()
+        attack = validation_attack(self.config, self.engine)
+        natural = robust = 0
+        was_training = model.training
+        model.eval()
+        for batch in batches(self.validation, self.config.evaluation.batch_size):
+            if batch.step % self.engine.world != self.engine.rank:
+                continue
+            image = self.engine.arrange(batch.image)
+            draws = self.engine.generator(0, "validation", batch.step)
+            adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
+            with torch.no_grad():
+                natural += int((model(image).argmax(dim=1) == batch.label).sum())
+                robust += int((model(adversarial).argmax(dim=1) == batch.label).sum())
+        model.train(was_training)
+        count = len(self.validation)
+        right = self.engine.sums(natural, robust)
+        return {"natural": 100 * right[0] / count, "robust": 100 * right[1] / count}
+
+    def _check_finite(self) -> None:
+        """Stop when a loss since the last look was not finite, or the weights are not."""
+        bad = self.totals.first_bad()
+        weights: list[Tensor] = list(self.parameters.values())
+        if bad is None and torch.stack(torch._foreach_norm(weights)).sum().isfinite():
+            return
+        at = self.done - 1 if bad is None else bad
+        rate = self.optimizer.param_groups[0]["lr"]
+        raise TrainingStopped(
+            f"the loss or the weights stopped being finite at step {at} (epoch "
+            f"{at // self.steps_per_epoch + 1}, learning rate {rate:.3g}); {self._kept()}. Try a "
+            "lower training.optimizer.learning_rate, training.clip_norm=1, a "
+            "training.schedule.warmup, or training.precision=fp32 in a new run"
+        )
+
+    def _is_alive(self, validation: dict[str, float] | None) -> bool:
+        """Whether the network may be saved: not when it had learnt and fell back to chance.
+
+        Raises:
+            TrainingStopped: when it stays at chance too long, or ends there.
+        """
+        fallen = self.risen and self.at_chance > 0
+        if validation is None:
+            return not fallen
+        chance = 1 / len(self.training.classes)
+        # Two standard deviations above what guessing scores on so many images.
+        limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
+        natural = validation["natural"] / 100
+        # A fifth of the way from guessing to perfection: noise does not carry a network there.
+        self.risen |= natural > limit + 0.2 * (1 - limit)
+        self.at_chance = self.at_chance + 1 if natural <= limit else 0
+        fallen = self.risen and self.at_chance > 0
+        ended = fallen and self.done == self.total_steps
+        if self.at_chance >= self.config.training.collapse_patience or ended:
+            raise TrainingStopped(
+                f"natural accuracy on the validation split was at chance "
+                f"({validation['natural']:.1f} %) {self.at_chance} times in a row up to epoch "
+                f"{self.done // self.steps_per_epoch}; {self._kept()}. Try a lower "
+                "training.optimizer.learning_rate, a training.schedule.warmup, a smaller "
+                "threat.epsilon at first, or start=natural in a new run"
+            )
+        return not fallen
+
+    def _kept(self) -> str:
+        weights = self.folder.checkpoints / "last.safetensors"
+        return (
+            f"the last good weights are kept in {weights}"
+            if weights.exists()
+            else ("no checkpoint had been written yet")
+        )
+
+    # -- stopping and resuming -----------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write everything that resuming needs, with any number of ranks."""
+        if not self.folder.writes:
+            return
+        save_state(
+            self.folder.state,
+            {
+                "done": self.done,
+                "method": dict(self.method.state_dict()),
+                "optimizer": self.optimizer.state_dict(),
+                "totals": self.totals.state(),
+                "best": self.best,
+                "risen": self.risen,
+                "at_chance": self.at_chance,
+                "ranks": self.engine.world,
+            }
+            | ({} if self.recorder is None else {"gradients": self.recorder.state()}),
+        )
+
+    def restore(self) -> None:
+        """Continue from the folder's state, with the same bits.
+
+        Raises:
+            CheckpointError: when the state is damaged or of another network.
+        """
+        state = load_state(self.folder.state)
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{self.folder.state} does not fit the run's recipe "
+                f"({str(error).splitlines()[0]}); restore config.yaml or the state from a copy"
+            ) from None
+        self.done = state["done"]
+        self.totals = Totals.of(state["totals"], self.engine.device)
+        self.best = state["best"]
+        self.risen, self.at_chance = state["risen"], state["at_chance"]
+        if self.recorder is not None and "gradients" in state:
+            self.recorder.restore(state["gradients"], self.engine.device)
+        # A state of a version that knew no ranks has none.
+        self._warn_of_ranks(state.get("ranks", 1))
+
+    def _warn_of_ranks(self, before: int) -> None:
+        """Say what another number of ranks changes about a run that goes on."""
+        now, batch = self.engine.world, self.config.training.batch_size
+        if before == now:
+            return
+        normalised = (
+            f"; BatchNorm normalises over {batch // now} images at a time instead of "
+            f"{batch // before}"
+            if running_statistics(self.method)
+            else ""
+        )
+        sentence = (
+            f"this run was on {before} rank{'s' * (before > 1)} up to step {self.done} and goes on "
+            f"with {now}: the batches and what is drawn for them stay the same, but sums are "
+            f"rounded otherwise and dropout draws otherwise{normalised}"
+        )
+        for tracker in self.trackers:
+            tracker.warn(sentence)
+
+    def _save_weights(self, record: dict[str, Any]) -> None:
+        model = self.method.inference_model()
+        validation = record.get("validation")
+        facts = {"epoch": str(record["epoch"]), "run": self.config.name}
+        if validation is not None:
+            score = validation[self.method.selection]
+            facts |= {f"validation_{name}": str(value) for name, value in validation.items()}
+            if self.best is None or score > self.best["validation"][self.method.selection]:
+                self.best = {"epoch": record["epoch"], "validation": validation}
+                self._write(model, "best", facts)
+        self._write(model, "last", facts)
+        every = self.config.training.keep_every
+        if every is not None and (record["epoch"] % every == 0 or self.done == self.total_steps):
+            self._write(model, epoch_name(record["epoch"]), facts)
+
+    def _write(self, model: nn.Module, name: str, facts: dict[str, str]) -> None:
+        if self.folder.writes:
+            save_weights(model, self.folder.checkpoints / f"{name}.safetensors", facts)
+
+    def _maybe_save_inside(self, every: int | None) -> None:
+        due = every is not None and self.done % every == 0
+        # Signals reach ranks at different steps: when one has got one, all stop after this step.
+        stopping = self.engine.any(self._stop_asked)
+        if not (due or stopping):
+            return
+        self._check_finite()
+        if self._is_alive(None):
+            self.save()
+        if stopping:
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        raise Interrupted(
+            f"stopped after step {self.done} of {self.total_steps}; "
+            f"continue with `cure resume {self.folder.resumed_by}`"
+        )
+
+    def _own_chance(self) -> AbstractContextManager[None]:
+        """Give PyTorch's generators back as they were: each step seeds them."""
+        device = self.engine.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """Let the first Ctrl-C or SIGTERM finish the step; a second one is not caught."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            self._stop_asked = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def validation_attack(config: RunConfig, engine: Engine) -> Attack:
+    """The attack that measures robust accuracy while training."""
+    return Attack(
+        Threat(config.threat.norm, config.threat.epsilon),
+        steps=config.training.validation_steps,
+        step_size=config.attack.step_size,
+        start="uniform",
+        precision=engine.attack_precision,
+        fold=True,
+    )
+
+
+class Totals:
+    """Sums of the metrics of an epoch, on the device; nothing waits for it until it is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.bad = torch.full((), -1, device=device)
+
+    def add(self, metrics: Metrics, step: int) -> None:
+        """Add one step's metrics; remember the first step whose loss was not finite."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        fresh = (self.bad < 0) & ~metrics["loss"].isfinite()
+        self.bad = torch.where(fresh, torch.full_like(self.bad, step), self.bad)
+
+    def first_bad(self) -> int | None:
+        """The first step whose loss was not finite."""
+        step = int(self.bad)
+        return step if step >= 0 else None
+
+    def means(self) -> dict[str, float]:
+        """Mean of each metric over the steps that gave it."""
+        return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        """For :meth:`of`."""
+        return {"sums": self.sums, "counts": self.counts}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> Totals:
+        """The totals that :meth:`state` described."""
+        totals = cls(device)
+        totals.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        totals.counts = dict(state["counts"])
+        return totals
+
+
+@contextmanager
+def holding(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, nn.Parameter],
+    frozen: dict[str, Tensor],
+) -> Iterator[None]:
+    """Undo what an optimiser step does to frozen weights and to their momentum.
+
+    A zero gradient alone does not hold a weight still: momentum and weight decay move it.
+
+    Args:
+        optimizer: the optimiser that steps inside.
+        parameters: by name.
+        frozen: by name, True where nothing may change.
+    """
+    before = {
+        name: (parameters[name].detach().clone(), _moments(optimizer, parameters[name], clone=True))
+        for name in frozen
+    }
+    yield
+    with torch.no_grad():
+        for name, (weight, moments) in before.items():
+            parameter, mask = parameters[name], frozen[name]
+            parameter.copy_(torch.where(mask, weight, parameter))
+            for key, moment in _moments(optimizer, parameter).items():
+                old = moments.get(key, torch.zeros_like(moment))
+                moment.copy_(torch.where(mask, old, moment))
+
+
+def _moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, clone: bool = False
+) -> dict[str, Tensor]:
+    """The optimiser's tensors of the shape of the weights: momentum and its like."""
+    return {
+        key: value.clone() if clone else value
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }

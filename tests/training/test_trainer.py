@@ -1,0 +1,381 @@
+"""The loop with methods made up here: it must need to know none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cure
+from cure import data
+from cure.attacks import Attack, Threat
+from cure.config import AveragingConfig, MethodConfig, RunConfig
+from cure.data import Batch, carve
+from cure.errors import TrainingStopped
+from cure.methods import Context, Method, StepOutput
+from cure.methods.wrappers.averaging import Averaged
+from cure.models import read_weights
+from cure.recipe import load_recipe
+from cure.runs.folder import RunFolder
+from cure.training.trainer import Totals, Trainer, holding
+from cure.utils.distributed import Engine
+from helpers import bright_or_dark
+
+
+class Plain(Method):
+    """Cross-entropy; `wrap` lets a test change what a step returns."""
+
+    Config = MethodConfig
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.steps: list[int] = []
+
+    def step(self, batch: Batch) -> StepOutput:
+        self.steps.append(batch.step)
+        loss = F.cross_entropy(self.logits(batch.image), batch.label)
+        return StepOutput(loss=loss, metrics={"loss": loss.detach()})
+
+
+@dataclass
+class Recorder:
+    """A tracker that remembers."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    steps: int = 0
+    closed: bool = False
+
+    def start(self, steps: int, done: int) -> None: ...
+    def step(self, images: int) -> None:
+        self.steps += 1
+
+    def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def warn(self, sentence: str) -> None: ...
+    def close(self) -> None:
+        self.closed = True
+
+
+def config_of(*overrides: str) -> RunConfig:
+    return load_recipe(
+        "digits",
+        [
+            "training.epochs=3",
+            "training.batch_size=16",
+            "training.optimizer.learning_rate=0.05",
+            "training.channels_last=false",
+            "attack.steps=2",
+            *overrides,
+        ],
+    )
+
+
+def network(classes: int = 2) -> nn.Module:
+    draws = torch.Generator().manual_seed(5)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes)
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draws))
+            elif name.endswith("bias"):
+                parameter.zero_()
+    return model
+
+
+def context_of(config: RunConfig, steps_per_epoch: int = 4) -> Context:
+    engine = Engine(torch.device("cpu"), config.training.precision)
+    attack = Attack(Threat("Linf", 0.1), steps=2, step_size=0.05)
+    return Context(engine, attack, config.seed, 2, 64, steps_per_epoch, config.training.epochs)
+
+
+def trainer_of(
+    path: Path, config: RunConfig, kind: type[Method] = Plain, recorder: Recorder | None = None
+) -> Trainer:
+    training, validation = carve(bright_or_dark(), 32, 0)
+    context = context_of(config)
+    method = kind(network(), MethodConfig(name="plain"), context)
+    if config.training.averaging:
+        method = Averaged(method, config.training.averaging)
+    folder = RunFolder.create(path / "run", config, training.kind)
+    trackers = [recorder] if recorder else []
+    return Trainer(config, method, training, validation, context.engine, folder, trackers)
+
+
+def test_the_loop_is_sgd_with_momentum_and_decay_as_in_the_book(tmp_path: Path) -> None:
+    """Three steps against the update rule written out; the gradients come from autograd."""
+    config = config_of("training.schedule.name=constant")
+    trainer = trainer_of(tmp_path, config)
+    reference = network()
+    velocity = {name: torch.zeros_like(p) for name, p in reference.named_parameters()}
+    batches = list(
+        data.epoch(trainer.training, batch_size=16, epoch=0, seed=0, augment=config.data.augment)
+    )[:3]
+    for batch in batches:
+        trainer.train_step(batch)
+        loss = F.cross_entropy(reference(batch.image), batch.label)
+        gradients = torch.autograd.grad(loss, list(reference.parameters()))
+        with torch.no_grad():
+            for (name, p), g in zip(reference.named_parameters(), gradients, strict=True):
+                velocity[name] = 0.9 * velocity[name] + g + 5e-4 * p
+                p -= 0.05 * velocity[name]
+    for ours, theirs in zip(trainer.method.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_run_learns_records_and_says_what_is_best(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = trainer_of(tmp_path, config_of(), recorder=recorder)
+    trainer.fit()
+    assert recorder.steps == 12
+    assert recorder.closed
+    assert trainer.method.steps == list(range(12))
+    records = trainer.folder.metrics()
+    assert records == recorder.records
+    assert records[-1]["train"]["loss"] < records[0]["train"]["loss"]
+    assert records[-1]["validation"]["natural"] > 90
+    robust = [record["validation"]["robust"] for record in records]
+    assert trainer.best is not None
+    assert trainer.best["epoch"] == 1 + robust.index(max(robust)), "the first of the best"
+    assert trainer.folder.status()["state"] == "finished"
+
+
+def test_validation_happens_every_k_epochs_and_at_the_end(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, config_of("training.validate_every=2"))
+    trainer.fit()
+    validated = [r["epoch"] for r in trainer.folder.metrics() if "validation" in r]
+    assert validated == [2, 3]
+
+
+def test_validation_accuracies_are_those_of_the_network(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, config_of())
+    trainer.method.model.eval()
+    with torch.no_grad():
+        logits = trainer.method.model(trainer.validation.image.float() / 255)
+    natural = 100 * (logits.argmax(dim=1) == trainer.validation.label).float().mean().item()
+    trainer.method.model.train()
+    measured = trainer.validate()
+    assert measured["natural"] == pytest.approx(natural)
+    assert measured["robust"] <= measured["natural"] + 1e-9
+    assert trainer.method.model.training
+    assert trainer.validate() == measured, "the same random starts every time"
+
+
+class Frozen(Plain):
+    """Holds one half of the first convolution still."""
+
+    def step(self, batch: Batch) -> StepOutput:
+        out = super().step(batch)
+        assert out.loss is not None
+        grads = self.context.engine.gradients(out.loss, self.trainable())
+        mask = torch.zeros_like(grads["0.weight"], dtype=torch.bool)
+        mask[:2] = True
+        grads["0.weight"] = grads["0.weight"].masked_fill(mask, 0)
+        return StepOutput(grads=grads, frozen={"0.weight": mask}, metrics=out.metrics)
+
+
+def test_frozen_weights_do_not_move_by_momentum_or_decay(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, config_of("training.optimizer.weight_decay=0.1"), Frozen)
+    before = trainer.method.model[0].weight.detach().clone()
+    trainer.fit()
+    after = trainer.method.model[0].weight.detach()
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.equal(before[2:], after[2:])
+    buffer = trainer.optimizer.state[trainer.parameters["0.weight"]]["momentum_buffer"]
+    assert buffer[:2].abs().max() == 0
+
+
+def test_without_holding_a_zero_gradient_does_not_freeze() -> None:
+    """The reason for `holding`: momentum and decay move a weight whose gradient is zero."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1)
+    weight.grad = torch.tensor([1.0, 1.0])
+    optimizer.step()
+    start = weight.detach().clone()
+    mask = {"weight": torch.tensor([True, False])}
+    weight.grad = torch.zeros(2)
+    with holding(optimizer, {"weight": weight}, mask):
+        optimizer.step()
+    assert weight[0] == start[0]
+    assert weight[1] != start[1]
+    moment = optimizer.state[weight]["momentum_buffer"]
+    assert moment[0] == pytest.approx(1.1), "as the first step left it: 1 + 0.1 * 1"
+    assert moment[1] == pytest.approx(0.9 * 1.1 + 0.1 * start[1].item())
+
+
+def test_clipping_limits_the_whole_gradient(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, config_of("training.clip_norm=0.001"))
+    batch = next(data.epoch(trainer.training, batch_size=16, epoch=0, seed=0, augment=None))
+    trainer.train_step(batch)
+    norms = [p.grad.norm() for p in trainer.parameters.values() if p.grad is not None]
+    assert torch.stack(norms).norm() == pytest.approx(0.001, rel=1e-3)
+
+
+class WithDropout(Plain):
+    """A network that draws random numbers of its own."""
+
+    def __init__(self, model: nn.Module, *arguments: Any) -> None:
+        super().__init__(nn.Sequential(*model, nn.Dropout(0.5)), *arguments)
+
+
+def test_chance_inside_the_network_is_repeated_after_a_restart(tmp_path: Path) -> None:
+    config = config_of("training.checkpoint_every=2")
+    whole = trainer_of(tmp_path / "whole", config, WithDropout)
+    before = torch.get_rng_state()
+    whole.fit()
+    assert torch.equal(torch.get_rng_state(), before), "the caller's generator is untouched"
+
+    part = trainer_of(tmp_path / "part", config, WithDropout)
+    step = part.train_step
+
+    def dies(batch: Batch) -> Any:
+        if batch.step == 7:
+            raise RuntimeError("power cut")
+        return step(batch)
+
+    part.train_step = dies  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="power cut"):
+        part.fit()
+    torch.manual_seed(1234)
+    again = trainer_of(tmp_path / "again", config, WithDropout)
+    again.folder = part.folder
+    again.fit()
+    assert again.method.steps[0] == 6
+    for one, other in zip(
+        whole.method.state_dict().values(), again.method.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+class Exploding(Plain):
+    """A loss that is not a number from step 6 on."""
+
+    def step(self, batch: Batch) -> StepOutput:
+        out = super().step(batch)
+        assert out.loss is not None
+        bad = out.loss * float("nan") if batch.step >= 6 else out.loss
+        return StepOutput(loss=bad, metrics={"loss": bad.detach()})
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, config_of(), Exploding)
+    with pytest.raises(TrainingStopped, match=r"step 6 \(epoch 2.*learning_rate") as caught:
+        trainer.fit()
+    assert "last.safetensors" in str(caught.value)
+    kept = read_weights(trainer.folder.weights("last"))
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    assert trainer.folder.status()["state"] == "failed"
+    assert [record["epoch"] for record in trainer.folder.metrics()] == [1]
+
+
+class Forgetful(Plain):
+    """A network that loses everything in its third epoch."""
+
+    def after_step(self, step: int) -> dict[str, Tensor]:
+        if step >= 8:
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.zero_()
+        return {}
+
+
+def test_a_network_that_falls_to_chance_keeps_its_last_good_state(tmp_path: Path) -> None:
+    config = config_of("training.epochs=9", "training.collapse_patience=3")
+    trainer = trainer_of(tmp_path, config, Forgetful)
+    with pytest.raises(TrainingStopped, match=r"chance .* 3 times in a row up to epoch 5"):
+        trainer.fit()
+    assert read_weights(trainer.folder.weights("last"))["4.weight"].abs().sum() > 0
+    again = trainer_of(tmp_path / "again", config)
+    again.folder = trainer.folder
+    again.restore()
+    assert again.done == 8, "the state of the second epoch"
+
+
+def test_a_network_that_ends_at_chance_after_learning_is_a_failure(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, config_of("training.epochs=3"), Forgetful)
+    with pytest.raises(TrainingStopped, match="1 times in a row up to epoch 3"):
+        trainer.fit()
+
+
+def test_averages_are_those_of_the_formula(tmp_path: Path) -> None:
+    context = context_of(config_of())
+    method = Averaged(
+        Plain(network(), MethodConfig(name="plain"), context),
+        AveragingConfig(decay=0.75, start=0.25),
+    )
+    weight = method.inner.model[4].weight
+    assert method.inference_model() is method.inner.model
+    history = []
+    for step in range(5):
+        with torch.no_grad():
+            weight.fill_(float(step))
+        method.after_step(step)
+        history.append(method.inference_model()[4].weight[0, 0].item())
+    # Twelve steps in the run, so averaging begins at step 3 with a copy.
+    assert history[:3] == [0, 1, 2]
+    assert history[3] == pytest.approx(3)
+    assert history[4] == pytest.approx(0.75 * 3 + 0.25 * 4)
+    assert method.model is method.inner.model
+
+
+def test_an_averaged_run_saves_and_validates_the_average(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, config_of("training.averaging.decay=0.5"))
+    trainer.fit()
+    saved = read_weights(trainer.folder.weights("last"))["4.weight"]
+    assert isinstance(trainer.method, Averaged)
+    assert torch.equal(saved, trainer.method.average[4].weight)
+    assert not torch.equal(saved, trainer.method.inner.model[4].weight)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16_attack"])
+def test_lower_precision_trains(tmp_path: Path, precision: str) -> None:
+    run = cure.train(
+        "digits",
+        [
+            f"training.precision={precision}",
+            "training.epochs=2",
+            "natural.epochs=3",
+            "data.limit=400",
+            "attack.steps=2",
+            "method.revision={rate: 1.0, horizon: 1.0}",
+        ],
+        run=tmp_path / "run",
+        quiet=True,
+    )
+    weights = read_weights(run.path / "checkpoints" / "last.safetensors")
+    assert all(t.dtype in (torch.float32, torch.int64) for t in weights.values())
+    assert run.metrics[-1]["train"]["loss"] < 3
+
+
+def test_training_never_opens_the_test_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    load = data.load
+
+    def spy(config: Any, split: str) -> Any:
+        opened.append(split)
+        return load(config, split)
+
+    monkeypatch.setattr("cure.training.setup.load", spy)
+    cure.train(
+        "digits",
+        ["training.epochs=1", "natural.epochs=1", "data.limit=300", "method.gamma=0"],
+        run=tmp_path / "run",
+        quiet=True,
+    )
+    assert set(opened) == {"train"}
+
+
+def test_totals_remember_the_first_bad_step_across_good_ones() -> None:
+    totals = Totals(torch.device("cpu"))
+    for step, value in enumerate([1.0, float("inf"), 2.0, float("nan")]):
+        totals.add({"loss": torch.tensor(value)}, step)
+    assert totals.first_bad() == 1
