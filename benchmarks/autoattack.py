@@ -41,7 +41,7 @@ from cure.evaluation.target import load_split
 from cure.models import describe, digest
 from cure.runs.folder import environment, write_json
 from cure.runs.run import Run
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 KINDS = ("wall", "processor")
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")

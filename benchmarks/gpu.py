@@ -41,7 +41,7 @@ from cure.methods.cure import threshold
 from cure.recipe import check, override, read_recipe
 from cure.runs.folder import RunFolder, environment, write_json, write_text
 from cure.training.trainer import Interrupted
-from cure.utils.distributed import pick_device
+from cure.utils.device import pick_device
 from step import COMPILED, YARDSTICK, Net
 
 LEFT = 3

@@ -29,8 +29,8 @@ from cure.data import Batch
 from cure.methods import METHODS, Context, Method
 from cure.methods.cure import conserved
 from cure.models import build_model
-from cure.utils.device import keep_freed_memory
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
+from cure.utils.memory import keep_freed_memory
 from yardstick import PlainResNet, Yardstick
 
 YARDSTICK = "yardstick"

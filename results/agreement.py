@@ -28,7 +28,7 @@ from cure.attacks.registry import evaluation_attack
 from cure.data import batches
 from cure.evaluation.target import ModelOptions, subject_of
 from cure.runs.folder import environment
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 EPSILON = 8 / 255
 Fools = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -24,12 +24,13 @@ from cure import data
 from cure.data import Batch, ImageSet
 from cure.methods import METHODS
 from cure.methods.cure import threshold
-from cure.models import build_model, folding
+from cure.models import build_model
+from cure.models import fuse as folding
 from cure.recipe import check, override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.training.setup import Prepared, build_method
 from cure.training.trainer import Trainer
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 

@@ -28,7 +28,7 @@ from cure.evaluation.evaluate import evaluate
 from cure.evaluation.journal import Journal
 from cure.evaluation.runner import accuracy_of, measure, nrr, wilson
 from cure.models.checks import check_outputs
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from cure.utils.random import generator
 
 # The module, under whatever name: `cure.evaluate` is the function of the public interface.

@@ -16,7 +16,7 @@ from cure.attacks import Attack, Threat
 from cure.config import ModelConfig, Section, TeacherConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, Context, Method
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 CLASSES = 3
 SAMPLES = 24

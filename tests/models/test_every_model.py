@@ -11,7 +11,7 @@ from cure.data import Batch
 from cure.methods import METHODS, Context
 from cure.methods.cure import CureConfig
 from cure.models import MODELS, build_model
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 SMALLEST: dict[str, dict[str, object]] = {
     "resnet10": {"width": 4},

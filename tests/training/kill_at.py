@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from cure.errors import CureError
-from cure.models import weights
+from cure.models import checkpoint as weights
 from cure.runs.folder import RunFolder
 from cure.training import run as api
 from cure.training import trainer
-from cure.utils import distributed as engine
+from cure.utils import engine
 
 SETTINGS = [
     "data.limit=400",

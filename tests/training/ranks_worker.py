@@ -38,7 +38,8 @@ from cure.runs.folder import RunFolder
 from cure.training import trainer
 from cure.training.setup import build_method, prepare
 from cure.training.trainer import Trainer
-from cure.utils.distributed import Engine, leave
+from cure.utils.distributed import leave
+from cure.utils.engine import Engine
 from helpers import bright_or_dark
 
 STEPS = 4

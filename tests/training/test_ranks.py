@@ -24,7 +24,7 @@ from cure.errors import ConfigError
 from cure.evaluation.journal import Journal
 from cure.runs.folder import RunFolder
 from cure.runs.state import load_state
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from cure.utils.launcher import Launch, launched
 from cure.utils.random import draw_for_batch, shared_generator
 from helpers import Command, bright_or_dark

@@ -23,7 +23,7 @@ from cure.models import read_weights
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.training.trainer import Totals, Trainer, holding
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from helpers import bright_or_dark
 
 

@@ -30,7 +30,7 @@ from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.trainer import validation_attack
 from cure.utils import plotting as drawing
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from cure.utils.plotting import Picture
 from cure.utils.random import generator
 

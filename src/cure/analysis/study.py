@@ -20,7 +20,7 @@ from cure.models import describe
 from cure.registry import STUDIES as STUDIES
 from cure.runs.folder import RunFolder, environment, write_json, write_text
 from cure.runs.run import Run
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from cure.utils.plotting import Picture
 
 STUDY_FORMAT = "cure-study-1"

@@ -50,8 +50,8 @@ from cure.cli.printing import (
     print_verification,
 )
 from cure.errors import ConfigError, CureError, RanksLost, TrainingStopped
-from cure.utils.device import keep_freed_memory
 from cure.utils.launcher import launched
+from cure.utils.memory import keep_freed_memory
 
 FAILED_CHECK = 1
 USER_MISTAKE = 2

@@ -25,7 +25,7 @@ from cure.models import describe
 from cure.runs.folder import RunFolder, check_free, environment, write_json
 from cure.runs.run import Run
 from cure.training.setup import check_attacks
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 RESULT_FORMAT = "cure-evaluation-1"
 

@@ -16,7 +16,7 @@ from cure.data import ImageSet, batches
 from cure.errors import ConfigError, DataError
 from cure.evaluation.runner import Result, accuracy_of
 from cure.models import digest
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 FORMAT = "cure-adversarial-1"
 IMAGES = "adv_complete"

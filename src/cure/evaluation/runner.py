@@ -20,7 +20,7 @@ from cure.data import ImageSet, batches
 from cure.evaluation.journal import Identity, Journal, Verdict
 from cure.models import digest
 from cure.models.checks import check_outputs
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 Result = dict[str, Any]
 Progress = Callable[[str, int, int], None]

@@ -31,7 +31,7 @@ from cure.recipe import Raw, check, check_kept, override, read_recipe
 from cure.runs.folder import RunFolder, write_json, write_text
 from cure.training.setup import carry_out, check_attacks, prepare
 from cure.training.trainer import Interrupted
-from cure.utils.device import keep_freed_memory
+from cure.utils.memory import keep_freed_memory
 
 REFERENCE = "run:"
 """A text ``run:ROW`` in a row's settings is the folder of that row's run of the same seed."""

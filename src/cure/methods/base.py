@@ -20,7 +20,7 @@ from cure.attacks.objectives import Objective
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.registry import METHODS as METHODS
-from cure.utils.distributed import Engine, Grads
+from cure.utils.engine import Engine, Grads
 from cure.utils.random import shared_generator
 
 Metrics = dict[str, Tensor]

@@ -33,7 +33,7 @@ from cure.methods.base import (
 )
 from cure.methods.common.losses import accuracy, kl_divergence
 from cure.methods.common.revision import RevisionConfig, RevisionModel
-from cure.utils.distributed import Grads
+from cure.utils.engine import Grads
 
 Scope = Literal["layer", "global"]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cure.methods import Masking
 from cure.models.checkpoint import write_atomically
 from cure.runs.folder import RunFolder
-from cure.utils.distributed import Grads
+from cure.utils.engine import Grads
 
 LINES = "gradients.jsonl"
 COUNTS = "gradients.safetensors"

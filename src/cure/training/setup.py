@@ -32,7 +32,7 @@ from cure.runs.folder import RunFolder
 from cure.training.schedule import learning_rate
 from cure.training.tracking import TerminalTracker, Tracker, check_trackers, trackers_of
 from cure.training.trainer import Interrupted, Trainer
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from cure.utils.random import generator
 
 NATURAL = "natural"

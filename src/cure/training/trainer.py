@@ -30,7 +30,7 @@ from cure.training.gradient_logger import GradientRecorder
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.schedule import learning_rate
 from cure.training.tracking import Tracker
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from cure.utils.random import derive
 
 # Steps between two looks at the loss: each look waits for the device.

@@ -26,7 +26,7 @@ from cure.evaluation.diagnosis.context import logit_ratio
 from cure.evaluation.diagnosis.table import LEVEL, at_least, beyond
 from cure.models import MODELS, Normalised, core
 from cure.models.checkpoint import save_weights
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from helpers import Command, refused
 
 ENGINE = Engine(torch.device("cpu"))

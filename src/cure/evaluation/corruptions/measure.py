@@ -34,7 +34,7 @@ from cure.models import describe
 from cure.models.checks import check_outputs
 from cure.runs.folder import check_free, environment, write_json
 from cure.runs.run import Run
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from cure.utils.launcher import launched
 
 FORMAT = "cure-corruptions-1"

@@ -18,7 +18,7 @@ from cure.evaluation.target import ModelOptions, Split, check_counts, subject_of
 from cure.models import describe
 from cure.runs.folder import check_free, environment, write_json
 from cure.runs.run import Run
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 
 def diagnose(

@@ -15,7 +15,7 @@ from cure.attacks import Attack, Objective, Threat, crafting
 from cure.attacks.objectives import CROSS_ENTROPY, MARGIN, cross_entropy
 from cure.data import ImageSet, to_unit
 from cure.models.checks import check_outputs
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 from cure.utils.random import generator
 
 Craft = Callable[[Tensor, Tensor, int], Tensor]

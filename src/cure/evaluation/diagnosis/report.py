@@ -13,7 +13,7 @@ from cure.data import ImageSet
 from cure.evaluation.diagnosis.context import Examination
 from cure.evaluation.diagnosis.table import CHECKS, worst
 from cure.evaluation.runner import Progress, silent
-from cure.utils.distributed import Engine
+from cure.utils.engine import Engine
 
 CHEAP_IMAGES = 64
 

@@ -13,7 +13,7 @@ from cure.config import WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods.base import Crafted, Method, Metrics, StepOutput
 from cure.methods.wrappers.base import Wrapper
-from cure.utils.distributed import Grads
+from cure.utils.engine import Grads
 
 TINY = 1e-20
 """Keeps a tensor without a gradient from dividing by 0 (released code)."""

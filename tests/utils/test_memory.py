@@ -29,7 +29,7 @@ print((held - resident()) // 2**20)
     ("before", "kept"),
     [
         ("", False),
-        ("from cure.utils.device import keep_freed_memory; assert keep_freed_memory()", True),
+        ("from cure.utils.memory import keep_freed_memory; assert keep_freed_memory()", True),
     ],
 )
 def test_what_is_freed_stays_only_when_asked(before, kept):
