@@ -32,8 +32,8 @@ from cure.attacks import Attack, Threat
 from cure.attacks.pgd import starting_point
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.common.batch_norm import untracked
 from cure.methods.st_at import StAtConfig, extremes, pick, squeeze, symmetric_kl
+from cure.models.batch_norm import untracked
 from cure.recipe import load_recipe
 
 COLLABORATIVE = [[0.0, 3.0, -2.0], [0.25, 0.5, 0.0]]

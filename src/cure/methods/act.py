@@ -13,8 +13,8 @@ from cure.attacks.objectives import Objective, cross_entropy, kl_divergence_per_
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
-from cure.methods.common.batch_norm import untracked
 from cure.methods.common.losses import accuracy, distillation
+from cure.models.batch_norm import untracked
 
 Reduction = Literal["released", "even"]
 

@@ -17,8 +17,8 @@ from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
 from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
-from cure.methods.common.batch_norm import untracked
 from cure.methods.common.losses import accuracy
+from cure.models.batch_norm import untracked
 
 
 def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:

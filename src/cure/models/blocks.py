@@ -6,7 +6,6 @@ layer.  In other networks they are found in the module tree.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.errors import ConfigError, unknown
+from cure.models.batch_norm import freeze_statistics
 from cure.models.wrapper import core
 
 STEM, CLASSIFIER = "stem", "classifier"
@@ -161,17 +161,10 @@ def learn_only(model: nn.Module, names: Sequence[str], *, statistics: bool) -> N
         parameter.requires_grad_(parameter.requires_grad and name in kept)
     if statistics:
         return
-    for name, module in network.named_modules():
-        frozen = not any(key in kept for key in _below(name, module))
-        if isinstance(module, _BatchNorm) and module.affine and frozen:
-            module.eval()
-            # The class stays what it is: folding and others know BatchNorm by its class.
-            module.__dict__["train"] = types.MethodType(_stay_in_evaluation, module)
-
-
-def _stay_in_evaluation(module: nn.Module, mode: bool = True) -> nn.Module:  # noqa: ARG001
-    module.training = False
-    return module
+    freeze_statistics(
+        network,
+        lambda name, norm: norm.affine and not any(key in kept for key in _below(name, norm)),
+    )
 
 
 def reinitialise(

@@ -1,8 +1,9 @@
-"""Lending a network to an attack with what evaluation mode makes constant computed beforehand.
+"""Fold BatchNorm into convolutions while a network is attacked in evaluation mode.
 
 In evaluation mode BatchNorm is ``scale * x + shift`` with constants.  Where it alone reads the
-result of a convolution it goes into that layer's weights, and an attack pays for fewer passes over
-memory, forward and backward.  The network's own code runs; only what its layers hold is lent.
+result of a convolution it is folded into that layer's weights, which saves passes over memory,
+forward and backward.  The network's own code runs; only the weights of its layers are exchanged.
+The folded weights are computed in float64, more exactly than ``torch.nn.utils.fusion`` does.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cure.models.batch_norm import frozen_class
+
 TOLERANCE = 1e-3
 """How far logits may move, as a share of the largest one; float32 rounding stays far below."""
 
 # Not linear layers: theirs is the last dimension, BatchNorm's the second.
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORM_CLASSES = {*_NORMS, *map(frozen_class, _NORMS)}
 
 Pair = tuple[str, str]
 """Names of a convolution and of the BatchNorm that alone reads its result."""
@@ -60,7 +64,7 @@ def folded(
         _known[model] = _checked(model, _pairs(model), example)
     with precision():
         kind = _lower_type(example)
-    with _lent(model, _known[model], kind):
+    with _holding(model, _known[model], kind):
         yield
 
 
@@ -75,7 +79,7 @@ def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
     """
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     if not any(_hooked(module) for module in twin.modules()):
-        _Lent().fold(twin, _checked(twin, _pairs(twin), example), None)
+        FoldedWeights().fold(twin, _checked(twin, _pairs(twin), example), None)
     return twin
 
 
@@ -119,7 +123,7 @@ def _pairs(model: nn.Module) -> list[Pair]:
             alone
             and type(layer) in _CONVOLUTIONS
             and _plain(layer)
-            and type(norm) in _NORMS
+            and type(norm) in _NORM_CLASSES
             and norm.running_mean is not None
         ):
             found.append((str(source.target), str(node.target)))
@@ -132,7 +136,7 @@ def _checked(model: nn.Module, pairs: list[Pair], example: Tensor) -> list[Pair]
     image = example[:2]
     with torch.autocast(image.device.type, enabled=False), _whole_float32():
         expected = model(image)
-        with _lent(model, pairs, None):
+        with _holding(model, pairs, None):
             came = model(image)
     bound = TOLERANCE * expected.abs().max().clamp_min(1.0)
     return pairs if bool(((came - expected).abs() <= bound).all()) else []
@@ -168,21 +172,21 @@ def _folded_weights(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
     return weight * by_channel, shift.to(weight.dtype)
 
 
-def _same(feature: Tensor) -> Tensor:
-    return feature
+class Folded(nn.Identity):
+    """Stands in for a BatchNorm layer that is folded into the convolution before it."""
 
 
-class _Lent:
-    """Layers that hold something else for a while."""
+class FoldedWeights:
+    """Layers that hold folded weights for a while, in the place of their own."""
 
     def __init__(self) -> None:
         self.held: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
-        self.silent: list[nn.Module] = []
+        self.replaced: list[tuple[nn.Module, str, nn.Module]] = []
 
-    def lend(
+    def hold(
         self, layer: nn.Module, weight: Tensor, bias: Tensor | None, kind: torch.dtype | None
     ) -> None:
-        """Let ``layer`` hold these, rounded to ``kind`` if given."""
+        """Let ``layer`` compute with these, rounded to ``kind`` if given."""
         self.held.append((layer, dict(layer._parameters)))
         if kind is not None:
             weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
@@ -192,13 +196,15 @@ class _Lent:
 
     @torch.no_grad()
     def fold(self, model: nn.Module, pairs: list[Pair], kind: torch.dtype | None) -> None:
-        """Put folded weights, of type ``kind`` if given, in the places of the network's own."""
+        """Fold each pair of ``pairs``; weights get the type ``kind`` if given."""
         modules = dict(model.named_modules())
         for layer_name, norm_name in pairs:
-            layer, norm = modules[layer_name], modules[norm_name]
-            self.lend(layer, *_folded_weights(layer, norm), kind)
-            norm.forward = _same
-            self.silent.append(norm)
+            self.hold(
+                modules[layer_name], *_folded_weights(modules[layer_name], modules[norm_name]), kind
+            )
+            parent, _, key = norm_name.rpartition(".")
+            self.replaced.append((modules[parent], key, modules[norm_name]))
+            modules[parent]._modules[key] = Folded()
         if kind is None:
             return
         done = {id(layer) for layer, _ in self.held}
@@ -206,21 +212,21 @@ class _Lent:
             whole = type(layer) in (*_CONVOLUTIONS, nn.Linear) and _plain(layer)
             if whole and id(layer) not in done:
                 weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
-                self.lend(layer, weight, bias, kind)
+                self.hold(layer, weight, bias, kind)
 
-    def give_back(self) -> None:
-        """Everything as it was."""
-        for norm in self.silent:
-            del norm.forward
+    def restore(self) -> None:
+        """Give every layer its own weights back."""
+        for parent, key, norm in self.replaced:
+            parent._modules[key] = norm
         for layer, parameters in self.held:
             layer._parameters.update(parameters)
 
 
 @contextmanager
-def _lent(model: nn.Module, pairs: list[Pair], kind: torch.dtype | None) -> Iterator[None]:
-    lent = _Lent()
+def _holding(model: nn.Module, pairs: list[Pair], kind: torch.dtype | None) -> Iterator[None]:
+    folded_weights = FoldedWeights()
     try:
-        lent.fold(model, pairs, kind)
+        folded_weights.fold(model, pairs, kind)
         yield
     finally:
-        lent.give_back()
+        folded_weights.restore()

@@ -22,7 +22,7 @@ from cure.config import RunConfig
 from cure.data import Batch, ImageSet, batches, epoch, steps_per_epoch
 from cure.errors import CheckpointError, CureError, TrainingStopped
 from cure.methods import Method, Metrics
-from cure.methods.common.batch_norm import running_statistics
+from cure.models.batch_norm import running_statistics
 from cure.models.checkpoint import save_weights
 from cure.runs.folder import RunFolder, epoch_name
 from cure.runs.state import load_state, save_state
