@@ -211,7 +211,7 @@ def main() -> None:
     run = Run(given.run)
     config = run.config
     images = load_split(config.data, "test").subset(slice(0, given.images))
-    threat = Threat(config.threat.norm, float(config.threat.epsilon))
+    threat = Threat.of(config.threat)
     identity = {
         "n": len(images),
         "batch_size": given.batch_size,

@@ -90,7 +90,7 @@ class Looked:
     @property
     def ball(self) -> Threat:
         """The threat, for attacks."""
-        return Threat(self.threat.norm, self.threat.epsilon)
+        return Threat.of(self.threat)
 
     def add(self, target: Target) -> str:
         """Load one more network for the same images, a run's with its best weights; its name."""

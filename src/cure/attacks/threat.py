@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from cure.utils.random import draw_for_batch
+
+if TYPE_CHECKING:
+    from cure.config import ThreatConfig
 
 
 def per_sample(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -62,6 +65,11 @@ class Threat:
 
     norm: Literal["Linf", "L2", "L1"]
     epsilon: float
+
+    @classmethod
+    def of(cls, section: ThreatConfig) -> Threat:
+        """The threat that a section of a recipe describes; its radius keeps its text ("8/255")."""
+        return cls(section.norm, section.epsilon)
 
     def project(self, change: Tensor, epsilon: float | Tensor | None = None) -> Tensor:
         """The nearest change [B, ...] inside the ball; ``epsilon`` may be one number a sample."""

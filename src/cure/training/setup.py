@@ -406,7 +406,7 @@ def natural_images(prepared: Prepared, batch_size: int) -> Iterator[Tensor]:
 def training_attack(config: RunConfig, engine: Engine) -> Attack:
     """The attack that a run trains with."""
     return Attack(
-        Threat(config.threat.norm, config.threat.epsilon),
+        Threat.of(config.threat),
         steps=config.attack.steps,
         step_size=config.attack.step_size,
         start=config.attack.start,

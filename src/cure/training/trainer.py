@@ -456,7 +456,7 @@ class Trainer:
 def validation_attack(config: RunConfig, engine: Engine) -> Attack:
     """The attack that measures robust accuracy while training."""
     return Attack(
-        Threat(config.threat.norm, config.threat.epsilon),
+        Threat.of(config.threat),
         steps=config.training.validation_steps,
         step_size=config.attack.step_size,
         start="uniform",
