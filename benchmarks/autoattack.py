@@ -39,9 +39,10 @@ from cure.evaluation.journal import Journal
 from cure.evaluation.runner import _Evaluation, silent
 from cure.evaluation.target import load_split
 from cure.models import describe, digest
-from cure.runs.folder import environment, write_json
 from cure.runs.run import Run
 from cure.utils.engine import Engine
+from cure.utils.environment import environment
+from cure.utils.io import write_json
 
 KINDS = ("wall", "processor")
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")

@@ -39,9 +39,11 @@ import step
 from cure.errors import CureError
 from cure.methods.cure import threshold
 from cure.recipe import check, override, read_recipe
-from cure.runs.folder import RunFolder, environment, write_json, write_text
+from cure.runs.folder import RunFolder
 from cure.training.trainer import Interrupted
 from cure.utils.device import pick_device
+from cure.utils.environment import environment
+from cure.utils.io import write_json, write_text
 from step import COMPILED, YARDSTICK, Net
 
 LEFT = 3

@@ -27,8 +27,8 @@ from cure.attacks import Threat
 from cure.attacks.registry import evaluation_attack
 from cure.data import batches
 from cure.evaluation.target import ModelOptions, subject_of
-from cure.runs.folder import environment
 from cure.utils.engine import Engine
+from cure.utils.environment import environment
 
 EPSILON = 8 / 255
 Fools = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -13,13 +13,14 @@ import torch
 
 import cure
 from cure.analysis import overfitting as study_module
-from cure.analysis.overfitting import independent_difference, overfitting
+from cure.analysis.overfitting import overfitting
 from cure.analysis.study import STUDIES
 from cure.errors import CheckpointError, ConfigError
 from cure.models import read_weights
 from cure.runs.folder import RunFolder
 from cure.training.overfitting_detector import LAST, robust_overfitting
 from cure.training.trainer import Trainer
+from cure.utils.stats import independent_difference
 from helpers import Command, bright_or_dark, refused
 
 SETTINGS = [

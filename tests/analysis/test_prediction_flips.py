@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import cure
-from cure.analysis.prediction_flips import conserved, holm, kept, mcnemar, moved
+from cure.analysis.prediction_flips import conserved, kept, moved
 from cure.analysis.study import STUDIES
 from cure.data import ImageSet
 from cure.errors import ConfigError
-from cure.evaluation.runner import paired_difference
 from cure.models import Normalised
+from cure.utils.stats import holm, mcnemar, paired_difference
 from helpers import Command, refused
 
 CLASSES = ("plain", "$10$ bill", "<b>bold</b>")

@@ -16,13 +16,14 @@ from scipy.stats import spearmanr
 
 import cure
 from cure import data
-from cure.analysis.sensitivity import findings, front, pictures, rank_correlation, tables
+from cure.analysis.sensitivity import findings, front, pictures, tables
 from cure.errors import ConfigError
 from cure.experiments import sweep
 from cure.experiments.sweep import Varied, fitting, read_varied
 from cure.methods import METHODS
 from cure.recipe import load_recipe, read_recipe, recipe_names
 from cure.runs.folder import RunFolder
+from cure.utils.stats import rank_correlation
 from helpers import Command, refused
 
 WORDS = [

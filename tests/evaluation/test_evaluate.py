@@ -26,10 +26,11 @@ from cure.data import ImageSet
 from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.journal import Journal
-from cure.evaluation.runner import accuracy_of, measure, nrr, wilson
+from cure.evaluation.runner import accuracy_of, measure, nrr
 from cure.models.checks import check_outputs
 from cure.utils.engine import Engine
 from cure.utils.random import generator
+from cure.utils.stats import wilson
 
 # The module, under whatever name: `cure.evaluate` is the function of the public interface.
 EVALUATION = sys.modules[measure.__module__]

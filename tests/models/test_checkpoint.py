@@ -20,14 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from cure.errors import CheckpointError
-from cure.models import (
-    Normalised,
-    digest,
-    load_weights,
-    read_weights,
-    save_weights,
-    write_atomically,
-)
+from cure.models import Normalised, digest, load_weights, read_weights, save_weights
+from cure.utils.io import write_atomically
 
 
 def network() -> nn.Sequential:

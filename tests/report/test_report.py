@@ -14,11 +14,10 @@ from reading_pages import SECTIONS, Element, cells, read
 import cure
 from cure.analysis.study import STUDIES, STUDY_FORMAT, Rows, Study
 from cure.errors import CureError
-from cure.evaluation.runner import wilson
 from cure.report import page as page_module
-from cure.report.accuracies import difference
 from cure.report.page import write_report
 from cure.utils import plotting as drawing
+from cure.utils.stats import newcombe, wilson
 from helpers import Command, refused
 
 
@@ -127,7 +126,7 @@ def test_the_verdict_has_numbers_intervals_images_and_the_start(tree: Element) -
 
 def test_a_difference_has_newcombes_interval() -> None:
     # Newcombe 1998, Table II (a), method 10: 56/70 - 48/80 is 0.20 (0.0524 to 0.3339).
-    low, high = difference(wilson(56, 70), 80.0, wilson(48, 80), 60.0)
+    low, high = newcombe(80.0, wilson(56, 70), 60.0, wilson(48, 80))
     assert (round(low, 2), round(high, 2)) == (5.24, 33.39)
 
 

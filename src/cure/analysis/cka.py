@@ -27,9 +27,10 @@ from cure.evaluation.runner import Progress, Result, silent
 from cure.evaluation.target import Split
 from cure.models import core
 from cure.models.checks import check_outputs
-from cure.runs.folder import check_free
 from cure.utils import plotting as drawing
+from cure.utils.io import check_free
 from cure.utils.plotting import Picture
+from cure.utils.stats import jackknife_interval
 
 NAME = "cka"
 ATTACK = "pgd20"
@@ -191,12 +192,7 @@ class Similarity:
             interval = None
             values = [means_[place] for means_ in left]
             if values and all(map(math.isfinite, values)):
-                from scipy.stats import t
-
-                centre = math.fsum(values) / count
-                spread = math.fsum((value - centre) ** 2 for value in values)
-                half = float(t.ppf(0.975, count - 1)) * math.sqrt(spread * (count - 1) / count)
-                interval = [means[place] - half, means[place] + half]
+                interval = list(jackknife_interval(means[place], values))
             found.append({"name": name, "mean": _plain(means[place]), "interval": interval})
         return found
 

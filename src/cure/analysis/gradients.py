@@ -14,10 +14,11 @@ from torch import Tensor
 from cure.analysis.study import STUDIES, Rows, Study, keep, unique
 from cure.errors import CheckpointError, ConfigError
 from cure.evaluation.runner import Progress, Result, silent
-from cure.runs.folder import RunFolder, check_free
+from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.training.gradient_logger import COUNTS, LINES
 from cure.utils import plotting as drawing
+from cure.utils.io import check_free
 from cure.utils.plotting import Picture
 
 BINS = 40

@@ -24,8 +24,8 @@ from cure.data import ImageSet, batches
 from cure.errors import ConfigError
 from cure.evaluation.runner import Curve, Progress, Result, measure, silent
 from cure.evaluation.target import Split
-from cure.runs.folder import check_free
 from cure.utils import plotting as drawing
+from cure.utils.io import check_free
 from cure.utils.plotting import Picture
 from cure.utils.random import generator
 

@@ -22,13 +22,14 @@ from cure.attacks import Attack, Threat, crafting
 from cure.attacks.objectives import MARGIN
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
-from cure.evaluation.runner import Progress, Result, silent, wilson
+from cure.evaluation.runner import Progress, Result, silent
 from cure.evaluation.target import Split
 from cure.models.checks import check_outputs
-from cure.runs.folder import check_free
 from cure.utils import plotting as drawing
+from cure.utils.io import check_free
 from cure.utils.plotting import Cell, Picture
 from cure.utils.random import generator
+from cure.utils.stats import median_interval, wilson
 
 NAME = "perturbation"
 MOST_SHOWN = 8
@@ -173,28 +174,19 @@ def _fab(
 
 
 def median(distances: Sequence[float]) -> dict[str, float | None]:
-    """The median with a 95 % interval from order statistics, exact for any distribution.
-
-    ``[x_(k), x_(n + 1 - k)]`` with the largest k for which ``P(X < k) <= 0.025``, X binomial with n
-    trials and share 1/2; fewer than six values have no such interval.
+    """The median of distances and its 95 % interval, see :func:`median_interval`.
 
     Args:
         distances: any numbers; infinity where nothing was found.
 
     Returns:
         ``median``, ``low``, ``high``; None for infinite or for none at all.
-
-    Source: Conover, Practical Nonparametric Statistics, Sec. 3.2.
     """
-    from scipy.stats import binom
-
-    ordered, n = sorted(distances), len(distances)
-    if not n:
+    if not distances:
         return {"median": None, "low": None, "high": None}
-    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    k = sum(bool(binom.cdf(below, n, 0.5) <= 0.025) for below in range(n // 2 + 1))
-    low, high = (ordered[k - 1], ordered[n - k]) if k else (math.nan, math.nan)
-    return {"median": _finite(middle), "low": _finite(low), "high": _finite(high)}
+    return dict(
+        zip(("median", "low", "high"), map(_finite, median_interval(distances)), strict=True)
+    )
 
 
 def _finite(value: float) -> float | None:

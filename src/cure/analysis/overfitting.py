@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,46 +19,26 @@ from cure.config import RunConfig
 from cure.data import ImageSet, batches
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluation.runner import Progress, Result, paired_difference, silent, wilson
+from cure.evaluation.runner import Progress, Result, silent
 from cure.evaluation.target import check_counts, epoch_of, load_split
 from cure.models import digest, load_weights
 from cure.models.build import network_of
 from cure.models.checkpoint import read_weights
-from cure.runs.folder import RunFolder, check_free
+from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.trainer import validation_attack
 from cure.utils import plotting as drawing
 from cure.utils.engine import Engine
+from cure.utils.io import check_free
 from cure.utils.plotting import Picture
 from cure.utils.random import generator
+from cure.utils.stats import independent_difference, paired_difference, wilson
 
 SPLITS = ("train", "validation", "test")
 
 Verdicts = dict[str, Tensor]
 """Whether each image [N] is right: "natural" as it is, "robust" attacked."""
-
-
-def independent_difference(
-    first: tuple[int, int], second: tuple[int, int]
-) -> tuple[float, float, float]:
-    """First accuracy less the second, on different images, and its 95 % interval, in points.
-
-    Args:
-        first: images right, and all.
-        second: as ``first``.
-
-    Source: Newcombe, Statistics in Medicine 1998, "Interval estimation for the difference between
-    independent proportions", method 10.
-
-    >>> [round(value, 1) for value in independent_difference((56, 70), (48, 80))]
-    [20.0, 5.2, 33.4]
-    """
-    p, q = 100 * first[0] / first[1], 100 * second[0] / second[1]
-    (low, high), (least, most) = wilson(*first), wilson(*second)
-    below = math.sqrt((p - low) ** 2 + (most - q) ** 2)
-    above = math.sqrt((high - p) ** 2 + (q - least) ** 2)
-    return p - q, p - q - below, p - q + above
 
 
 @torch.no_grad()

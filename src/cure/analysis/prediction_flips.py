@@ -12,49 +12,22 @@ from torch import Tensor, nn
 from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
-from cure.evaluation.diagnosis.table import at_least
-from cure.evaluation.runner import Progress, Result, accuracy_of, paired_difference, silent, wilson
+from cure.evaluation.runner import Progress, Result, accuracy_of, silent
 from cure.evaluation.target import Split
 from cure.models import core
 from cure.models.checks import check_outputs
-from cure.runs.folder import RunFolder, check_free
+from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.utils import plotting as drawing
+from cure.utils.io import check_free
 from cure.utils.plotting import Picture
+from cure.utils.stats import holm, mcnemar, paired_difference, wilson
 
 LEVEL = 0.05
 """Probability of calling a class changed that is not, over all classes together."""
 
 SHOWN = 20
 """Classes in a picture."""
-
-
-def mcnemar(lost: int, gained: int) -> float:
-    """Probability of a split at least as uneven, were an image as often lost as gained.
-
-    Exact and two-sided: ``min(1, 2 P(X >= max(lost, gained)))``, X binomial with ``lost + gained``
-    trials and share 1/2; 1 without any such image.
-
-    Source: McNemar, Psychometrika 1947, in its exact form.
-
-    >>> mcnemar(9, 1)
-    0.021484375
-    """
-    return min(1.0, 2 * at_least(max(lost, gained), lost + gained, 0.5))
-
-
-def holm(probabilities: Mapping[str, float], level: float = LEVEL) -> list[str]:
-    """Names whose hypotheses fall when all are tested together at ``level``, the surest first.
-
-    Source: Holm, Scand. J. Statist. 1979.
-    """
-    ordered = sorted(probabilities, key=lambda name: probabilities[name])
-    fallen = []
-    for rank, name in enumerate(ordered):
-        if probabilities[name] > level / (len(ordered) - rank):
-            break
-        fallen.append(name)
-    return fallen
 
 
 def kept(natural: Tensor, robust: Tensor, label: Tensor, classes: Sequence[str]) -> Result:

@@ -7,17 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cure.analysis.study import STUDIES, Rows, Study, keep
 from cure.errors import ConfigError
-from cure.evaluation.runner import Progress, Result, silent, wilson
+from cure.evaluation.runner import Progress, Result, silent
 from cure.experiments.plan import LocalExecutor, stopped_by_signals
 from cure.experiments.sweep import Sweep, begin, fitting, read_varied, trials, work
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.training.trainer import Interrupted
 from cure.utils import plotting as drawing
 from cure.utils.plotting import Picture
+from cure.utils.stats import rank_correlation, wilson
 
 NAME = "sensitivity"
 AIMS = ("natural", "robust")
@@ -37,37 +36,6 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     Source: the Pareto front of two aims.
     """
     return [not any(a >= x and b >= y and (a > x or b > y) for a, b in points) for x, y in points]
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, Any] | None:
-    """Spearman's rank correlation, equal values sharing their mean rank, with its 95 % interval.
-
-    ``tanh(atanh(rho) -+ 1.96 sqrt((1 + rho^2 / 2) / (n - 3)))``
-
-    Returns:
-        ``rho`` in [-1, 1], ``interval``, ``n``; None with fewer than 4 pairs, or when all values of
-        one side are equal.
-
-    Source: Spearman 1904; interval: Bonett, Wright, Psychometrika 2000.
-    """
-    n = len(x)
-    if n < 4 or len(set(x)) == 1 or len(set(y)) == 1:
-        return None
-    rho = float(np.corrcoef(_ranks(x), _ranks(y))[0, 1])
-    rho = min(1.0, max(-1.0, rho))
-    if abs(rho) > 1 - 1e-12:
-        return {"rho": round(rho), "interval": [round(rho), round(rho)], "n": n}
-    half = 1.959963984540054 * math.sqrt((1 + rho**2 / 2) / (n - 3))
-    middle = math.atanh(rho)
-    return {"rho": rho, "interval": [math.tanh(middle - half), math.tanh(middle + half)], "n": n}
-
-
-def _ranks(values: Sequence[float]) -> np.ndarray[Any, Any]:
-    found, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: np.ndarray[Any, Any] = (last - (counts - 1) / 2)[where]
-    assert len(found) == len(counts)
-    return ranks
 
 
 # -- the study -----------------------------------------------------------------------------------

@@ -18,9 +18,11 @@ from cure.evaluation.runner import Result
 from cure.evaluation.target import ModelOptions, Split, check_counts, subject_of, threat_of
 from cure.models import describe
 from cure.registry import STUDIES as STUDIES
-from cure.runs.folder import RunFolder, environment, write_json, write_text
+from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.utils.engine import Engine
+from cure.utils.environment import environment
+from cure.utils.io import write_json, write_text
 from cure.utils.plotting import Picture
 
 STUDY_FORMAT = "cure-study-1"

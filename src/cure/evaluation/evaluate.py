@@ -22,10 +22,12 @@ from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
 from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, silent
 from cure.evaluation.target import ModelOptions, Split, check_counts, subject_of, threat_of
 from cure.models import describe
-from cure.runs.folder import RunFolder, check_free, environment, write_json
+from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
+from cure.utils.environment import environment
+from cure.utils.io import check_free, write_json
 
 RESULT_FORMAT = "cure-evaluation-1"
 

@@ -21,6 +21,7 @@ from cure.evaluation.journal import Identity, Journal, Verdict
 from cure.models import digest
 from cure.models.checks import check_outputs
 from cure.utils.engine import Engine
+from cure.utils.stats import median_interval, wilson
 
 Result = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -65,49 +66,6 @@ class Curve:
 
 def silent(name: str, done: int, count: int) -> None:
     """Tell nobody."""
-
-
-def wilson(correct: int, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a share, in percent; 95 % by default.
-
-    Source: Wilson, JASA 1927; unlike the normal interval it holds at 0 % and 100 %.
-
-    >>> [round(limit, 1) for limit in wilson(0, 100)]
-    [0.0, 3.7]
-    """
-    share = correct / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    # At the ends the limit is exact; rounding would leave 4e-17 in its place.
-    low = 0.0 if correct == 0 else centre - half
-    high = 1.0 if correct == count else centre + half
-    return 100 * low, 100 * high
-
-
-def paired_difference(
-    lost: int, gained: int, count: int, z: float = 1.959963984540054
-) -> tuple[float, float, float]:
-    """Change of an accuracy measured twice on the same images, and its interval, in points.
-
-    ``100 (gained - lost) / n``; the interval is that of Wald after one image more of each kind,
-    95 % by default.
-
-    Args:
-        lost: images right the first time only.
-        gained: images right the second time only.
-        count: all images.
-        z: quantile of the normal distribution.
-
-    Source: Bonett and Price, J. Educ. Behav. Stat. 2012, "Adjusted Wald confidence interval for a
-    difference of binomial proportions based on paired data".
-
-    >>> [round(value, 2) for value in paired_difference(20, 10, 100)]
-    [-10.0, -20.51, 0.9]
-    """
-    down, up = (lost + 1) / (count + 2), (gained + 1) / (count + 2)
-    centre, half = up - down, z * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
-    low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    return 100 * (gained - lost) / count, 100 * low, 100 * high
 
 
 def nrr(natural: float, robust: float) -> float:
@@ -296,23 +254,23 @@ def smallest(distances: Tensor) -> Result:
         distances: [N]; 0 where an image was wrong as it is, infinite where nothing was found.
 
     Returns:
-        ``median_distance`` over all images and its 95 % interval (order statistics that the number
-        of images below the median falls between: no distribution is assumed); null is infinite;
+        ``median_distance`` over all images and its 95 % interval
+        (:func:`~cure.utils.stats.median_interval`); None is infinite;
         ``distance_curve``: [distance, percent of the images still right] at 101 quantiles.
     """
     ordered, count = distances.sort().values, len(distances)
-    half = 1.959963984540054 * math.sqrt(count) / 2
-    low, high = max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
+    median, low, high = median_interval(ordered.tolist())
 
-    def number(value: Tensor) -> float | None:
-        return float(value) if bool(value.isfinite()) else None
+    def number(value: float) -> float | None:
+        return float(value) if math.isfinite(value) else None
 
     quantiles = [round(share * (count - 1) / 100) for share in range(101)]
     return {
-        "median_distance": number((ordered[(count - 1) // 2] + ordered[count // 2]) / 2),
-        "median_interval": [number(ordered[low]), number(ordered[high])],
+        "median_distance": number(median),
+        # No distance is below 0, so that is the limit where order statistics give none.
+        "median_interval": [number(max(0.0, low)), number(high)],
         "distance_curve": [
-            [number(ordered[place]), 100 * float((ordered > ordered[place]).double().mean())]
+            [number(float(ordered[place])), 100 * float((ordered > ordered[place]).double().mean())]
             for place in dict.fromkeys(quantiles)
         ],
     }

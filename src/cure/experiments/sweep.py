@@ -27,10 +27,11 @@ from cure.config import Ratio, RunConfig
 from cure.errors import ConfigError, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, silent
 from cure.recipe import check, override, parse_override, read_recipe
-from cure.runs.folder import RunFolder, write_json
+from cure.runs.folder import RunFolder
 from cure.training.run import resume, train
 from cure.training.setup import NATURAL, carry_out, natural_config, prepare
 from cure.training.trainer import Interrupted
+from cure.utils.io import write_json
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -5,13 +5,7 @@ made for standardised images is wrapped in :class:`Normalised`, so that attacks 
 """
 
 from cure.models.build import build_model, describe
-from cure.models.checkpoint import (
-    digest,
-    load_weights,
-    read_weights,
-    save_weights,
-    write_atomically,
-)
+from cure.models.checkpoint import digest, load_weights, read_weights, save_weights
 from cure.models.registry import MODELS, Builder
 from cure.models.wrapper import Normalised, core
 
@@ -26,5 +20,4 @@ __all__ = [
     "load_weights",
     "read_weights",
     "save_weights",
-    "write_atomically",
 ]

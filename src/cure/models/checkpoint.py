@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-import os
 import pickle
 import pickletools
 import re
-import secrets
 import shlex
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -23,6 +19,7 @@ from torch import Tensor, nn
 
 from cure.errors import CheckpointError
 from cure.models.wrapper import Normalised, core
+from cure.utils.io import first_line, write_atomically
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -138,49 +135,6 @@ def _write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to the disk, then rename it.
-
-    Whoever reads ``path`` sees the old content or the new, also after a crash; the temporary
-    file is removed when anything fails.
-
-    Args:
-        path: the file to write or replace; its folder exists.
-        write: writes everything to the path that it is given.
-
-    Raises:
-        CheckpointError: when the disk is full or refuses; what ``path`` held is still there.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        # torch.save reports a full disk as a RuntimeError of its archive writer.
-        refused = isinstance(error, RuntimeError) and re.search(
-            "PytorchStreamWriter|inline_container", str(error)
-        )
-        if not refused and not isinstance(error, OSError):
-            raise
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "no space is left on the disk" if full else _first_line(error)
-        raise CheckpointError(
-            f"could not write {path}: {reason}; nothing that existed was lost"
-        ) from error
-    # The rename itself must reach the disk too; not every system can flush a folder.
-    with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of all names, types, shapes and bytes, in hexadecimal; order does not matter."""
     total = hashlib.sha256()
@@ -205,7 +159,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
         with open(path, "rb"):
             pass
     except OSError as error:
-        raise CheckpointError(f"could not read {path}: {_first_line(error)}") from None
+        raise CheckpointError(f"could not read {path}: {first_line(error)}") from None
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     return _tensors(_read_torch(path), path), False
@@ -220,7 +174,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
                 weights[name] = file.get_tensor(name)
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is no whole safetensors file ({_first_line(error)}): it was damaged or cut "
+            f"{path} is no whole safetensors file ({first_line(error)}): it was damaged or cut "
             "off; copy it again"
         ) from None
     if not weights:
@@ -247,7 +201,7 @@ def _read_torch(path: Path) -> object:
                 marked = [part for part in parts.infolist() if part.external_attr & 16]
                 folders = [part.filename for part in marked if not part.is_dir()]
         except Exception as error:
-            raise CheckpointError(f"{damaged} ({_first_line(error)}); copy it again") from None
+            raise CheckpointError(f"{damaged} ({first_line(error)}); copy it again") from None
         if bad is not None or folders:
             raise CheckpointError(
                 f"{path} was altered after it was written: the checksum or mark of its part "
@@ -264,7 +218,7 @@ def _read_torch(path: Path) -> object:
         if plain or _WANTS_CODE.search(str(error)):
             raise CheckpointError(_refused(path)) from None
         # What PyTorch says of bytes that are no pickle is advice to read them unsafely.
-        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
         raise CheckpointError(f"{damaged}{reason}; copy it again") from None
 
 
@@ -366,9 +320,3 @@ def _listed(what: str, names: list[str]) -> str:
         return ""
     more = ", ..." if len(names) > _SHOWN else ""
     return f"{len(names)} {what}: {', '.join(names[:_SHOWN])}{more}"
-
-
-def _first_line(error: BaseException) -> str:
-    said = (isinstance(error, OSError) and error.strerror) or str(error)
-    text = next((line.strip() for line in said.splitlines() if line.strip()), "")
-    return (text or type(error).__name__)[:200].rstrip(".")

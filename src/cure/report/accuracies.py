@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from cure.report.components import (
     Block,
     Cell,
     Grid,
-    Interval,
     Missing,
     Words,
     between,
@@ -33,6 +31,7 @@ from cure.report.components import (
     written,
 )
 from cure.report.loader import Content, Entry, number
+from cure.utils.stats import newcombe
 
 # They change an image without asking the network which change would hurt it.
 _BLIND = ("noise", "transfer")
@@ -88,17 +87,6 @@ def strongest(row: Row) -> str | None:
 def is_strong(attack: str) -> bool:
     """Whether it is of the kind that is trusted: several attacks, one without gradients."""
     return attack.startswith("autoattack")
-
-
-def difference(first: Interval, p: float, second: Interval, q: float) -> Interval:
-    """95 % interval of the difference p - q of two shares with Wilson intervals, in percent.
-
-    Source: Newcombe, Statistics in Medicine 1998, method 10.  Images are taken as drawn anew for
-    each; those of one test set are the same, so the true interval is as wide or narrower.
-    """
-    low = math.hypot(p - first[0], second[1] - q)
-    high = math.hypot(first[1] - p, q - second[0])
-    return p - q - low, p - q + high
 
 
 def about(row: Row) -> str:
@@ -268,8 +256,9 @@ def _against_start(entry: Entry, row: Row, measured: Measured) -> list[str]:
         return [f"{start.name}, where it started, was evaluated otherwise; the two do not compare."]
 
     def changed(name: str) -> str:
-        limits = difference(
-            row[f"{name}_interval"], row[name], before[f"{name}_interval"], before[name]
+        # One test set is not two independent samples: the true interval is as wide or narrower.
+        limits = newcombe(
+            row[name], row[f"{name}_interval"], before[name], before[f"{name}_interval"]
         )
         return points(row[name] - before[name], limits)
 

@@ -34,9 +34,9 @@ from cure.report.components import (
     written,
 )
 from cure.report.loader import Content, Entry, Gathered, Told, gather, number
-from cure.runs.folder import check_free, write_text
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
+from cure.utils.io import check_free, write_text
 from cure.utils.plotting import renamed, series
 from cure.utils.version import VERSION
 

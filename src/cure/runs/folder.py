@@ -21,89 +21,20 @@ import fcntl
 import itertools
 import json
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from cure.config import RunConfig
 from cure.data.images import ImageKind
-from cure.errors import CheckpointError, ConfigError
-from cure.models.checkpoint import write_atomically
+from cure.errors import CheckpointError
 from cure.recipe import check_kept, dump
-from cure.utils.version import VERSION
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware and command, so that a number can be traced to what made it."""
-    packages = {}
-    for package in ("torch", "numpy", "datasets", "safetensors", "pyautoattack"):
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = "not installed"
-    return {
-        "cure": VERSION,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": packages,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "command": _command(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _command() -> str:
-    """What was typed; an absolute path says where on a machine, so only its last part is kept."""
-    words = ["cure" if not index else word for index, word in enumerate(sys.argv)]
-    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that is running, when it is a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+from cure.utils.environment import environment
+from cure.utils.io import write_json, write_text
 
 
 def epoch_name(epoch: int) -> str:
@@ -369,17 +300,3 @@ class RunFolder:
                     f"{self.path} is being trained by another process; wait for it or stop it"
                 ) from None
             yield
-
-
-def check_free(output: str | Path | None) -> None:
-    """Refuse a file that exists or cannot be made, before anything is computed for it.
-
-    Raises:
-        ConfigError: in one sentence.
-    """
-    if output is None:
-        return
-    if Path(output).exists():
-        raise ConfigError(f"{output} exists and is kept; name another output file")
-    if not Path(output).absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cure.errors import CheckpointError
-from cure.models.checkpoint import digest, write_atomically
+from cure.models.checkpoint import digest
+from cure.utils.io import write_atomically
 
 FORMAT = "cure-state-1"
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from cure.methods import Masking
-from cure.models.checkpoint import write_atomically
 from cure.runs.folder import RunFolder
 from cure.utils.engine import Grads
+from cure.utils.io import write_atomically
 
 LINES = "gradients.jsonl"
 COUNTS = "gradients.safetensors"

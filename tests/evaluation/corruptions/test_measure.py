@@ -21,7 +21,7 @@ from cure.errors import ConfigError, CureError, DataError, ModelError
 from cure.evaluation.corruptions import measure
 from cure.evaluation.corruptions.constants import constants
 from cure.evaluation.corruptions.operations import CORRUPTIONS, corrupt
-from cure.evaluation.runner import wilson
+from cure.utils.stats import wilson
 from helpers import Command, refused
 
 Result = dict[str, Any]

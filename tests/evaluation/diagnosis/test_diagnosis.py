@@ -23,10 +23,11 @@ from cure.data import ImageSet
 from cure.errors import ConfigError, DataError, ModelError
 from cure.evaluation.diagnosis import CHECKS, Examination, cheap_checks, examine
 from cure.evaluation.diagnosis.context import logit_ratio
-from cure.evaluation.diagnosis.table import LEVEL, at_least, beyond
+from cure.evaluation.diagnosis.table import LEVEL, beyond
 from cure.models import MODELS, Normalised, core
 from cure.models.checkpoint import save_weights
 from cure.utils.engine import Engine
+from cure.utils.stats import at_least
 from helpers import Command, refused
 
 ENGINE = Engine(torch.device("cpu"))

@@ -28,14 +28,16 @@ from cure.evaluation.corruptions.operations import (
 )
 from cure.evaluation.corruptions.published import Published, open_published
 from cure.evaluation.corruptions.sheet import write_sheet
-from cure.evaluation.runner import Progress, Result, silent, wilson
+from cure.evaluation.runner import Progress, Result, silent
 from cure.evaluation.target import ModelOptions, Split, Subject, check_counts, subject_of
 from cure.models import describe
 from cure.models.checks import check_outputs
-from cure.runs.folder import check_free, environment, write_json
 from cure.runs.run import Run
 from cure.utils.engine import Engine
+from cure.utils.environment import environment
+from cure.utils.io import check_free, write_json
 from cure.utils.launcher import launched
+from cure.utils.stats import wilson
 
 FORMAT = "cure-corruptions-1"
 BASELINES = Path(__file__).parent / "baselines"

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from cure.evaluation.corruptions.operations import Pixels
-from cure.models.checkpoint import write_atomically
+from cure.utils.io import write_atomically
 
 _GAP, _SMALLEST, _LEFT, _TOP = 4, 96, 150, 24
 

@@ -16,9 +16,10 @@ from cure.evaluation.diagnosis.report import examine
 from cure.evaluation.runner import Progress, Result, silent
 from cure.evaluation.target import ModelOptions, Split, check_counts, subject_of, threat_of
 from cure.models import describe
-from cure.runs.folder import check_free, environment, write_json
 from cure.runs.run import Run
 from cure.utils.engine import Engine
+from cure.utils.environment import environment
+from cure.utils.io import check_free, write_json
 
 
 def diagnose(

@@ -6,18 +6,9 @@ import torch
 from torch import Tensor
 
 from cure.evaluation.diagnosis.context import Examination
-from cure.evaluation.diagnosis.table import (
-    LEVEL,
-    Finding,
-    Status,
-    at_least,
-    beyond,
-    check,
-    judged,
-    short,
-)
-from cure.evaluation.runner import wilson
+from cure.evaluation.diagnosis.table import LEVEL, Finding, Status, beyond, check, judged, short
 from cure.models import Normalised
+from cure.utils.stats import at_least, wilson
 
 TOLERANCE = 1e-3
 """Largest difference of two equal calls, as a share of the spread of the logits.

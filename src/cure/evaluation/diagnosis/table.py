@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from cure.utils.stats import at_least
+
 if TYPE_CHECKING:
     from cure.evaluation.diagnosis.context import Examination
 
@@ -79,17 +81,6 @@ def check(
         return function
 
     return enter
-
-
-def at_least(count: int, trials: int, share: float) -> float:
-    """P(X >= count) for X ~ Binomial(trials, share).
-
-    >>> round(at_least(9, 10, 0.5), 4)
-    0.0107
-    """
-    from scipy.special import bdtrc
-
-    return float(bdtrc(count - 1, trials, share)) if count > 0 else 1.0
 
 
 def beyond(count: int, trials: int, warn: float = 0.01, fail: float = 0.05) -> Status:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +28,7 @@ from cure.experiments.compare.reading import (
     read_rows,
     refuse_unlike,
 )
+from cure.utils.stats import student_t
 
 if TYPE_CHECKING:
     from cure.runs.run import Run
@@ -305,7 +305,7 @@ def _group(rows: list[Row], columns: Sequence[str]) -> Row:
         interval = having[0].get(f"{column}_interval") if len(values) == 1 else None
         over = None if interval is None else "images"
         if len(values) > 1 and column not in SETTINGS:
-            interval, over = list(_t_interval(values)), "seeds"
+            interval, over = list(student_t(values)), "seeds"
         group[column] = statistics.fmean(values) if values else None
         group[f"{column}_interval"] = interval
         group[f"{column}_interval_over"] = over
@@ -325,16 +325,6 @@ def _once(rows: Sequence[Row]) -> None:
                 f"{row['seed']}, and a seed counts once; leave one out, or name run folders, "
                 "whose settings tell runs apart"
             )
-
-
-def _t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % Student t interval of the mean of two or more values, in their unit."""
-    from scipy.special import stdtrit
-
-    mean = statistics.fmean(values)
-    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values)
-    half /= math.sqrt(len(values))
-    return mean - half, mean + half
 
 
 def difference(rows_a: Sequence[Row], rows_b: Sequence[Row], column: str) -> Difference:
@@ -367,7 +357,7 @@ def difference(rows_a: Sequence[Row], rows_b: Sequence[Row], column: str) -> Dif
     values = [float(first[seed][column]) - float(second[seed][column]) for seed in seeds]
     if not values:
         return Difference(None, None, 0)
-    interval = _t_interval(values) if len(values) > 1 else None
+    interval = student_t(values) if len(values) > 1 else None
     return Difference(statistics.fmean(values), interval, len(values))
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 from cure.config import RunConfig
 from cure.errors import ConfigError
 from cure.registry import TRACKERS as TRACKERS
-from cure.runs.folder import write_json
+from cure.utils.io import write_json
 
 
 class Tracker(Protocol):
