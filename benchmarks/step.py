@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from cure.attacks import Attack, Threat
 from cure.config import ModelConfig
 from cure.data import Batch
-from cure.methods import METHODS, Context, Method
+from cure.methods import METHODS, AdversarialBatch, Context, Method
 from cure.methods.cure import conserved
 from cure.models import build_model
 from cure.utils.engine import Engine
@@ -134,9 +134,9 @@ class Ours:
         engine = self.method.context.engine
         marks: list[float] = []
         self._mark(marks)
-        crafted = self.method.craft(self.batch)
+        attacked = self.method.make_adversarial(self.batch)
         self._mark(marks)
-        output = self.method.learn(self.batch, crafted)
+        output = self.method.compute_loss(self.batch, attacked)
         grads = output.grads
         if grads is None:
             assert output.loss is not None
@@ -332,18 +332,18 @@ def operations(name: str, net: Net) -> dict[str, float]:
     if isinstance(which, Plain):
         steps = {"all": which.step}
     else:
-        crafted: dict[str, Tensor] = {}
+        attacked: list[AdversarialBatch] = []
         ours = which
 
-        def craft() -> None:
-            crafted.update(ours.method.craft(ours.batch))
+        def attack() -> None:
+            attacked.append(ours.method.make_adversarial(ours.batch))
 
-        def learn() -> None:
-            output = ours.method.learn(ours.batch, crafted)
+        def gradients() -> None:
+            output = ours.method.compute_loss(ours.batch, attacked[-1])
             if output.loss is not None:
                 ours.method.context.engine.gradients(output.loss, ours.parameters)
 
-        steps = {"attack": craft, "gradients": learn}
+        steps = {"attack": attack, "gradients": gradients}
     for part, run in steps.items():
         with _Operations() as counter:
             run()
@@ -399,7 +399,7 @@ def errors(name: str, net: Net) -> dict[str, float]:
     # The same start: what our attack will draw.
     draws = method.context.generator("attack", ours.batch.step)
     noise = torch.randn(plain.image.shape, generator=draws, device=plain.image.device)
-    own = method.craft(ours.batch)["adversarial"]
+    own = method.make_adversarial(ours.batch).image
     rounded = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     theirs = yardstick.attack(plain.image, noise)
@@ -415,7 +415,7 @@ def errors(name: str, net: Net) -> dict[str, float]:
 
     method._gradients = watched  # type: ignore[attr-defined]
     engine = method.context.engine
-    method.learn(ours.batch, {"adversarial": engine.arrange(theirs)})
+    method.compute_loss(ours.batch, AdversarialBatch(engine.arrange(theirs)))
     masks = conserved(seen["scores"], method.config.percent)
     largest, agree, count = 0.0, 0, 0
     off, size = torch.zeros((), device=net.device), torch.zeros((), device=net.device)

@@ -192,15 +192,15 @@ def test_a_killed_run_records_the_same(
 
 def test_other_steps_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    learn = Cure.learn
+    compute_loss = Cure.compute_loss
 
-    def seen(self: Cure, batch: Any, crafted: Any) -> Any:
-        out = learn(self, batch, crafted)
+    def seen(self: Cure, batch: Any, attacked: Any) -> Any:
+        out = compute_loss(self, batch, attacked)
         if out.masking is not None:
             asked.append(batch.step)
         return out
 
-    monkeypatch.setattr(Cure, "learn", seen)
+    monkeypatch.setattr(Cure, "compute_loss", seen)
     trained(tmp_path / "run", "training.record_gradients=5")
     assert asked == [0, 1, 5, 6, 10, 11]
 

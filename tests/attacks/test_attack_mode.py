@@ -11,7 +11,7 @@ import torch
 from attack_networks import images, trained, untrained
 from torch import Tensor, nn
 
-from cure.attacks import OBJECTIVES, Attack, Threat, crafting, perturb
+from cure.attacks import OBJECTIVES, Attack, Threat, attack_mode, perturb
 from cure.attacks.objectives import with_cross_entropy
 
 MODES = ("eval", "train")
@@ -118,7 +118,7 @@ def test_mode_and_learning_of_every_module_while_the_attack_runs(mode):
 def test_crafting_is_a_context_of_its_own(mode):
     model = unusual()
     before = snapshot(model)
-    with crafting(model, mode):
+    with attack_mode(model, mode):
         model(images(4)[0])
     assert_unchanged(model, before)
 

@@ -117,7 +117,7 @@ def test_one_gradient_of_the_sum_is_that_of_each_loss_alone():
     robust, natural = (copy.deepcopy(network) for network in (method.model, method.natural))
     out = method.step(given)
     found = gradients_of(method, out)
-    adversarial_image = apart(robust_alpha=0.6).craft(given)["adversarial"]
+    adversarial_image = apart(robust_alpha=0.6).make_adversarial(given).image
     answers = natural(given.image), robust(adversarial_image)
     for network, one, other, alpha, prefix in (
         (natural, answers[0], answers[1], 0.9, "natural/"),
@@ -186,9 +186,9 @@ def test_the_attack_is_on_the_robust_network_against_the_natural_one_in_training
 def test_the_attack_moves_against_the_natural_network():
     """G decides where to, unless the cross-entropy alone is climbed, as in adversarial training."""
     given = batch()
-    images = [apart(seed, robust_alpha=1.0).craft(given)["adversarial"] for seed in (8, 9)]
+    images = [apart(seed, robust_alpha=1.0).make_adversarial(given).image for seed in (8, 9)]
     assert not torch.equal(*images)
-    alone = [apart(seed, robust_alpha=0.0).craft(given)["adversarial"] for seed in (8, 9)]
+    alone = [apart(seed, robust_alpha=0.0).make_adversarial(given).image for seed in (8, 9)]
     assert torch.equal(*alone)
     plain = build("at", tiny_network(2))
     assert torch.equal(alone[0], plain.attack(given, CROSS_ENTROPY))
@@ -215,9 +215,9 @@ def test_the_natural_network_begins_as_a_copy_that_goes_its_own_way():
 def test_each_network_s_statistics_remember_its_own_images_once():
     method, given = apart(), batch()
     robust, natural = (copy.deepcopy(network) for network in (method.model, method.natural))
-    crafted = method.craft(given)
-    adversarial = crafted["adversarial"]
-    method.learn(given, crafted)
+    attacked = method.make_adversarial(given)
+    adversarial = attacked.image
+    method.compute_loss(given, attacked)
     with torch.no_grad():
         robust(adversarial)
         natural(given.image)
@@ -229,17 +229,17 @@ def test_each_network_s_statistics_remember_its_own_images_once():
 def test_asked_a_second_time_it_computes_the_natural_logits_again():
     """As adversarial weight perturbation asks: at other weights, without remembering twice."""
     method, given = apart(), batch()
-    crafted = method.craft(given)
-    first = method.learn(given, crafted)
+    attacked = method.make_adversarial(given)
+    first = method.compute_loss(given, attacked)
     buffers = {name: buffer.clone() for name, buffer in method.natural.named_buffers()}
-    again = method.learn(given, crafted)
+    again = method.compute_loss(given, attacked.without_graph())
     assert again.loss.item() == first.loss.item()
     found, expected = gradients_of(method, again), gradients_of(method, first)
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
     with torch.no_grad():
         method.natural.linear.weight.mul_(2)
-    moved = method.learn(given, crafted).metrics
+    moved = method.compute_loss(given, attacked.without_graph()).metrics
     assert moved["natural_network_loss"] != first.metrics["natural_network_loss"]
     for name, buffer in method.natural.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
@@ -248,7 +248,7 @@ def test_asked_a_second_time_it_computes_the_natural_logits_again():
 def test_perturbed_weights_are_those_of_both_networks():
     """AWP around ACT against the same done by hand on copies."""
     method, given = apart(), batch()
-    adversarial = apart().craft(given)["adversarial"]
+    adversarial = apart().make_adversarial(given).image
     networks = {"": copy.deepcopy(method.model), "natural/": copy.deepcopy(method.natural)}
 
     def gradients() -> dict[str, Tensor]:

@@ -102,17 +102,17 @@ def test_gradient_is_that_of_trades_and_of_the_helpers():
     given = batch(step=4)
     ours = build("hat", tiny_network(2), within, beta=2.5, gamma=0.5)
     plain = build("trades", tiny_network(2), within, beta=2.5)
-    crafted = ours.craft(given)
-    adversarial = crafted["adversarial"]
-    assert torch.equal(adversarial, plain.craft(given)["adversarial"])
+    attacked = ours.make_adversarial(given)
+    adversarial = attacked.image
+    assert torch.equal(adversarial, plain.make_adversarial(given).image)
     label = teacher_network(7).eval()(adversarial).argmax(dim=1)
-    assert torch.equal(crafted["helper_label"], label)
+    assert torch.equal(attacked.helper_label, label)
     network = tiny_network(2)
     beyond = network(2 * adversarial - given.image)
     helper_loss = nn.functional.cross_entropy(beyond, label)
     extra = torch.autograd.grad(helper_loss, list(network.parameters()))
-    found = gradients_of(ours, ours.learn(given, crafted))
-    expected = gradients_of(plain, plain.learn(given, crafted))
+    found = gradients_of(ours, ours.compute_loss(given, attacked))
+    expected = gradients_of(plain, plain.compute_loss(given, attacked))
     for (name, gradient), more in zip(found.items(), extra, strict=True):
         torch.testing.assert_close(gradient, expected[name] + 0.5 * more, rtol=1e-4, atol=1e-7)
 

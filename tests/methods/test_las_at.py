@@ -38,7 +38,13 @@ from cure.config import ModelConfig, WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, Context, Method
 from cure.methods.common.losses import smoothed_cross_entropy
-from cure.methods.las_at import LasAtConfig, RewardConfig, StrategyConfig, StrategyNetwork
+from cure.methods.las_at import (
+    LasAtBatch,
+    LasAtConfig,
+    RewardConfig,
+    StrategyConfig,
+    StrategyNetwork,
+)
 from cure.methods.wrappers.awp import WeightPerturbed
 from cure.models import describe
 from cure.recipe import check, dump, load_recipe
@@ -213,17 +219,19 @@ def test_each_image_is_attacked_as_its_own_strategy_says(form):
     method = las(form, within, strategy=ranges)
     given = batch(step=4, count=12, seed=50, dtype=torch.float64)
     network = copy.deepcopy(method.model).eval()
-    crafted = method.craft(given)
+    attacked = method.make_adversarial(given)
     (call,) = within.attack.calls
     assert call["model"] is method.model
     assert call["objective"] is (KL if form == "trades" else CROSS_ENTROPY)
 
     unit = 0.16 / 8
-    units = {name: (crafted[name] / unit).tolist() for name in ("epsilon", "step_size")}
+    units = {name: (getattr(attacked, name) / unit).tolist() for name in ("epsilon", "step_size")}
     assert all(1 <= round(n) <= 15 and abs(n - round(n)) < 1e-9 for n in units["epsilon"])
     assert all(1 <= round(n) <= 5 and abs(n - round(n)) < 1e-9 for n in units["step_size"])
-    assert set(crafted["steps"].tolist()) <= set(range(1, 7))
-    assert all(len(set(crafted[name].tolist())) > 2 for name in ("epsilon", "steps", "step_size"))
+    assert set(attacked.steps.tolist()) <= set(range(1, 7))
+    assert all(
+        len(set(getattr(attacked, name).tolist())) > 2 for name in ("epsilon", "steps", "step_size")
+    )
 
     draws = method.context.generator("attack", given.step)
     if start == "uniform":
@@ -232,11 +240,11 @@ def test_each_image_is_attacked_as_its_own_strategy_says(form):
         noise = 0.001 * torch.randn(given.image.shape, generator=draws, dtype=torch.float64)
     alone = []
     for number, image in enumerate(given.image):
-        radius, size = crafted["epsilon"][number].item(), crafted["step_size"][number].item()
+        radius, size = attacked.epsilon[number].item(), attacked.step_size[number].item()
         current = (image + noise[number].clamp(-radius, radius)).clamp(0, 1)
         label = int(given.label[number])
         natural = forward_alone(network, image).softmax(0).detach()
-        for _ in range(int(crafted["steps"][number])):
+        for _ in range(int(attacked.steps[number])):
             leaf = current.clone().requires_grad_(True)
             logits = forward_alone(network, leaf)
             if form == "at":
@@ -248,28 +256,28 @@ def test_each_image_is_attacked_as_its_own_strategy_says(form):
             stepped = torch.minimum(torch.maximum(stepped, image - radius), image + radius)
             current = stepped.clamp(0, 1)
         alone.append(current)
-    torch.testing.assert_close(crafted["adversarial"], torch.stack(alone), rtol=0, atol=1e-9)
-    change = (crafted["adversarial"] - given.image).abs().flatten(1).amax(dim=1)
-    assert (change <= crafted["epsilon"] + 1e-12).all()
+    torch.testing.assert_close(attacked.image, torch.stack(alone), rtol=0, atol=1e-9)
+    change = (attacked.image - given.image).abs().flatten(1).amax(dim=1)
+    assert (change <= attacked.epsilon + 1e-12).all()
     assert (change > 0.99 * 0.16).any(), "some image should be allowed more than the threat"
 
 
 @pytest.mark.parametrize("epsilon", [8 / 255, 0.15])
 def test_sizes_are_eighths_of_the_threat(epsilon):
     method = build("las-at", within=context(epsilon=epsilon))
-    crafted = method.craft(batch())
+    attacked = method.make_adversarial(batch())
     for name, low, high in (("epsilon", 3, 15), ("step_size", 1, 5)):
-        assert crafted[name].min() >= low * epsilon / 8 * (1 - 1e-6)
-        assert crafted[name].max() <= high * epsilon / 8 * (1 + 1e-6)
-        assert crafted[name].max() > crafted[name].min()
-    assert crafted["steps"].min() >= 3
-    assert crafted["steps"].max() <= 14
-    assert "beta" not in crafted
+        assert getattr(attacked, name).min() >= low * epsilon / 8 * (1 - 1e-6)
+        assert getattr(attacked, name).max() <= high * epsilon / 8 * (1 + 1e-6)
+        assert getattr(attacked, name).max() > getattr(attacked, name).min()
+    assert attacked.steps.min() >= 3
+    assert attacked.steps.max() <= 14
+    assert attacked.beta is None
 
 
 def test_the_form_trades_draws_a_beta_for_each_image():
-    crafted = build("las-at", form="trades").craft(batch(count=24))
-    assert set(crafted["beta"].tolist()) == {5.0, 6.0, 7.0, 8.0, 9.0}
+    attacked = build("las-at", form="trades").make_adversarial(batch(count=24))
+    assert set(attacked.beta.tolist()) == {5.0, 6.0, 7.0, 8.0, 9.0}
 
 
 def test_a_uniform_start_from_another_ball():
@@ -300,24 +308,24 @@ def smoothed(rows: list[list[float]], labels: list[int], mass: float) -> float:
     return total / len(labels)
 
 
-def table(form: str, **settings: Any) -> tuple[Method, Batch, dict[str, Tensor]]:
+def table(form: str, **settings: Any) -> tuple[Method, Batch, LasAtBatch]:
     unit = torch.eye(4, dtype=torch.float64).reshape(4, 1, 2, 2)
     method = las(form, model=Table([*NATURAL, *ADVERSARIAL]), **settings)
     given = Batch(unit[:2], torch.tensor(LABELS), torch.arange(2), 0)
-    crafted = {
-        "adversarial": unit[2:],
-        "epsilon": torch.tensor([0.1, 0.2], dtype=torch.float64),
-        "steps": torch.tensor([3, 4]),
-        "step_size": torch.tensor([0.01, 0.03], dtype=torch.float64),
-        "beta": torch.tensor([2.0, 5.0], dtype=torch.float64),
-    }
-    return method, given, crafted
+    attacked = LasAtBatch(
+        unit[2:],
+        epsilon=torch.tensor([0.1, 0.2], dtype=torch.float64),
+        steps=torch.tensor([3, 4]),
+        step_size=torch.tensor([0.01, 0.03], dtype=torch.float64),
+        beta=torch.tensor([2.0, 5.0], dtype=torch.float64),
+    )
+    return method, given, attacked
 
 
 @pytest.mark.parametrize("mass", [0.7, 0.6, 1.0])
 def test_smoothed_loss_of_two_samples_and_three_classes(mass):
-    method, given, crafted = table("at", true_mass=mass)
-    out = method.learn(given, crafted)
+    method, given, attacked = table("at", true_mass=mass)
+    out = method.compute_loss(given, attacked)
     assert out.loss.item() == pytest.approx(smoothed(ADVERSARIAL, LABELS, mass), abs=1e-12)
     if mass == 1:
         assert out.loss.item() == pytest.approx(mean_ce(ADVERSARIAL, LABELS), abs=1e-12)
@@ -340,8 +348,8 @@ def test_gradient_of_the_smoothed_loss_in_closed_form():
 
 
 def test_each_image_has_its_own_weight_in_the_form_trades():
-    method, given, crafted = table("trades")
-    out = method.learn(given, crafted)
+    method, given, attacked = table("trades")
+    out = method.compute_loss(given, attacked)
     kl = [mean_kl([NATURAL[n]], [ADVERSARIAL[n]]) for n in (0, 1)]
     expected = mean_ce(NATURAL, LABELS) + (2 * kl[0] + 5 * kl[1]) / 2
     assert out.loss.item() == pytest.approx(expected, abs=1e-12)
@@ -351,22 +359,22 @@ def test_each_image_has_its_own_weight_in_the_form_trades():
 
 
 def test_equal_weights_are_trades_with_gradients_through_both_predictions():
-    method, given, crafted = table("trades")
-    crafted["beta"] = torch.full((2,), 6.0, dtype=torch.float64)
-    images = crafted["adversarial"]
+    method, given, attacked = table("trades")
+    attacked = replace(attacked, beta=torch.full((2,), 6.0, dtype=torch.float64))
+    images = attacked.image
     within = context(attack=lambda *arguments, **options: images)
     plain = build("trades", Table([*NATURAL, *ADVERSARIAL]), within, beta=6.0)
     expected = gradients_of(plain, plain.step(given))["weight"]
-    found = gradients_of(method, method.learn(given, crafted))["weight"]
+    found = gradients_of(method, method.compute_loss(given, attacked))["weight"]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @every_form
 def test_learning_is_pure_also_at_an_update(form):
     method = las(form, strategy={"interval": 1})
-    crafted = method.craft(batch(dtype=torch.float64))
+    attacked = method.make_adversarial(batch(dtype=torch.float64))
     before = copy.deepcopy(method.strategy.state_dict())
-    outs = [method.learn(batch(dtype=torch.float64), crafted) for _ in range(2)]
+    outs = [method.compute_loss(batch(dtype=torch.float64), attacked) for _ in range(2)]
     assert torch.equal(outs[0].loss, outs[1].loss)
     assert_same_tensors(method.strategy.state_dict(), before)
 
@@ -375,23 +383,23 @@ def test_learning_is_pure_also_at_an_update(form):
 
 
 def by_hand(
-    network: nn.Module, given: Batch, made: dict[str, Tensor], form: str, epsilon: float, draws: Any
+    network: nn.Module, given: Batch, made: LasAtBatch, form: str, epsilon: float, draws: Any
 ) -> tuple[float, float, float]:
     """R1, R2 and R3 of images already made: rate 0.2, decay 0.02, 4 steps, 3 starts."""
 
     def trained(model: nn.Module) -> Tensor:
         if form == "at":
-            logarithms = model(made["adversarial"]).log_softmax(1)
+            logarithms = model(made.image).log_softmax(1)
             target = torch.full_like(logarithms, 0.15)
             target[torch.arange(len(target)), given.label] = 0.7
             return -(target * logarithms).sum(1).mean()
-        p, q = model(given.image).softmax(1), model(made["adversarial"]).softmax(1)
+        p, q = model(given.image).softmax(1), model(made.image).softmax(1)
         picked = p[torch.arange(len(p)), given.label].log()
-        return (-picked + made["beta"] * (p * (p / q).log()).sum(1)).mean()
+        return (-picked + made.beta * (p * (p / q).log()).sum(1)).mean()
 
     with torch.no_grad():
         if form == "at":
-            logits = copy.deepcopy(network).eval()(made["adversarial"])
+            logits = copy.deepcopy(network).eval()(made.image)
             first = nn.functional.cross_entropy(logits, given.label).item()
         else:
             first = trained(copy.deepcopy(network)).item()
@@ -433,33 +441,33 @@ def test_parts_of_the_reward(form, reuse):
     given.label[[2, 7]] = (given.label[[2, 7]] + 1) % 3
     network = copy.deepcopy(model)
     drawn = watch_draws(method)
-    crafted = method.craft(given)
-    made = dict(crafted)
+    attacked = method.make_adversarial(given)
+    made = attacked
     if not reuse:
         first = within.attack.calls[0]
-        made["adversarial"] = first["answer"]
-        assert not torch.equal(made["adversarial"], crafted["adversarial"])
+        made = replace(made, image=first["answer"])
+        assert not torch.equal(made.image, attacked.image)
         if form == "trades":
-            made["beta"] = drawn[0]["beta"].double()
-            assert not torch.equal(made["beta"], crafted["beta"])
+            made = replace(made, beta=drawn[0]["beta"].double())
+            assert not torch.equal(made.beta, attacked.beta)
     draws = method.context.generator("reward", 3)
     expected = by_hand(network, given, made, form, 0.25, draws)
     with torch.no_grad():
         now = network.eval()(given.image).argmax(1) == given.label
     assert 0 < expected[1] < expected[2] < now.double().mean(), "the parts should differ"
-    found = [crafted[f"reward_{name}"].item() for name in ("loss", "robust", "natural")]
+    found = [attacked.reward[f"reward_{name}"].item() for name in ("loss", "robust", "natural")]
     assert found == pytest.approx(expected, rel=1e-9)
     total = 0.5 * expected[0] + 3 * expected[1] + 7 * expected[2]
-    assert crafted["reward"].item() == pytest.approx(total, rel=1e-9)
-    metrics = method.learn(given, crafted).metrics
-    assert metrics["reward"].item() == crafted["reward"].item()
+    assert attacked.reward["reward"].item() == pytest.approx(total, rel=1e-9)
+    metrics = method.compute_loss(given, attacked).metrics
+    assert metrics["reward"].item() == attacked.reward["reward"].item()
 
 
 def test_the_first_part_is_limited():
     method = las("at", strategy={"interval": 1}, reward={"limit": 0.1, "robust": 0, "natural": 0})
-    crafted = method.craft(batch(dtype=torch.float64))
-    assert crafted["reward_loss"] > 0.1
-    assert crafted["reward"].item() == 0.1
+    attacked = method.make_adversarial(batch(dtype=torch.float64))
+    assert attacked.reward["reward_loss"] > 0.1
+    assert attacked.reward["reward"].item() == 0.1
 
 
 @either_way
@@ -468,13 +476,15 @@ def test_crafting_leaves_the_network_as_it_was(form, reuse):
     """Statistics, too: neither the reward nor the copy's step moves them."""
     method = las(form, strategy={"interval": 1, "reuse": reuse})
     before = copy.deepcopy(method.model.state_dict())
-    crafted = method.craft(batch(dtype=torch.float64))
-    assert "reward" in crafted
+    attacked = method.make_adversarial(batch(dtype=torch.float64))
+    assert attacked.reward
     assert_same_tensors(method.model.state_dict(), before)
     assert all(module.training for module in method.modules())
     assert all(parameter.requires_grad for parameter in method.parameters())
     assert all(parameter.grad is None for parameter in method.parameters())
-    assert not any(value.requires_grad for value in crafted.values())
+    assert not any(
+        value.requires_grad for value in vars(attacked).values() if isinstance(value, Tensor)
+    )
 
 
 @every_form
@@ -484,12 +494,12 @@ def test_the_copy_takes_one_plain_step_with_the_weights_that_learn(form):
     within = within_of(learning_rate=lambda step: 0.1 * step, weight_decay=0.1)
     method = las(form, within, model, strategy=SHORT, reward=QUICK)
     given = batch(step=5, dtype=torch.float64)
-    crafted = method.craft(given)
-    after, _ = method._after_one_step(given, crafted)
+    attacked = method.make_adversarial(given)
+    after, _ = method._after_one_step(given, attacked)
     assert torch.equal(after.linear.weight, model.linear.weight)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     theirs = torch.optim.SGD(learning, lr=0.5, momentum=0.9, weight_decay=0.1)
-    method.learn(given, crafted).loss.backward()
+    method.compute_loss(given, attacked).loss.backward()
     theirs.step()
     for name, value in after.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0, atol=1e-12, msg=name)
@@ -512,7 +522,7 @@ def test_an_update_is_a_step_against_the_policy_loss(form, reuse):
     for step in range(3):
         given = batch(step, seed=step, dtype=torch.float64)
         drawn.clear()
-        crafted = method.craft(given)
+        attacked = method.make_adversarial(given)
         assert len(drawn) == (1 if reuse else 2)
         if not reuse:
             same = drawn[0]["epsilon"] == drawn[1]["epsilon"]
@@ -525,7 +535,7 @@ def test_an_update_is_a_step_against_the_policy_loss(form, reuse):
             chosen = part.softmax(1)[torch.arange(24), drawn[0][name] - low]
             total = total + chosen.log().mean()
         theirs.zero_grad()
-        (-crafted["reward"] * total).backward()
+        (-attacked.reward["reward"] * total).backward()
         clipped += bool(nn.utils.clip_grad_norm_(other.parameters(), 0.4) > 0.4)
         theirs.step()
         for name, value in method.strategy.state_dict().items():
@@ -554,8 +564,8 @@ def test_strategies_that_pay_become_likelier(form):
     method = las(form, strategy=quickly)
     low = method.strategy.ranges["epsilon"][0]
 
-    def parts(given: Batch, made: dict[str, Tensor]) -> dict[str, Tensor]:
-        share = (made["epsilon"] < (low + 1.5) * 0.1 / 8).double().mean()
+    def parts(given: Batch, made: LasAtBatch) -> dict[str, Tensor]:
+        share = (made.epsilon < (low + 1.5) * 0.1 / 8).double().mean()
         zero = share.new_zeros(())
         # With about its mean taken off, so that few updates show the direction.
         return {"reward_loss": zero, "reward_robust": share - usual, "reward_natural": zero}
@@ -570,7 +580,7 @@ def test_strategies_that_pay_become_likelier(form):
 
     before = usual = probability()
     for step in range(40):
-        method.craft(batch(step, seed=step, dtype=torch.float64))
+        method.make_adversarial(batch(step, seed=step, dtype=torch.float64))
     assert probability() > before + 0.05
 
 
@@ -592,17 +602,19 @@ def test_the_strategy_network_draws_in_evaluation_mode_and_learns_in_training_mo
 @pytest.mark.parametrize(("form", "due"), [("at", [19, 39]), ("trades", list(range(40)))])
 def test_it_learns_every_twentieth_or_every_step(form, due):
     method = build("las-at", within=within_of(), form=form)
-    method._attacked = lambda given, actions, purpose: {"adversarial": given.image}
+    method._attacked = lambda given, actions, purpose: LasAtBatch(
+        given.image, *given.image.new_ones(3, len(given.image))
+    )
     method._reward_parts = lambda given, made: {
         f"reward_{name}": torch.tensor(1.0) for name in ("loss", "robust", "natural")
     }
     moved = []
     for step in range(40):
         before = copy.deepcopy(method.strategy.state_dict())
-        crafted = method.craft(batch(step))
+        attacked = method.make_adversarial(batch(step))
         now = method.strategy.state_dict()
         changed = not all(torch.equal(now[name], value) for name, value in before.items())
-        assert changed == ("reward" in crafted)
+        assert changed == bool(attacked.reward)
         moved += [step] * changed
     assert moved == due
 
@@ -746,7 +758,7 @@ def test_it_lies_in_the_layout_of_the_run_and_learns_the_same_there():
     innermost = las(within=replace(within, engine=engine), model=tiny_network(3), **settings)
     for method in (plain, innermost):
         for step in range(2):
-            method.craft(batch(step, dtype=torch.float64))
+            method.make_adversarial(batch(step, dtype=torch.float64))
     weight = innermost.strategy.trunk.conv2.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not plain.strategy.trunk.conv2.weight.is_contiguous(memory_format=torch.channels_last)

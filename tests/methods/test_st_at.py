@@ -32,7 +32,7 @@ from cure.attacks import Attack, Threat
 from cure.attacks.pgd import starting_point
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.st_at import StAtConfig, extremes, pick, squeeze, symmetric_kl
+from cure.methods.st_at import StAtBatch, StAtConfig, extremes, pick, squeeze, symmetric_kl
 from cure.models.batch_norm import untracked
 from cure.recipe import load_recipe
 
@@ -128,8 +128,8 @@ def planted_step(beta: float = 6.0):
     unit = torch.eye(6, dtype=torch.float64).reshape(6, 1, 2, 3)
     method = build("st-at", Table([*NATURAL, *COLLABORATIVE, *ADVERSARIAL]), beta=beta)
     given = Batch(unit[:2], torch.tensor(LABELS), torch.arange(2), 0)
-    crafted = {"collaborative": unit[2:4], "adversarial": unit[4:]}
-    return method, method.learn(given, crafted)
+    attacked = StAtBatch(unit[4:], unit[2:4])
+    return method, method.compute_loss(given, attacked)
 
 
 @pytest.mark.parametrize("beta", [0.0, 6.0])
@@ -238,11 +238,11 @@ def test_the_attack_against_a_loop_over_samples(mode):
     draws = method.context.generator("attack", 3)
     starts = [starting_point(given.image, attack.threat, "gaussian", draws) for _ in range(2)]
     assert not torch.equal(*starts)
-    found = method.craft(given)
+    found = method.make_adversarial(given)
     adversarial, collaborative, seen = reference(network, given.image, given.label, starts, 5)
     assert {pair[0] for pair in seen} == {pair[1] for pair in seen} == {0, 1, 2}
-    torch.testing.assert_close(found["adversarial"], adversarial, rtol=0, atol=1e-12)
-    torch.testing.assert_close(found["collaborative"], collaborative, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.image, adversarial, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.collaborative, collaborative, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -252,9 +252,10 @@ def test_both_images_stay_in_the_ball_and_in_range(norm, start):
     attack = Attack(Threat(norm, radius), 6, radius / 2, start)
     given = batch(dtype=torch.float64)
     given.image[0, 0, 0] = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.02, 0.98])
-    crafted = build("st-at", tiny_network(1, torch.float64), context(attack=attack)).craft(given)
-    assert crafted.keys() == {"adversarial", "collaborative"}
-    for image in crafted.values():
+    attacked = build(
+        "st-at", tiny_network(1, torch.float64), context(attack=attack)
+    ).make_adversarial(given)
+    for image in (attacked.image, attacked.collaborative):
         assert not image.requires_grad
         assert image.min() >= 0
         assert image.max() <= 1
@@ -267,12 +268,12 @@ def test_the_attack_finds_a_worse_and_a_better_point():
     attack = Attack(Threat("Linf", 0.1), 10, 0.02, "gaussian")
     method = build("st-at", learnt(), context(attack=attack), attack_mode="eval")
     given = batch(dtype=torch.float64)
-    crafted = method.craft(given)
+    attacked = method.make_adversarial(given)
     network = copy.deepcopy(method.model).eval()
     with torch.no_grad():
         losses = [
             nn.functional.cross_entropy(network(image), given.label).item()
-            for image in (crafted["collaborative"], given.image, crafted["adversarial"])
+            for image in (attacked.collaborative, given.image, attacked.image)
         ]
     assert losses[0] < 0.9 * losses[1]
     assert losses[2] > 1.1 * losses[1]
@@ -287,10 +288,10 @@ def test_the_method_chooses_the_mode_of_the_attack_whatever_the_run_says(mode):
         method.model.bn1.register_forward_hook(
             lambda module, inputs, output: seen.append(module.training)
         )
-        images.append(method.craft(batch()))
+        images.append(method.make_adversarial(batch()))
         assert set(seen) == {mode == "train"}
         seen.clear()
-    assert torch.equal(images[0]["adversarial"], images[1]["adversarial"])
+    assert torch.equal(images[0].image, images[1].image)
     assert method.model.training
 
 
@@ -307,13 +308,13 @@ def test_statistics_remember_the_natural_and_then_the_adversarial_images_alone(m
     method = build("st-at", tiny_network(1), attack_mode=mode)
     before = copy.deepcopy(method.model)
     given = batch()
-    crafted = method.craft(given)
+    attacked = method.make_adversarial(given)
     for name, buffer in before.named_buffers():
         assert torch.equal(buffer, method.model.get_buffer(name)), name
-    method.learn(given, crafted)
+    method.compute_loss(given, attacked)
     with torch.no_grad():
         before(given.image)
-        before(crafted["adversarial"])
+        before(attacked.image)
     for name, buffer in before.named_buffers():
         assert torch.equal(buffer, method.model.get_buffer(name)), name
     assert int(method.model.bn1.num_batches_tracked) == 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cure.attacks.objectives import CROSS_ENTROPY, KL
 from cure.config import AveragingConfig, WeightPerturbationConfig
 from cure.data.images import Batch
-from cure.methods import METHODS, Method, StepOutput
+from cure.methods import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.at import Adversarial
 from cure.methods.wrappers.averaging import Averaged
 from cure.methods.wrappers.awp import WeightPerturbed, keeping_buffers, perturbation
@@ -224,9 +224,9 @@ class Fragile(Adversarial):
     fails_at = 2
     looks = 0
 
-    def learn(self, batch: Batch, crafted: dict[str, Tensor]) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         self.looks += 1
-        out = super().learn(batch, crafted)
+        out = super().compute_loss(batch, attacked)
         if self.looks == self.fails_at:
             raise KeyboardInterrupt
         return out

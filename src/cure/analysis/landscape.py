@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
-from cure.attacks import Threat, crafting
+from cure.attacks import Threat, attack_mode
 from cure.attacks.registry import evaluation_attack
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
@@ -113,7 +113,7 @@ def directions_of_images(
     Returns:
         Two tensors like ``image``.
     """
-    with crafting(model), torch.enable_grad():
+    with attack_mode(model), torch.enable_grad():
         point = image.detach().requires_grad_(True)
         loss = F.cross_entropy(model(point), label, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, point)

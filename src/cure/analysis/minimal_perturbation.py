@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
-from cure.attacks import Attack, Threat, crafting
+from cure.attacks import Attack, Threat, attack_mode
 from cure.attacks.objectives import MARGIN
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
@@ -163,7 +163,7 @@ def _fab(
     from cure.attacks.autoattack import LeavingFAB, PlainLayout
     from cure.attacks.third_party import part_of_autoattack
 
-    with crafting(model), torch.no_grad():
+    with attack_mode(model), torch.no_grad():
         network = PlainLayout(model)
         # In a ball without volume nobody is done before the last iteration.
         attack = part_of_autoattack("standard", "fab-t", network, image, Threat(norm, 0.0), seed)

@@ -1,7 +1,7 @@
 """Adversarial changes: the threat model, the ascent loop, and what is maximised."""
 
 from cure.attacks.objectives import OBJECTIVES, Objective
-from cure.attacks.pgd import Attack, crafting, perturb
+from cure.attacks.pgd import Attack, attack_mode, perturb
 from cure.attacks.threat import Threat
 
-__all__ = ["OBJECTIVES", "Attack", "Objective", "Threat", "crafting", "perturb"]
+__all__ = ["OBJECTIVES", "Attack", "Objective", "Threat", "attack_mode", "perturb"]

@@ -19,7 +19,7 @@ Start = Literal["gaussian", "uniform", "none"]
 
 
 @contextmanager
-def crafting(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[None]:
+def attack_mode(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[None]:
     """Lend ``model`` to an attack: no gradient for any weight, and every change undone at the end.
 
     Modes, ``requires_grad`` and buffers (in ``train`` mode BatchNorm would move them) come back
@@ -208,7 +208,7 @@ class Attack:
             if self.fold and self.mode == "eval"
             else nullcontext()
         )
-        with crafting(model, self.mode), lent:
+        with attack_mode(model, self.mode), lent:
             natural = None
             if objective.needs_natural:
                 with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks.objectives import CROSS_ENTROPY, MARGIN, Objective
-from cure.attacks.pgd import Attack, Start, crafting
+from cure.attacks.pgd import Attack, Start, attack_mode
 from cure.attacks.third_party import (
     MINIMUM,
     MINIMUM_SETTINGS,
@@ -259,7 +259,7 @@ def _part_of(kind: str, part: str) -> Part:
 
         devices = [image.device.index or 0] if image.device.type == "cuda" else []
         # It seeds PyTorch's global generator: lend it the generator and the network.
-        with crafting(model), torch.random.fork_rng(devices=devices):
+        with attack_mode(model), torch.random.fork_rng(devices=devices):
             if kind == "standard" and threat.norm != "L1":
                 return standard_part(part, model, image.contiguous(), label, threat, seed)
             plain = image.contiguous()
@@ -339,7 +339,7 @@ def _smallest(name: str, description: str) -> EvaluationAttack:
         number: int,  # noqa: ARG001
     ) -> Tensor:
         devices = [image.device.index or 0] if image.device.type == "cuda" else []
-        with crafting(model), torch.random.fork_rng(devices=devices):
+        with attack_mode(model), torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             return smallest_change(name, model, image.contiguous(), label, threat)
 

@@ -1,5 +1,13 @@
 """Training methods, one file each; a file that registers a method is all it takes to add one."""
 
-from cure.methods.base import METHODS, Context, Crafted, Masking, Method, Metrics, StepOutput
+from cure.methods.base import (
+    METHODS,
+    AdversarialBatch,
+    Context,
+    Masking,
+    Method,
+    Metrics,
+    StepOutput,
+)
 
-__all__ = ["METHODS", "Context", "Crafted", "Masking", "Method", "Metrics", "StepOutput"]
+__all__ = ["METHODS", "AdversarialBatch", "Context", "Masking", "Method", "Metrics", "StepOutput"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from cure.attacks.objectives import Objective, cross_entropy, kl_divergence_per_sample
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy, distillation
 from cure.models.batch_norm import untracked
 
@@ -76,8 +77,24 @@ class ActConfig(MethodConfig):
     the KL over the batch, ``even`` both alike."""
 
 
+@dataclass(frozen=True)
+class ActBatch(AdversarialBatch):
+    """Adversarial images for F, and what G predicts.
+
+    Attributes:
+        natural_logits: logits [B, K] of G on the natural images with their autograd graph, which
+            serves one backward pass; None where G is to be computed again.
+    """
+
+    natural_logits: Tensor | None
+
+    def without_graph(self) -> ActBatch:
+        """The same images without the logits of G."""
+        return replace(self, natural_logits=None)
+
+
 @METHODS.register("act")
-class Act(Method):
+class Act(Method[ActBatch]):
     """Adversarial concurrent training (ACT): robust network F and natural network G together.
 
     ``L_F = (1 - a_F) CE(F(x_adv), y) + a_F T^2 KL(p_G^T(x) || p_F^T(x_adv))``
@@ -115,7 +132,7 @@ class Act(Method):
     def _natural_logits(self, image: Tensor) -> Tensor:
         return self.context.engine.logits(self.natural, image)
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> ActBatch:
         """Adversarial images for F, and the logits of G with their graph."""
         natural, config = self._natural_logits(batch.image), self.config
         objective = concurrent_objective(
@@ -124,20 +141,19 @@ class Act(Method):
             config.attack_reduction,
             self.context.engine.world,
         )
-        return {"adversarial": self.attack(batch, objective), "natural_logits": natural}
+        return ActBatch(self.attack(batch, objective), natural)
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: ActBatch) -> StepOutput:
         """The losses of both networks.
 
-        The first call takes the logits of G out of ``crafted``, as their graph serves once and for
-        the weights of then; a later one computes them again (1 more forward pass), without moving
-        BatchNorm's statistics a second time.
+        Without the logits of G in ``attacked`` they are computed again (1 more forward pass),
+        without updating BatchNorm's running statistics a second time.
         """
-        natural = crafted.pop("natural_logits", None)
+        natural = attacked.natural_logits
         if natural is None:
             with untracked(self.natural):
                 natural = self._natural_logits(batch.image)
-        adversarial = self.logits(crafted["adversarial"])
+        adversarial = self.logits(attacked.image)
         label, config = batch.label, self.config
         robust_loss = concurrent_loss(
             adversarial, natural, label, config.robust_alpha, config.temperature

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
-from torch import nn
+from torch import Tensor, nn
 
 from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy, distillation
 from cure.methods.common.teacher import Teacher
 
@@ -32,8 +33,15 @@ class ArdConfig(MethodConfig):
     """Released code: divide the KL term by the number of classes."""
 
 
+@dataclass(frozen=True)
+class ArdBatch(AdversarialBatch):
+    """Adversarial images, and ``teacher_logits`` [B, K] of the natural images."""
+
+    teacher_logits: Tensor
+
+
 @METHODS.register("ard")
-class Ard(Method):
+class Ard(Method[ArdBatch]):
     """``min alpha t^2 KL(p_T^t(x) || p^t(x_adv)) + (1 - alpha) CE(f(x), y)``: ARD.
 
     x_adv climbs CE.  T is a frozen robust teacher in evaluation mode, which sees the natural
@@ -54,18 +62,15 @@ class Ard(Method):
         super().__init__(model, config, context)
         self.teacher = Teacher(context, "teacher")
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> ArdBatch:
         """Images that climb the cross-entropy, and what the teacher says of the natural ones."""
-        return {
-            "adversarial": self.attack(batch, CROSS_ENTROPY),
-            "teacher": self.teacher.logits(batch.image),
-        }
+        return ArdBatch(self.attack(batch, CROSS_ENTROPY), self.teacher.logits(batch.image))
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: ArdBatch) -> StepOutput:
         """Distillation, and natural cross-entropy where it has a weight."""
         config, label = self.config, batch.label
-        adversarial = self.logits(crafted["adversarial"])
-        distilled = distillation(crafted["teacher"], adversarial, config.temperature).mean()
+        adversarial = self.logits(attacked.image)
+        distilled = distillation(attacked.teacher_logits, adversarial, config.temperature).mean()
         if config.divide_by_classes:
             distilled = distilled / adversarial.shape[1]
         loss = config.alpha * distilled

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy
 
 
@@ -33,13 +33,13 @@ class Adversarial(Method):
 
     Config = AdversarialConfig
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Images that climb the cross-entropy."""
-        return {"adversarial": self.attack(batch, CROSS_ENTROPY)}
+        return AdversarialBatch(self.attack(batch, CROSS_ENTROPY))
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Mean cross-entropy of the batch's adversarial images."""
-        adversarial = self.logits(crafted["adversarial"])
+        adversarial = self.logits(attacked.image)
         loss = F.cross_entropy(adversarial, batch.label)
         return StepOutput(
             loss=loss,

@@ -1,8 +1,8 @@
 """The contract of a training method: one batch in, a loss or finished gradients out.
 
-A step has two halves.  ``craft`` makes what the loss needs besides the batch, adversarial images
-above all, and is where a method may change what it owns.  ``learn`` turns both into a loss or
-gradients and changes nothing, so that it can be asked again at other weights.
+A step has two halves.  ``make_adversarial`` computes the adversarial images and whatever else the
+loss needs; a method changes its own state only there.  ``compute_loss`` turns the result into a
+loss or gradients without changing state, so that a wrapper can call it again at other weights.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from cure.attacks import Attack
 from cure.attacks.objectives import Objective
@@ -24,7 +25,24 @@ from cure.utils.engine import Engine, Grads
 from cure.utils.random import shared_generator
 
 Metrics = dict[str, Tensor]
-Crafted = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class AdversarialBatch:
+    """What a loss needs besides the natural batch; methods that need more derive from it.
+
+    Attributes:
+        image: adversarial images [B, C, H, W] in [0, 1], without an autograd graph.
+    """
+
+    image: Tensor
+
+    def without_graph(self) -> Self:
+        """The same for a second loss: without tensors whose graph serves one backward pass."""
+        return self
+
+
+Attacked = TypeVar("Attacked", bound=AdversarialBatch, default=Any)
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ class StepOutput:
     metrics: Metrics = field(default_factory=dict)
 
 
-class Method(nn.Module):
+class Method(nn.Module, Generic[Attacked]):
     """A way to train ``model``.
 
     It is a Module so that whatever it owns besides the model (a revision model, a teacher) moves,
@@ -132,21 +150,22 @@ class Method(nn.Module):
 
     def step(self, batch: Batch) -> StepOutput:
         """Loss or gradients for one batch.  The model is in training mode before and after."""
-        return self.learn(batch, self.craft(batch))
-
-    def craft(self, batch: Batch) -> Crafted:  # noqa: ARG002
-        """What the loss needs besides the batch, by name; once a step.
-
-        Whatever a step changes in what the method owns besides the model is changed here.
-        """
-        return {}
+        return self.compute_loss(batch, self.make_adversarial(batch))
 
     @abstractmethod
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
-        """Loss or gradients from the batch and what was crafted for it.
+    def make_adversarial(self, batch: Batch) -> Attacked:
+        """Adversarial images and whatever else the loss needs; called once a step.
 
-        Changes nothing but BatchNorm statistics: asked twice at the same weights, it answers the
-        same, and asked at other weights, it answers for those.
+        State that the method owns besides the model (a revision model, a strategy network) changes
+        only here and in :meth:`after_step`.
+        """
+
+    @abstractmethod
+    def compute_loss(self, batch: Batch, attacked: Attacked) -> StepOutput:
+        """Loss or gradients at the present weights.
+
+        Changes nothing but BatchNorm's running statistics.  Every call after the first for the same
+        images takes ``attacked.without_graph()``.
         """
 
     def after_step(self, step: int) -> Metrics:  # noqa: ARG002

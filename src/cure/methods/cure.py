@@ -24,8 +24,8 @@ from cure.data.images import Batch
 from cure.errors import ConfigError
 from cure.methods.base import (
     METHODS,
+    AdversarialBatch,
     Context,
-    Crafted,
     Masking,
     Method,
     Metrics,
@@ -251,24 +251,24 @@ class Cure(Method):
             "method.revision.horizon (the paper's share is 0.064) instead of the decay"
         ]
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Adversarial images; then the draw that may move the revision model."""
         if batch.step < self.warmup_steps:
-            return {}
+            return AdversarialBatch(batch.image)
         if batch.step == self.warmup_steps > 0 and self.revision is not None:
             self.revision.restart(self.model)
         adversarial_image = self.attack(batch, self.objective)
         if self.revision is not None and self.config.revision.update == "before_losses":
             self.revision.maybe_update(self.model, batch.step)
-        return {"adversarial": adversarial_image}
+        return AdversarialBatch(adversarial_image)
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Masked gradients for one batch (natural loss during a warm-up)."""
         image, label = batch.image, batch.label
         if batch.step < self.warmup_steps:
             loss = F.cross_entropy(self.logits(image), label)
             return StepOutput(loss=loss, metrics={"loss": loss.detach()})
-        adversarial_image = crafted["adversarial"]
+        adversarial_image = attacked.image
         natural, adversarial = self.logits(image), self.logits(adversarial_image)
 
         natural_loss = F.cross_entropy(natural, label)

@@ -11,7 +11,7 @@ from torch import nn
 from cure.attacks.objectives import CROSS_ENTROPY, KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy
 from cure.methods.mart import mart
 from cure.methods.trades import trades
@@ -85,20 +85,20 @@ class Fat(Method):
         """Tau of this epoch."""
         self.tau = self.config.tau_at(epoch, self.context.epochs)
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Friendly images: the attack stops early."""
         options = {"patience": self.tau, "noise": self.config.omega}
-        return {"adversarial": self.attack(batch, self.objective, **options)}
+        return AdversarialBatch(self.attack(batch, self.objective, **options))
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """The form's loss on friendly images."""
         label, config = batch.label, self.config
         if config.form == "ce":
-            friendly = self.logits(crafted["adversarial"])
+            friendly = self.logits(attacked.image)
             loss = F.cross_entropy(friendly, label)
             metrics = {"loss": loss.detach(), "robust_accuracy": accuracy(friendly, label)}
             return StepOutput(loss=loss, metrics=metrics)
-        natural, friendly = self.logits(batch.image), self.logits(crafted["adversarial"])
+        natural, friendly = self.logits(batch.image), self.logits(attacked.image)
         if config.form == "trades":
             return trades(natural, friendly, label, config.beta)
         return mart(natural, friendly, label, config.beta, constants=config.constants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cure.attacks.objectives import KL
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy
 from cure.methods.common.teacher import Teacher
 from cure.methods.trades import trades
@@ -41,8 +42,15 @@ class HatConfig(MethodConfig):
     """Network of standard training that labels the helpers; by default the run's natural start."""
 
 
+@dataclass(frozen=True)
+class HatBatch(AdversarialBatch):
+    """Adversarial images, and ``helper_label`` [B] that the natural teacher gives them."""
+
+    helper_label: Tensor
+
+
 @METHODS.register("hat")
-class Hat(Method):
+class Hat(Method[HatBatch]):
     """``min CE(x, y) + beta KL(p(x) || p(x_adv)) + gamma CE(x_h, y_h)``: HAT.
 
     ``x_h = x + h (x_adv - x)`` lies beyond the adversarial image, and ``y_h`` is what a frozen
@@ -62,17 +70,14 @@ class Hat(Method):
         super().__init__(model, config, context)
         self.teacher = Teacher(context, "natural_teacher")
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> HatBatch:
         """Images that climb the KL divergence, and the teacher's labels for the helpers."""
         adversarial = self.attack(batch, KL)
-        return {
-            "adversarial": adversarial,
-            "helper_label": self.teacher.logits(adversarial).argmax(dim=1),
-        }
+        return HatBatch(adversarial, self.teacher.logits(adversarial).argmax(dim=1))
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: HatBatch) -> StepOutput:
         """The loss of TRADES and the helper's cross-entropy."""
-        adversarial_image, helper_label = crafted["adversarial"], crafted["helper_label"]
+        adversarial_image, helper_label = attacked.image, attacked.helper_label
         natural, adversarial = self.logits(batch.image), self.logits(adversarial_image)
         helper = self.logits(helper_image(batch.image, adversarial_image, self.config.helper_scale))
         out = trades(natural, adversarial, batch.label, self.config.beta)

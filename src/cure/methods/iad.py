@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from cure.attacks.objectives import CROSS_ENTROPY, kl_divergence_per_sample
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy, distillation
 from cure.methods.common.teacher import Teacher
 
@@ -81,8 +82,25 @@ class IadConfig(MethodConfig):
         return self
 
 
+@dataclass(frozen=True)
+class IadBatch(AdversarialBatch):
+    """Adversarial images, and what the teachers predict.
+
+    Attributes:
+        teacher_logits: of the robust teacher [B, K], for the natural images in form ``I`` and for
+            the adversarial images in form ``II``.
+        natural_teacher_logits: form ``II``: of the natural teacher [B, K], for the adversarial
+            images.
+        reliability: A [B], see :func:`reliability`; None before introspection begins.
+    """
+
+    teacher_logits: Tensor
+    natural_teacher_logits: Tensor | None = None
+    reliability: Tensor | None = None
+
+
 @METHODS.register("iad")
-class Iad(Method):
+class Iad(Method[IadBatch]):
     """Introspective adversarial distillation (IAD), x_adv climbing CE.
 
     ``A_i = p_T(y_i | x_adv_i)^beta``, a constant, says how far the robust teacher T is trusted; 1
@@ -112,31 +130,30 @@ class Iad(Method):
         self.teacher = Teacher(context, "teacher")
         self.natural_teacher = Teacher(context, "natural_teacher") if config.form == "II" else None
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> IadBatch:
         """Images that climb the cross-entropy, and what the teachers say."""
-        adversarial_image = self.attack(batch, CROSS_ENTROPY)
-        crafted = {"adversarial": adversarial_image}
+        image = self.attack(batch, CROSS_ENTROPY)
         epoch = batch.step // self.context.steps_per_epoch
         introspects = self.config.introspects(epoch, self.context.epochs)
+        trust = None
         if self.natural_teacher is None:
-            crafted["teacher"] = self.teacher.logits(batch.image)
+            teacher = self.teacher.logits(batch.image)
             if introspects:
-                opinion = self.teacher.logits(adversarial_image)
-                crafted["reliability"] = reliability(opinion, batch.label, self.config.beta)
-            return crafted
-        crafted["teacher"] = self.teacher.logits(adversarial_image)
-        crafted["natural_teacher"] = self.natural_teacher.logits(adversarial_image)
+                trust = reliability(self.teacher.logits(image), batch.label, self.config.beta)
+            return IadBatch(image, teacher, None, trust)
+        teacher = self.teacher.logits(image)
+        natural = self.natural_teacher.logits(image)
         if introspects:
-            crafted["reliability"] = reliability(crafted["teacher"], batch.label, self.config.beta)
-        return crafted
+            trust = reliability(teacher, batch.label, self.config.beta)
+        return IadBatch(image, teacher, natural, trust)
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: IadBatch) -> StepOutput:
         """The form's loss."""
         config, label = self.config, batch.label
         alpha, temperature = config.distillation_weight, config.temperature
-        trust = crafted.get("reliability")
-        adversarial = self.logits(crafted["adversarial"])
-        distilled = distillation(crafted["teacher"], adversarial, temperature)
+        trust = attacked.reliability
+        adversarial = self.logits(attacked.image)
+        distilled = distillation(attacked.teacher_logits, adversarial, temperature)
         if trust is not None and (config.form == "II" or config.weight_teacher):
             distilled = trust * distilled
         total = distilled.mean()
@@ -155,8 +172,8 @@ class Iad(Method):
             metrics |= {"introspection": own.detach(), "reliability": trust.mean()}
 
         loss = alpha * total
-        if config.form == "II":
-            second = distillation(crafted["natural_teacher"], adversarial, temperature).mean()
+        if attacked.natural_teacher_logits is not None:
+            second = distillation(attacked.natural_teacher_logits, adversarial, temperature).mean()
             rest = 1 - alpha - config.natural_teacher_weight
             labelled = F.cross_entropy(adversarial, label)
             loss = loss + config.natural_teacher_weight * second + rest * labelled

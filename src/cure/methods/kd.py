@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy
 from cure.methods.common.teacher import Teacher
 
@@ -49,8 +50,21 @@ def soft_cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Te
     return temperature**2 * F.cross_entropy(logits / temperature, chances)
 
 
+@dataclass(frozen=True)
+class KdBatch(AdversarialBatch):
+    """Adversarial images, and what the teachers predict for them.
+
+    Attributes:
+        teacher_logits: of the robust teacher [B, K].
+        natural_teacher_logits: of the natural teacher [B, K].
+    """
+
+    teacher_logits: Tensor
+    natural_teacher_logits: Tensor
+
+
 @METHODS.register("kd")
-class Kd(Method):
+class Kd(Method[KdBatch]):
     """``min c CE(f(x_adv), y) + b KD_S(x_adv) + a KD_T(x_adv)``, x_adv climbing CE: KD of KD+SWA.
 
     ``KD_N`` is the :func:`soft_cross_entropy` with the prediction of N for the same adversarial
@@ -70,22 +84,20 @@ class Kd(Method):
         self.teacher = Teacher(context, "teacher")
         self.natural_teacher = Teacher(context, "natural_teacher")
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> KdBatch:
         """Images that climb the cross-entropy, and what both teachers say of them."""
-        adversarial_image = self.attack(batch, CROSS_ENTROPY)
-        return {
-            "adversarial": adversarial_image,
-            "teacher": self.teacher.logits(adversarial_image),
-            "natural_teacher": self.natural_teacher.logits(adversarial_image),
-        }
+        image = self.attack(batch, CROSS_ENTROPY)
+        return KdBatch(image, self.teacher.logits(image), self.natural_teacher.logits(image))
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: KdBatch) -> StepOutput:
         """Cross-entropy with the labels and with both teachers."""
         config = self.config
-        adversarial = self.logits(crafted["adversarial"])
+        adversarial = self.logits(attacked.image)
         labelled = F.cross_entropy(adversarial, batch.label)
-        robust = soft_cross_entropy(crafted["teacher"], adversarial, config.temperature)
-        natural = soft_cross_entropy(crafted["natural_teacher"], adversarial, config.temperature)
+        robust = soft_cross_entropy(attacked.teacher_logits, adversarial, config.temperature)
+        natural = soft_cross_entropy(
+            attacked.natural_teacher_logits, adversarial, config.temperature
+        )
         loss = (
             config.cross_entropy_weight * labelled
             + config.teacher_weight * robust

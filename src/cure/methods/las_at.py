@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -23,10 +24,10 @@ from torch import Tensor, nn
 
 from cure.attacks import Attack
 from cure.attacks.objectives import CROSS_ENTROPY, KL, kl_divergence_per_sample
-from cure.attacks.pgd import crafting
+from cure.attacks.pgd import attack_mode
 from cure.config import MethodConfig, ModelConfig, Section
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy, smoothed_cross_entropy
 from cure.models import build_model
 from cure.utils.random import derive, draw_for_batch
@@ -202,8 +203,27 @@ def size_of(ranges: Mapping[str, tuple[int, int]]) -> int:
     return sum(high - low + 1 for low, high in ranges.values())
 
 
+@dataclass(frozen=True)
+class LasAtBatch(AdversarialBatch):
+    """Adversarial images and the strategies that made them.
+
+    Attributes:
+        epsilon: radius of each image [B].
+        steps: number of attack steps of each image [B].
+        step_size: length of a step of each image [B].
+        beta: form ``trades``: weight of the KL term of each image [B].
+        reward: after an update of the strategy network, its reward and the parts of it by name.
+    """
+
+    epsilon: Tensor
+    steps: Tensor
+    step_size: Tensor
+    beta: Tensor | None = None
+    reward: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 @METHODS.register("las-at")
-class LasAt(Method):
+class LasAt(Method[LasAtBatch]):
     """Learnable attack strategy (LAS-AT): a second network chooses each image's attack.
 
     The strategy network draws a radius, a number of steps and a step size for each image, in the
@@ -258,7 +278,7 @@ class LasAt(Method):
 
     # -- attacking -----------------------------------------------------------------------------
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> LasAtBatch:
         """Every so often a better strategy; then images by strategies drawn for this step.
 
         Both precede the optimiser's step, so that the reward is that of the network which the
@@ -266,27 +286,27 @@ class LasAt(Method):
         """
         config = self.config.strategy
         due = (batch.step + 1) % config.interval == 0
-        reward: Crafted = {}
+        reward: dict[str, Tensor] = {}
         if due and not config.reuse:
             logits = self._outlook(batch.image)
             draws = self.context.generator("strategy update", batch.step)
             actions = self.strategy.draw(logits, draws)
             made = self._attacked(batch, actions, "strategy update attack")
             reward = self._improve(batch, logits, actions, made)
-        with crafting(self.strategy), torch.no_grad():
+        with attack_mode(self.strategy), torch.no_grad():
             drawn = self.strategy.draw(
                 self._outlook(batch.image), self.context.generator("strategy", batch.step)
             )
-        crafted = self._attacked(batch, drawn, "attack")
+        attacked = self._attacked(batch, drawn, "attack")
         if due and config.reuse:
-            reward = self._improve(batch, self._outlook(batch.image), drawn, crafted)
-        return crafted | reward
+            reward = self._improve(batch, self._outlook(batch.image), drawn, attacked)
+        return replace(attacked, reward=reward)
 
     def _outlook(self, image: Tensor) -> Tensor:
         """Logits of the strategy network, in its present mode."""
         return self.context.engine.logits(self.strategy, image)
 
-    def _attacked(self, batch: Batch, actions: Mapping[str, Tensor], purpose: str) -> Crafted:
+    def _attacked(self, batch: Batch, actions: Mapping[str, Tensor], purpose: str) -> LasAtBatch:
         """The strategies, in the units of images, and the images that they make."""
         attack = self.context.attack
         unit = attack.threat.epsilon / 8
@@ -303,21 +323,14 @@ class LasAt(Method):
             steps=actions["steps"],
             step_size=step_size,
         )
-        crafted = {
-            "adversarial": adversarial,
-            "epsilon": epsilon,
-            "steps": actions["steps"],
-            "step_size": step_size,
-        }
-        if "beta" in actions:
-            crafted["beta"] = actions["beta"].to(batch.image.dtype)
-        return crafted
+        beta = actions["beta"].to(batch.image.dtype) if "beta" in actions else None
+        return LasAtBatch(adversarial, epsilon, actions["steps"], step_size, beta)
 
     # -- the strategy network learns ------------------------------------------------------------
 
     def _improve(
-        self, batch: Batch, logits: Tensor, actions: Mapping[str, Tensor], made: Crafted
-    ) -> Crafted:
+        self, batch: Batch, logits: Tensor, actions: Mapping[str, Tensor], made: LasAtBatch
+    ) -> dict[str, Tensor]:
         """One step of the strategy network; the reward of these actions, by name."""
         parts = self._reward_parts(batch, made)
         weights = self.config.reward
@@ -329,12 +342,12 @@ class LasAt(Method):
         self._descend(-reward * self.strategy.log_likelihood(logits, actions))
         return {"reward": reward, **parts}
 
-    def _reward_parts(self, batch: Batch, made: Crafted) -> dict[str, Tensor]:
+    def _reward_parts(self, batch: Batch, made: LasAtBatch) -> dict[str, Tensor]:
         """R1, R2 and R3 without limit and weights, detached 0-dim tensors."""
         future, loss = self._after_one_step(batch, made)
         if self.config.form == "at":
-            with crafting(self.model), torch.no_grad():
-                loss = F.cross_entropy(self.logits(made["adversarial"]), batch.label)
+            with attack_mode(self.model), torch.no_grad():
+                loss = F.cross_entropy(self.logits(made.image), batch.label)
         future.eval()
         natural = self._right(future, batch.image, batch.label)
         robust = torch.ones_like(natural)
@@ -359,7 +372,7 @@ class LasAt(Method):
         # The reward is that of the whole batch, whose strategies it judges.
         return self.context.engine.means(parts)
 
-    def _after_one_step(self, batch: Batch, made: Crafted) -> tuple[nn.Module, Tensor]:
+    def _after_one_step(self, batch: Batch, made: LasAtBatch) -> tuple[nn.Module, Tensor]:
         """A copy of the network after one step on ``made``, and its loss before that step."""
         future = copy.deepcopy(self.model)
         parameters = {
@@ -400,27 +413,28 @@ class LasAt(Method):
 
     # -- the network learns ---------------------------------------------------------------------
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: LasAtBatch) -> StepOutput:
         """The form's loss on the images that the strategies made."""
-        out = self._learnt(self.model, batch, crafted)
-        for name, value in crafted.items():
-            if name != "adversarial":
-                out.metrics[name] = value.to(batch.image.dtype).mean()
+        out = self._learnt(self.model, batch, attacked)
+        drawn = {name: getattr(attacked, name) for name in self.strategy.ranges}
+        for name, value in {**drawn, **attacked.reward}.items():
+            out.metrics[name] = value.to(batch.image.dtype).mean()
         return out
 
-    def _learnt(self, model: nn.Module, batch: Batch, crafted: Crafted) -> StepOutput:
+    def _learnt(self, model: nn.Module, batch: Batch, attacked: LasAtBatch) -> StepOutput:
         """The form's loss of a network."""
         label, engine = batch.label, self.context.engine
         if self.config.form == "at":
-            adversarial = engine.logits(model, crafted["adversarial"])
+            adversarial = engine.logits(model, attacked.image)
             loss = smoothed_cross_entropy(adversarial, label, self.config.true_mass)
             metrics = {"loss": loss.detach(), "robust_accuracy": accuracy(adversarial, label)}
             return StepOutput(loss=loss, metrics=metrics)
         natural = engine.logits(model, batch.image)
-        adversarial = engine.logits(model, crafted["adversarial"])
+        adversarial = engine.logits(model, attacked.image)
         natural_loss = F.cross_entropy(natural, label)
         per_sample = kl_divergence_per_sample(natural, adversarial)
-        loss = natural_loss + (crafted["beta"] * per_sample).mean()
+        assert attacked.beta is not None
+        loss = natural_loss + (attacked.beta * per_sample).mean()
         return StepOutput(
             loss=loss,
             metrics={

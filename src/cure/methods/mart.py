@@ -10,7 +10,7 @@ from torch import Tensor
 from cure.attacks.objectives import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy, boosted_cross_entropy, doubt_weighted_kl
 
 
@@ -71,12 +71,12 @@ class Mart(Method):
 
     Config = MartConfig
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Images that climb the cross-entropy."""
-        return {"adversarial": self.attack(batch, CROSS_ENTROPY)}
+        return AdversarialBatch(self.attack(batch, CROSS_ENTROPY))
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Boosted cross-entropy and weighted KL of one batch."""
-        natural, adversarial = self.logits(batch.image), self.logits(crafted["adversarial"])
+        natural, adversarial = self.logits(batch.image), self.logits(attacked.image)
         config = self.config
         return mart(natural, adversarial, batch.label, config.beta, constants=config.constants)

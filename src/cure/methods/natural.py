@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy
 
 
@@ -30,9 +30,13 @@ class Natural(Method):
     Config = NaturalConfig
     selection = "natural"
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:  # noqa: ARG002
+    def make_adversarial(self, batch: Batch) -> AdversarialBatch:
+        """The natural images themselves."""
+        return AdversarialBatch(batch.image)
+
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Mean cross-entropy of the batch."""
-        logits = self.logits(batch.image)
+        logits = self.logits(attacked.image)
         loss = F.cross_entropy(logits, batch.label)
         metrics = {"loss": loss.detach(), "accuracy": accuracy(logits, batch.label)}
         return StepOutput(loss=loss, metrics=metrics)

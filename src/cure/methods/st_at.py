@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,13 +11,13 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from cure.attacks import Attack, crafting
+from cure.attacks import Attack, attack_mode
 from cure.attacks.objectives import kl_divergence_per_sample
 from cure.attacks.pgd import starting_point
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.base import METHODS, Context, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy
 from cure.models.batch_norm import untracked
 
@@ -155,8 +156,15 @@ class StAtConfig(MethodConfig):
     ``train`` (released code) BatchNorm uses the batch's statistics and remembers none."""
 
 
+@dataclass(frozen=True)
+class StAtBatch(AdversarialBatch):
+    """Adversarial images, and ``collaborative`` images [B, C, H, W] with the best predictions."""
+
+    collaborative: Tensor
+
+
 @METHODS.register("st-at")
-class StAt(Method):
+class StAt(Method[StAtBatch]):
     """``min CE(f(x), y) + beta symKL``, between the worst and the best prediction found: ST-AT.
 
     The attack moves two points, see :func:`squeezing_pair`; the loss looks for worst and best among
@@ -182,7 +190,7 @@ class StAt(Method):
                 "divergence has no slope; say gaussian (its own) or uniform"
             )
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> StAtBatch:
         """Adversarial and collaborative images, by the run's attack in the method's own mode."""
         attack, image = self.context.attack, batch.image
 
@@ -191,13 +199,13 @@ class StAt(Method):
                 return self.model(x).to(image.dtype)  # type: ignore[no-any-return]
 
         draws = self.context.generator("attack", batch.step)
-        with crafting(self.model, self.config.attack_mode):
-            adversarial, collaborative = squeezing_pair(forward, image, batch.label, attack, draws)
-        return {"adversarial": adversarial, "collaborative": collaborative}
+        with attack_mode(self.model, self.config.attack_mode):
+            pair = squeezing_pair(forward, image, batch.label, attack, draws)
+        return StAtBatch(*pair)
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: StAtBatch) -> StepOutput:
         """Natural loss and squeezed gap of one batch."""
-        natural, adversarial = self.logits(batch.image), self.logits(crafted["adversarial"])
+        natural, adversarial = self.logits(batch.image), self.logits(attacked.image)
         with untracked(self.model):
-            collaborative = self.logits(crafted["collaborative"])
+            collaborative = self.logits(attacked.collaborative)
         return squeeze(natural, collaborative, adversarial, batch.label, self.config.beta)

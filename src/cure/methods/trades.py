@@ -11,7 +11,7 @@ from torch import Tensor
 from cure.attacks.objectives import KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, Crafted, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy, kl_divergence
 
 
@@ -65,11 +65,11 @@ class Trades(Method):
 
     Config = TradesConfig
 
-    def craft(self, batch: Batch) -> Crafted:
+    def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Images that climb the KL divergence."""
-        return {"adversarial": self.attack(batch, KL)}
+        return AdversarialBatch(self.attack(batch, KL))
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Natural loss and KL term of one batch."""
-        natural, adversarial = self.logits(batch.image), self.logits(crafted["adversarial"])
+        natural, adversarial = self.logits(batch.image), self.logits(attacked.image)
         return trades(natural, adversarial, batch.label, self.config.beta)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Objective, Threat, crafting
+from cure.attacks import Attack, Objective, Threat, attack_mode
 from cure.attacks.objectives import CROSS_ENTROPY, MARGIN, cross_entropy
 from cure.data import ImageSet, to_unit
 from cure.models.checks import check_outputs
@@ -150,7 +150,7 @@ class Examination:
         device = self.engine.device
         buffers = [(buffer, buffer.clone()) for buffer in self.given.buffers()]
         devices = [device.index or 0] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), crafting(self.given):
+        with torch.random.fork_rng(devices=devices), attack_mode(self.given):
             torch.manual_seed(self.seed)
             try:
                 first = self.engine.arrange(self.image[:2])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cure.config import WeightPerturbationConfig
 from cure.data.images import Batch
-from cure.methods.base import Crafted, Method, Metrics, StepOutput
+from cure.methods.base import AdversarialBatch, Method, Metrics, StepOutput
 from cure.methods.wrappers.base import Wrapper
 from cure.utils.engine import Grads
 
@@ -61,16 +61,16 @@ class WeightPerturbed(Wrapper):
 
     def step(self, batch: Batch) -> StepOutput:
         """The method's step, its gradients taken at the perturbed weights."""
-        return self.learn(batch, self.craft(batch))
+        return self.compute_loss(batch, self.make_adversarial(batch))
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Gradients at the perturbed weights, where the weights are left for the optimiser."""
         first = round(self.perturbing.start * self.context.epochs)
         if batch.step < first * self.context.steps_per_epoch:
-            return self.inner.learn(batch, crafted)
+            return self.inner.compute_loss(batch, attacked)
         parameters = self.trainable()
         with keeping_buffers(self.inner):
-            plain = self.inner.learn(batch, crafted)
+            plain = self.inner.compute_loss(batch, attacked)
             gradients = self._gradients(plain)
         with torch.no_grad():
             changes = perturbation(parameters, gradients, self.perturbing.gamma)
@@ -79,7 +79,7 @@ class WeightPerturbed(Wrapper):
                 parameters[name].add_(change)
                 self._before[name] = before, parameters[name].clone()
         try:
-            worst = self.inner.learn(batch, crafted)
+            worst = self.inner.compute_loss(batch, attacked.without_graph())
             gradients = self._gradients(worst)
         except BaseException:
             self._take_back()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from cure.data.images import Batch
-from cure.methods.base import Crafted, Method, Metrics, StepOutput
+from cure.methods.base import AdversarialBatch, Method, Metrics, StepOutput
 
 
 class Wrapper(Method):
@@ -27,13 +27,14 @@ class Wrapper(Method):
         """The method's own step."""
         return self.inner.step(batch)
 
-    def craft(self, batch: Batch) -> Crafted:
-        """What the method crafts."""
-        return self.inner.craft(batch)
+    def make_adversarial(self, batch: Batch) -> AdversarialBatch:
+        """The method's own adversarial images."""
+        attacked: AdversarialBatch = self.inner.make_adversarial(batch)
+        return attacked
 
-    def learn(self, batch: Batch, crafted: Crafted) -> StepOutput:
+    def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """The method's own loss or gradients."""
-        return self.inner.learn(batch, crafted)
+        return self.inner.compute_loss(batch, attacked)
 
     def after_step(self, step: int) -> Metrics:
         """The method's own averages."""
