@@ -27,7 +27,7 @@ from cure.attacks import Attack, Threat
 from cure.config import ModelConfig
 from cure.data import Batch
 from cure.methods import METHODS, AdversarialBatch, Context, Method
-from cure.methods.cure import conserved
+from cure.methods.cure import rgp_mask
 from cure.models import build_model
 from cure.utils.engine import Engine
 from cure.utils.memory import keep_freed_memory
@@ -416,7 +416,7 @@ def errors(name: str, net: Net) -> dict[str, float]:
     method._gradients = watched  # type: ignore[attr-defined]
     engine = method.context.engine
     method.compute_loss(ours.batch, AdversarialBatch(engine.arrange(theirs)))
-    masks = conserved(seen["scores"], method.config.percent)
+    masks = rgp_mask(seen["scores"], method.config.percent)
     largest, agree, count = 0.0, 0, 0
     off, size = torch.zeros((), device=net.device), torch.zeros((), device=net.device)
     for (key, gradient), reference, mask in zip(

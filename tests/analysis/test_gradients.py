@@ -19,7 +19,7 @@ from cure.analysis.gradients import by_chance, frequencies, gradients, overlap
 from cure.analysis.study import STUDIES
 from cure.errors import CheckpointError, ConfigError
 from cure.methods import Masking
-from cure.methods.cure import Cure, conserved
+from cure.methods.cure import Cure, rgp_mask
 from cure.models import read_weights
 from cure.runs.folder import RunFolder
 from cure.training.gradient_logger import GradientRecorder
@@ -153,7 +153,7 @@ def test_a_mask_of_layer_scope_conserves_p_percent_of_every_tensor(
         assert line["conserved"]["global"] == expected
         assert len(set(line["conserved"]["global"])) > 1
     # What the masks themselves say of successive steps.
-    masks = [conserved(score, 30.0) for score in scores]
+    masks = [rgp_mask(score, 30.0) for score in scores]
     for number in range(1, STEPS):
         now, then = masks[number], masks[number - 1 if number % 2 else number - 2]
         expected = [int((now[name] & then[name]).sum()) for name in header["tensors"]]

@@ -12,7 +12,7 @@ from attack_networks import images, trained, untrained
 from torch import Tensor, nn
 
 from cure.attacks import OBJECTIVES, Attack, Threat, attack_mode, perturb
-from cure.attacks.objectives import with_cross_entropy
+from cure.attacks.losses import with_cross_entropy
 
 MODES = ("eval", "train")
 

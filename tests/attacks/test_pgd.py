@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cure.attacks import OBJECTIVES, Attack, Threat, perturb
-from cure.attacks.objectives import cross_entropy
+from cure.attacks.losses import cross_entropy
 
 NORMS = ("Linf", "L2")
 STARTS = ("none", "gaussian", "uniform")

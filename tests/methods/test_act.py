@@ -24,7 +24,7 @@ from method_bench import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import WeightPerturbationConfig
 from cure.methods import Method
 from cure.methods.act import ActConfig, concurrent_loss, concurrent_objective

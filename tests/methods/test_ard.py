@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from test_trades import random_logits
 from torch import Tensor, nn
 
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import TeacherConfig
 from cure.methods import Method
 from cure.methods.ard import ArdConfig

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from cure.attacks import Attack, Threat
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.methods.common.losses import accuracy
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -26,10 +27,11 @@ from method_bench import (
 )
 from torch import Tensor, nn
 
-from cure.attacks.objectives import KL, with_cross_entropy
+from cure.attacks.losses import KL, with_cross_entropy
 from cure.data.images import Batch
 from cure.errors import ConfigError
 from cure.methods.common.losses import kl_divergence
+from cure.methods.cure import mask_gradients
 
 # -- losses by hand ------------------------------------------------------------------------------
 
@@ -120,6 +122,7 @@ SETTINGS = {
     "conv1": {"mask": {"layers": "conv1"}},
     "matrices": {"mask": {"layers": "matrices"}},
     "convs": {"mask": {"layers": "convs"}},
+    "not linear": {"mask": {"layers": "not_linear"}},
     "adversarial loss kl": {"mask": {"adversarial_loss": "kl"}},
     "adversarial loss kl, beta 5": {"beta": 5.0, "mask": {"adversarial_loss": "kl"}},
     "global": {"mask": {"scope": "global"}},
@@ -226,6 +229,7 @@ def algorithm_one(
         "matrices": [n for n in gradient if gradient[n].ndim > 1],
         "convs": [n for n in gradient if gradient[n].ndim == 4],
         "conv1": ["block.conv1.weight"],
+        "not_linear": [n for n in gradient if not n.startswith("linear.")],
     }[mask["layers"]]
     score = {name: value for name, value in score.items() if name in allowed}
     if mask["scope"] == "global":
@@ -265,6 +269,21 @@ def test_masked_gradient_equals_a_plain_algorithm_one(name):
         # Share below the 30th percentile, tensor by tensor: ceil(.3 (n - 1)) of n.
         sizes = [gradient.numel() for gradient in out.grads.values()]
         assert zeros == sum(math.ceil(0.3 * (n - 1) - 1e-9) for n in sizes)
+
+
+def test_the_step_masks_by_the_public_functions(monkeypatch):
+    """What the card shows is what runs: a change of either function changes the step."""
+    observed = {"within": context(observed=lambda step: True)}
+    method = build("cure", tiny_network(1, torch.float64), **observed)
+    out = method.step(batch(dtype=torch.float64))
+    expected = mask_gradients(out.masking.unmasked, out.masking.mask)
+    for name, gradient in out.grads.items():
+        assert torch.equal(gradient, expected[name])
+        assert not torch.equal(gradient, out.masking.unmasked[name])
+    module = sys.modules["cure.methods.cure"]
+    monkeypatch.setattr(module, "mask_gradients", lambda gradients, masks: (gradients, masks))
+    _, masks = build("cure", tiny_network(1, torch.float64)).step(batch(dtype=torch.float64)).grads
+    assert all(torch.equal(masks[name], mask) for name, mask in out.masking.mask.items())
 
 
 @pytest.mark.parametrize("term", ["kl", "ce"])

@@ -27,7 +27,7 @@ from test_mart import bce, weighted
 from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
-from cure.attacks.objectives import CROSS_ENTROPY, KL
+from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.methods.fat import FatConfig
 from cure.recipe import load_recipe
 

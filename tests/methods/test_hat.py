@@ -25,7 +25,7 @@ from method_bench import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cure.attacks.objectives import KL
+from cure.attacks.losses import KL
 from cure.config import TeacherConfig
 from cure.methods.hat import HatConfig, helper_image
 from cure.recipe import load_recipe

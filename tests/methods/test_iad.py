@@ -34,7 +34,7 @@ from test_ard import (
     tables,
 )
 
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import TeacherConfig
 from cure.methods.iad import IadConfig, reliability
 from cure.recipe import load_recipe

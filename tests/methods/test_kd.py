@@ -31,7 +31,7 @@ from test_ard import (
 )
 from test_trades import random_logits
 
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import TeacherConfig
 from cure.methods.kd import KdConfig, soft_cross_entropy
 from cure.recipe import load_recipe

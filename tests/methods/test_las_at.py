@@ -32,7 +32,7 @@ from test_every_method import advance, assert_same_step, assert_same_tensors
 from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
-from cure.attacks.objectives import CROSS_ENTROPY, KL
+from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.attacks.pgd import starting_point
 from cure.config import ModelConfig, WeightPerturbationConfig
 from cure.data.images import Batch

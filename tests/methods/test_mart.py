@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from test_trades import random_logits
 from torch import Tensor
 
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.methods.common.losses import boosted_cross_entropy, doubt_weighted_kl
 from cure.methods.mart import MartConfig, mart
 from cure.recipe import load_recipe

@@ -23,7 +23,7 @@ from method_bench import (
 from pydantic import ValidationError
 from torch import Tensor
 
-from cure.attacks.objectives import KL
+from cure.attacks.losses import KL
 from cure.methods.common.losses import kl_divergence, kl_divergence_per_sample
 from cure.methods.trades import TradesConfig, trades
 from cure.recipe import load_recipe

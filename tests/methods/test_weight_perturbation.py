@@ -14,7 +14,7 @@ from method_bench import batch, build, context, gradients_of, passes, tiny_netwo
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cure.attacks.objectives import CROSS_ENTROPY, KL
+from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.config import AveragingConfig, WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, AdversarialBatch, Method, StepOutput

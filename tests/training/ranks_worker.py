@@ -143,14 +143,14 @@ def trained(
     prepared = prepare(config, bright_or_dark(96, classes=3), None)
     made = build_method(config, prepared).double()
     masks: list[Tensor] = []
-    conserved = cure.methods.cure.conserved
+    rgp_mask = cure.methods.cure.rgp_mask
 
     def remembered(*arguments: Any) -> dict[str, Tensor]:
-        found = conserved(*arguments)
+        found = rgp_mask(*arguments)
         masks.extend(mask.flatten() for mask in found.values())
         return found
 
-    cure.methods.cure.conserved = remembered
+    cure.methods.cure.rgp_mask = remembered
     try:
         loop = Trainer(
             config,
@@ -175,7 +175,7 @@ def trained(
             found = loop.train_step(double(batch))
             metrics |= {f"metric/{batch.step}/{k}": v.reshape(1) for k, v in found.items()}
     finally:
-        cure.methods.cure.conserved = conserved
+        cure.methods.cure.rgp_mask = rgp_mask
     owned = {k: v.detach().clone().contiguous() for k, v in made.state_dict().items()}
     return owned | metrics, masks
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
 from cure.attacks import Attack, Threat, attack_mode
-from cure.attacks.objectives import MARGIN
+from cure.attacks.losses import MARGIN
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
 from cure.evaluation.runner import Progress, Result, silent

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cure.analysis.study import STUDIES, Rows, Study, keep, unique
 from cure.attacks import Attack
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import ImageSet, batches
 from cure.data.sources import check_not_memory

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from cure.attacks.objectives import Objective
+from cure.attacks.losses import Objective
 from cure.attacks.threat import Threat, drawn, per_sample
 from cure.models.fuse import folded
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure.attacks.objectives import CROSS_ENTROPY, MARGIN, Objective
+from cure.attacks.losses import CROSS_ENTROPY, MARGIN, Objective
 from cure.attacks.pgd import Attack, Start, attack_mode
 from cure.attacks.third_party import (
     MINIMUM,

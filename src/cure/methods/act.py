@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from cure.attacks.objectives import Objective, cross_entropy, kl_divergence_per_sample
+from cure.attacks.losses import Objective, cross_entropy, kl_divergence_per_sample
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput

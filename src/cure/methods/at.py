@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch.nn.functional as F
 
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput

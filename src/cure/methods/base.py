@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import TypeVar
 
 from cure.attacks import Attack
-from cure.attacks.objectives import Objective
+from cure.attacks.losses import Objective
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.registry import METHODS as METHODS
@@ -96,18 +96,18 @@ class Context:
 
 @dataclass(frozen=True)
 class Masking:
-    """What a step held back, for who listens; all by parameter name.
+    """The mask of a step, for the gradient logger; all by parameter name.
 
     Attributes:
-        unmasked: the gradients before.
-        used: True where the step conserves a weight.
-        conserved: the same by the name of a threshold: what one threshold a tensor ("layer") and
-            what one for the network ("global") would conserve with the scores of this step.
+        unmasked: the gradients before they are masked.
+        mask: True where the gradient is set to 0.
+        by_scope: the mask that one threshold a tensor ("layer") and that one threshold for the
+            network ("global") give with the scores of this step.
     """
 
     unmasked: Grads
-    used: dict[str, Tensor]
-    conserved: dict[str, dict[str, Tensor]]
+    mask: dict[str, Tensor]
+    by_scope: dict[str, dict[str, Tensor]]
 
 
 @dataclass

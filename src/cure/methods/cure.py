@@ -1,4 +1,4 @@
-"""CURE: conserve the weights of low prominence, update the others, revise by a slow average.
+"""CURE: mask the gradients of weights of low prominence; consistency with a slow average.
 
 Source: Gowda, Zonooz, Arani, "Conserve-Update-Revise to Cure Generalization and Robustness
 Trade-off in Adversarial Training", ICLR 2024.  The defaults are the paper's form; each difference
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
-from cure.attacks.objectives import KL, with_cross_entropy
+from cure.attacks.losses import KL, with_cross_entropy
 from cure.config import MethodConfig, Section
 from cure.data.images import Batch
 from cure.errors import ConfigError
@@ -82,18 +82,23 @@ def threshold(scores: Tensor, percent: float) -> Tensor:
     return flat.topk(rank + 1, largest=False, sorted=False).values.amax()
 
 
-def conserved(
+def rgp_mask(
     scores: Mapping[str, Tensor], percent: float, scope: Scope = "layer"
 ) -> dict[str, Tensor]:
     """Masks by parameter name, True for the ``percent`` % of weights with the lowest scores.
 
     Args:
-        scores: one score a weight, by parameter name.
-        percent: share to conserve, in [0, 100).
+        scores: one score a weight, by parameter name, see :func:`prominence`.
+        percent: share to mask, in [0, 100).
         scope: one threshold for each tensor ("layer": Algorithm 1), or one for all ("global").
 
-    Ties with the threshold are updated, as with ``numpy.percentile`` and a strict comparison: a
-    tensor whose scores are all equal keeps moving.
+    Scores equal to the threshold are not masked, as with ``numpy.percentile`` and a strict
+    comparison: a tensor whose scores are all equal has an empty mask.
+
+    >>> rgp_mask({"weight": torch.tensor([4.0, 1.0, 3.0, 2.0])}, percent=40)
+    {'weight': tensor([False,  True, False,  True])}
+
+    Source: CURE, Algorithm 1, line 11.
     """
     if not scores:
         return {}
@@ -103,23 +108,25 @@ def conserved(
     return {name: score < threshold(score, percent) for name, score in scores.items()}
 
 
-def conserve(
-    gradients: Mapping[str, Tensor],
-    scores: Mapping[str, Tensor],
-    percent: float,
-    scope: Scope = "layer",
-) -> Grads:
-    """The gradients with 0 where a weight is conserved; tensors without a score pass unchanged.
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """``sum_k weights[k] losses[k]`` over the names in ``weights``, 0-dim like each loss."""
+    terms = [weight * losses[name] for name, weight in weights.items()]
+    return sum(terms[1:], terms[0])
+
+
+def mask_gradients(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Grads:
+    """The gradients with 0 where a mask is True; tensors without a mask pass unchanged.
 
     Args:
         gradients: gradient of the total loss by parameter name.
-        scores: prominence by parameter name, see :func:`prominence`.
-        percent: share of weights to conserve, in [0, 100).
-        scope: "layer" or "global", see :func:`conserved`.
+        masks: by parameter name, same shapes, see :func:`rgp_mask`.
+
+    >>> gradients = {"weight": torch.tensor([5.0, 6.0])}
+    >>> mask_gradients(gradients, {"weight": torch.tensor([True, False])})
+    {'weight': tensor([0., 6.])}
 
     Source: CURE, Algorithm 1, line 11.
     """
-    masks = conserved(scores, percent, scope)
     return {
         name: gradient.masked_fill(masks[name], 0) if name in masks else gradient
         for name, gradient in gradients.items()
@@ -127,27 +134,28 @@ def conserve(
 
 
 class MaskConfig(Section):
-    """Which weights a step conserves."""
+    """Which gradients a step masks (sets to 0)."""
 
     kind: Literal["prominence", "random", "none"] = "prominence"
-    """``random`` conserves as many weights drawn at each step, ``none`` conserves nothing: the
+    """``random`` masks as many weights, drawn anew at each step; ``none`` masks nothing: the
     controls that show what prominence adds."""
     scope: Scope = "layer"
     """One threshold a parameter tensor (paper), or one for the network."""
     score: Literal["absolute", "signed"] = "absolute"
-    """``signed`` drops the absolute values: the released code, which so conserves the most
-    negative gradients."""
+    """``signed`` drops the absolute values: the released code, which so masks the most negative
+    gradients."""
     adversarial_loss: Literal["ce", "kl"] = "ce"
     """Loss of the adversarial term of the score: cross-entropy (Eq. 6), or the KL divergence that
     the released code takes."""
     source: Literal["prominence", "own_gradient"] = "prominence"
     """``own_gradient`` scores by the gradient of the total loss itself (released modes ``rgp``,
     ``rgp_old``; with ``score: signed`` the mode ``grad_mode=all``)."""
-    layers: Literal["all", "matrices", "convs", "conv1"] = "all"
-    """Tensors that are masked: all (paper); those of two or more dimensions; convolutions; or, as
-    in the released code, those with ``conv1`` in their name but for the first tensor."""
+    layers: Literal["all", "not_linear", "matrices", "convs", "conv1"] = "all"
+    """Tensors that are masked: all (paper); all but those of linear layers (released modes ``rgp``,
+    ``rgp_old``); those of two or more dimensions; convolutions; or those with ``conv1`` in their
+    name but for the first tensor (released mode ``rgp_soft``)."""
     strict_freeze: bool = False
-    """Conserved weights do not move by momentum and weight decay either."""
+    """Masked weights do not move by momentum and weight decay either."""
 
 
 class CureConfig(MethodConfig):
@@ -156,7 +164,7 @@ class CureConfig(MethodConfig):
     name: Literal["cure"] = "cure"
     """CURE."""
     percent: float = Field(default=30.0, ge=0, lt=100)
-    """p: percentage of weights that a step conserves."""
+    """p: percentage of weights that a step masks."""
     alpha: float = Field(default=0.1, ge=0, le=1)
     """Weight of the natural gradient in the prominence; higher keeps more natural accuracy."""
     beta: NonNegativeFloat = 1.0
@@ -171,7 +179,7 @@ class CureConfig(MethodConfig):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     """CURE_Eff: share of the run trained naturally first, from scratch (released code: 0.395)."""
     mask: MaskConfig = MaskConfig()
-    """Which weights are conserved."""
+    """Which gradients are masked."""
     revision: RevisionConfig = RevisionConfig()
     """How the revision model remembers."""
 
@@ -193,7 +201,7 @@ class CureConfig(MethodConfig):
 
 @METHODS.register("cure")
 class Cure(Method):
-    """CURE: conserve, update, revise.
+    """Conserve, update, revise (CURE).
 
     One step, in the order of Algorithm 1:
 
@@ -202,7 +210,8 @@ class Cure(Method):
     3. With probability r the revision model moves.
     4. ``L = CE(x) + beta KL(p(x) || p(x_adv)) + gamma [KL(rev(x) || p(x)) + KL(rev(x_adv) ||
        p(x_adv))]``.
-    5. The gradient of L, with 0 where the prominence is among the lowest p % of its layer.
+    5. The gradient of L, with 0 where the prominence is among the lowest p % of its layer
+       (:func:`rgp_mask`, :func:`mask_gradients`).
 
     Costs 13 forward and 14 backward passes with 10 attack steps, and 2 forward passes of the
     revision model: CE(x) 1, CE(x_adv) 1 and the rest of L 2 backward passes.  The gradient of L is
@@ -224,10 +233,17 @@ class Cure(Method):
 
     def _masked_names(self) -> list[str]:
         wanted = self.config.mask.layers
+        linear = {
+            f"{prefix}.{name}"
+            for prefix, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+            for name, _ in module.named_parameters(recurse=False)
+        }
         names = [
             name
             for position, (name, parameter) in enumerate(self.trainable().items())
             if wanted == "all"
+            or (wanted == "not_linear" and name not in linear)
             or (wanted == "matrices" and parameter.dim() >= 2)
             or (wanted == "convs" and parameter.dim() == 4)
             or (wanted == "conv1" and "conv1" in name and position > 0)
@@ -235,7 +251,7 @@ class Cure(Method):
         if not names:
             raise ConfigError(
                 f"method.mask.layers: '{wanted}' selects no parameter of this model; "
-                "say all, matrices or convs"
+                "say all, not_linear, matrices or convs"
             )
         return names
 
@@ -268,39 +284,35 @@ class Cure(Method):
         if batch.step < self.warmup_steps:
             loss = F.cross_entropy(self.logits(image), label)
             return StepOutput(loss=loss, metrics={"loss": loss.detach()})
-        adversarial_image = attacked.image
-        natural, adversarial = self.logits(image), self.logits(adversarial_image)
-
-        natural_loss = F.cross_entropy(natural, label)
-        adversarial_losses = {
+        config = self.config
+        natural, adversarial = self.logits(image), self.logits(attacked.image)
+        losses = {
+            "natural": F.cross_entropy(natural, label),
             "ce": F.cross_entropy(adversarial, label),
             "kl": kl_divergence(natural, adversarial),
+            "consistency": self._consistency(image, attacked.image, natural, adversarial),
         }
-        consistency = self._consistency(image, adversarial_image, natural, adversarial)
-        gradient, scores = self._gradients(natural_loss, adversarial_losses, consistency, batch)
-        masks = conserved(scores, self.config.percent, self.config.mask.scope)
+        weights = {"natural": 1.0, config.adversarial_term: config.beta}
+        weights["consistency"] = config.gamma
+        gradients, scores = self._gradients(losses, weights, batch)
+        masks = rgp_mask(scores, config.percent, config.mask.scope)
         masking = None
         if masks and self.context.observed(batch.step):
             scopes: tuple[Scope, ...] = ("layer", "global")
             masking = Masking(
-                dict(gradient),
+                gradients,
                 masks,
-                {scope: conserved(scores, self.config.percent, scope) for scope in scopes},
+                {scope: rgp_mask(scores, config.percent, scope) for scope in scopes},
             )
-        for name, mask in masks.items():
-            gradient[name] = gradient[name].masked_fill(mask, 0)
-
-        term = adversarial_losses[self.config.adversarial_term]
-        loss = natural_loss + self.config.beta * term + self.config.gamma * consistency
         return StepOutput(
-            grads=gradient,
-            frozen=masks if self.config.mask.strict_freeze else None,
+            grads=mask_gradients(gradients, masks),
+            frozen=masks if config.mask.strict_freeze else None,
             masking=masking,
             metrics={
-                "loss": loss.detach(),
-                "natural_loss": natural_loss.detach(),
-                "adversarial_loss": term.detach(),
-                "consistency": consistency.detach(),
+                "loss": weighted_sum(losses, weights).detach(),
+                "natural_loss": losses["natural"].detach(),
+                "adversarial_loss": losses[config.adversarial_term].detach(),
+                "consistency": losses["consistency"].detach(),
                 "accuracy": accuracy(natural, label),
                 "robust_accuracy": accuracy(adversarial, label),
                 "conserved": self._share(masks),
@@ -317,39 +329,37 @@ class Cure(Method):
         return kl_divergence(targets[0], natural) + kl_divergence(targets[1], adversarial)
 
     def _gradients(
-        self,
-        natural_loss: Tensor,
-        adversarial_losses: dict[str, Tensor],
-        consistency: Tensor,
-        batch: Batch,
+        self, losses: Mapping[str, Tensor], weights: Mapping[str, float], batch: Batch
     ) -> tuple[Grads, Grads]:
-        """Gradient of the total loss, and the scores that decide what it may move."""
+        """Gradient of the total loss, and the scores that the mask is made of.
+
+        The losses whose gradients make the prominence are differentiated one by one, the rest of
+        the total loss at once: gradients are linear.
+        """
         config, mask = self.config, self.config.mask
         parameters, engine = self.trainable(), self.context.engine
-        regulariser = config.gamma * consistency
-        term = config.beta * adversarial_losses[config.adversarial_term]
-
         if mask.kind != "prominence" or mask.source == "own_gradient":
-            total = engine.gradients(natural_loss + term + regulariser, parameters)
+            total = engine.gradients(weighted_sum(losses, weights), parameters)
             return total, self._other_scores(total, batch)
 
-        scored = adversarial_losses[mask.adversarial_loss]
-        by_natural = engine.gradients(natural_loss, parameters, retain=True)
-        by_adversarial = engine.gradients(scored, parameters, retain=True)
-        known = config.beta if mask.adversarial_loss == config.adversarial_term else 0.0
-        rest = regulariser if known else term + regulariser
-        total = engine.gradients(rest, parameters) if rest.requires_grad else by_natural
-        if total is not by_natural:
-            total = {name: by_natural[name] + total[name] for name in parameters}
-        if known:
-            total = {name: total[name] + known * by_adversarial[name] for name in parameters}
+        by_natural = engine.gradients(losses["natural"], parameters, retain=True)
+        by_adversarial = engine.gradients(losses[mask.adversarial_loss], parameters, retain=True)
+        weight = weights.get(mask.adversarial_loss, 0.0)
+        done = {"natural", mask.adversarial_loss} if weight else {"natural"}
+        rest = weighted_sum(losses, {k: v for k, v in weights.items() if k not in done})
+        total = by_natural
+        if rest.requires_grad:
+            by_rest = engine.gradients(rest, parameters)
+            total = {name: total[name] + by_rest[name] for name in parameters}
+        if weight:
+            total = {name: total[name] + weight * by_adversarial[name] for name in parameters}
         scores = prominence(
             {name: by_natural[name] for name in self.masked},
             by_adversarial,
             config.alpha,
             signed=mask.score == "signed",
         )
-        return dict(total), scores
+        return total, scores
 
     def _other_scores(self, total: Grads, batch: Batch) -> Grads:
         mask = self.config.mask
@@ -365,7 +375,7 @@ class Cure(Method):
         return {name: total[name] if signed else total[name].abs() for name in self.masked}
 
     def _share(self, masks: dict[str, Tensor]) -> Tensor:
-        """Share of the trainable weights that the step conserves, as a 0-dim tensor."""
+        """Share of the trainable weights whose gradient the step masks, as a 0-dim tensor."""
         total = sum(parameter.numel() for parameter in self.trainable().values())
         device = self.context.engine.device
         counts = [mask.sum() for mask in masks.values()]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import nn
 
-from cure.attacks.objectives import CROSS_ENTROPY, KL
+from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from cure.attacks.objectives import CROSS_ENTROPY, kl_divergence_per_sample
+from cure.attacks.losses import CROSS_ENTROPY, kl_divergence_per_sample
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput

@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
 from cure.attacks import Attack
-from cure.attacks.objectives import CROSS_ENTROPY, KL, kl_divergence_per_sample
+from cure.attacks.losses import CROSS_ENTROPY, KL, kl_divergence_per_sample
 from cure.attacks.pgd import attack_mode
 from cure.config import MethodConfig, ModelConfig, Section
 from cure.data.images import Batch

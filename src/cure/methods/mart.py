@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput

@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from cure.attacks import Attack, attack_mode
-from cure.attacks.objectives import kl_divergence_per_sample
+from cure.attacks.losses import kl_divergence_per_sample
 from cure.attacks.pgd import starting_point
 from cure.config import MethodConfig
 from cure.data.images import Batch

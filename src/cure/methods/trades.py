@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from cure.attacks.objectives import KL
+from cure.attacks.losses import KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput

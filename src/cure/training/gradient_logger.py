@@ -69,7 +69,7 @@ class GradientRecorder:
         if turn == 0:
             self._record(number, gradients, masking)
         elif turn == 1 and masking is not None and self.masks:
-            line = {"mask": self._counted(masking.used), "again": self._again(masking.used)}
+            line = {"mask": self._counted(masking.mask), "again": self._again(masking.mask)}
             self.folder.append(LINES, {"step": number, **line})
 
     def _record(self, number: int, gradients: Grads, masking: Masking | None) -> None:
@@ -84,14 +84,14 @@ class GradientRecorder:
         }
         if masking is not None:
             line["conserved"] = {
-                scope: self._counted(masks) for scope, masks in masking.conserved.items()
+                scope: self._counted(masks) for scope, masks in masking.by_scope.items()
             }
-            line["mask"] = self._counted(masking.used)
+            line["mask"] = self._counted(masking.mask)
             if self.masks:
-                line["again"] = self._again(masking.used)
-            self.masks = masking.used
+                line["again"] = self._again(masking.mask)
+            self.masks = masking.mask
             self.samples += 1
-            for name, mask in masking.used.items():
+            for name, mask in masking.mask.items():
                 if name not in self.counts:
                     self.counts[name] = torch.zeros_like(mask, dtype=torch.int32)
                 self.counts[name] += mask

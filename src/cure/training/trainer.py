@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
-from cure.attacks.objectives import CROSS_ENTROPY
+from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import Batch, ImageSet, batches, epoch, steps_per_epoch
 from cure.errors import CheckpointError, CureError, TrainingStopped

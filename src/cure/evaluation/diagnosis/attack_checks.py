@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from cure.attacks import Objective, perturb
-from cure.attacks.objectives import MARGIN, cross_entropy
+from cure.attacks.losses import MARGIN, cross_entropy
 from cure.evaluation.diagnosis.context import RESTARTS, Examination
 from cure.evaluation.diagnosis.table import Finding, beyond, check, judged, short, worst
 from cure.utils.random import derive

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks import Attack, Objective, Threat, attack_mode
-from cure.attacks.objectives import CROSS_ENTROPY, MARGIN, cross_entropy
+from cure.attacks.losses import CROSS_ENTROPY, MARGIN, cross_entropy
 from cure.data import ImageSet, to_unit
 from cure.models.checks import check_outputs
 from cure.utils.engine import Engine

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cure.attacks.objectives import kl_divergence_per_sample
+from cure.attacks.losses import kl_divergence_per_sample
 
 
 def kl_divergence(target: Tensor, logits: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which weights a step conserves: by hand, with exact fractions, and against NumPy's percentile."""
+"""Which gradients a step masks: by hand, with exact fractions, and against NumPy's percentile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cure.methods.cure import conserve, conserved, prominence, threshold
+from cure.methods.cure import mask_gradients, prominence, rgp_mask, threshold
 
 # Tenths of a percent, 0 to 99.9: as people write them.
 tenths = st.integers(0, 999)
@@ -45,15 +45,15 @@ def below_the_percentile(scores: list[float], tenth: int) -> list[bool]:
 
 @given(score_lists(), tenths)
 @settings(max_examples=150, deadline=None)
-def test_conserved_are_those_strictly_below_the_exact_percentile(scores, tenth):
-    mask = conserved({"weight": torch.tensor(scores)}, tenth / 10)["weight"]
+def test_masked_are_those_strictly_below_the_exact_percentile(scores, tenth):
+    mask = rgp_mask({"weight": torch.tensor(scores)}, tenth / 10)["weight"]
     assert mask.dtype == torch.bool
     assert mask.tolist() == below_the_percentile(scores, tenth)
 
 
 @given(score_lists(), tenths)
 @settings(max_examples=150, deadline=None)
-def test_conserved_agrees_with_numpy_percentile(scores, tenth):
+def test_mask_agrees_with_numpy_percentile(scores, tenth):
     """Where the rank is a whole number NumPy itself rounds (7 % of 101 is rank 7.000000000000001).
 
     There the percentile is that order statistic, and NumPy is asked for it instead.
@@ -63,7 +63,7 @@ def test_conserved_agrees_with_numpy_percentile(scores, tenth):
         limit = np.sort(array)[tenth * (len(scores) - 1) // 1000]
     else:
         limit = np.percentile(array, tenth / 10)
-    mask = conserved({"weight": torch.tensor(scores, dtype=torch.float64)}, tenth / 10)["weight"]
+    mask = rgp_mask({"weight": torch.tensor(scores, dtype=torch.float64)}, tenth / 10)["weight"]
     assert mask.tolist() == (array < limit).tolist()
 
 
@@ -71,22 +71,22 @@ def test_conserved_agrees_with_numpy_percentile(scores, tenth):
 @settings(max_examples=60, deadline=None)
 def test_layer_scope_has_a_threshold_a_tensor_and_global_scope_one_for_all(layers, tenth):
     scores = {f"layer{number}": torch.tensor(layer) for number, layer in enumerate(layers)}
-    by_layer = conserved(scores, tenth / 10, "layer")
+    by_layer = rgp_mask(scores, tenth / 10, "layer")
     assert by_layer.keys() == scores.keys()
     for number, layer in enumerate(layers):
         assert by_layer[f"layer{number}"].tolist() == below_the_percentile(layer, tenth)
     together = [score for layer in layers for score in layer]
     # Whole ranks of more than 200 scores have their own test below.
     assume(len(together) <= 200 or tenth * (len(together) - 1) % 1000 != 0)
-    by_all = conserved(scores, tenth / 10, "global")
+    by_all = rgp_mask(scores, tenth / 10, "global")
     flat = [value for name in scores for value in by_all[name].tolist()]
     assert flat == below_the_percentile(together, tenth)
 
 
 @given(score_lists().filter(lambda scores: len(set(scores)) == len(scores)), tenths)
 @settings(max_examples=40, deadline=None)
-def test_number_of_conserved_weights_without_ties(scores, tenth):
-    count = int(conserved({"weight": torch.tensor(scores)}, tenth / 10)["weight"].sum())
+def test_number_of_masked_weights_without_ties(scores, tenth):
+    count = int(rgp_mask({"weight": torch.tensor(scores)}, tenth / 10)["weight"].sum())
     assert count == -(-tenth * (len(scores) - 1) // 1000)
 
 
@@ -95,7 +95,7 @@ def test_exact_rank_of_a_percentage_with_a_fraction(percent, size, count):
     """.644 * 250 = 161 exactly: 161 scores lie strictly below that order statistic."""
     scores = np.arange(size, dtype=np.float64)
     assert (scores < np.percentile(scores, percent)).sum() == count
-    assert int(conserved({"weight": torch.from_numpy(scores)}, percent)["weight"].sum()) == count
+    assert int(rgp_mask({"weight": torch.from_numpy(scores)}, percent)["weight"].sum()) == count
 
 
 @pytest.mark.parametrize(
@@ -113,12 +113,12 @@ def test_exact_rank_of_a_percentage_with_a_fraction(percent, size, count):
         ([3.0, 1.0, 2.0], 99.9, [0, 1, 1]),
         ([0.0, 0.0, 0.0, 0.0], 90.0, [0, 0, 0, 0]),
         ([4.0], 90.0, [0]),
-        # Signed scores: the most negative ones are conserved.
+        # Signed scores: the most negative ones are masked.
         ([-5.0, 1.0, -1.0, 5.0], 50.0, [1, 0, 1, 0]),
     ],
 )
-def test_conserved_by_hand(scores, percent, expected):
-    mask = conserved({"weight": torch.tensor(scores)}, percent)["weight"]
+def test_mask_by_hand(scores, percent, expected):
+    mask = rgp_mask({"weight": torch.tensor(scores)}, percent)["weight"]
     assert mask.int().tolist() == expected
 
 
@@ -133,22 +133,26 @@ def test_masks_have_the_shapes_of_the_scores():
     shapes = {"conv": (4, 3, 3, 3), "norm": (4,), "number": (), "linear": (2, 5)}
     scores = {name: torch.rand(shape) for name, shape in shapes.items()}
     for scope in ("layer", "global"):
-        masks = conserved(scores, 30.0, scope)
+        masks = rgp_mask(scores, 30.0, scope)
         assert {name: tuple(mask.shape) for name, mask in masks.items()} == shapes
 
 
 def test_scores_that_are_not_contiguous_are_masked_where_they_are():
     scores = torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
     assert not scores.is_contiguous()
-    mask = conserved({"weight": scores}, 50.0)["weight"]  # rank 11.5
+    mask = rgp_mask({"weight": scores}, 50.0)["weight"]  # rank 11.5
     assert torch.equal(mask, scores < 11.5)
 
 
-def test_no_scores_conserve_nothing():
+def test_no_scores_mask_nothing():
     for scope in ("layer", "global"):
-        assert conserved({}, 30.0, scope) == {}
+        assert rgp_mask({}, 30.0, scope) == {}
         gradients = {"weight": torch.ones(3)}
-        assert conserve(gradients, {}, 30.0, scope)["weight"].tolist() == [1.0, 1.0, 1.0]
+        assert mask_gradients(gradients, rgp_mask({}, 30.0, scope))["weight"].tolist() == [
+            1.0,
+            1.0,
+            1.0,
+        ]
 
 
 def test_prominence_by_hand():
@@ -169,27 +173,27 @@ def test_prominence_at_the_ends_of_alpha():
 
 
 @pytest.mark.parametrize(("scope", "expected"), [("layer", [[0, 2], [30, 0]]), ("global", None)])
-def test_conserve_by_hand(scope, expected):
+def test_mask_gradients_by_hand(scope, expected):
     gradients = {
         "a": torch.tensor([1.0, 2.0]),
         "b": torch.tensor([30.0, 40.0]),
         "unscored": torch.tensor([-0.0, 7.0]),
     }
     scores = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([8.0, 4.0])}
-    result = conserve(gradients, scores, 60.0, scope)
-    # layer: rank .6 in each, one conserved each; global: rank 1.8 of 1, 2, 4, 8, two conserved.
+    result = mask_gradients(gradients, rgp_mask(scores, 60.0, scope))
+    # layer: rank .6 in each, one masked each; global: rank 1.8 of 1, 2, 4, 8, two masked.
     expected = expected or [[0, 0], [30, 40]]
     assert [result["a"].tolist(), result["b"].tolist()] == expected
     assert result["unscored"] is gradients["unscored"]
 
 
-def test_conserve_writes_to_no_input():
+def test_mask_gradients_writes_to_no_input():
     source = torch.Generator().manual_seed(0)
     gradients = {name: torch.randn(3, 5, generator=source) for name in ("a", "b", "c")}
     scores = {name: torch.randn(3, 5, generator=source) for name in ("a", "b")}
     kept = [{name: value.clone() for name, value in part.items()} for part in (gradients, scores)]
     for scope in ("layer", "global"):
-        result = conserve(gradients, scores, 40.0, scope)
+        result = mask_gradients(gradients, rgp_mask(scores, 40.0, scope))
         assert list(result) == ["a", "b", "c"]
         assert result is not gradients
         for part, before in zip((gradients, scores), kept, strict=True):
@@ -197,10 +201,10 @@ def test_conserve_writes_to_no_input():
             assert all(torch.equal(part[name], before[name]) for name in part)
 
 
-def test_conserve_puts_zero_where_a_gradient_is_not_finite():
+def test_mask_gradients_puts_zero_where_a_gradient_is_not_finite():
     """A product with a mask would leave NaN there."""
     gradients = {"a": torch.tensor([math.nan, math.inf, 3.0])}
-    result = conserve(gradients, {"a": torch.tensor([0.0, 1.0, 2.0])}, 90.0)
+    result = mask_gradients(gradients, rgp_mask({"a": torch.tensor([0.0, 1.0, 2.0])}, 90.0))
     assert result["a"].tolist() == [0.0, 0.0, 3.0]
 
 

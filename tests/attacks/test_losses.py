@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cure.attacks import OBJECTIVES
-from cure.attacks.objectives import cross_entropy, kl_to_natural, margin, with_cross_entropy
+from cure.attacks.losses import cross_entropy, kl_to_natural, margin, with_cross_entropy
 
 logits3 = st.lists(st.floats(-20, 20), min_size=3, max_size=3)
 
