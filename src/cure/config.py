@@ -34,6 +34,10 @@ MEMORY = "memory:"
 """Prefix of ``data.source`` when the images were passed as a Python object."""
 
 
+NATURAL = "natural"
+"""Value of ``start`` and of a teacher's ``path`` that means the run's own natural training."""
+
+
 class Ratio(float):
     """A number that may be written as a fraction, and remembers how it was written.
 
@@ -126,6 +130,25 @@ class AugmentConfig(Section):
     """What fills the added pixels (TRADES lineage: zeros; Rice et al. and ACT: reflect)."""
     flip: bool = True
     """Mirror left and right with probability one half."""
+    resized_crop: float | None = Field(default=None, gt=0, le=1)
+    """Instead of the padded crop: a random part of the image of at least this share of its area
+    (aspect ratio 3/4 to 4/3), resized to the size of the image.  0.5 is mild, 0.08 is the usual
+    value for ImageNet from random weights."""
+    color_jitter: float = Field(default=0.0, ge=0, lt=1)
+    """Largest relative change of brightness, contrast and saturation, drawn for each image."""
+    mixup: NonNegativeFloat = 0.0
+    """alpha of MixUp: images and labels of a batch are mixed in pairs with a share drawn from
+    Beta(alpha, alpha); 0 turns it off.  Only for methods whose loss takes soft labels."""
+    cutmix: NonNegativeFloat = 0.0
+    """alpha of CutMix: a rectangle is replaced by that of another image of the batch, and the
+    labels are mixed by area; 0 turns it off.  With both, each batch draws one of the two."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the label that is spread over all classes."""
+
+    @property
+    def soft_labels(self) -> bool:
+        """Whether labels become probabilities over classes."""
+        return bool(self.mixup or self.cutmix or self.label_smoothing)
 
 
 class DataConfig(Section):
@@ -202,8 +225,12 @@ class ThreatConfig(Section):
 
 
 class AttackConfig(Section):
-    """How training images are attacked; what is maximised is the method's affair."""
+    """How training images are attacked."""
 
+    name: Literal["pgd", "n-fgsm"] = "pgd"
+    """``pgd``: projected gradient ascent.  ``n-fgsm``: uniform noise of ``noise`` epsilons, then
+    one step of length epsilon, without projection on the ball (de Jorge et al., NeurIPS 2022);
+    much cheaper, Linf only; ``steps``, ``step_size`` and ``start`` are not used."""
     steps: PositiveInt = 10
     """Steps of gradient ascent."""
     step_size: Ratio = Ratio("2/255")
@@ -214,8 +241,23 @@ class AttackConfig(Section):
     mode: Literal["eval", "train"] = "eval"
     """Mode of the network while it is attacked.  In ``train`` mode BatchNorm uses the batch's
     statistics; its running statistics are put back afterwards."""
+    epsilon: Ratio | None = None
+    """Radius of the training attack, where it differs from the threat's."""
+    warmup: float = Field(default=0.0, ge=0, le=1)
+    """Share of the run over which epsilon and the step size rise linearly from 0.  A pretrained
+    network attacked with the whole epsilon from the first step falls to chance."""
+    noise: NonNegativeFloat = 1.0
+    """``n-fgsm``: size of the uniform noise before the step, in epsilons."""
+    objective: Literal["method", "cross_entropy"] = "method"
+    """What the attack maximises: what the method says, or always the cross-entropy.  The KL
+    divergence to a confident prediction has a small gradient at the start of a fine-tuning."""
+    check_every: PositiveInt | None = None
+    """``n-fgsm``: compare with PGD on a training batch every so many steps.  Where the network
+    withstands the single step and not PGD (catastrophic overfitting), training goes back to the
+    last saved state and takes two steps from there on."""
 
     _step_size_positive = field_validator("step_size")(_positive)
+    _epsilon_positive = field_validator("epsilon")(lambda value: value and _positive(value))
 
 
 class TeacherConfig(Section):
@@ -262,8 +304,10 @@ class MethodConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Stochastic gradient descent."""
+    """The optimiser and its parameter groups."""
 
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Stochastic gradient descent with momentum, or AdamW."""
     learning_rate: PositiveFloat = 0.1
     """Peak learning rate."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -271,7 +315,14 @@ class OptimizerConfig(Section):
     nesterov: bool = False
     """Nesterov momentum."""
     weight_decay: NonNegativeFloat = 5e-4
-    """L2 penalty, added to the gradient."""
+    """L2 penalty, added to the gradient (``adamw``: decoupled weight decay)."""
+    head_rate: PositiveFloat = 1.0
+    """Factor on the learning rate of the classifier, the last linear layer."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Layer-wise decay: factor on the learning rate from each part of the network to the part
+    before it, counted from the classifier (parts: stem, B1 to B4, classifier)."""
+    decay_norms: bool = True
+    """Whether weight decay also applies to biases and to the weights of norms."""
 
 
 class ScheduleConfig(Section):
@@ -308,6 +359,9 @@ class AveragingConfig(Section):
     """When weights are taken (SWA: at the end of an epoch)."""
     start: float = Field(default=0.0, ge=0, lt=1)
     """Share of the run after which averaging begins."""
+    warmup: bool = False
+    """Exponential averages: keep at most n / (9 + n) after n weights, so that an average that
+    starts early forgets the first weights."""
     batch_norm: Literal["averaged", "recomputed"] = "averaged"
     """Statistics of its BatchNorm: averaged like weights, or computed anew after every epoch from
     all training images as they are (SWA)."""
@@ -335,6 +389,14 @@ class TrainingConfig(Section):
     """The learning rate over time."""
     clip_norm: PositiveFloat | None = None
     """Scale the whole gradient down to this Euclidean norm when it is longer."""
+    batch_norm: Literal["eval_attack", "frozen", "train"] = "eval_attack"
+    """Statistics of BatchNorm.  ``eval_attack``: the loss uses those of the batch, the attack the
+    running ones.  ``train``: both use those of the batch; before each validation the running ones
+    are computed anew from the training images.  ``frozen``: both use the running ones of the
+    start, which do not change; for pretrained networks and small data."""
+    minutes: PositiveFloat | None = None
+    """Budget of wall time instead of ``epochs``: a few steps are timed before training, and the
+    number of epochs that fits is fixed for the run.  Validation is included."""
     precision: Literal["fp32", "bf16_attack", "bf16"] = "fp32"
     """``bf16_attack`` crafts adversarial images in bfloat16 and trains in float32."""
     channels_last: bool = True

@@ -80,8 +80,8 @@ def test_skipped_batches_are_not_computed(numbered, monkeypatch: pytest.MonkeyPa
     from cure.data import loader
 
     calls = []
-    real = loader.augment_images
-    monkeypatch.setattr(loader, "augment_images", lambda *a: (calls.append(1), real(*a))[1])
+    real = loader.augmented
+    monkeypatch.setattr(loader, "augmented", lambda *a: (calls.append(1), real(*a))[1])
     list(epoch(numbered(100), batch_size=10, epoch=0, seed=0, augment=AUGMENT, start=8))
     assert len(calls) == 2
 

@@ -40,6 +40,9 @@ from cure.training.setup import build_method, prepare
 from cure.training.trainer import Trainer
 from cure.utils.distributed import leave
 from cure.utils.engine import Engine
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from helpers import bright_or_dark
 
 STEPS = 4

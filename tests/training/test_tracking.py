@@ -17,7 +17,8 @@ from cure.config import RunConfig
 from cure.data import ImageSet
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
-from cure.training.setup import carry_out, prepare
+from cure.training.prerequisites import carry_out
+from cure.training.setup import prepare
 from cure.training.tracking.base import TRACKERS, EpochTracker, scalars
 from helpers import Command, bright_or_dark, refused
 

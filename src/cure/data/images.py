@@ -152,9 +152,16 @@ class Batch:
         label: [B] int64.
         index: [B] int64, position in the training set, for state kept per sample.
         step: number of optimiser steps done before this one; keys every random draw of the step.
+        soft_label: [B, K] probabilities, where augmentation mixes or smooths labels.
     """
 
     image: Tensor
     label: Tensor
     index: Tensor
     step: int
+    soft_label: Tensor | None = None
+
+    @property
+    def target(self) -> Tensor:
+        """What a cross-entropy takes: the soft labels where there are any, else the labels."""
+        return self.label if self.soft_label is None else self.soft_label

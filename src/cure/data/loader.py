@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cure.config import AugmentConfig
-from cure.data.augment import augment as augment_images
+from cure.data.augment import augmented, mixed
 from cure.data.images import Batch, ImageSet
 from cure.errors import DataError
 from cure.utils.random import generator, shared_generator
@@ -77,10 +77,19 @@ def epoch(
             step = epoch * steps + k
             first = k * batch_size + rank * part
             index = order[first : first + part]
+            if augment is not None and augment.soft_labels:
+                # Images are mixed across the whole batch, which each rank makes for itself.
+                whole = order[k * batch_size : (k + 1) * batch_size]
+                draws = generator(device, seed, "augment", step)
+                image = to_unit(augmented(images.image[whole], augment, draws))
+                image, soft = mixed(image, images.label[whole], len(images.classes), augment, draws)
+                own = slice(rank * part, (rank + 1) * part)
+                yield Batch(image[own], images.label[index], index, step, soft[own])
+                continue
             image = images.image[index]
             if augment is not None:
                 draws = shared_generator(device, rank, world, seed, "augment", step)
-                image = augment_images(image, augment, draws)
+                image = augmented(image, augment, draws)
             yield Batch(to_unit(image), images.label[index], index, step)
 
     return iterate()
@@ -105,5 +114,5 @@ def batches(images: ImageSet, batch_size: int, limit: int | None = None) -> Iter
 
 
 def to_unit(image: Tensor) -> Tensor:
-    """uint8 0..255 as float32 in [0, 1]."""
-    return image.to(torch.float32) / 255
+    """uint8 0..255 as float32 in [0, 1]; floats are in [0, 1] already."""
+    return image if image.is_floating_point() else image.to(torch.float32) / 255

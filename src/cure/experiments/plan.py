@@ -29,7 +29,8 @@ from cure.evaluation.evaluate import evaluate
 from cure.experiments.compare import Table, difference, read_rows, table
 from cure.recipe import Raw, check, check_kept, override, read_recipe
 from cure.runs.folder import RunFolder
-from cure.training.setup import carry_out, check_attacks, prepare
+from cure.training.prerequisites import carry_out
+from cure.training.setup import check_attacks, prepare
 from cure.training.trainer import Interrupted
 from cure.utils.io import write_json, write_text
 from cure.utils.memory import keep_freed_memory

@@ -23,13 +23,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from cure.config import Ratio, RunConfig
+from cure.config import NATURAL, Ratio, RunConfig
 from cure.errors import ConfigError, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, silent
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
+from cure.training.prerequisites import carry_out, natural_config
 from cure.training.run import resume, train
-from cure.training.setup import NATURAL, carry_out, natural_config, prepare
+from cure.training.setup import prepare
 from cure.training.trainer import Interrupted
 from cure.utils.io import write_json
 

@@ -13,9 +13,8 @@ from cure.data import ImageSet
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
-from cure.training.setup import carry_out, prepare
-
-RESULT_FORMAT = "cure-evaluation-1"
+from cure.training.prerequisites import carry_out
+from cure.training.setup import prepare
 
 
 def train(
@@ -67,7 +66,7 @@ def train(
     engine = prepared.engine
     path = engine.first(lambda: RunFolder.create(run, config, prepared.training.kind).path)
     folder = RunFolder(path, writes=engine.rank == 0)
-    carry_out(folder, config, prepared, model, quiet)
+    carry_out(folder, config, prepared, quiet)
     return Run(folder.path, model)
 
 
@@ -92,5 +91,5 @@ def resume(
         return Run(folder.path, model)
     prepared = prepare(config, data, model, folder)
     folder.writes = prepared.engine.rank == 0
-    carry_out(folder, config, prepared, model, quiet)
+    carry_out(folder, config, prepared, quiet)
     return Run(folder.path, model)

@@ -1,14 +1,12 @@
-"""From a checked configuration to a trained run folder: data, network, teachers, natural start.
+"""What a run needs before its first step: data, splits, networks, teachers, method, attack.
 
-:func:`prepare` finds everything that can be refused before a folder is made; :func:`carry_out`
-trains in the folder from wherever it is, what the run needs first: its natural start, its teachers.
+:func:`prepare` refuses everything that can be refused before a run folder is made.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,27 +14,22 @@ from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
 from cure.attacks.registry import evaluation_attack
-from cure.config import DataConfig, LayersConfig, RunConfig, TeacherConfig
+from cure.config import NATURAL, DataConfig, RunConfig, TeacherConfig
 from cure.data import ImageKind, ImageSet, batches, carve, load, steps_per_epoch
 from cure.data.sources import check_not_memory
-from cure.errors import CheckpointError, ConfigError, CureError, ModelError, TrainingStopped
+from cure.errors import CheckpointError, ConfigError, CureError, ModelError
 from cure.methods import METHODS, Context, Method
 from cure.methods.wrappers.averaging import Averaged
 from cure.methods.wrappers.awp import WeightPerturbed
 from cure.models import load_weights
-from cure.models.blocks import STEM, blocks, chosen, learn_only, reinitialise
+from cure.models.blocks import STEM, blocks, chosen, learn_only
 from cure.models.build import network_of
 from cure.models.checks import check_outputs
 from cure.recipe import check, override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.training.schedule import learning_rate
-from cure.training.tracking import TerminalTracker, Tracker, check_trackers, trackers_of
-from cure.training.trainer import Interrupted, Trainer
+from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
-from cure.utils.random import generator
-
-NATURAL = "natural"
-"""Value of ``start`` and of a teacher's ``path`` that means the run's own natural training."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +111,13 @@ def _prepared(
         load_weights(network, _start_weights(config.start))
     _choose_layers(network, config)
     prepared = Prepared(engine, training, validation, network, initial)
-    prepared = replace(prepared, teachers=_teachers(config, prepared))
+    prepared = replace(prepared, teachers=teacher_networks(config, prepared))
     for role, teacher in prepared.teachers.items():
         try:
             check_outputs(teacher.eval(), sample, len(training.classes))
         except ModelError as error:
             raise ModelError(f"method.{role}: {error}") from None
-    # Made once here and thrown away, so that a setting that does not fit the network or the length
-    # of the run is refused now and not after the natural start.
-    build_method(config, prepared)
+    check_method(config, prepared)
     return prepared
 
 
@@ -138,15 +129,6 @@ def _choose_layers(network: nn.Module, config: RunConfig) -> None:
         if layers.stem == "updated":
             names += blocks(network).get(STEM, [])
         learn_only(network, names, statistics=layers.statistics == "updated")
-
-
-def _draw_layers(network: nn.Module, config: RunConfig) -> None:
-    """Draw anew what the configuration says, once, before the first step."""
-    layers = config.layers
-    if layers.reinitialise != "none":
-        names = chosen(network, layers.update or blocks(network))
-        draws = generator("cpu", config.seed, "reinitialise")
-        reinitialise(network, names, draws, norms=layers.reinitialise == "all")
 
 
 def check_attacks(names: Iterable[str]) -> None:
@@ -191,7 +173,7 @@ def _start_weights(path: str) -> Path:
 # -- teachers ------------------------------------------------------------------------------------
 
 
-def _teachers(config: RunConfig, prepared: Prepared) -> dict[str, nn.Module]:
+def teacher_networks(config: RunConfig, prepared: Prepared) -> dict[str, nn.Module]:
     """The teachers' networks by role, with their weights where these exist already."""
     return {
         role: _teacher(f"method.{role}", source, config, prepared)
@@ -206,7 +188,11 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
         prepared.engine.check_batch(theirs.training.batch_size)
         network = network_of(theirs, kind, None)
         inner = replace(prepared, network=network, initial=network, teachers={})
-        _teachers(theirs, inner)  # Its own teachers can be refused now, too.
+        inner = replace(inner, teachers=teacher_networks(theirs, inner))
+        try:
+            check_method(theirs, inner)
+        except CureError as error:
+            raise type(error)(f"{place}: {error}") from None
         return network
     assert source.path is not None
     if source.path == NATURAL:
@@ -274,100 +260,19 @@ def teacher_config(place: str, source: TeacherConfig, config: RunConfig) -> RunC
         raise ConfigError(f"{place}: {error}") from None
 
 
-# -- training ------------------------------------------------------------------------------------
+# -- method and attack ---------------------------------------------------------------------------
 
 
-def carry_out(
-    folder: RunFolder,
-    config: RunConfig,
-    prepared: Prepared,
-    model: nn.Module | None = None,
-    quiet: bool = False,
-) -> None:
-    """Train in ``folder`` from wherever it is, first what it starts with or learns from."""
-    engine = prepared.engine
-    with ExitStack() as held:
-        with engine.agreeing():
-            held.enter_context(folder.lock())
-        if not folder.state.exists():
-            _first_things(folder, config, prepared, model, quiet)
-            _draw_layers(prepared.network, config)
-        for network in (prepared.network, *prepared.teachers.values()):
-            engine.place(network)
-        method = build_method(config, prepared)
-        terminal = TerminalTracker(config.name)
-        silent = quiet or not folder.writes
-        trackers: list[Tracker] = [] if silent else [terminal]
-        if folder.writes:
-            # That one of them is lost is also said where the run is quiet.
-            trackers += trackers_of(folder.path, config, terminal.warn)
-        trainer = Trainer(
-            config, method, prepared.training, prepared.validation, engine, folder, trackers
-        )
-        for sentence in method.warnings():
-            for tracker in trackers:
-                tracker.warn(sentence)
-        trainer.fit()
+def check_method(config: RunConfig, prepared: Prepared) -> None:
+    """Refuse settings of the method that do not fit the network or the length of the run.
 
+    The method is built and discarded: what it refuses is refused before the natural start is
+    trained.
 
-def _first_things(
-    folder: RunFolder,
-    config: RunConfig,
-    prepared: Prepared,
-    model: nn.Module | None,
-    quiet: bool,
-) -> None:
-    """The natural start and the teachers that are not there yet, trained inside ``folder``."""
-    teachers = config.method.teachers()
-    natural = [prepared.network] if config.start == NATURAL else []
-    natural += [prepared.teachers[role] for role, t in teachers.items() if t.path == NATURAL]
-    if natural:
-        first = replace(prepared, network=copy.deepcopy(prepared.initial), teachers={})
-        inner = _inner_run(
-            folder, "natural start", NATURAL, natural_config(config), first, model, quiet
-        )
-        for network in natural:
-            load_weights(network, inner.weights("best"))
-    for role, source in teachers.items():
-        if source.recipe is None:
-            continue
-        theirs = teacher_config(f"method.{role}", source, config)
-        network = network_of(theirs, prepared.training.kind, None)
-        first = replace(prepared, network=network, initial=copy.deepcopy(network), teachers={})
-        first = replace(first, engine=Engine.of(theirs.training), teachers=_teachers(theirs, first))
-        place = str(Path("teachers") / role)
-        inner = _inner_run(folder, f"teacher {role}", place, theirs, first, None, quiet)
-        load_weights(prepared.teachers[role], inner.weights("best"))
-        Engine.of(config.training)  # Threads and determinism are the process's: set them back.
-
-
-def _inner_run(
-    folder: RunFolder,
-    phase: str,
-    place: str,
-    config: RunConfig,
-    prepared: Prepared,
-    model: nn.Module | None,
-    quiet: bool,
-) -> RunFolder:
-    """The finished run at ``place`` inside ``folder``, trained now where it is missing."""
-    path = folder.path / place
-
-    def opened() -> bool:
-        if not path.exists():
-            RunFolder.create(path, config, prepared.training.kind)
-        return bool(RunFolder.open(path).status()["state"] == "finished")
-
-    finished = prepared.engine.first(opened)
-    inner = RunFolder(path, folder.resumed_by, folder.writes)
-    if not finished:
-        folder.set_status("running", phase=phase)
-        try:
-            carry_out(inner, config, prepared, model, quiet)
-        except (Interrupted, TrainingStopped):
-            folder.set_status(**(inner.status() | {"phase": phase}))
-            raise
-    return inner
+    Raises:
+        CureError: in one sentence.
+    """
+    build_method(config, prepared)
 
 
 def build_method(config: RunConfig, prepared: Prepared) -> Method:
@@ -414,31 +319,4 @@ def training_attack(config: RunConfig, engine: Engine) -> Attack:
         precision=engine.attack_precision,
         fold=True,
         compile=config.training.compile,
-    )
-
-
-def natural_config(config: RunConfig) -> RunConfig:
-    """The run that trains the start of ``config``: the same but for the method and ``natural``."""
-    change = config.natural.model_dump(exclude_none=True)
-    training = config.training.model_copy(
-        update={
-            "epochs": change.get("epochs", config.training.epochs),
-            "schedule": config.natural.schedule or config.training.schedule,
-            "optimizer": config.training.optimizer.model_copy(
-                update={k: change[k] for k in ("learning_rate", "weight_decay") if k in change}
-            ),
-            "averaging": None,
-            "weight_perturbation": None,
-            "keep_every": None,
-            "record_gradients": None,
-        }
-    )
-    return config.model_copy(
-        update={
-            "layers": LayersConfig(),
-            "name": f"{config.name}-natural",
-            "start": "model",
-            "method": METHODS["natural"].Config(name="natural"),
-            "training": training,
-        }
     )

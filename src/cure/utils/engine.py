@@ -25,6 +25,18 @@ from cure.utils.launcher import launched
 Grads = dict[str, Tensor]
 
 
+def configure(training: TrainingConfig, device: torch.device) -> None:
+    """Set the number of threads and the determinism of this process for a training."""
+    if training.threads is not None:
+        torch.set_num_threads(training.threads)
+    if device.type == "cuda":
+        if training.deterministic:
+            # Read when cuBLAS is first used; without it, its products need not repeat.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(training.deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = not training.deterministic
+
+
 @dataclass(frozen=True)
 class Engine(Ranks, Device):
     """A :class:`~cure.utils.device.Device` and the :class:`~cure.utils.distributed.Ranks` on it.
@@ -49,17 +61,10 @@ class Engine(Ranks, Device):
                 batches evenly.
             RanksLost: when the other ranks do not come.
         """
-        if training.threads is not None:
-            torch.set_num_threads(training.threads)
         launch = launched()
         device = pick_device(training.device, launch)
+        configure(training, device)
         join(device, launch)
-        if device.type == "cuda":
-            if training.deterministic:
-                # Read when cuBLAS is first used; without it, its products need not repeat.
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(training.deterministic, warn_only=True)
-            torch.backends.cudnn.benchmark = not training.deterministic
         engine = cls(device, training.precision, training.channels_last, launch.rank, launch.world)
         engine.check_batch(training.batch_size)
         return engine

@@ -1,0 +1,193 @@
+"""The runs that a run needs before its own first step: its natural start and its teachers.
+
+:func:`prerequisites` lists them in the order of training; :func:`carry_out` trains those that are
+missing, one after another, and then the run itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from cure.config import NATURAL, LayersConfig, RunConfig
+from cure.errors import TrainingStopped
+from cure.models import load_weights
+from cure.models.blocks import blocks, chosen, reinitialise
+from cure.models.build import network_of
+from cure.registry import METHODS
+from cure.runs.folder import RunFolder
+from cure.training.setup import Prepared, build_method, teacher_config, teacher_networks
+from cure.training.tracking import TerminalTracker, Tracker, trackers_of
+from cure.training.trainer import Interrupted, Trainer
+from cure.utils.engine import Engine, configure
+from cure.utils.random import generator
+
+
+@dataclass(frozen=True)
+class Prerequisite:
+    """A run whose best weights another run needs.
+
+    Attributes:
+        phase: what the status of the run says meanwhile.
+        folder: where it is trained, inside the folder of the run that needs it.
+        config: what it is.
+        prepared: its data and networks.
+        receivers: networks that are loaded with its best weights.
+    """
+
+    phase: str
+    folder: RunFolder
+    config: RunConfig
+    prepared: Prepared
+    receivers: list[nn.Module]
+
+
+def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> list[Prerequisite]:
+    """What has to be trained before ``config``, in order; nothing for a run that has begun.
+
+    Args:
+        folder: of the run.
+        config: the run.
+        prepared: its data and networks.
+    """
+    if folder.state.exists():
+        return []
+
+    def inside(place: Path | str) -> RunFolder:
+        return RunFolder(folder.path / place, folder.resumed_by, folder.writes)
+
+    found: list[Prerequisite] = []
+    teachers = config.method.teachers()
+    receivers = [prepared.network] if config.start == NATURAL else []
+    receivers += [prepared.teachers[role] for role, t in teachers.items() if t.path == NATURAL]
+    if receivers:
+        own = replace(prepared, network=copy.deepcopy(prepared.initial), teachers={})
+        found.append(
+            Prerequisite("natural start", inside(NATURAL), natural_config(config), own, receivers)
+        )
+    for role, source in teachers.items():
+        if source.recipe is None:
+            continue
+        theirs = teacher_config(f"method.{role}", source, config)
+        network = network_of(theirs, prepared.training.kind, None)
+        own = replace(
+            prepared,
+            engine=Engine.of(theirs.training),
+            network=network,
+            initial=copy.deepcopy(network),
+            teachers={},
+        )
+        own = replace(own, teachers=teacher_networks(theirs, own))
+        place = inside(Path("teachers") / role)
+        found += prerequisites(place, theirs, own)
+        found.append(Prerequisite(f"teacher {role}", place, theirs, own, [prepared.teachers[role]]))
+    return found
+
+
+def carry_out(
+    folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool = False
+) -> None:
+    """Start or resume training; trains missing prerequisites first.
+
+    Args:
+        folder: of the run; it is locked meanwhile.
+        config: the run.
+        prepared: its data and networks.
+        quiet: print nothing.
+    """
+    engine = prepared.engine
+    with ExitStack() as held:
+        with engine.agreeing():
+            held.enter_context(folder.lock())
+        missing = prerequisites(folder, config, prepared)
+        engine.first(lambda: _make_folders(missing))
+        for needed in missing:
+            _train_prerequisite(folder, needed, quiet)
+        _train(folder, config, prepared, quiet)
+
+
+def _make_folders(needed: list[Prerequisite]) -> None:
+    """Make the folders that are not there yet, a folder before those inside it."""
+    for run in sorted(needed, key=lambda run: len(run.folder.path.parts)):
+        if not run.folder.path.exists():
+            RunFolder.create(run.folder.path, run.config, run.prepared.training.kind)
+
+
+def _train_prerequisite(folder: RunFolder, needed: Prerequisite, quiet: bool) -> None:
+    """Train a prerequisite unless it is finished, and load its weights where they are needed."""
+    inner = needed.folder
+    if not needed.prepared.engine.first(lambda: bool(inner.status()["state"] == "finished")):
+        folder.set_status("running", phase=needed.phase)
+        try:
+            with ExitStack() as held:
+                with needed.prepared.engine.agreeing():
+                    held.enter_context(inner.lock())
+                _train(inner, needed.config, needed.prepared, quiet)
+        except (Interrupted, TrainingStopped):
+            folder.set_status(**(inner.status() | {"phase": needed.phase}))
+            raise
+    for network in needed.receivers:
+        load_weights(network, inner.weights("best"))
+
+
+def _train(folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool) -> None:
+    """Train one run whose prerequisites are there, from the state in its folder if it has one."""
+    engine = prepared.engine
+    configure(config.training, engine.device)
+    if not folder.state.exists():
+        _draw_layers(prepared.network, config)
+    for network in (prepared.network, *prepared.teachers.values()):
+        engine.place(network)
+    method = build_method(config, prepared)
+    terminal = TerminalTracker(config.name)
+    trackers: list[Tracker] = [] if quiet or not folder.writes else [terminal]
+    if folder.writes:
+        # A tracker that fails is reported also where the run is quiet.
+        trackers += trackers_of(folder.path, config, terminal.warn)
+    trainer = Trainer(
+        config, method, prepared.training, prepared.validation, engine, folder, trackers
+    )
+    for sentence in method.warnings():
+        for tracker in trackers:
+            tracker.warn(sentence)
+    trainer.fit()
+
+
+def _draw_layers(network: nn.Module, config: RunConfig) -> None:
+    """Draw anew what the configuration says, once, before the first step."""
+    layers = config.layers
+    if layers.reinitialise != "none":
+        names = chosen(network, layers.update or blocks(network))
+        draws = generator("cpu", config.seed, "reinitialise")
+        reinitialise(network, names, draws, norms=layers.reinitialise == "all")
+
+
+def natural_config(config: RunConfig) -> RunConfig:
+    """The run that trains the start of ``config``: the same but for the method and ``natural``."""
+    change = config.natural.model_dump(exclude_none=True)
+    training = config.training.model_copy(
+        update={
+            "epochs": change.get("epochs", config.training.epochs),
+            "schedule": config.natural.schedule or config.training.schedule,
+            "optimizer": config.training.optimizer.model_copy(
+                update={k: change[k] for k in ("learning_rate", "weight_decay") if k in change}
+            ),
+            "averaging": None,
+            "weight_perturbation": None,
+            "keep_every": None,
+            "record_gradients": None,
+        }
+    )
+    return config.model_copy(
+        update={
+            "layers": LayersConfig(),
+            "name": f"{config.name}-natural",
+            "start": "model",
+            "method": METHODS["natural"].Config(name="natural"),
+            "training": training,
+        }
+    )
