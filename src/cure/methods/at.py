@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
+from pydantic import Field
 
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig
@@ -14,10 +15,13 @@ from cure.methods.common.losses import accuracy
 
 
 class AdversarialConfig(MethodConfig):
-    """Adversarial training has no settings of its own; the run's attack decides."""
+    """Settings of adversarial training; the run's attack decides the rest."""
 
     name: Literal["at"] = "at"
     """Adversarial training (AT, PGD-AT)."""
+    natural_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the loss that is the cross-entropy of the natural images; trades robust accuracy
+    for natural accuracy, and costs one more forward and backward pass."""
 
 
 @METHODS.register("at")
@@ -32,19 +36,19 @@ class Adversarial(Method):
     """
 
     Config = AdversarialConfig
+    soft_labels = True
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Images that climb the cross-entropy."""
         return AdversarialBatch(self.attack(batch, CROSS_ENTROPY))
 
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
-        """Mean cross-entropy of the batch's adversarial images."""
+        """Mean cross-entropy of the adversarial images, and of the natural ones by their share."""
         adversarial = self.logits(attacked.image)
-        loss = F.cross_entropy(adversarial, batch.label)
-        return StepOutput(
-            loss=loss,
-            metrics={
-                "loss": loss.detach(),
-                "robust_accuracy": accuracy(adversarial, batch.label),
-            },
-        )
+        loss = F.cross_entropy(adversarial, batch.target)
+        metrics = {"robust_accuracy": accuracy(adversarial, batch.label)}
+        if share := self.config.natural_share:
+            natural = self.logits(batch.image)
+            loss = (1 - share) * loss + share * F.cross_entropy(natural, batch.target)
+            metrics["accuracy"] = accuracy(natural, batch.label)
+        return StepOutput(loss=loss, metrics={"loss": loss.detach()} | metrics)

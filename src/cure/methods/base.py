@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Self
 
 import torch
@@ -64,6 +64,10 @@ class Context:
         natural_images: all training images as they are, batch by batch [B, C, H, W].
         observed: whether someone listens to a step: then a method that holds weights back says
             which (:class:`Masking`).
+        attack_share: share of the radius and of the step size of :attr:`attack` at a step
+            (``attack.warmup``).
+        attack_objective: what replaces the objective that a method gives its attack
+            (``attack.objective``); None keeps it.
     """
 
     engine: Engine
@@ -78,6 +82,20 @@ class Context:
     weight_decay: float = 0.0
     natural_images: Callable[[], Iterator[Tensor]] = lambda: iter(())
     observed: Callable[[int], bool] = lambda step: False  # noqa: ARG005
+    attack_share: Callable[[int], float] = lambda step: 1.0  # noqa: ARG005
+    attack_objective: Objective | None = None
+
+    def attack_at(self, step: int) -> Attack:
+        """The training attack at a step: smaller during ``attack.warmup``."""
+        share = self.attack_share(step)
+        if share == 1:
+            return self.attack
+        attack = self.attack
+        return replace(
+            attack,
+            threat=replace(attack.threat, epsilon=share * attack.threat.epsilon),
+            step_size=share * attack.step_size,
+        )
 
     @property
     def total_steps(self) -> int:
@@ -141,6 +159,8 @@ class Method(nn.Module, Generic[Attacked]):
     Config: ClassVar[type[MethodConfig]]
     selection: ClassVar[Literal["natural", "robust"]] = "robust"
     """Which accuracy on the validation split chooses the best checkpoint."""
+    soft_labels: ClassVar[bool] = False
+    """Whether the loss takes ``batch.target``: labels that are mixed or smoothed."""
 
     def __init__(self, model: nn.Module, config: Any, context: Context) -> None:
         super().__init__()
@@ -210,7 +230,13 @@ class Method(nn.Module, Generic[Attacked]):
             objective: what the attack climbs.
             options: what differs from the run's settings, see :class:`~cure.attacks.Attack`.
         """
-        draws = self.context.generator("attack", batch.step)
-        return self.context.attack(
-            self.model, batch.image, batch.label, objective, draws, **options
+        context = self.context
+        draws = context.generator("attack", batch.step)
+        return context.attack_at(batch.step)(
+            self.model,
+            batch.image,
+            batch.target,
+            context.attack_objective or objective,
+            draws,
+            **options,
         )

@@ -223,6 +223,7 @@ class Cure(Method):
     """
 
     Config = CureConfig
+    soft_labels = True
 
     def __init__(self, model: torch.nn.Module, config: CureConfig, context: Context) -> None:
         super().__init__(model, config, context)
@@ -282,13 +283,13 @@ class Cure(Method):
         """Masked gradients for one batch (natural loss during a warm-up)."""
         image, label = batch.image, batch.label
         if batch.step < self.warmup_steps:
-            loss = F.cross_entropy(self.logits(image), label)
+            loss = F.cross_entropy(self.logits(image), batch.target)
             return StepOutput(loss=loss, metrics={"loss": loss.detach()})
         config = self.config
         natural, adversarial = self.logits(image), self.logits(attacked.image)
         losses = {
-            "natural": F.cross_entropy(natural, label),
-            "ce": F.cross_entropy(adversarial, label),
+            "natural": F.cross_entropy(natural, batch.target),
+            "ce": F.cross_entropy(adversarial, batch.target),
             "kl": kl_divergence(natural, adversarial),
             "consistency": self._consistency(image, attacked.image, natural, adversarial),
         }

@@ -29,6 +29,7 @@ class Natural(Method):
 
     Config = NaturalConfig
     selection = "natural"
+    soft_labels = True
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """The natural images themselves."""
@@ -37,6 +38,6 @@ class Natural(Method):
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Mean cross-entropy of the batch."""
         logits = self.logits(attacked.image)
-        loss = F.cross_entropy(logits, batch.label)
+        loss = F.cross_entropy(logits, batch.target)
         metrics = {"loss": loss.detach(), "accuracy": accuracy(logits, batch.label)}
         return StepOutput(loss=loss, metrics=metrics)

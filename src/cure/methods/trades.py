@@ -15,7 +15,13 @@ from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy, kl_divergence
 
 
-def trades(natural: Tensor, adversarial: Tensor, label: Tensor, beta: float) -> StepOutput:
+def trades(
+    natural: Tensor,
+    adversarial: Tensor,
+    label: Tensor,
+    beta: float,
+    target: Tensor | None = None,
+) -> StepOutput:
     """``CE(x) + beta KL(p(x) || p(x_adv))`` with its parts as metrics.
 
     Args:
@@ -23,10 +29,11 @@ def trades(natural: Tensor, adversarial: Tensor, label: Tensor, beta: float) -> 
         adversarial: logits [B, K] of the adversarial images.
         label: [B].
         beta: weight of the KL term, whose gradient flows through both predictions.
+        target: soft labels [B, K] of the cross-entropy; by default ``label``.
 
     Source: TRADES, ICML 2019 (beta is its 1 / lambda).
     """
-    natural_loss = F.cross_entropy(natural, label)
+    natural_loss = F.cross_entropy(natural, label if target is None else target)
     adversarial_loss = kl_divergence(natural, adversarial)
     loss = natural_loss + beta * adversarial_loss
     return StepOutput(
@@ -64,6 +71,7 @@ class Trades(Method):
     """
 
     Config = TradesConfig
+    soft_labels = True
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Images that climb the KL divergence."""
@@ -72,4 +80,4 @@ class Trades(Method):
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Natural loss and KL term of one batch."""
         natural, adversarial = self.logits(batch.image), self.logits(attacked.image)
-        return trades(natural, adversarial, batch.label, self.config.beta)
+        return trades(natural, adversarial, batch.label, self.config.beta, batch.target)

@@ -9,10 +9,13 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from cure.attacks import Attack, Threat
+from cure.attacks.losses import CROSS_ENTROPY
+from cure.attacks.nfgsm import NFGSM
 from cure.attacks.registry import evaluation_attack
 from cure.config import NATURAL, DataConfig, RunConfig, TeacherConfig
 from cure.data import ImageKind, ImageSet, batches, carve, load, steps_per_epoch
@@ -22,6 +25,7 @@ from cure.methods import METHODS, Context, Method
 from cure.methods.wrappers.averaging import Averaged
 from cure.methods.wrappers.awp import WeightPerturbed
 from cure.models import load_weights
+from cure.models.batch_norm import freeze_statistics
 from cure.models.blocks import STEM, blocks, chosen, learn_only
 from cure.models.build import network_of
 from cure.models.checks import check_outputs
@@ -86,6 +90,7 @@ def _prepared(
             "threat.norm: expected Linf or L2 to train with, got L1, in which only evaluation "
             "attacks; train with L2 and evaluate with --norm L1"
         )
+    _check_augmentation(config)
     check_attacks(config.evaluation.attacks)
     check_trackers(config.tracking)
     if images is None:
@@ -106,6 +111,8 @@ def _prepared(
     for module, mode in modes:
         module.training = mode
     network = copy.deepcopy(initial)
+    if config.training.batch_norm == "frozen":
+        freeze_statistics(network)
     fresh = folder is None or not folder.state.exists()
     if fresh and config.start not in (NATURAL, "scratch", "model"):
         load_weights(network, _start_weights(config.start))
@@ -155,6 +162,21 @@ def _check_start(config: RunConfig) -> None:
         raise ConfigError(
             f"start: scratch does not fit {config.model.name}, which comes with trained weights: "
             "say start=model, or start=natural to train it naturally first"
+        )
+
+
+def _check_augmentation(config: RunConfig) -> None:
+    """Refuse soft labels and single-step attacks where method or threat do not take them."""
+    if config.data.augment.soft_labels and not METHODS[config.method.name].soft_labels:
+        able = [name for name in METHODS.names() if METHODS[name].soft_labels]
+        raise ConfigError(
+            f"data.augment: mixup, cutmix and label_smoothing need a method whose loss takes soft "
+            f"labels ({', '.join(able)}), got {config.method.name}; leave them out"
+        )
+    if config.attack.name == "n-fgsm" and config.threat.norm != "Linf":
+        raise ConfigError(
+            f"attack.name: n-fgsm is an attack in Linf, the threat is {config.threat.norm}; say "
+            "attack.name=pgd"
         )
 
 
@@ -292,6 +314,10 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
         learning_rate=lambda step: learning_rate(settings, step / (per_epoch * settings.epochs)),
         weight_decay=settings.optimizer.weight_decay,
         natural_images=lambda: natural_images(prepared, config.evaluation.batch_size),
+        attack_share=lambda step: warmup_share(
+            config.attack.warmup, step / (per_epoch * settings.epochs)
+        ),
+        attack_objective=CROSS_ENTROPY if config.attack.objective == "cross_entropy" else None,
         # Two steps in a row, so that their masks can be compared.
         observed=lambda step: every is not None and engine.rank == 0 and step % every < 2,
     )
@@ -310,13 +336,25 @@ def natural_images(prepared: Prepared, batch_size: int) -> Iterator[Tensor]:
 
 def training_attack(config: RunConfig, engine: Engine) -> Attack:
     """The attack that a run trains with."""
-    return Attack(
-        Threat.of(config.threat),
-        steps=config.attack.steps,
-        step_size=config.attack.step_size,
-        start=config.attack.start,
-        mode=config.attack.mode,
-        precision=engine.attack_precision,
-        fold=True,
-        compile=config.training.compile,
-    )
+    attack = config.attack
+    threat = Threat.of(config.threat)
+    if attack.epsilon is not None:
+        threat = replace(threat, epsilon=attack.epsilon)
+    common: dict[str, Any] = {
+        "mode": "train" if config.training.batch_norm == "train" else attack.mode,
+        "precision": engine.attack_precision,
+        "fold": True,
+        "compile": config.training.compile,
+    }
+    if attack.name == "n-fgsm":
+        return NFGSM(threat, 1, threat.epsilon, noise=attack.noise, **common)
+    return Attack(threat, attack.steps, attack.step_size, attack.start, **common)
+
+
+def warmup_share(warmup: float, progress: float) -> float:
+    """Share of the training attack's radius when a share ``progress`` of the run is done.
+
+    >>> warmup_share(0.5, 0.25), warmup_share(0.5, 0.75), warmup_share(0.0, 0.0)
+    (0.5, 1.0, 1.0)
+    """
+    return min(1.0, progress / warmup) if warmup else 1.0

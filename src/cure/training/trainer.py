@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -27,6 +28,7 @@ from cure.models.checkpoint import save_weights
 from cure.runs.folder import RunFolder, epoch_name
 from cure.runs.state import load_state, save_state
 from cure.training.gradient_logger import GradientRecorder
+from cure.training.optimizer import build_optimizer
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.schedule import learning_rate
 from cure.training.tracking import Tracker
@@ -62,14 +64,7 @@ class Trainer:
         self.folder = folder
         self.trackers = trackers
         self.parameters = method.trainable()
-        settings = config.training.optimizer
-        self.optimizer = torch.optim.SGD(
-            self.parameters.values(),
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = build_optimizer(config.training.optimizer, method.model, self.parameters)
         self.steps_per_epoch = steps_per_epoch(training, config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs
         self.recorder = (
@@ -158,7 +153,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> Metrics:
         """The method's gradients, the optimiser's step, the method's averages."""
-        batch = Batch(self.engine.arrange(batch.image), batch.label, batch.index, batch.step)
+        batch = replace(batch, image=self.engine.arrange(batch.image))
         # For dropout and its like inside the network, which draw from PyTorch's own generator.
         # Ranks draw differently, or the same units would be dropped in all their parts of a batch.
         of_rank = (self.engine.rank,) if self.engine.rank else ()
@@ -198,7 +193,9 @@ class Trainer:
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.training, step / self.total_steps)
+            group["lr"] = group.get("rate_factor", 1.0) * learning_rate(
+                self.config.training, step / self.total_steps
+            )
 
     # -- measuring -----------------------------------------------------------------------------
 

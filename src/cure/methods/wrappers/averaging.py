@@ -55,8 +55,7 @@ class Averaged(Wrapper):
         source = self.inner.inference_model()
         if self.count == 0:
             self.average.load_state_dict(source.state_dict())
-        equal = self.averaging.kind == "equal"
-        share = 1 / (self.count + 1) if equal else 1 - self.averaging.decay
+        share = 1 / (self.count + 1) if self.averaging.kind == "equal" else 1 - self._decay()
         theirs = dict(source.named_buffers()) | dict(source.named_parameters())
         ours = dict(self.average.named_buffers()) | dict(self.average.named_parameters())
         moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]
@@ -65,6 +64,11 @@ class Averaged(Wrapper):
         for name in ours.keys() - set(moving):
             ours[name].copy_(theirs[name])
         self.count += 1
+
+    def _decay(self) -> float:
+        """Share of the average that stays when weights are added."""
+        decay = self.averaging.decay
+        return min(decay, self.count / (9 + self.count)) if self.averaging.warmup else decay
 
     def inference_model(self) -> nn.Module:
         """The average, once there is one."""
