@@ -36,7 +36,7 @@ from cure.attacks import Threat
 from cure.attacks.registry import AUTOATTACK
 from cure.data import ImageSet, batches
 from cure.evaluation.journal import Journal
-from cure.evaluation.runner import _Evaluation, silent
+from cure.evaluation.runner import _Evaluation, no_progress
 from cure.evaluation.target import load_split
 from cure.models import describe, digest
 from cure.runs.run import Run
@@ -121,7 +121,15 @@ def ours(
     """What `cure evaluate --attacks autoattack` does."""
     engine = Engine(torch.device("cpu"), precision, channels_last=True)  # type: ignore[arg-type]
     evaluation = InItsType(
-        engine.place(model), images, threat, engine, batch_size, seed, silent, Journal(), math.inf
+        engine.place(model),
+        images,
+        threat,
+        engine,
+        batch_size,
+        seed,
+        no_progress,
+        Journal(),
+        math.inf,
     )
 
     def run(part: str, stands: Tensor) -> tuple[Tensor, dict[str, float]]:

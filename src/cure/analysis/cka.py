@@ -19,12 +19,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
+from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
 from cure.attacks.registry import evaluation_attack
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError, DataError
-from cure.evaluation.runner import Progress, Result, silent
-from cure.evaluation.target import Split
+from cure.evaluation.options import Split
+from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.target import TargetLike
 from cure.models import core
 from cure.models.checks import check_outputs
 from cure.utils import plotting as drawing
@@ -359,8 +360,8 @@ def layers_of(model: nn.Module, image: Tensor, layers: Sequence[str] | None = No
 
 
 def cka(
-    *targets: Target,
-    other: Target | None = None,
+    *targets: TargetLike,
+    other: TargetLike | None = None,
     layers: Sequence[str] | None = None,
     data: str | Path | ImageSet | None = None,
     split: Split = "test",
@@ -373,7 +374,7 @@ def cka(
     device: str = "auto",
     seed: int = 0,
     output: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Result:
     """How alike features are: of natural and adversarial images, or of two networks.
 
@@ -490,7 +491,7 @@ def _layers(looked: Looked, layers: Sequence[str] | None) -> dict[str, Layers]:
     image, _ = next(_batches(looked, FEWEST))
     for network in looked.networks.values():
         check_outputs(network, image, len(looked.images.classes))
-    evaluation_attack(ATTACK).defined(len(looked.images.classes), looked.ball)
+    evaluation_attack(ATTACK).defined(len(looked.images.classes), looked.threat)
     return {name: layers_of(network, image, layers) for name, network in looked.networks.items()}
 
 
@@ -502,7 +503,7 @@ def _batches(looked: Looked, count: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _adversarial(looked: Looked, name: str, image: Tensor, label: Tensor, number: int) -> Tensor:
     part = evaluation_attack(ATTACK).parts[ATTACK]
-    made = part.run(looked.networks[name], image, label, looked.ball, looked.seed, number)
+    made = part.run(looked.networks[name], image, label, looked.threat, looked.seed, number)
     return looked.engine.arrange(made)
 
 

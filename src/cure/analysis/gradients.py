@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cure.analysis.study import STUDIES, Rows, Study, keep, unique
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluation.runner import Progress, Result, silent
+from cure.evaluation.runner import Progress, Result, no_progress
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.training.gradient_logger import COUNTS, LINES
@@ -130,7 +130,7 @@ def gradients(
     runs: str | Path | Run | Sequence[str | Path | Run],
     *,
     output: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Result:
     """Sizes of gradients, shares of weights that move, and what masks conserve, from records.
 

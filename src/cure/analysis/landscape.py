@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
+from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
 from cure.attacks import Threat, attack_mode
 from cure.attacks.registry import evaluation_attack
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
-from cure.evaluation.runner import Curve, Progress, Result, measure, silent
-from cure.evaluation.target import Split
+from cure.evaluation.options import Split
+from cure.evaluation.runner import Curve, Progress, Result, measure, no_progress
+from cure.evaluation.target import TargetLike
 from cure.utils import plotting as drawing
 from cure.utils.io import check_free
 from cure.utils.plotting import Picture
@@ -143,7 +144,7 @@ def _steps(points: int, far: float) -> list[float]:
 
 
 def landscape(
-    *targets: Target,
+    *targets: TargetLike,
     data: str | Path | ImageSet | None = None,
     split: Split = "test",
     limit: int | None = 200,
@@ -157,7 +158,7 @@ def landscape(
     device: str = "auto",
     seed: int = 0,
     output: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Result:
     """The loss over a plane of weights and over a plane of images, and accuracy over epsilon.
 
@@ -216,7 +217,7 @@ def landscape(
         seed=seed,
     )
     # Refuses L1, too.
-    evaluation_attack(ATTACK).defined(len(looked.images.classes), looked.ball)
+    evaluation_attack(ATTACK).defined(len(looked.images.classes), looked.threat)
     images = looked.images.checked().to(looked.engine.device)
     networks = {}
     for name, network in looked.networks.items():
@@ -225,7 +226,7 @@ def landscape(
             network,
             images,
             [],
-            looked.ball,
+            looked.threat,
             engine=looked.engine,
             batch_size=looked.batch_size,
             seed=seed,
@@ -260,7 +261,7 @@ def _attacked(looked: Looked, network: nn.Module, inputs: Batches) -> Batches:
     run = evaluation_attack(ATTACK).parts[ATTACK].run
     return [
         (
-            looked.engine.arrange(run(network, image, label, looked.ball, looked.seed, number)),
+            looked.engine.arrange(run(network, image, label, looked.threat, looked.seed, number)),
             label,
         )
         for number, (image, label) in enumerate(inputs)
@@ -300,7 +301,7 @@ def _over_images(
 ) -> dict[str, Any]:
     draws = generator("cpu", looked.seed, NAME, "images")
     around = [
-        (image, label, *directions_of_images(network, image, label, looked.ball, draws))
+        (image, label, *directions_of_images(network, image, label, looked.threat, draws))
         for image, label in inputs
     ]
     steps, found = _steps(points, FAR_INPUT), _empty()

@@ -17,13 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
+from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
 from cure.attacks import Attack, Threat, attack_mode
 from cure.attacks.losses import MARGIN
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
-from cure.evaluation.runner import Progress, Result, silent
-from cure.evaluation.target import Split
+from cure.evaluation.options import Split
+from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.target import TargetLike
 from cure.models.checks import check_outputs
 from cure.utils import plotting as drawing
 from cure.utils.io import check_free
@@ -197,7 +198,7 @@ def _finite(value: float) -> float | None:
 
 
 def perturbation(
-    *targets: Target,
+    *targets: TargetLike,
     data: str | Path | ImageSet | None = None,
     split: Split = "test",
     limit: int | None = 500,
@@ -209,7 +210,7 @@ def perturbation(
     device: str = "auto",
     seed: int = 0,
     output: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Result:
     """The least change that fools each network, on the same images.
 

@@ -19,8 +19,9 @@ from cure.config import RunConfig
 from cure.data import ImageSet, batches
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluation.runner import Progress, Result, silent
-from cure.evaluation.target import check_counts, epoch_of, load_split
+from cure.evaluation.options import check_counts
+from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.target import epoch_of, load_split
 from cure.models import digest, load_weights
 from cure.models.build import network_of
 from cure.models.checkpoint import read_weights
@@ -68,7 +69,7 @@ def overfitting(
     device: str = "auto",
     seed: int = 0,
     output: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Result:
     """Accuracies of every kept checkpoint of runs, best against last, and the gaps between splits.
 

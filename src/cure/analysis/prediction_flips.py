@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Looked, Rows, Study, Target, keep, look
+from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
-from cure.evaluation.runner import Progress, Result, accuracy_of, silent
-from cure.evaluation.target import Split
+from cure.evaluation.options import Split
+from cure.evaluation.runner import Progress, Result, accuracy_of, no_progress
+from cure.evaluation.target import TargetLike
 from cure.models import core
 from cure.models.checks import check_outputs
 from cure.runs.folder import RunFolder
@@ -120,8 +121,8 @@ def moved(start: nn.Module, end: nn.Module, tolerance: float = 0.1) -> Result:
 
 
 def conserved(
-    robust: Target | Sequence[Target],
-    natural: Target | None = None,
+    robust: TargetLike | Sequence[TargetLike],
+    natural: TargetLike | None = None,
     *,
     data: str | Path | ImageSet | None = None,
     data_options: Mapping[str, Any] | None = None,
@@ -132,7 +133,7 @@ def conserved(
     batch_size: int | None = None,
     device: str = "auto",
     output: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Result:
     """What one or several trainings kept of the natural network they are compared with.
 
@@ -163,7 +164,7 @@ def conserved(
     if not tolerance >= 0:
         raise ConfigError(f"tolerance: expected a number from 0, got {tolerance}")
     several = isinstance(robust, Sequence) and not isinstance(robust, str)
-    targets: list[Target] = list(robust) if several else [robust]  # type: ignore[arg-type,list-item]
+    targets: list[TargetLike] = list(robust) if several else [robust]  # type: ignore[arg-type,list-item]
     starts = [start_of(target) if natural is None else natural for target in targets]
     looked = look(
         targets,
@@ -177,7 +178,7 @@ def conserved(
     )
     names = list(looked.networks)
     # Networks can be equal without being the same: each start is loaded once.
-    added: list[tuple[Target, str]] = []
+    added: list[tuple[TargetLike, str]] = []
     pairs = []
     for name, start in zip(names, starts, strict=True):
         known = next((other for target, other in added if _same(target, start)), None)
@@ -208,13 +209,13 @@ def conserved(
     return keep("conserved", result, folder=looked.folder, output=output)
 
 
-def _same(one: Target, other: Target) -> bool:
+def _same(one: TargetLike, other: TargetLike) -> bool:
     if isinstance(one, nn.Module) or isinstance(other, nn.Module):
         return one is other
     return one == other
 
 
-def start_of(target: Target) -> Path:
+def start_of(target: TargetLike) -> Path:
     """The run that a run started from.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cure.analysis.study import STUDIES, Rows, Study, keep
 from cure.errors import ConfigError
-from cure.evaluation.runner import Progress, Result, silent
+from cure.evaluation.runner import Progress, Result, no_progress
 from cure.experiments.plan import LocalExecutor, stopped_by_signals
 from cure.experiments.sweep import Sweep, begin, fitting, read_varied, trials, work
 from cure.recipe import check, override, parse_override, read_recipe
@@ -52,7 +52,7 @@ def sensitivity(
     jobs: int = 1,
     seed: int = 0,
     output: str | Path,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Result:
     """Train a recipe with settings that vary, and set natural against robust accuracy.
 

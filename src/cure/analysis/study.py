@@ -6,28 +6,25 @@ import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from torch import nn
 
 from cure.attacks import Threat
-from cure.config import ThreatConfig
 from cure.data import ImageSet
 from cure.errors import ConfigError
+from cure.evaluation.options import TargetKeywords, TargetOptions
 from cure.evaluation.runner import Result
-from cure.evaluation.target import ModelOptions, Split, check_counts, subject_of, threat_of
+from cure.evaluation.target import Target, TargetLike
 from cure.models import describe
 from cure.registry import STUDIES as STUDIES
 from cure.runs.folder import RunFolder
-from cure.runs.run import Run
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import write_json, write_text
 from cure.utils.plotting import Picture
 
 STUDY_FORMAT = "cure-study-1"
-
-Target = str | Path | Run | nn.Module
 
 
 @dataclass(frozen=True)
@@ -83,24 +80,19 @@ class Looked:
     networks: dict[str, nn.Module]
     facts: dict[str, Any]
     images: ImageSet
-    threat: ThreatConfig
+    threat: Threat
     engine: Engine
     batch_size: int
     seed: int
     folder: RunFolder | None = field(repr=False)
 
-    @property
-    def ball(self) -> Threat:
-        """The threat, for attacks."""
-        return Threat.of(self.threat)
-
-    def add(self, target: Target) -> str:
+    def add(self, target: TargetLike) -> str:
         """Load one more network for the same images, a run's with its best weights; its name."""
-        subject = subject_of(target, "best", None, ModelOptions())
-        name = unique(subject.name, self.networks)
-        built = subject.build(self.images)
+        added = Target.of(target)
+        name = unique(added.name, self.networks)
+        built = added.build(self.images)
         self.networks[name] = self.engine.place(built).eval()
-        self.facts[name] = describe(built) | subject.facts
+        self.facts[name] = describe(built) | added.facts
         return name
 
     def described(self) -> dict[str, Any]:
@@ -117,7 +109,7 @@ class Looked:
             "threat": {
                 "norm": self.threat.norm,
                 "epsilon": float(self.threat.epsilon),
-                "epsilon_text": self.threat.epsilon.text,
+                "epsilon_text": str(self.threat.epsilon),
             },
             "seed": self.seed,
             "batch_size": self.batch_size,
@@ -125,70 +117,49 @@ class Looked:
 
 
 def look(
-    targets: Sequence[Target],
+    targets: Sequence[TargetLike],
     *,
-    data: str | Path | ImageSet | None = None,
-    data_options: Mapping[str, Any] | None = None,
-    split: Split = "test",
-    limit: int | None = None,
     epsilon: str | float | None = None,
     norm: str | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    weights: str | Path | None = None,
-    how: ModelOptions | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
+    **options: Unpack[TargetKeywords],
 ) -> Looked:
     """Load what a study looks at.
 
     Args:
         targets: runs, names of networks, networks; as for :func:`cure.evaluate`.
-        data: the images; by default those of the first run among the targets.
-        data_options: settings of the data section.
-        split: which images.
-        limit: only the first so many.
         epsilon: radius; by default that of the first run.
         norm: as ``epsilon``.
-        checkpoint: which weights of runs.
-        weights: weights file of a named network or one in Python; goes with a single target.
-        how: how a named network is built.
-        batch_size: images at once.
-        device: "auto", "cpu", "cuda".
-        seed: of random starts.
+        options: see :class:`~cure.evaluation.options.TargetOptions`; ``data`` is by default that of
+            the first run among the targets, and ``weights`` go with a single target.
 
     Raises:
-        CureError: for every mistake a user can mend.
+        CureError: for every mistake a user can correct.
     """
-    check_counts(limit=limit, batch_size=batch_size)
+    how = TargetOptions(**options)
     if not targets:
         raise ConfigError("expected one or more runs or networks to look at")
-    if weights is not None and len(targets) > 1:
+    if how.weights is not None and len(targets) > 1:
         raise ConfigError("weights go with one network; name runs to look at several")
-    subjects = [
-        subject_of(target, checkpoint, weights, how or ModelOptions()) for target in targets
-    ]
+    resolved = [Target.of(target, **options) for target in targets]
     # The first run says which images, whatever stands before it.
-    first = next((subject for subject in subjects if subject.config is not None), subjects[0])
-    images, network = first.load(data, split, data_options or {})
-    images = images if limit is None else images.subset(slice(0, limit))
-    engine = Engine.for_evaluation(device)
+    first = next((target for target in resolved if target.config is not None), resolved[0])
+    images, network = first.load()
+    engine = Engine.for_evaluation(how.device)
     networks: dict[str, nn.Module] = {}
     facts: dict[str, Any] = {}
-    for subject in subjects:
-        built = network if subject is first else subject.build(images)
-        name = unique(subject.name, networks)
+    for target in resolved:
+        built = network if target is first else target.build(images)
+        name = unique(target.name, networks)
         networks[name] = engine.place(built).eval()
-        facts[name] = describe(built) | subject.facts
-    config = first.config
+        facts[name] = describe(built) | target.facts
     return Looked(
         networks,
         facts,
         images,
-        threat_of(config.threat if config else ThreatConfig(), epsilon, norm),
+        first.threat(epsilon, norm),
         engine,
-        batch_size or (config.evaluation.batch_size if config else 256),
-        seed,
+        first.batch_size,
+        how.seed,
         first.folder,
     )
 

@@ -12,7 +12,7 @@ from cure.analysis.overfitting import overfitting
 from cure.analysis.prediction_flips import conserved
 from cure.evaluation.corruptions.measure import corruptions
 from cure.evaluation.evaluate import evaluate
-from cure.evaluation.runner import Progress, Result, silent
+from cure.evaluation.runner import Progress, Result, no_progress
 from cure.report.page import write_report
 from cure.runs.run import Run
 from cure.training.run import train
@@ -30,7 +30,7 @@ def begin(path: str | Path | None = None) -> Run:
     return train("digits", SETTINGS, run=path)
 
 
-def examine(run: Run, progress: Progress = silent) -> tuple[list[Result], Path]:
+def examine(run: Run, progress: Progress = no_progress) -> tuple[list[Result], Path]:
     """Evaluate and study the network and its natural start, and write the report.
 
     Args:

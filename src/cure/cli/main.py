@@ -13,41 +13,30 @@ from typing import Annotated, Any
 import typer
 
 from cure.cli.analyse import analyse
-from cure.cli.console import QUIET, SEVERAL, err, out, show_progress
 from cure.cli.options import (
-    BatchSizeOption,
-    Checkpoint,
-    CheckpointOption,
-    DataOption,
-    DataOptionsOption,
-    DeviceOption,
     EpsilonOption,
-    LimitOption,
-    MeanOption,
-    ModelOption,
     NormOption,
-    OptionsOption,
     OutputOption,
-    Precision,
-    Split,
-    SplitOption,
-    StdOption,
-    TargetArgument,
-    WeightsOption,
-    named,
-    numbers,
+    RecipeArgument,
+    SettingsArgument,
     pairs,
     whole_numbers,
+    with_options,
     words,
 )
 from cure.cli.printing import (
+    QUIET,
+    SEVERAL,
+    err,
+    out,
     print_corruptions,
     print_diagnosis,
-    print_distances,
+    print_evaluation,
     print_results,
     print_table,
-    print_unfinished,
     print_verification,
+    say,
+    show_progress,
 )
 from cure.errors import ConfigError, CureError, RanksLost, TrainingStopped
 from cure.utils.launcher import launched
@@ -72,18 +61,12 @@ app = typer.Typer(
 app.add_typer(analyse, name="analyse")
 
 
-class Kind(StrEnum):
-    """What can be listed."""
-
-    methods = "methods"
-    models = "models"
-    recipes = "recipes"
-    attacks = "attacks"
-    corruptions = "corruptions"
-    data = "data"
-    studies = "studies"
-    settings = "settings"
-
+Kind = StrEnum(
+    "Kind",
+    ["methods", "models", "recipes", "attacks", "corruptions", "data", "studies", "settings"],
+)
+Precision = StrEnum("Precision", ["fp32", "bf16_attack"])
+Split = StrEnum("Split", ["train", "validation", "test"])
 
 RunOption = Annotated[
     Path | None,
@@ -94,11 +77,8 @@ RunOption = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A name from `cure list recipes`, or a YAML file.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change: training.epochs=10"),
-    ] = None,
+    recipe: RecipeArgument,
+    settings: SettingsArgument = None,
     run: RunOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the run is.")] = False,
 ) -> None:
@@ -126,26 +106,15 @@ def resume(
 
 
 @app.command()
+@with_options(texts={"batch_size": "Images attacked at once.", "seed": "Seed of random starts."})
 def evaluate(
-    target: TargetArgument = None,
-    model: ModelOption = None,
-    weights: WeightsOption = None,
-    option: OptionsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    checkpoint: CheckpointOption = Checkpoint.best,
-    data: DataOption = None,
-    data_option: DataOptionsOption = None,
-    split: SplitOption = Split.test,
-    limit: LimitOption = None,
+    target: str,
+    options: dict[str, Any],
     attacks: Annotated[
         str | None, typer.Option(help="For example natural,pgd20,cw,autoattack.")
     ] = None,
     epsilon: EpsilonOption = None,
     norm: NormOption = None,
-    batch_size: BatchSizeOption = None,
-    device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
     precision: Annotated[
         Precision, typer.Option(help="bf16_attack: less time; what fools is verified in fp32.")
     ] = Precision.fp32,
@@ -178,51 +147,20 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure accuracy on natural and on attacked images."""
-    from cure.evaluation.evaluate import evaluate as measure
+    from cure.evaluation import evaluate as api
 
-    subject = named(target, model, weights, option, mean, std)
     if verify is not None:
-        from cure.evaluation.evaluate import verify as recompute
-
         print_verification(
-            recompute(
-                verify,
-                subject,
-                data=data,
-                split=split.value,
-                epsilon=epsilon,
-                norm=norm,
-                checkpoint=checkpoint.value,
-                weights=weights,
-                mean=numbers("mean", mean),
-                std=numbers("std", std),
-                options=pairs(option),
-                data_options=pairs(data_option),
-                batch_size=batch_size or 256,
-                device=device,
-                output=output,
-            )
+            api.verify(verify, target, epsilon=epsilon, norm=norm, output=output, **options)
         )
         return
     with show_progress() as progress:
-        result = measure(
-            subject,
-            data=data,
-            split=split.value,
-            limit=limit,
+        result = api.evaluate(
+            target,
             attacks=attacks,
             epsilon=epsilon,
             norm=norm,
-            checkpoint=checkpoint.value,
-            weights=weights,
-            mean=numbers("mean", mean),
-            std=numbers("std", std),
-            options=pairs(option),
-            data_options=pairs(data_option),
-            batch_size=batch_size,
-            device=device,
-            seed=seed,
-            precision=precision.value,
+            precision=precision.value,  # type: ignore[arg-type]
             transfer=transfer,
             curve=curve,
             epsilons=words(epsilons),
@@ -231,33 +169,20 @@ def evaluate(
             adversarial=adversarial,
             time_limit=time_limit,
             progress=progress,
+            **options,
         )
-    print_results([result])
-    print_distances(result)
-    for check in result["diagnosis"]["checks"]:
-        if check["status"] != "pass":
-            err.print(
-                f"warning: {check['name']}: {check['meaning']}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-    present, known = result["data"]["classes_present"], len(result["data"]["classes"])
-    if present < known:
-        err.print(
-            f"warning: these {result['data']['n']:,} images hold only {present} of the {known} "
-            "classes; the images may be sorted by class: leave out --limit",
-            markup=False,
-            highlight=False,
-        )
+    print_evaluation(result, kept=output is not None or "checkpoint" in result["model"])
     if "unfinished" in result:
-        print_unfinished(result, kept=target is not None or output is not None)
         sys.exit(UNFINISHED)
 
 
 @app.command()
+@with_options(
+    texts={"batch_size": "Images classified at once.", "seed": "Seed of the corruptions."}
+)
 def corruptions(
-    target: TargetArgument = None,
+    target: str,
+    options: dict[str, Any],
     severity: Annotated[str, typer.Option(help="1 to 5: 3, 1,3 or 1-5.")] = "1-5",
     only: Annotated[
         str | None, typer.Option(help="Only these: fog,snow; see `cure list corruptions`.")
@@ -271,98 +196,50 @@ def corruptions(
         str | None,
         typer.Option(help="Read CIFAR-10-C or CIFAR-100-C: folder of .npy files, or hub name."),
     ] = None,
-    model: ModelOption = None,
-    weights: WeightsOption = None,
-    option: OptionsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    checkpoint: CheckpointOption = Checkpoint.best,
-    data: DataOption = None,
-    data_option: DataOptionsOption = None,
-    split: SplitOption = Split.test,
-    limit: LimitOption = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images classified at once.")] = None,
-    device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the corruptions.")] = 0,
     output: OutputOption = None,
 ) -> None:
     """Measure accuracy under 19 natural corruptions: noise, blur, weather, digital."""
     from cure.evaluation.corruptions.measure import corruptions as measure
 
-    subject = named(target, model, weights, option, mean, std)
     with show_progress() as progress:
         result = measure(
-            subject,
+            target,
             severity=severity,
             only=only,
             files=files,
             baseline=baseline,
             sheet=sheet,
-            data=data,
-            split=split.value,
-            limit=limit,
-            checkpoint=checkpoint.value,
-            weights=weights,
-            mean=numbers("mean", mean),
-            std=numbers("std", std),
-            options=pairs(option),
-            data_options=pairs(data_option),
-            batch_size=batch_size,
-            device=device,
-            seed=seed,
             output=output,
             progress=progress,
+            **options,
         )
     print_corruptions(result)
 
 
 @app.command()
+@with_options(texts={"batch_size": "Images attacked at once."}, limit=200)
 def diagnose(
-    target: TargetArgument = None,
-    model: ModelOption = None,
-    weights: WeightsOption = None,
-    option: OptionsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    checkpoint: CheckpointOption = Checkpoint.best,
-    data: DataOption = None,
-    data_option: DataOptionsOption = None,
-    split: SplitOption = Split.test,
-    limit: Annotated[int, typer.Option(help="Only the first so many images.")] = 200,
+    target: str,
+    options: dict[str, Any],
     epsilon: EpsilonOption = None,
     norm: NormOption = None,
     transfer: Annotated[
         str | None, typer.Option(help="Another run: its adversarial images are tried, too.")
     ] = None,
-    batch_size: BatchSizeOption = None,
-    device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
     output: OutputOption = None,
 ) -> None:
     """Check whether accuracy under attack can be believed; status 1 when a check fails."""
-    from cure.evaluation.diagnosis.api import diagnose as examine
+    from cure.evaluation.diagnosis.api import diagnose as check
 
-    subject = named(target, model, weights, option, mean, std)
     with show_progress() as progress:
-        result = examine(
-            subject,
-            data=data,
-            split=split.value,
-            limit=limit,
+        result = check(
+            target,
             epsilon=epsilon,
             norm=norm,
-            checkpoint=checkpoint.value,
-            weights=weights,
-            mean=numbers("mean", mean),
-            std=numbers("std", std),
-            options=pairs(option),
-            data_options=pairs(data_option),
             transfer=transfer,
-            batch_size=batch_size,
-            device=device,
-            seed=seed,
             output=output,
             progress=progress,
+            **options,
         )
     print_diagnosis(result)
     if result["verdict"] == "fail":
@@ -417,7 +294,7 @@ def report(
     from cure.report.page import write_report
 
     made = write_report(runs, output=output, title=title)
-    out.print(f"report: {made}", markup=False, highlight=False, soft_wrap=True)
+    say(f"report: {made}")
 
 
 @app.command("table")
@@ -460,7 +337,7 @@ def table_(
         executor,
         only=words(only),
         seeds=whole_numbers("seeds", seeds),
-        tell=lambda line: out.print(line, markup=False, highlight=False, soft_wrap=True),
+        tell=lambda line: say(line),
     )
     shown = write_tables(made, folder)
     if shown is not None:
@@ -489,7 +366,7 @@ def watch(
 
     drawn, ended = look()
     if once or not out.is_terminal:
-        out.print(drawn)
+        say(drawn)
         return
     with Live(drawn, console=out, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while not ended:
@@ -512,10 +389,8 @@ def list_(what: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
 
 @app.command()
 def show(
-    recipe: Annotated[str, typer.Argument(help="A name from `cure list recipes`, or a YAML file.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")
-    ] = None,
+    recipe: RecipeArgument,
+    settings: SettingsArgument = None,
 ) -> None:
     """Print every setting of a recipe as it would run, in YAML."""
     from cure.recipe import dump, load_recipe
@@ -533,12 +408,12 @@ def demo(run: RunOption = None) -> None:
         results, page = examine(done, progress)
     print_results(results)
     _print_ended(done.path)
-    out.print(f"open in a browser: {page}", markup=False, highlight=False, soft_wrap=True)
+    say(f"open in a browser: {page}")
 
 
 def _print_ended(path: Path) -> None:
-    out.print(f"run folder: {path}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"next: cure evaluate {path}", markup=False, highlight=False, soft_wrap=True)
+    say(f"run folder: {path}")
+    say(f"next: cure evaluate {path}")
 
 
 def _say(word: str, error: CureError) -> None:

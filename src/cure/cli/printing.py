@@ -1,21 +1,83 @@
-"""Results as tables on the terminal."""
+"""The terminal: progress, and results as tables."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cure.cli.console import err, out
-
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from cure.experiments.compare import Table as ComparisonTable
+
+# Of several processes that share a run only the first one prints.
+SEVERAL = os.environ.get("WORLD_SIZE", "1") != "1"
+QUIET = SEVERAL and os.environ.get("RANK", "0") != "0"
+# Written to a file or a pipe, a table keeps its rows whole.
+out = Console(quiet=QUIET) if sys.stdout.isatty() else Console(width=160, quiet=QUIET)
+err = Console(stderr=True, quiet=QUIET)
+
+
+def say(text: str) -> None:
+    """A line of text as it is, whatever the width of the terminal."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """As :func:`say`, on stderr."""
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def show_progress() -> Iterator[Any]:
+    """A bar an attack on a terminal, a line an attack elsewhere."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bars: dict[str, TaskID] = {}
+    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+
+        def tell(name: str, done: int, count: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=count)
+            progress.update(bars[name], completed=done)
+            if done >= count and not err.is_terminal:
+                warn(f"{name}: done on {count} images")
+
+        yield tell
+
 
 MOST_COLUMNS = 4
 """Attacks that a table of results has columns for; more have rows."""
+
+
+def print_evaluation(result: dict[str, Any], kept: bool) -> None:
+    """A result of ``cure evaluate``, and what casts doubt on it.
+
+    Args:
+        result: see docs/results.md.
+        kept: whether the same command continues a result that is unfinished.
+    """
+    print_results([result])
+    print_distances(result)
+    for check in result["diagnosis"]["checks"]:
+        if check["status"] != "pass":
+            warn(f"warning: {check['name']}: {check['meaning']}")
+    present, known = result["data"]["classes_present"], len(result["data"]["classes"])
+    if present < known:
+        warn(
+            f"warning: these {result['data']['n']:,} images hold only {present} of the {known} "
+            "classes; the images may be sorted by class: leave out --limit"
+        )
+    if "unfinished" in result:
+        print_unfinished(result, kept)
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:
@@ -67,11 +129,9 @@ def print_distances(result: dict[str, Any]) -> None:
     for name, part in result["attacks"].items():
         if "median_distance" in part:
             low, high = (_distance(limit) for limit in part["median_interval"])
-            out.print(
+            say(
                 f"{name}: the median image is fooled by a change of "
-                f"{_distance(part['median_distance'])} ({low} to {high})",
-                markup=False,
-                highlight=False,
+                f"{_distance(part['median_distance'])} ({low} to {high})"
             )
     if "curve" not in result:
         return
@@ -90,23 +150,16 @@ def _distance(length: float | None) -> str:
 def print_verification(result: dict[str, Any]) -> None:
     """Whether a claim holds; status 1 when it does not."""
     low, high = result["interval"]
-    out.print(
+    say(
         f"{result['correct']:,} of {result['n']:,} images are right: {result['accuracy']:.2f} % "
         f"({low:.1f} to {high:.1f}); largest change {result['largest_change']:.6f}, epsilon "
-        f"{result['threat']['epsilon']:.6f} ({result['threat']['norm']})",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"{result['threat']['epsilon']:.6f} ({result['threat']['norm']})"
     )
     if result["outside"]:
-        say = f"{result['outside']:,} images leave the ball or [0, 1]; they prove nothing"
-        err.print(f"the claim fails: {say}", markup=False, highlight=False, soft_wrap=True)
+        reason = f"{result['outside']:,} images leave the ball or [0, 1]; they prove nothing"
+        warn(f"the claim fails: {reason}")
     elif not result["holds"]:
-        err.print(
-            f"the claim fails: it says {result['claimed_correct']:,} right",
-            markup=False,
-            highlight=False,
-        )
+        warn(f"the claim fails: it says {result['claimed_correct']:,} right")
     if not result["holds"]:
         sys.exit(1)
 
@@ -116,15 +169,12 @@ def print_unfinished(result: dict[str, Any], kept: bool) -> None:
     for name, part in result["unfinished"].items():
         low, high = part["bounds"]
         where = f" in {part['stopped_in']}" if part["stopped_in"] != name else ""
-        err.print(
+        warn(
             f"unfinished: {name} ran out of time{where}; {part['undecided']:,} of {part['n']:,} "
-            f"images are undecided, so its accuracy lies between {low:.1f} and {high:.1f}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
+            f"images are undecided, so its accuracy lies between {low:.1f} and {high:.1f}"
         )
     if kept:
-        err.print("the same command goes on where this one stopped", markup=False, highlight=False)
+        warn("the same command goes on where this one stopped")
 
 
 def print_corruptions(result: dict[str, Any]) -> None:
@@ -163,7 +213,7 @@ def print_corruptions(result: dict[str, Any]) -> None:
             table.add_row(title, "", *blank, _accuracy(cell), *own)
     out.print(table)
     for name, reason in result["settings"]["left_out"].items():
-        err.print(f"left out: {name} ({reason})", markup=False, highlight=False)
+        warn(f"left out: {name} ({reason})")
 
 
 def print_diagnosis(result: dict[str, Any]) -> None:
@@ -186,10 +236,10 @@ def print_diagnosis(result: dict[str, Any]) -> None:
     for item in result["checks"]:
         if item["status"] != "pass":
             line = f"{item['status']} {item['name']}: {item['meaning']}"
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(line)
     for name, why in result["left_out"].items():
         line = f"left out {name}: {why}"
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def _in_words(measured: dict[str, Any]) -> str:

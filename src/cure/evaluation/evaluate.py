@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 from torch import Tensor, nn
 
 from cure.attacks import Threat
 from cure.attacks.registry import evaluation_attack
-from cure.config import Ratio, ThreatConfig
+from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
 from cure.evaluation.diagnosis import cheap_checks
 from cure.evaluation.export import check_claim, read_claim, robustbench_record, save_adversarial
 from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
-from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, silent
-from cure.evaluation.target import ModelOptions, Split, check_counts, subject_of, threat_of
+from cure.evaluation.options import TargetKeywords
+from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, no_progress
+from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
-from cure.runs.folder import RunFolder
-from cure.runs.run import Run
 from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
@@ -33,248 +32,269 @@ RESULT_FORMAT = "cure-evaluation-1"
 
 
 def evaluate(
-    target: str | Path | Run | nn.Module,
+    target: TargetLike,
     *,
-    data: str | Path | ImageSet | None = None,
-    split: Split = "test",
-    limit: int | None = None,
     attacks: str | Sequence[str] | None = None,
     epsilon: str | float | None = None,
     norm: str | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    weights: str | Path | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
-    data_options: Mapping[str, Any] | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
     precision: Literal["fp32", "bf16_attack"] = "fp32",
-    transfer: str | Path | Run | nn.Module | None = None,
+    transfer: TargetLike | None = None,
     curve: str | None = None,
     epsilons: Sequence[str | float] | None = None,
     output: str | Path | None = None,
     robustbench: str | Path | None = None,
     adversarial: str | Path | None = None,
     time_limit: float | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
+    **options: Unpack[TargetKeywords],
 ) -> Result:
     """Accuracy on natural and on attacked images, with all it takes to repeat the number.
 
     Args:
         target: a run (or its folder), a network, or the name of one (``cure list models``,
             ``package.module:callable``, ``hf:...``, ``timm:...``).
-        data: images; needed unless the target is a run, which knows its own.
-        split: which split; test images are for final figures.
-        limit: only the first so many images.
         attacks: names from ``cure list attacks``, as a list or as "pgd20,cw"; "natural" is
             implied.
         epsilon: radius of the threat, "8/255" or a number; by default the run's, else 8/255.
-        norm: "Linf" or "L2"; by default the run's, else Linf.
-        checkpoint: which weights of a run.
-        weights: weights file for a named network.
-        mean: with ``std``: what the network expects its input to be standardised with.
-        std: see ``mean``.
-        options: options of a named network.
-        data_options: further keys of the ``data`` section ({"resize": 224}).
-        batch_size: images attacked at once.
-        device: "auto", "cpu", "cuda".
-        seed: of random starts.
+        norm: "Linf", "L2" or "L1"; by default the run's, else Linf.
         precision: "bf16_attack" attacks in bfloat16, in less time and less strongly; every image
             that counts as fooled is wrong in float32.
-        transfer: a network to craft the attack "transfer" on: a run, or whatever ``target`` may
-            be, for the same classes.
+        transfer: a network to make the images of the attack "transfer" on: a run, or whatever
+            ``target`` may be, for the same classes.
         curve: also measure accuracy over epsilon with this attack, from 0.25/255 up to where none
             is right.
         epsilons: the radii of the curve instead: ["1/255", 0.01].
         output: JSON file to write; must not exist, unless it is the unfinished result that this
-            call goes on with.
+            call continues.
         robustbench: file to write the record to that RobustBench's leaderboard takes; needs
             "autoattack" among the attacks.
         adversarial: file (.pt) to write the worst-case images to, which :func:`verify` checks;
-            written when all attacks are finished.  What an interrupted call found is found again.
-        time_limit: seconds after which attacks stop; what is missing then stands under
+            written when all attacks are finished.  An interrupted call finds its images again.
+        time_limit: seconds after which attacks stop; what is missing is then listed under
             "unfinished".
-        progress: told (attack, images done, images in all).
+        progress: called with (attack, images done, images in all).
+        options: ``data``, ``split``, ``limit``, ``checkpoint``, ``weights``, ``mean``, ``std``,
+            ``options``, ``data_options``, ``batch_size``, ``device``, ``seed``: see
+            :class:`~cure.evaluation.options.TargetOptions`.
 
     Returns:
-        The result, as documented in docs/results.md.  Until it is finished, its verdicts are kept
-        in ``OUTPUT.partial``, or in the ``evaluations`` of the run: the same call goes on there.
+        The result, as documented in docs/results.md.  Until it is finished, its batches are kept
+        in ``OUTPUT.partial``, or in the ``evaluations`` of the run: the same call continues there.
 
     Raises:
-        CureError: for every mistake a user can mend; nothing is written then.
+        CureError: for every mistake a user can correct; nothing is written then.
     """
     if output is None or not _unfinished(Path(output)):
         check_free(output)
     for further in (robustbench, adversarial):
         check_free(further)
-    check_counts(limit=limit, batch_size=batch_size)
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise ConfigError(f"time_limit: expected seconds above 0, got {time_limit:g}")
-    subject = subject_of(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
-    config = subject.config
-    if isinstance(attacks, str):
-        attacks = [name.strip() for name in attacks.split(",")]
-    if attacks is None:
-        attacks = config.evaluation.attacks if config else ("natural", "pgd20", "cw")
-    check_attacks(name for name in attacks if name != "transfer" or transfer is None)
-    over = _curve(curve, epsilons)
-    if robustbench is not None and "autoattack" not in attacks:
+    chosen = Target.of(target, **options)
+    names = _attack_names(attacks, chosen, transfer is not None)
+    if robustbench is not None and "autoattack" not in names:
         raise ConfigError(
             "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
         )
-    engine = Engine.for_evaluation(device, precision)
-    if adversarial is not None and engine.world > 1:
+    evaluation = _prepare(
+        chosen,
+        names,
+        _curve(curve, epsilons),
+        chosen.threat(epsilon, norm),
+        Engine.for_evaluation(chosen.options.device, precision),
+        transfer,
+        output,
+        keep_images=adversarial is not None,
+    )
+    with evaluation.journal:
+        result = _measure(evaluation, time_limit, progress)
+        _record(evaluation, result, output, robustbench, adversarial)
+    return result
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An evaluation before its first attack.
+
+    Attributes:
+        target: what is evaluated.
+        images: on which images.
+        model: the network, on the device of ``engine``.
+        attacks: names.
+        curve: accuracy over epsilon, where it was asked for.
+        threat: the ball.
+        engine: device, precision and ranks.
+        source: the network that the attack "transfer" uses.
+        journal: batches that are finished.
+        kept: the fooling images (see :func:`~cure.evaluation.runner.measure`), where asked for.
+    """
+
+    target: Target
+    images: ImageSet
+    model: nn.Module
+    attacks: Sequence[str]
+    curve: Curve | None
+    threat: Threat
+    engine: Engine
+    source: nn.Module | None
+    journal: Journal
+    kept: dict[str, Tensor] | None
+
+
+def _prepare(
+    target: Target,
+    attacks: Sequence[str],
+    curve: Curve | None,
+    threat: Threat,
+    engine: Engine,
+    transfer: TargetLike | None,
+    output: str | Path | None,
+    *,
+    keep_images: bool,
+) -> _Prepared:
+    """Load images and networks, and open the journal."""
+    if keep_images and engine.world > 1:
         raise ConfigError(
             f"adversarial images are kept by one process, got {engine.world} ranks; evaluate "
             "without a launcher"
         )
     with engine.agreeing():
-        images, model = subject.load(data, split, data_options or {})
-        source = None if transfer is None else _source(transfer, images, engine)
-    if limit is not None:
-        images = images.subset(slice(0, limit))
-    threat = threat_of(config.threat if config else ThreatConfig(), epsilon, norm)
-    size = batch_size or (config.evaluation.batch_size if config else 256)
-    ball = Threat(threat.norm, threat.epsilon)
-    identity = identify(model, images, attacks, ball, engine, size, seed, source, over)
-    keep: dict[str, Tensor] | None = None if adversarial is None else {}
+        images, model = target.load()
+        source = None
+        if transfer is not None:
+            source = engine.place(Target.of(transfer).build(images))
+            source = source.eval().requires_grad_(False)
+    size, seed = target.batch_size, target.options.seed
+    identity = identify(model, images, attacks, threat, engine, size, seed, source, curve)
     with engine.agreeing():
-        writes = engine.rank == 0
-        # Of what a journal knows there are no images.
-        resumable = writes and keep is None
-        where = _partial(output, subject.folder, checkpoint, split, identity) if resumable else None
-        journal = Journal(where, identity)
-    with journal:
-        result = measure(
-            engine.place(model),
+        # A journal holds no images, so nothing can be continued where images are kept.
+        resumable = engine.rank == 0 and not keep_images
+        journal = Journal(_partial(output, target, identity) if resumable else None, identity)
+    return _Prepared(
+        target,
+        images,
+        engine.place(model),
+        attacks,
+        curve,
+        threat,
+        engine,
+        source,
+        journal,
+        {} if keep_images else None,
+    )
+
+
+def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> Result:
+    """Run the attacks and the cheap checks: the content of the result file."""
+    target, images, threat, engine = this.target, this.images, this.threat, this.engine
+    measured = measure(
+        this.model,
+        images,
+        this.attacks,
+        threat,
+        engine=engine,
+        batch_size=target.batch_size,
+        seed=target.options.seed,
+        progress=progress,
+        time_limit=time_limit,
+        journal=this.journal,
+        source=this.source,
+        curve=this.curve,
+        keep=this.kept,
+    )
+    diagnosis = engine.first(
+        lambda: cheap_checks(
+            this.model,
             images,
-            attacks,
-            ball,
-            engine=engine,
-            batch_size=size,
-            seed=seed,
-            progress=progress,
-            time_limit=time_limit,
-            journal=journal,
-            source=source,
-            curve=over,
-            keep=keep,
+            threat,
+            engine=replace(engine, rank=0, world=1, precision="fp32"),
+            seed=target.options.seed,
+            expected=target.validation_accuracy(),
         )
-        # Of other images a run knows nothing.
-        known = subject.validation_accuracy() if data is None and not data_options else None
-        result = {
-            "format": RESULT_FORMAT,
-            "target": subject.name,
-            **result,
-            "diagnosis": engine.first(
-                lambda: cheap_checks(
-                    model,
-                    images,
-                    ball,
-                    engine=replace(engine, rank=0, world=1, precision="fp32"),
-                    seed=seed,
-                    expected=known,
-                )
-            ),
-            "threat": {
-                "norm": threat.norm,
-                "epsilon": float(threat.epsilon),
-                "epsilon_text": threat.epsilon.text,
-            },
-            "data": {
-                "name": images.name,
-                "split": images.split,
-                "n": len(images),
-                "classes": list(images.classes),
-                "classes_present": len(set(images.label.tolist())),
-                "size": [images.channels, *images.size],
-            },
-            "model": describe(model) | subject.facts,
-            "seed": seed,
-            "batch_size": size,
-            "environment": environment(),
-        }
-        if output is not None and writes:
-            write_json(Path(output), result)
-        if "unfinished" not in result:
-            if keep is not None and adversarial is not None:
-                natural = next(batches(images, len(images))).image
-                save_adversarial(Path(adversarial), result, keep.get(WORST, natural), images)
-            if robustbench is not None and writes:
-                write_json(Path(robustbench), robustbench_record(result))
-            if subject.folder is not None and writes:
-                subject.folder.keep("evaluations", result)
-            journal.remove()
-    return result
+    )
+    return {
+        "format": RESULT_FORMAT,
+        "target": target.name,
+        **measured,
+        "diagnosis": diagnosis,
+        "threat": {
+            "norm": threat.norm,
+            "epsilon": float(threat.epsilon),
+            "epsilon_text": str(threat.epsilon),
+        },
+        "data": describe_images(images),
+        "model": describe(this.model) | target.facts,
+        "seed": target.options.seed,
+        "batch_size": target.batch_size,
+        "environment": environment(),
+    }
+
+
+def _record(
+    this: _Prepared,
+    result: Result,
+    output: str | Path | None,
+    robustbench: str | Path | None,
+    adversarial: str | Path | None,
+) -> None:
+    """Write the files that were asked for; a finished result goes to its run as well."""
+    writes, folder = this.engine.rank == 0, this.target.folder
+    if output is not None and writes:
+        write_json(Path(output), result)
+    if "unfinished" in result:
+        return
+    if this.kept is not None and adversarial is not None:
+        natural = next(batches(this.images, len(this.images))).image
+        save_adversarial(Path(adversarial), result, this.kept.get(WORST, natural), this.images)
+    if robustbench is not None and writes:
+        write_json(Path(robustbench), robustbench_record(result))
+    if folder is not None and writes:
+        folder.keep("evaluations", result)
+    this.journal.remove()
 
 
 def verify(
     file: str | Path,
-    target: str | Path | Run | nn.Module,
+    target: TargetLike,
     *,
-    data: str | Path | ImageSet | None = None,
-    split: Split = "test",
     epsilon: str | float | None = None,
     norm: str | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    weights: str | Path | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
-    data_options: Mapping[str, Any] | None = None,
-    batch_size: int = 256,
-    device: str = "auto",
     output: str | Path | None = None,
+    **options: Unpack[TargetKeywords],
 ) -> Result:
     """Recompute an accuracy that is claimed of adversarial images, and check the images.
 
     Args:
         file: what ``evaluate(adversarial=...)`` wrote, ``{"adv_complete": images}`` as AutoAttack's
             users save it, or a tensor alone; images of the first N natural ones, in their order.
-        target: the network, and the following: as in :func:`evaluate`.
-        data: as there.
-        split: as there.
+        target: the network, as in :func:`evaluate`.
         epsilon: radius of the ball; by default what the file says, else the run's.
         norm: as ``epsilon``.
-        checkpoint: as in :func:`evaluate`.
-        weights: as there.
-        mean: as there.
-        std: as there.
-        options: as there.
-        data_options: as there.
-        batch_size: images at once.
-        device: as there.
         output: JSON file to write; must not exist.
+        options: as in :func:`evaluate`.
 
     Returns:
-        ``format`` "cure-verification-1" and what :func:`~cure.evaluation.export.check_claim` says.
+        ``format`` "cure-verification-1" and what :func:`~cure.evaluation.export.check_claim`
+        returns.
 
     Raises:
-        CureError: for every mistake a user can mend.
+        CureError: for every mistake a user can correct.
     """
     check_free(output)
     claim = read_claim(file)
-    subject = subject_of(target, checkpoint, weights, ModelOptions(mean, std, dict(options or {})))
-    engine = Engine.for_evaluation(device)
-    images, model = subject.load(data, split, data_options or {})
-    base = subject.config.threat if subject.config else ThreatConfig()
+    chosen = Target.of(target, **options)
     if claim.threat is not None:
-        base = threat_of(base, claim.threat.epsilon, claim.threat.norm)
-    threat = threat_of(base, epsilon, norm)
+        epsilon = claim.threat.epsilon if epsilon is None else epsilon
+        norm = claim.threat.norm if norm is None else norm
+    threat = chosen.threat(epsilon, norm)
+    engine = Engine.for_evaluation(chosen.options.device)
+    images, model = chosen.load()
+    model = engine.place(model).eval()
     result = {
         "format": "cure-verification-1",
-        "target": subject.name,
+        "target": chosen.name,
         "file": str(file),
-        **check_claim(
-            claim,
-            engine.place(model).eval(),
-            images,
-            Threat(threat.norm, threat.epsilon),
-            engine,
-            batch_size,
-        ),
+        **check_claim(claim, model, images, threat, engine, chosen.batch_size),
         "threat": {"norm": threat.norm, "epsilon": float(threat.epsilon)},
         "environment": environment(),
     }
@@ -283,10 +303,16 @@ def verify(
     return result
 
 
-def _source(transfer: str | Path | Run | nn.Module, images: ImageSet, engine: Engine) -> nn.Module:
-    """The network that a transfer attack crafts on, in evaluation mode."""
-    network = subject_of(transfer, "best", None, ModelOptions()).build(images)
-    return engine.place(network).eval().requires_grad_(False)
+def _attack_names(
+    attacks: str | Sequence[str] | None, target: Target, with_source: bool
+) -> Sequence[str]:
+    """The attacks that were asked for, else the run's; unknown ones are refused."""
+    if isinstance(attacks, str):
+        attacks = [name.strip() for name in attacks.split(",")]
+    if attacks is None:
+        attacks = target.config.evaluation.attacks if target.config else EvaluationConfig().attacks
+    check_attacks(name for name in attacks if name != "transfer" or not with_source)
+    return attacks
 
 
 def _curve(attack: str | None, epsilons: Sequence[str | float] | None) -> Curve | None:
@@ -312,23 +338,20 @@ def _curve(attack: str | None, epsilons: Sequence[str | float] | None) -> Curve 
     return Curve(attack, tuple(radii))
 
 
-def _partial(
-    output: str | Path | None,
-    folder: RunFolder | None,
-    checkpoint: str,
-    split: str,
-    identity: Identity,
-) -> Path | None:
-    """Where the verdicts of an unfinished evaluation are kept; nowhere for a network alone."""
+def _partial(output: str | Path | None, target: Target, identity: Identity) -> Path | None:
+    """The file of the journal; None for a network alone."""
     if output is not None:
         return partial_of(Path(output))
-    if folder is None:
+    if target.folder is None:
         return None
-    return folder.partial_evaluation(f"{checkpoint}-{split}-{short(identity)}{SUFFIX}")
+    how = target.options
+    return target.folder.partial_evaluation(
+        f"{how.checkpoint}-{how.split}-{short(identity)}{SUFFIX}"
+    )
 
 
 def _unfinished(output: Path) -> bool:
-    """Whether it is a result that ran out of time and can be gone on with."""
+    """Whether it is a result that ran out of time and can be continued."""
     if not partial_of(output).is_file():
         return False
     try:

@@ -64,7 +64,7 @@ class Curve:
     epsilons: tuple[Ratio, ...] = RADII
 
 
-def silent(name: str, done: int, count: int) -> None:
+def no_progress(name: str, done: int, count: int) -> None:
     """Tell nobody."""
 
 
@@ -97,7 +97,7 @@ def measure(
     engine: Engine,
     batch_size: int = 256,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     time_limit: float | None = None,
     journal: Journal | None = None,
     source: nn.Module | None = None,

@@ -1,69 +1,161 @@
-"""What is evaluated: where its network and its images come from."""
+"""What is evaluated: a run, a named network or a module, with its weights and its images."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from cure.attacks import Threat
 from cure.config import DataConfig, ModelConfig, RunConfig, ThreatConfig
 from cure.data import ImageSet, carve, load
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, DataError, unknown
+from cure.evaluation.options import Split, TargetKeywords, TargetOptions
 from cure.models import MODELS, Normalised, build_model, load_weights
 from cure.models.build import network_of
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 
-Split = Literal["train", "validation", "test"]
-
-
-def load_split(config: DataConfig, split: Split) -> ImageSet:
-    """The images of one split: "train" without those that validate, "validation", or "test"."""
-    if split == "test":
-        return load(config, "test")
-    training, validation = carve(load(config, "train"), config.validation, config.split_seed)
-    return training if split == "train" else validation
+TargetLike = str | Path | Run | nn.Module
+"""A run or its folder, the name of a network, or a network."""
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """How a named network is built and what input it expects."""
+class Target:
+    """What is evaluated: where its network and its images come from.
 
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: where its network and its default images come from."""
+    Attributes:
+        name: for tables.
+        facts: what a result file says of its weights.
+        options: which weights and images were asked for.
+        build: makes the network for some images.
+        folder: of a run.
+        config: of a run.
+    """
 
     name: str
     facts: dict[str, Any]
-    folder: RunFolder | None
-    config: RunConfig | None
+    options: TargetOptions
     build: Callable[[ImageSet], nn.Module]
+    folder: RunFolder | None = None
+    config: RunConfig | None = None
 
-    def load(
-        self, data: str | Path | ImageSet | None, split: Split, options: Mapping[str, Any]
-    ) -> tuple[ImageSet, nn.Module]:
-        """The images and the network."""
-        if isinstance(data, ImageSet):
-            images = data
-        else:
-            images = load_split(self._data_config(data, options), split)
-        return images, self.build(images)
+    @classmethod
+    def of(cls, given: TargetLike, **options: Unpack[TargetKeywords]) -> Target:
+        """The target that a user names.
+
+        Args:
+            given: a run (or its folder), a network, or the name of one (``cure list models``,
+                ``package.module:callable``, ``hf:...``, ``timm:...``).
+            options: see :class:`~cure.evaluation.options.TargetOptions`.
+
+        Raises:
+            CureError: when there is no such target, or its weights are missing.
+        """
+        how = TargetOptions(**options)
+        if isinstance(given, nn.Module):
+            return cls(type(given).__name__, _weights_fact(how), how, _builder_of(given, how))
+        network = None
+        if isinstance(given, Run):
+            network, given = given.network, given.path
+        path = Path(given)
+        if (path / "config.yaml").is_file():
+            return cls._of_run(RunFolder.open(path), how, network)
+        if path.exists():
+            raise CheckpointError(
+                f"{path} holds no run (no config.yaml); to evaluate a weights file, name its "
+                "network too: --model NAME --weights FILE"
+            )
+        name = str(given)
+        if ":" not in name and name not in MODELS:
+            raise CheckpointError(
+                f"{name} does not exist as a run folder; or as a model: "
+                + unknown("model", name, MODELS.names())
+            )
+        return cls(name, _weights_fact(how), how, _builder_of(name, how))
+
+    @classmethod
+    def _of_run(cls, folder: RunFolder, how: TargetOptions, network: nn.Module | None) -> Target:
+        given = (how.weights, how.mean, how.std, how.options or None)
+        if any(value is not None for value in given):
+            raise ConfigError(
+                f"{folder.path} is a run, which has its own network and weights; weights, mean, "
+                "std and options go with the name of a model"
+            )
+        config, path = folder.config, folder.weights(how.checkpoint)
+
+        def build(images: ImageSet) -> nn.Module:
+            kind = folder.kind
+            if images.classes != kind.classes and sorted(images.classes) == sorted(kind.classes):
+                raise DataError(
+                    f"'{images.name}' has the run's classes in another order, so labels would be "
+                    f"misread; expected {', '.join(kind.classes)}"
+                )
+            model = network_of(config, kind, network)
+            load_weights(model, path)
+            return model
+
+        facts = {
+            "checkpoint": how.checkpoint,
+            "epoch": epoch_of(path),
+            "method": config.method.name,
+            "recipe": config.name,
+            "run_seed": config.seed,
+        }
+        return cls(folder.path.name, facts, how, build, folder, config)
+
+    @property
+    def batch_size(self) -> int:
+        """Images at once: what was asked for, else the run's, else 256."""
+        if self.options.batch_size is not None:
+            return self.options.batch_size
+        return self.config.evaluation.batch_size if self.config else 256
+
+    def images(self) -> ImageSet:
+        """All images of the split."""
+        how = self.options
+        if isinstance(how.data, ImageSet):
+            return how.data
+        return load_split(self._data_config(how.data, how.data_options or {}), how.split)
+
+    def load(self) -> tuple[ImageSet, nn.Module]:
+        """The images, up to the limit, and the network."""
+        images = self.images()
+        model = self.build(images)
+        if self.options.limit is not None:
+            images = images.subset(slice(0, self.options.limit))
+        return images, model
+
+    def threat(self, epsilon: str | float | None = None, norm: str | None = None) -> Threat:
+        """The run's threat, else Linf 8/255, with another radius or norm where they are given.
+
+        Raises:
+            ConfigError: when they are no radius or norm.
+        """
+        base = self.config.threat if self.config else ThreatConfig()
+        wanted = {
+            "epsilon": base.epsilon if epsilon is None else epsilon,
+            "norm": base.norm if norm is None else norm,
+        }
+        try:
+            return Threat.of(ThreatConfig.model_validate(wanted))
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
 
     def validation_accuracy(self) -> float | None:
-        """Natural accuracy of a run's weights on its validation images, percent, if recorded."""
-        if self.folder is None:
+        """Natural accuracy of a run's weights on its validation images, percent, if recorded.
+
+        None when other images than the run's are evaluated.
+        """
+        if self.folder is None or self.options.data is not None or self.options.data_options:
             return None
         of_epoch = {record["epoch"]: record for record in self.folder.metrics()}
         record = of_epoch.get(self.facts["epoch"], {})
@@ -85,69 +177,24 @@ class Subject:
             raise ConfigError(f"data.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def subject_of(
-    target: str | Path | Run | nn.Module,
-    checkpoint: Literal["best", "last"],
-    weights: str | Path | None,
-    how: ModelOptions,
-) -> Subject:
-    """What ``target`` means: a network, a run, or a name.
-
-    Raises:
-        CureError: when it means nothing, or weights are missing.
-    """
-    if isinstance(target, nn.Module):
-        return _given_model(target, weights, how)
-    network = None
-    if isinstance(target, Run):
-        network = target.network
-        target = target.path
-    path = Path(target)
-    if (path / "config.yaml").is_file():
-        if weights is not None or how != ModelOptions():
-            raise ConfigError(
-                f"{path} is a run, which has its own network and weights; weights, mean, std and "
-                "options go with the name of a model"
-            )
-        return _given_run(RunFolder.open(path), checkpoint, network)
-    if path.exists():
-        raise CheckpointError(
-            f"{path} holds no run (no config.yaml); to evaluate a weights file, name its network "
-            "too: --model NAME --weights FILE"
-        )
-    name = str(target)
-    if ":" not in name and name not in MODELS:
-        raise CheckpointError(
-            f"{name} does not exist as a run folder; or as a model: "
-            + unknown("model", name, MODELS.names())
-        )
-    return _named_model(name, weights, how)
+def load_split(config: DataConfig, split: Split) -> ImageSet:
+    """The images of one split: "train" without those that validate, "validation", or "test"."""
+    if split == "test":
+        return load(config, "test")
+    training, validation = carve(load(config, "train"), config.validation, config.split_seed)
+    return training if split == "train" else validation
 
 
-def _given_run(
-    folder: RunFolder, checkpoint: Literal["best", "last"], network: nn.Module | None
-) -> Subject:
-    config, path = folder.config, folder.weights(checkpoint)
-
-    def build(images: ImageSet) -> nn.Module:
-        kind = folder.kind
-        if images.classes != kind.classes and sorted(images.classes) == sorted(kind.classes):
-            raise DataError(
-                f"'{images.name}' has the run's classes in another order, so labels would be "
-                f"misread; expected {', '.join(kind.classes)}"
-            )
-        model = network_of(config, kind, network)
-        load_weights(model, path)
-        return model
-
-    facts = {
-        "checkpoint": checkpoint,
-        "epoch": epoch_of(path),
-        "method": config.method.name,
-        "recipe": config.name,
-        "run_seed": config.seed,
+def describe_images(images: ImageSet) -> dict[str, Any]:
+    """What a result file says of its images."""
+    return {
+        "name": images.name,
+        "split": images.split,
+        "n": len(images),
+        "classes": list(images.classes),
+        "classes_present": len(set(images.label.tolist())),
+        "size": [images.channels, *images.size],
     }
-    return Subject(folder.path.name, facts, folder, config, build)
 
 
 def epoch_of(path: Path) -> int | None:
@@ -160,52 +207,43 @@ def epoch_of(path: Path) -> int | None:
     return int(epoch) if epoch else None
 
 
-def _given_model(model: nn.Module, weights: str | Path | None, how: ModelOptions) -> Subject:
-    def build(images: ImageSet) -> nn.Module:
-        network = copy.deepcopy(model)
-        if how.mean is not None or how.std is not None:
-            section = _model_config("given", how)
-            assert section.mean is not None
-            assert section.std is not None
-            if len(section.mean) != images.channels:
-                raise ConfigError(
-                    f"expected mean and std with {images.channels} numbers, one a channel, "
-                    f"got {len(section.mean)}"
-                )
-            network = Normalised(network, section.mean, section.std)
-        if weights is not None:
-            load_weights(network, weights)
-        return network
-
-    return Subject(type(model).__name__, {"weights": _file_name(weights)}, None, None, build)
-
-
-def _named_model(name: str, weights: str | Path | None, how: ModelOptions) -> Subject:
-    section = _model_config(name, how)
-    if name in MODELS and weights is None:
-        raise ConfigError(f"{name} without weights is random: name its weights file (--weights)")
+def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSet], nn.Module]:
+    """Builds a named network, or copies a module, and loads the weights."""
+    section = _model_config(given if isinstance(given, str) else "given", how)
+    if isinstance(given, str) and given in MODELS and how.weights is None:
+        raise ConfigError(f"{given} without weights is random: name its weights file (--weights)")
 
     def build(images: ImageSet) -> nn.Module:
-        model = build_model(
-            section,
-            classes=len(images.classes),
-            channels=images.channels,
-            size=images.size,
-            seed=0,
-        )
-        if weights is not None:
-            load_weights(model, weights)
+        if isinstance(given, str):
+            model = build_model(
+                section,
+                classes=len(images.classes),
+                channels=images.channels,
+                size=images.size,
+                seed=0,
+            )
+        else:
+            model = copy.deepcopy(given)
+            if section.mean is not None and section.std is not None:
+                if len(section.mean) != images.channels:
+                    raise ConfigError(
+                        f"expected mean and std with {images.channels} numbers, one a channel, "
+                        f"got {len(section.mean)}"
+                    )
+                model = Normalised(model, section.mean, section.std)
+        if how.weights is not None:
+            load_weights(model, how.weights)
         return model
 
-    return Subject(name, {"weights": _file_name(weights)}, None, None, build)
+    return build
 
 
-def _model_config(name: str, how: ModelOptions) -> ModelConfig:
-    """The model section that command-line options describe."""
+def _model_config(name: str, how: TargetOptions) -> ModelConfig:
+    """The model section of a recipe that the options describe."""
     try:
         return ModelConfig(
             name=name,
-            options=dict(how.options),
+            options=dict(how.options or {}),
             mean=tuple(how.mean) if how.mean is not None else None,
             std=tuple(how.std) if how.std is not None else None,
         )
@@ -213,34 +251,6 @@ def _model_config(name: str, how: ModelOptions) -> ModelConfig:
         raise ConfigError(f"model: {error.errors()[0]['msg']}") from None
 
 
-def _file_name(path: str | Path | None) -> str | None:
-    """The name only: a result file says which weights, not where they lay."""
-    return Path(path).name if path is not None else None
-
-
-def threat_of(base: ThreatConfig, epsilon: str | float | None, norm: str | None) -> ThreatConfig:
-    """``base`` with another radius or norm, where they are given.
-
-    Raises:
-        ConfigError: when they mean nothing.
-    """
-    wanted = {
-        "epsilon": base.epsilon if epsilon is None else epsilon,
-        "norm": base.norm if norm is None else norm,
-    }
-    try:
-        return ThreatConfig.model_validate(wanted)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
-
-
-def check_counts(**counts: int | None) -> None:
-    """Refuse numbers of images, by the name of their option, that are given and below 1.
-
-    Raises:
-        ConfigError: in one sentence.
-    """
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ConfigError(f"{name}: expected 1 or more images, got {count}")
+def _weights_fact(how: TargetOptions) -> dict[str, Any]:
+    """The file's name only: a result file says which weights, not where they were stored."""
+    return {"weights": Path(how.weights).name if how.weights is not None else None}

@@ -25,7 +25,7 @@ import yaml
 
 from cure.config import NATURAL, Ratio, RunConfig
 from cure.errors import ConfigError, ModelError, TrainingStopped
-from cure.evaluation.runner import Progress, silent
+from cure.evaluation.runner import Progress, no_progress
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.training.prerequisites import carry_out, natural_config
@@ -344,7 +344,7 @@ def open_study(sweep: Sweep) -> tuple[Study, BaseStorage]:
 # -- working -------------------------------------------------------------------------------------
 
 
-def work(sweep: Sweep, progress: Progress = silent) -> str:
+def work(sweep: Sweep, progress: Progress = no_progress) -> str:
     """Do trials until none is left to begin.
 
     Raises:

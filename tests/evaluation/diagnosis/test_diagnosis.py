@@ -21,7 +21,7 @@ import cure
 from cure.attacks import Attack, Threat
 from cure.data import ImageSet
 from cure.errors import ConfigError, DataError, ModelError
-from cure.evaluation.diagnosis import CHECKS, Examination, cheap_checks, examine
+from cure.evaluation.diagnosis import CHECKS, CheckContext, cheap_checks, run_checks
 from cure.evaluation.diagnosis.context import logit_ratio
 from cure.evaluation.diagnosis.table import LEVEL, beyond
 from cure.models import MODELS, Normalised, core
@@ -49,8 +49,8 @@ def statuses(
     threat: Threat = THREAT,
     **more: Any,
 ) -> dict[str, str]:
-    examination = Examination(model, images, threat, engine=ENGINE, **more)
-    found = examine(examination, names)
+    context = CheckContext(model, images, threat, engine=ENGINE, **more)
+    found = run_checks(context, names)
     return {item["name"]: item["status"] for item in found["checks"]}
 
 
@@ -205,8 +205,8 @@ def test_planted_failures_are_caught(trained: Networks, images: ImageSet, name: 
 
 def test_what_is_said_tells_what_to_do(trained: Networks, images: ImageSet) -> None:
     model = planted.Numpy(copy.deepcopy(trained["plain"])).eval()
-    examination = Examination(model, images.subset(slice(0, 8)), THREAT, engine=ENGINE)
-    (item,) = examine(examination, ["gradients"])["checks"]
+    context = CheckContext(model, images.subset(slice(0, 8)), THREAT, engine=ENGINE)
+    (item,) = run_checks(context, ["gradients"])["checks"]
     assert item["measured"]["connected"] is False
     assert "numpy()" in item["measured"]["error"]
     assert "BPDA" in item["meaning"]
@@ -219,7 +219,7 @@ def test_images_made_on_another_network(trained: Networks, images: ImageSet) -> 
 
 def test_attacks_are_left_out_where_nothing_is_finite(trained: Networks, images: ImageSet) -> None:
     model = planted.SquareRoot(trained["plain"])
-    found = examine(Examination(model, images, THREAT, engine=ENGINE))
+    found = run_checks(CheckContext(model, images, THREAT, engine=ENGINE))
     assert found["verdict"] == "fail"
     assert list(found["left_out"]) == ["gradients", "gradient_direction", *ATTACKS]
     assert set(found["left_out"].values()) == {"what the network returns is not finite"}
@@ -323,11 +323,11 @@ def test_cheap_checks_pass_sound_networks(trained: Networks, images: ImageSet, w
 
 def test_the_same_seed_gives_the_same_numbers(trained: Networks, images: ImageSet) -> None:
     def once(seed: int) -> list[dict[str, Any]]:
-        examination = Examination(
+        context = CheckContext(
             planted.Dropout(trained["plain"]), few, THREAT, engine=ENGINE, seed=seed
         )
         names = ["determinism", "convergence", "noise", "black_box"]
-        found: list[dict[str, Any]] = examine(examination, names)["checks"]
+        found: list[dict[str, Any]] = run_checks(context, names)["checks"]
         return found
 
     few = images.subset(slice(0, 40))

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cure.cli.console import out
+from cure.cli.printing import out
 
 analyse = typer.Typer(
     no_args_is_help=True,
@@ -21,8 +21,11 @@ TargetsArgument = Annotated[
         metavar="RUN...", help="Run folders; or networks: hf:..., package.module:callable"
     ),
 ]
-LimitOption = Annotated[int, typer.Option(help="Only the first so many images.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of all draws.")]
+
+TARGET_OPTIONS = (
+    *("weights", "checkpoint", "data", "split", "limit", "batch_size", "device", "seed"),
+)
+"""Fields of :class:`~cure.evaluation.options.TargetOptions` that most studies take."""
 
 
 def print_study(result: dict[str, Any]) -> None:

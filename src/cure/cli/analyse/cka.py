@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cure.cli.analyse.app import LimitOption, SeedOption, TargetsArgument, analyse, print_study
-from cure.cli.console import show_progress
-from cure.cli.options import (
-    Checkpoint,
-    CheckpointOption,
-    DataOption,
-    DeviceOption,
-    EpsilonOption,
-    NormOption,
-    OutputOption,
-    Split,
-    SplitOption,
-    words,
-)
+from cure.cli.analyse.app import TARGET_OPTIONS, TargetsArgument, analyse, print_study
+from cure.cli.options import EpsilonOption, NormOption, OutputOption, with_options, words
+from cure.cli.printing import show_progress
 
 
 @analyse.command("cka")
+@with_options(*TARGET_OPTIONS, limit=1000, batch_size=100)
 def cka(
     runs: TargetsArgument,
+    options: dict[str, Any],
     other: Annotated[
         str | None, typer.Option(help="Compare each with this run instead of with itself.")
     ] = None,
@@ -33,16 +23,8 @@ def cka(
         str | None,
         typer.Option(help="Names of modules, with * and ?: 'layer?.?,linear' (default: leaves)."),
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Weights file of a single network.")] = None,
-    checkpoint: CheckpointOption = Checkpoint.best,
-    data: DataOption = None,
-    split: SplitOption = Split.test,
-    limit: LimitOption = 1000,
     epsilon: EpsilonOption = None,
     norm: NormOption = None,
-    batch_size: Annotated[int, typer.Option(help="Images compared at once.")] = 100,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
     output: OutputOption = None,
 ) -> None:
     """How alike features are, layer by layer: of natural and adversarial images, of two runs."""
@@ -53,17 +35,10 @@ def cka(
             *runs,
             other=other,
             layers=words(layers),
-            data=data,
-            split=split.value,
-            limit=limit,
             epsilon=epsilon,
             norm=norm,
-            checkpoint=checkpoint.value,
-            weights=weights,
-            batch_size=batch_size,
-            device=device,
-            seed=seed,
             output=output,
             progress=progress,
+            **options,
         )
     print_study(result)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from cure.cli.analyse.app import analyse, print_study
-from cure.cli.console import show_progress
 from cure.cli.options import OutputOption
+from cure.cli.printing import show_progress
 
 
 @analyse.command("gradients")

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from cure.cli.analyse.app import analyse, print_study
-from cure.cli.console import out
 from cure.cli.options import words
+from cure.cli.printing import out
 
 
 class Learning(StrEnum):

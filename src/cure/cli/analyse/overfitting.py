@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cure.cli.analyse.app import LimitOption, SeedOption, analyse, print_study
-from cure.cli.console import show_progress
-from cure.cli.options import BatchSizeOption, DeviceOption, OutputOption
+from cure.cli.analyse.app import analyse, print_study
+from cure.cli.options import OutputOption, with_options
+from cure.cli.printing import show_progress
 
 
 @analyse.command("overfitting")
+@with_options("limit", "batch_size", "device", "seed", limit=1000)
 def overfitting(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
-    limit: LimitOption = 1000,
-    batch_size: BatchSizeOption = None,
-    device: DeviceOption = "auto",
-    seed: SeedOption = 0,
+    options: dict[str, Any],
     output: OutputOption = None,
 ) -> None:
     """Accuracy on training, validation and test images over epochs; best against last."""
@@ -27,11 +25,8 @@ def overfitting(
     with show_progress() as progress:
         result = study(
             runs,
-            limit=limit,
-            batch_size=batch_size,
-            device=device,
-            seed=seed,
             output=output,
             progress=progress,
+            **options,
         )
     print_study(result)

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from cure.cli.analyse.app import TargetsArgument, analyse, print_study
-from cure.cli.console import show_progress
-from cure.cli.options import (
-    BatchSizeOption,
-    Checkpoint,
-    CheckpointOption,
-    DataOption,
-    DataOptionsOption,
-    DeviceOption,
-    LimitOption,
-    OutputOption,
-    Split,
-    SplitOption,
-    pairs,
-)
+from cure.cli.options import OutputOption, with_options
+from cure.cli.printing import show_progress
 
 
 @analyse.command("conserved")
+@with_options("checkpoint", "data", "data_options", "split", "limit", "batch_size", "device")
 def conserved(
     targets: TargetsArgument,
+    options: dict[str, Any],
     natural: Annotated[
         str | None,
         typer.Option(help="The natural network (default: what each run started from)."),
     ] = None,
-    data: DataOption = None,
-    data_option: DataOptionsOption = None,
-    split: SplitOption = Split.test,
-    limit: LimitOption = None,
-    checkpoint: CheckpointOption = Checkpoint.best,
     tolerance: Annotated[
         float, typer.Option(help="A weight counts as moved beyond so much of its tensor's rms.")
     ] = 0.1,
-    batch_size: BatchSizeOption = None,
-    device: DeviceOption = "auto",
     output: OutputOption = None,
 ) -> None:
     """Images lost and gained against the natural network, and how far weights moved."""
@@ -49,15 +32,9 @@ def conserved(
         result = study(
             targets,
             natural,
-            data=data,
-            data_options=pairs(data_option),
-            split=split.value,
-            limit=limit,
-            checkpoint=checkpoint.value,
             tolerance=tolerance,
-            batch_size=batch_size,
-            device=device,
             output=output,
             progress=progress,
+            **options,
         )
     print_study(result)

@@ -1,14 +1,14 @@
-"""How well a classifier does on corrupted images: the verb ``corruptions``."""
+"""Accuracy of a classifier on corrupted images: the function ``cure.corruptions``."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -28,11 +28,11 @@ from cure.evaluation.corruptions.operations import (
 )
 from cure.evaluation.corruptions.published import Published, open_published
 from cure.evaluation.corruptions.sheet import write_sheet
-from cure.evaluation.runner import Progress, Result, silent
-from cure.evaluation.target import ModelOptions, Split, Subject, check_counts, subject_of
+from cure.evaluation.options import TargetKeywords
+from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
 from cure.models.checks import check_outputs
-from cure.runs.run import Run
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free, write_json
@@ -53,27 +53,16 @@ Give = Callable[[str, int, int, int], Pixels]
 
 
 def corruptions(
-    target: str | Path | Run | nn.Module,
+    target: TargetLike,
     *,
     severity: str | int | Sequence[int] = "1-5",
     only: str | Sequence[str] | None = None,
     files: str | Path | None = None,
     baseline: str | Path | None = None,
     sheet: str | Path | None = None,
-    data: str | Path | ImageSet | None = None,
-    split: Split = "test",
-    limit: int | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    weights: str | Path | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    options: Mapping[str, Any] | None = None,
-    data_options: Mapping[str, Any] | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
     output: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
+    **options: Unpack[TargetKeywords],
 ) -> Result:
     """Accuracy on natural images and on what 19 corruptions make of them.
 
@@ -83,37 +72,28 @@ def corruptions(
         only: names of corruptions, as a list or as "fog,snow"; by default all that are defined for
             the images, with ``frost_procedural`` where the photographs of frost are missing.
         files: the folder of CIFAR-10-C or CIFAR-100-C (or ``owner/name`` on the hub) to read
-            instead of corrupting images; ``data`` is then only the natural images.
+            instead of corrupting images; ``data`` is then only the natural images, and may be left
+            out.
         baseline: a result of this function (a JSON file, or the name of one that is shipped), for
             the mean corruption error.
         sheet: ``.png`` file to write: the first image under everything that is measured.
-        data: images; needed unless the target is a run or ``files`` are given.
-        split: which split of ``data``.
-        limit: only the first so many images.
-        checkpoint: which weights of a run.
-        weights: weights file for a named network.
-        mean: with ``std``: what the network expects its input to be standardised with.
-        std: see ``mean``.
-        options: options of a named network.
-        data_options: further keys of the ``data`` section ({"resize": 224}).
-        batch_size: images classified at once.
-        device: "auto", "cpu", "cuda".
-        seed: of the corruptions; an image's corruption depends on it, the corruption, the severity
-            and the image's position in its split, and on nothing else.
         output: JSON file to write; must not exist.
-        progress: told (corruption, images done, images in all).
+        progress: called with (corruption, images done, images in all).
+        options: see :class:`~cure.evaluation.options.TargetOptions`.  An image's corruption depends
+            on ``seed``, the corruption, the severity and the image's position in its split, and on
+            nothing else.
 
     Returns:
         The result, as documented in docs/corruptions.md.
 
     Raises:
-        CureError: for every mistake a user can mend; nothing is written then.
+        CureError: for every mistake a user can correct; nothing is written then.
     """
     for path in (output, sheet):
         check_free(path)
     if sheet is not None and Path(sheet).suffix.lower() != ".png":
         raise ConfigError(f"expected a .png file for the sheet of pictures, got {sheet}; rename it")
-    check_counts(limit=limit, batch_size=batch_size)
+    chosen = Target.of(target, **options)
     if launched().world > 1:
         raise ConfigError(
             f"corruptions are measured in one process, got {launched().world} ranks; start it "
@@ -121,33 +101,32 @@ def corruptions(
         )
     severities = _severities(severity)
     reference = _read_baseline(baseline) if baseline is not None else None
-    how = ModelOptions(mean, std, dict(options or {}))
-    subject = subject_of(target, checkpoint, weights, how)
     published = open_published(files) if files is not None else None
-    images, natural, model = _load(subject, published, data, split, data_options or {})
+    images, natural, model = _load(chosen, published)
     names, left_out = _names(only, images, published)
-    if limit is not None:
-        images = images.subset(slice(0, limit))
+    if chosen.options.limit is not None:
+        images = images.subset(slice(0, chosen.options.limit))
+    seed = chosen.options.seed
     give = published.pixels if published is not None else _corrupted(images, seed)
-    about: Result = {
-        "name": images.name,
-        "split": images.split,
-        "n": len(images),
-        "classes": list(images.classes),
-        "classes_present": len(set(images.label.tolist())),
-        "size": [images.channels, *images.size],
-    }
+    about = describe_images(images)
     source = "files" if published is not None else "generated"
     if reference is not None:
         _check_baseline(reference, names, severities, about, source)
-    engine = Engine.for_evaluation(device)
-    size = batch_size or (subject.config.evaluation.batch_size if subject.config else 256)
+    engine = Engine.for_evaluation(chosen.options.device)
     measured = _measure(
-        engine.place(model), images, natural, give, names, severities, engine, size, progress
+        engine.place(model),
+        images,
+        natural,
+        give,
+        names,
+        severities,
+        engine,
+        chosen.batch_size,
+        progress,
     )
     result = {
         "format": FORMAT,
-        "target": subject.name,
+        "target": chosen.name,
         **measured,
         "mce": _mce(measured["corruptions"], severities, reference),
         "settings": {
@@ -159,7 +138,7 @@ def corruptions(
             **(_generation(names, images) if published is None else {}),
         },
         "data": about,
-        "model": describe(model) | subject.facts,
+        "model": describe(model) | chosen.facts,
         "seed": seed if published is None else None,
         "environment": environment(),
     }
@@ -168,8 +147,8 @@ def corruptions(
         write_sheet(Path(sheet), first, lambda name, s: give(name, s, 0, 1)[0], names, severities)
     if output is not None:
         write_json(Path(output), result)
-    if subject.folder is not None:
-        subject.folder.keep("corruptions", result)
+    if chosen.folder is not None:
+        chosen.folder.keep("corruptions", result)
     return result
 
 
@@ -194,26 +173,21 @@ def _severities(given: str | int | Sequence[int]) -> list[int]:
     return sorted(set(given))
 
 
-def _load(
-    subject: Subject,
-    published: Published | None,
-    data: str | Path | ImageSet | None,
-    split: Split,
-    data_options: Mapping[str, Any],
-) -> tuple[ImageSet, bool, nn.Module]:
+def _load(target: Target, published: Published | None) -> tuple[ImageSet, bool, nn.Module]:
     """The images, whether they are the natural ones (else only their labels count), the network."""
     if published is None:
-        images, model = subject.load(data, split, data_options)
-        return images.checked(), True, model
+        images = target.images()
+        return images.checked(), True, target.build(images)
     label = torch.from_numpy(published.label)
-    if data is None and subject.config is None:
+    if target.options.data is None and target.config is None:
         first = next(iter(published.images))
         pixels = torch.from_numpy(published.pixels(first, 1, 0, len(label)))
         classes = tuple(map(str, range(1 + int(label.max()))))
         image = pixels.permute(0, 3, 1, 2)
         images = ImageSet(image, label, classes, published.name, "test").checked()
-        return images, False, subject.build(images)
-    images, model = subject.load(data, split, data_options)
+        return images, False, target.build(images)
+    images = target.images()
+    model = target.build(images)
     if not torch.equal(images.label, label):
         raise DataError(
             f"expected the {len(images)} labels of '{images.name}' {images.split} in the files of "
@@ -315,7 +289,7 @@ def _measure(
 ) -> Result:
     """Accuracies: natural, the means, by group, by severity and by corruption.
 
-    The network is ours (a subject builds or copies it), so it is left in evaluation mode.
+    The network was built or copied for this call, so it is left in evaluation mode.
     """
     count = len(images)
     label = images.label.cpu()

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from cure.attacks import Objective, perturb
 from cure.attacks.losses import MARGIN, cross_entropy
-from cure.evaluation.diagnosis.context import RESTARTS, Examination
+from cure.evaluation.diagnosis.context import RESTARTS, CheckContext
 from cure.evaluation.diagnosis.table import Finding, beyond, check, judged, short, worst
 from cure.utils.random import derive
 
@@ -43,7 +43,7 @@ def pair_margin(logits: Tensor, pair: Tensor) -> Tensor:
 
 
 @check("gradient_direction", cheap=True)
-def gradient_direction(this: Examination) -> Finding | str:
+def gradient_direction(this: CheckContext) -> Finding | str:
     """A step along the gradient raises what it should raise, and about as much.
 
     The difference of two logits ahead of the image and behind it, ``f(x + s) - f(x - s)``, against
@@ -94,7 +94,7 @@ def gradient_direction(this: Examination) -> Finding | str:
 
 
 @check("single_step")
-def single_step(this: Examination) -> Finding:
+def single_step(this: CheckContext) -> Finding:
     """Many steps find what one step finds.  Source: Carlini et al., 2019."""
     one = this.withstand(this.after_pgd20, this.pgd("one step", 1, 1, random=False))
     only = this.after_pgd20 & ~one
@@ -109,7 +109,7 @@ def single_step(this: Examination) -> Finding:
 
 
 @check("convergence")
-def convergence(this: Examination) -> Finding:
+def convergence(this: CheckContext) -> Finding:
     """More steps and restarts come to an end.  Source: Carlini et al., 2019.
 
     What the last restart still finds is judged by the usual limits; what all of them find beyond
@@ -137,7 +137,7 @@ def convergence(this: Examination) -> Finding:
 
 
 @check("families")
-def families(this: Examination) -> Finding:
+def families(this: CheckContext) -> Finding:
     """Other losses and steps find hardly more than cross-entropy; the limits are ``SOUND_GAP``."""
     found = {name: this.after_restarts & ~left for name, left in this.after_families.items()}
     more = this.after_restarts & ~this.after_white_box
@@ -156,7 +156,7 @@ def families(this: Examination) -> Finding:
 
 
 @check("precision")
-def precision(this: Examination) -> Finding:
+def precision(this: CheckContext) -> Finding:
     """Dividing large logits, which changes no decision, finds nothing more.
 
     Each image's logits are divided so that its margin is at most ``SOFT_MARGIN``; an image
@@ -192,7 +192,7 @@ def precision(this: Examination) -> Finding:
 
 
 @check("smoothed_gradient")
-def smoothed_gradient(this: Examination) -> Finding:
+def smoothed_gradient(this: CheckContext) -> Finding:
     """A gradient that is smoothed by differences finds nothing more than the one at a point.
 
     ``sum_k (z(x + u_k) - z(x - u_k)) u_k`` over random directions ``u_k`` half as long as epsilon
@@ -242,7 +242,7 @@ def smoothed_gradient(this: Examination) -> Finding:
 
 
 @check("noise")
-def noise(this: Examination) -> Finding:
+def noise(this: CheckContext) -> Finding:
     """Random changes of the same size find nothing more than the attack."""
     draws = this.draws("noise")
 
@@ -267,7 +267,7 @@ def noise(this: Examination) -> Finding:
 
 
 @check("black_box")
-def black_box(this: Examination) -> Finding:
+def black_box(this: CheckContext) -> Finding:
     """An attack without gradients finds nothing more than those with gradients.
 
     Source: Carlini et al., 2019; Square: Andriushchenko et al., ECCV 2020.
@@ -300,7 +300,7 @@ def black_box(this: Examination) -> Finding:
 
 
 @check("transfer")
-def transfer(this: Examination) -> Finding | str:
+def transfer(this: CheckContext) -> Finding | str:
     """Images made on another network fool no more.  Source: Carlini et al., 2019."""
     if this.other is None:
         return "no other network was given (--transfer)"
@@ -319,7 +319,7 @@ def transfer(this: Examination) -> Finding | str:
 
 
 @check("growing_epsilon")
-def growing_epsilon(this: Examination) -> Finding:
+def growing_epsilon(this: CheckContext) -> Finding:
     """Accuracy falls to 0 when the ball grows until it holds every image.
 
     An image that is fooled in a ball is fooled in every larger one, and is not attacked again.
@@ -350,7 +350,7 @@ def growing_epsilon(this: Examination) -> Finding:
 
 
 @check("training_mode")
-def training_mode(this: Examination) -> Finding:
+def training_mode(this: CheckContext) -> Finding:
     """Nothing that defends works in training mode only, which no evaluation sees.
 
     PyTorch's own modules stay in evaluation mode: dropout and BatchNorm differ by design.  It warns

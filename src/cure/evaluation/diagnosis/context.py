@@ -103,7 +103,7 @@ def logit_ratio(logits: Tensor, label: Tensor, natural: Tensor | None = None) ->
     return ratio
 
 
-class Examination:
+class CheckContext:
     """A network, in evaluation mode, its images, and which of them withstand which attacks.
 
     Use it inside :meth:`lent`.  What several checks ask for is computed once, when it is asked for.
@@ -141,7 +141,7 @@ class Examination:
         self.image, self.label = to_unit(self.images.image), self.images.label
 
     @contextmanager
-    def lent(self) -> Iterator[Examination]:
+    def lent(self) -> Iterator[CheckContext]:
         """Borrow the network: evaluation mode; modes, buffers and global generators come back.
 
         Raises:
@@ -230,7 +230,7 @@ class Examination:
             steps: how many.
             step: length as a share of epsilon.
             objective: what to climb.
-            threat: the ball; by default the examination's.
+            threat: the ball; by default the context's.
             model: whose gradients; by default the network's.
             random: start anywhere in the ball, else at the image.
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cure.evaluation.diagnosis.context import Examination
+from cure.evaluation.diagnosis.context import CheckContext
 from cure.evaluation.diagnosis.table import LEVEL, Finding, Status, beyond, check, judged, short
 from cure.models import Normalised
 from cure.utils.stats import at_least, wilson
@@ -34,7 +34,7 @@ def difference(one: Tensor, other: Tensor, spread: Tensor) -> float:
 
 
 @check("input", cheap=True, attacks=False)
-def input_range(this: Examination) -> Finding:
+def input_range(this: CheckContext) -> Finding:
     """Images that fill [0, 1], and weights that are not in half precision."""
     types = {str(p.dtype).removeprefix("torch.") for p in this.given.parameters()}
     half = sorted(types & {"float16", "bfloat16"})
@@ -70,7 +70,7 @@ def input_range(this: Examination) -> Finding:
 
 
 @check("finite", cheap=True, attacks=False)
-def finite(this: Examination) -> Finding:
+def finite(this: CheckContext) -> Finding:
     """No NaN and no infinity, in outputs and gradients, on images, extremes and noise."""
     noise = torch.rand(
         this.image.shape, generator=this.draws("noise images"), device=this.image.device
@@ -103,7 +103,7 @@ def finite(this: Examination) -> Finding:
 
 
 @check("logits", cheap=True, attacks=False)
-def logits(this: Examination) -> Finding:
+def logits(this: CheckContext) -> Finding:
     """Neither probabilities nor decisions, through which gradients vanish."""
     values = this.natural
     sums = values.sum(dim=1)
@@ -139,7 +139,7 @@ def logits(this: Examination) -> Finding:
 
 
 @check("evaluation_mode", cheap=True, attacks=False)
-def evaluation_mode(this: Examination) -> Finding:
+def evaluation_mode(this: CheckContext) -> Finding:
     """After ``model.eval()`` and a forward pass no module is in training mode."""
     this.logits(this.image[:2])
     left = [name or "the network" for name, module in this.given.named_modules() if module.training]
@@ -154,7 +154,7 @@ def evaluation_mode(this: Examination) -> Finding:
 
 
 @check("determinism", cheap=True, attacks=False)
-def determinism(this: Examination) -> Finding:
+def determinism(this: CheckContext) -> Finding:
     """The same input gives the same logits, and is not changed."""
     image = this.engine.arrange(this.image[: this.batch_size])
     with torch.no_grad():
@@ -189,7 +189,7 @@ def determinism(this: Examination) -> Finding:
 
 
 @check("batch_dependence", cheap=True, attacks=False)
-def batch_dependence(this: Examination) -> Finding:
+def batch_dependence(this: CheckContext) -> Finding:
     """An image has the same logits alone, in a batch, and in another order."""
     image = this.image[: this.batch_size]
     together = this.natural[: len(image)]
@@ -213,7 +213,7 @@ def batch_dependence(this: Examination) -> Finding:
 
 
 @check("normalisation", cheap=True, attacks=False)
-def normalisation(this: Examination) -> Finding:
+def normalisation(this: CheckContext) -> Finding:
     """No usual way to standardise, or to undo it, makes the network better.
 
     By the exact test of McNemar, on the images that only one of the two gets right; the level is
@@ -262,7 +262,7 @@ def normalisation(this: Examination) -> Finding:
 
 
 @check("natural_accuracy", cheap=True, attacks=False)
-def natural_accuracy(this: Examination) -> Finding:
+def natural_accuracy(this: CheckContext) -> Finding:
     """Better than guessing, and not far below what is known of the network."""
     right = int(this.right.sum())
     measured = {
@@ -294,7 +294,7 @@ def natural_accuracy(this: Examination) -> Finding:
 
 
 @check("gradients", cheap=True)
-def gradients(this: Examination) -> Finding:
+def gradients(this: CheckContext) -> Finding:
     """Images from which cross-entropy has no gradient: there an attack on it goes nowhere.
 
     As many points of accuracy as there are such images are not attacked at all.

@@ -10,24 +10,24 @@ from torch import nn
 
 from cure.attacks import Threat
 from cure.data import ImageSet
-from cure.evaluation.diagnosis.context import Examination
+from cure.evaluation.diagnosis.context import CheckContext
 from cure.evaluation.diagnosis.table import CHECKS, worst
-from cure.evaluation.runner import Progress, silent
+from cure.evaluation.runner import Progress, no_progress
 from cure.utils.engine import Engine
 
 CHEAP_IMAGES = 64
 
 
-def examine(
-    examination: Examination,
+def run_checks(
+    context: CheckContext,
     names: Iterable[str] | None = None,
     *,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Run checks and put their findings together.
 
     Args:
-        examination: the network, its images and the threat.
+        context: the network, its images and the threat.
         names: which checks; by default all.
         progress: told (check, images done, images in all).
 
@@ -41,8 +41,8 @@ def examine(
     chosen = set(CHECKS if names is None else names)
     found: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    count, astray = examination.count, False
-    with examination.lent():
+    count, astray = context.count, False
+    with context.lent():
         for row in CHECKS.values():
             if row.name not in chosen:
                 continue
@@ -50,7 +50,7 @@ def examine(
                 left_out[row.name] = "what the network returns is not finite"
                 continue
             progress(row.name, 0, count)
-            finding = row.run(examination)
+            finding = row.run(context)
             progress(row.name, count, count)
             if isinstance(finding, str):
                 left_out[row.name] = finding
@@ -73,7 +73,7 @@ def cheap_checks(
     """The checks that cost a few passes, on at most 64 images from all over the set.
 
     Args:
-        model: as for :class:`Examination`; nothing of it changes.
+        model: as for :class:`CheckContext`; nothing of it changes.
         images: those that are evaluated.
         threat: the ball.
         engine: device and memory layout.
@@ -81,12 +81,12 @@ def cheap_checks(
         expected: natural accuracy that is known of the network on such images, percent.
 
     Returns:
-        What :func:`examine` returns.
+        What :func:`run_checks` returns.
     """
     count = min(CHEAP_IMAGES, len(images))
     spread = torch.linspace(0, len(images) - 1, count).long()
     few = images.subset(spread.to(images.image.device))
-    examination = Examination(
+    context = CheckContext(
         model, few, threat, engine=engine, seed=seed, batch_size=count, expected=expected
     )
-    return examine(examination, (row.name for row in CHECKS.values() if row.cheap))
+    return run_checks(context, (row.name for row in CHECKS.values() if row.cheap))

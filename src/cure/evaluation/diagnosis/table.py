@@ -21,7 +21,7 @@ from torch import Tensor
 from cure.utils.stats import at_least
 
 if TYPE_CHECKING:
-    from cure.evaluation.diagnosis.context import Examination
+    from cure.evaluation.diagnosis.context import CheckContext
 
 Status = Literal["pass", "warn", "fail"]
 
@@ -44,7 +44,7 @@ class Finding:
     meaning: str
 
 
-Function = Callable[["Examination"], Finding | str]
+Function = Callable[["CheckContext"], Finding | str]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Check:
 
     Attributes:
         name: as in result files.
-        run: looks at an examination and returns a finding, or a sentence that says why there is
+        run: looks at an context and returns a finding, or a sentence that says why there is
             nothing to look at.
         cheap: a few passes: ``evaluate`` runs it always.
         attacks: needs finite outputs and gradients.
