@@ -6,17 +6,20 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from typer.main import get_command
 
 from cure.attacks.registry import KNOWN
+from cure.cli.main import app
 from cure.config import DataConfig
-from cure.data import load
+from cure.data import ImageSet, load
+from cure.evaluation.options import TargetKeywords, TargetOptions
 from cure.methods import METHODS
 from cure.models import MODELS
 from cure.recipe import recipe_names
@@ -68,9 +71,31 @@ def test_help_names_every_command(command: Command) -> None:
         assert "Usage" in shown.out
 
 
-def test_help_does_not_wait_for_pytorch() -> None:
-    code = "import sys, cure.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+@pytest.mark.parametrize("words", [["--help"], ["evaluate", "--help"], ["analyse", "--help"]])
+def test_help_does_not_wait_for_pytorch(words: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from cure.cli.main import main\n"
+        f"sys.argv = ['cure', *{words}]\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_commands_offer_every_option_of_a_target() -> None:
+    """The keyword arguments of functions are the fields of TargetOptions, and so are options."""
+    names = {"ImageSet": ImageSet}
+    keywords = get_type_hints(TargetKeywords, localns=names)
+    assert keywords == get_type_hints(TargetOptions, localns=names)
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for name in ("evaluate", "corruptions", "diagnose"):
+        options = {option.name for option in commands[name].params}
+        expected = {key.removesuffix("s") if "options" in key else key for key in keywords}
+        assert {"target", "model", *expected} <= options, name
+    assert {option.name: option.default for option in commands["diagnose"].params}["limit"] == 200
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ ENGINE = EVALUATION.Engine(torch.device("cpu"))
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import torch
 torch.set_num_threads(1)
 from cure.evaluation.journal import Journal
@@ -253,7 +253,7 @@ def test_a_killed_evaluation_goes_on(
     tmp_path: Path, half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "result.json"
-    program = KILLED.format(tests=str(Path(__file__).parents[1]), half=half)
+    program = KILLED.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], half=half)
     partial = tmp_path / "result.json.partial"
     for decided in (2, 4):
         ended = subprocess.run([sys.executable, "-c", program, str(output)], check=False)
