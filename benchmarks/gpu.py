@@ -360,17 +360,17 @@ def summary(path: Path) -> Measured:
     status, metrics, timing = folder.status(), folder.metrics(), folder.timing()
     config = folder.config
     found: Measured = {
-        "state": status["state"],
+        "state": status.state,
         "settings": config.model_dump(mode="json") | {"start": short(config.start)},
         "epochs": len(metrics),
-        "metrics": metrics,
+        "metrics": [line.content() for line in metrics],
     }
     if timing:
         # Of an epoch that was interrupted the second half is timed: a rate, not its seconds.
-        speed = statistics.median(line["images_per_second"] for line in timing)
+        speed = statistics.median(line.images_per_second for line in timing)
         found["images_per_second"] = speed
         found["epoch_seconds"] = IMAGES / speed
-        found["peak_memory_mib"] = max(line["peak_memory_mib"] for line in timing)
+        found["peak_memory_mib"] = max(line.peak_memory_mib for line in timing)
     return found
 
 
@@ -384,7 +384,7 @@ def evaluate(options: argparse.Namespace, clock: Clock, results: Results) -> boo
     key = f"{'+'.join(attacks)} n={options.limit or 'all'}"
     for name in named(options.methods, RUNS):
         path = Path(options.out) / name
-        if not path.exists() or RunFolder.open(path).status()["state"] != "finished":
+        if not path.exists() or RunFolder.open(path).status().state != "finished":
             print(f"{name} is not trained: left out", file=sys.stderr)
             continue
         known = found.setdefault(name, {})

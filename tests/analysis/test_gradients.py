@@ -113,7 +113,7 @@ def test_steps_are_counted_by_hand(tmp_path: Path, run: Path) -> None:
     recorder.step(10, after, Masking(before, masks([0, 1, 1, 0], [1, 0]), both))
     recorder.step(11, before, None)
     recorder.step(20, before, None)
-    first, zero, one, ten, twenty = folder.gradients()
+    first, zero, one, ten, twenty = (line.content() for line in folder.gradients())
     assert first["tensors"] == ["a", "b"]
     assert (first["shapes"], first["every"]) == ([[2, 2], [2]], 10)
     assert [line["step"] for line in (zero, one, ten, twenty)] == [0, 1, 10, 20]
@@ -137,7 +137,7 @@ def test_a_mask_of_layer_scope_conserves_p_percent_of_every_tensor(
     run: Path, scores: list[dict[str, Tensor]]
 ) -> None:
     folder = RunFolder.open(run)
-    header, *lines = folder.gradients()
+    header, *lines = (line.content() for line in folder.gradients())
     assert [line["step"] for line in lines] == list(range(STEPS)), "every two, and the step after"
     sizes = [int(np.prod(shape)) for shape in header["shapes"]]
     exact = [int(np.ceil(0.3 * (size - 1))) for size in sizes]
@@ -212,7 +212,7 @@ def test_a_perturbed_and_averaged_method_is_recorded_too(tmp_path: Path) -> None
         "training.weight_perturbation.gamma=0.01",
         "training.averaging.decay=0.9",
     )
-    lines = RunFolder.open(path).gradients()
+    lines = [line.content() for line in RunFolder.open(path).gradients()]
     assert [line["step"] for line in lines] == [-1, 0, 1, 6, 7]
     assert all("mask" in line for line in lines[1:])
     assert any(a < b for a, b in zip(lines[1]["after"], lines[1]["before"], strict=True))
@@ -267,7 +267,7 @@ def test_the_command_tells_of_runs_with_and_without_a_mask(
     result = json.loads(output.read_text())
     masked, free = result["runs"]
     assert (masked["records"], masked["every"], masked["last_step"]) == (6, 2, 10)
-    header, *lines = RunFolder.open(run).gradients()
+    header, *lines = (line.content() for line in RunFolder.open(run).gradients())
     assert masked["sizes"]["steps"] == [0, 2, 4, 6, 8, 10]
     assert masked["sizes"]["before"][3] == pytest.approx(lines[6]["before"], rel=1e-3)
     assert masked["phases"]["first"]["steps"] == [0, 0]

@@ -89,7 +89,7 @@ def test_only_the_block_learns(trained):
 
 def test_drawn_anew_is_another_network_than_kept(trained):
     kept, drawn = (
-        RunFolder.open(trained[name]).metrics()[0]["train"]["loss"] for name in ("frozen", "drawn")
+        RunFolder.open(trained[name]).metrics()[0].train["loss"] for name in ("frozen", "drawn")
     )
     assert drawn != kept
 
@@ -149,10 +149,10 @@ def test_the_study_says_what_its_runs_say(study):
     for row in result["rows"]:
         record = json.loads((folder / "runs" / f"{row['label']}-seed0.json").read_text())
         last = RunFolder.open(folder / "training" / f"{row['label']}-seed0").metrics()[-1]
-        final = [e for e in record["evaluations"] if e["model"]["epoch"] == last["epoch"]]
+        final = [e for e in record["evaluations"] if e["model"]["epoch"] == last.epoch]
         assert row["natural"]["accuracy"] == final[0]["natural"]["accuracy"]
         assert row["robust"]["accuracy"] == final[0]["attacks"]["pgd2"]["accuracy"]
-        assert row["validation_robust"] == last["validation"]["robust"]
+        assert row["validation_robust"] == last.validation.robust
         if row["set"] is not None:
             assert row["training_robust"] == 100 * last["train"]["robust_accuracy"]
     start = folder / "training" / "natural-seed0"

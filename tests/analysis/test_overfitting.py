@@ -18,6 +18,7 @@ from cure.analysis.study import STUDIES
 from cure.errors import CheckpointError, ConfigError
 from cure.models import read_weights
 from cure.runs.folder import RunFolder
+from cure.runs.records import Accuracies, EpochMetrics
 from cure.training.overfitting_detector import LAST, robust_overfitting
 from cure.training.trainer import Trainer
 from cure.utils.stats import independent_difference
@@ -67,7 +68,7 @@ def test_every_second_epoch_and_the_last_are_kept(run: Path, tmp_path: Path) -> 
         attacks="natural",
         device="cpu",
     )
-    recorded = folder.metrics()[3]["validation"]["natural"]
+    recorded = folder.metrics()[3].validation.natural
     assert result["natural"]["accuracy"] == pytest.approx(recorded)
 
 
@@ -102,9 +103,13 @@ def test_a_killed_run_keeps_the_same_weights(
 
 def records(
     validation: Sequence[float], training: Sequence[float], name: str = "robust_accuracy"
-) -> list[dict[str, Any]]:
+) -> list[EpochMetrics]:
     return [
-        {"epoch": number, "train": {"loss": 1.0, name: t}, "validation": {"robust": v}}
+        EpochMetrics(
+            epoch=number,
+            train={"loss": 1.0, name: t},
+            validation=Accuracies(natural=v, robust=v),
+        )
         for number, (v, t) in enumerate(zip(validation, training, strict=True), 1)
     ]
 
@@ -160,7 +165,10 @@ def test_too_few_validations_tell_nothing() -> None:
     assert robust_overfitting([], 1000) is None
     assert robust_overfitting(records(steep, LEARNS[:9]), 1000) is None
     assert robust_overfitting(records([*steep, 10.0], LEARNS[:10]), 1000) is not None
-    without = [record | {"validation": None} for record in records([50.0] * 20, LEARNS[:20])]
+    without = [
+        EpochMetrics(epoch=record.epoch, train=record.train)
+        for record in records([50.0] * 20, LEARNS[:20])
+    ]
     assert robust_overfitting([*without, *records(steep, LEARNS[:9])], 1000) is None
 
 
@@ -202,7 +210,7 @@ def test_what_is_measured_on_validation_images_is_what_training_recorded(
     run: Path, studied: dict[str, Any]
 ) -> None:
     (this,) = studied["runs"]
-    recorded = {r["epoch"]: r["validation"] for r in RunFolder.open(run).metrics()}
+    recorded = {r.epoch: r.validation.content() for r in RunFolder.open(run).metrics()}
     assert {2, 4, 5} <= {point["epoch"] for point in this["measured"]}
     for point in this["measured"]:
         for kind in ("natural", "robust"):

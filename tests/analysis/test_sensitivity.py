@@ -158,7 +158,7 @@ main()
     first = work / "out" / "runs" / "trial-0000" / "metrics.jsonl"
     before = first.stat().st_mtime_ns
     killed = RunFolder.open(work / "out" / "runs" / "trial-0001")
-    assert (killed.status()["state"], len(killed.metrics())) == ("running", 1)
+    assert (killed.status().state, len(killed.metrics())) == ("running", 1)
     begun = (killed.path / "environment.json").read_bytes()
     again = [sys.executable, "-m", *words]
     done = subprocess.run(again, cwd=work, capture_output=True, text=True, check=False)
@@ -185,10 +185,11 @@ def test_the_accuracies_are_those_of_the_runs_on_validation_images(grid: Path) -
     assert result["data"] == {"name": "digits", "split": "validation", "n": 60}
     for trial in result["trials"]:
         run = RunFolder.open(grid / "out" / "runs" / f"trial-{trial['number']:04}")
-        best = next(r for r in run.metrics() if r["epoch"] == trial["epoch"])["validation"]
+        metrics = [line.content() for line in run.metrics()]
+        best = next(r for r in metrics if r["epoch"] == trial["epoch"])["validation"]
         assert trial["natural"]["accuracy"] == best["natural"]
         assert trial["robust"]["accuracy"] == best["robust"]
-        assert best["robust"] == max(r["validation"]["robust"] for r in run.metrics())
+        assert best["robust"] == max(r["validation"]["robust"] for r in metrics)
         assert run.config.start == "out/natural", "the natural start is trained once for all"
 
 

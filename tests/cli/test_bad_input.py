@@ -443,7 +443,7 @@ def test_a_full_disk_loses_nothing_and_the_run_goes_on(stopped: tuple[Path, Path
     assert load_state(run / "checkpoints" / "state.safetensors")["done"] == 2 * 4
     assert not list(run.rglob("*.tmp"))
     resume(run, quiet=True)
-    assert RunFolder.open(run).status()["state"] == "finished"
+    assert RunFolder.open(run).status().state == "finished"
     assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     for name in ("last", "best"):
         ended = load_file(run / "checkpoints" / f"{name}.safetensors")

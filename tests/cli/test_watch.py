@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import io
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from cure.cli.watch import curve, overview, read, span, view
 from cure.data.images import ImageKind
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
+from cure.runs.records import Accuracies, EpochMetrics, EpochTiming, line_text
 from helpers import Command, refused
 
 BEGAN = 1_000_000.0
@@ -33,20 +32,20 @@ def make(path: Path, epochs: int = 4, *settings: str) -> RunFolder:
     return RunFolder.create(path, load_recipe("digits", words), KIND)
 
 
-def line(number: int, natural: float, robust: float, loss: float = 2.0) -> dict[str, Any]:
-    return {
-        "epoch": number,
-        "train": {"loss": loss},
-        "validation": {"natural": natural, "robust": robust},
-    }
+def line(number: int, natural: float, robust: float, loss: float = 2.0) -> EpochMetrics:
+    return EpochMetrics(
+        epoch=number,
+        train={"loss": loss},
+        validation=Accuracies(natural=natural, robust=robust),
+    )
 
 
 def fill(folder: RunFolder, accuracies: list[tuple[float, float]], best: int | None = None) -> None:
     """Epochs of 60 seconds, 10 more for validation; the last one ended at BEGAN."""
     for number, (natural, robust) in enumerate(accuracies, start=1):
-        folder.append("metrics.jsonl", line(number, natural, robust, loss=3.0 - number))
+        folder.append(line(number, natural, robust, loss=3.0 - number))
         timing = {"epoch": number, "seconds": 60.0, "validation_seconds": 10.0}
-        folder.append("timing.jsonl", timing | {"images_per_second": 1234.4})
+        folder.append(EpochTiming.model_validate(timing | {"images_per_second": 1234.4}))
     if best is not None:
         path = folder.checkpoints / "best.safetensors"
         save_file({"w": torch.zeros(1)}, path, {"epoch": str(best)})
@@ -154,7 +153,7 @@ def test_a_long_run_fills_120_columns_and_shows_its_last_epochs(
 ) -> None:
     folder = make(tmp_path / "run", 300)
     fill(folder, [(50.0, number / 10) for number in range(300)], best=300)
-    folder.set_status("finished", step=9, steps=9, best={})
+    folder.set_status("finished", step=9, steps=9)
     rows = at(tmp_path, monkeypatch, 120, after=1e6).splitlines()
     assert rows[0] == "run: finished"
     assert rows[4] == "1,234 images/s, 1:10 an epoch, 5:50:00 spent"
@@ -222,7 +221,7 @@ def test_half_a_line_and_a_missing_time(tmp_path: Path, monkeypatch: pytest.Monk
     folder.set_status("running", step=0)
     fill(folder, [(50.0, 10.0)])
     with (folder.path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(line(2, 60.0, 20.0)) + "\n" + json.dumps(line(3, 70.0, 30.0))[:30])
+        file.write(line_text(line(2, 60.0, 20.0)) + line_text(line(3, 70.0, 30.0))[:30])
     os.utime(folder.path / "metrics.jsonl", (BEGAN, BEGAN))
     rows = at(tmp_path, monkeypatch, 80).splitlines()
     assert rows[2].startswith("epoch 2 of 4 ")
@@ -252,8 +251,8 @@ def test_a_run_that_overfits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder = make(tmp_path / "run", 20)
     for number in range(1, 13):
         record = line(number, 60.0, 50.0 if number < 7 else 25.0)
-        record["train"]["robust_accuracy"] = number / 20
-        folder.append("metrics.jsonl", record)
+        record.train["robust_accuracy"] = number / 20
+        folder.append(record)
     folder.set_status("finished")
     assert "warning: robust overfitting: " in at(tmp_path, monkeypatch, 200)
     folder.rewind(8, 8)
@@ -328,7 +327,7 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(
     folder.set_status("running", step=0)
     fill(folder, [(50.0, 10.0)])
     file = io.StringIO()
-    monkeypatch.setattr("cure.cli.out", Console(file=file, force_terminal=True, width=300))
+    monkeypatch.setattr("cure.cli.main.out", Console(file=file, force_terminal=True, width=300))
     waited = []
 
     def sleep(seconds: float) -> None:
@@ -336,9 +335,9 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(
         if len(waited) == 2:
             if ends == "Ctrl-C":
                 raise KeyboardInterrupt
-            folder.set_status("finished", step=9, best={})
+            folder.set_status("finished", step=9)
 
-    monkeypatch.setattr("cure.cli.time.sleep", sleep)
+    monkeypatch.setattr("cure.cli.main.time.sleep", sleep)
     ended = command("watch", folder.path, "--interval", "0.5")
     assert (ended.status, ended.err) == (0, "")
     assert waited == [0.5, 0.5]

@@ -22,6 +22,7 @@ from cure.errors import CheckpointError, ConfigError
 from cure.experiments.compare import Table, compare, difference, read_rows, table
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
+from cure.runs.records import EpochTiming
 from helpers import Command, refused
 
 MINI = Path(__file__).resolve().parents[2] / "results" / "cifar10-mini-cure"
@@ -145,7 +146,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         (folder.path / "environment.json").write_text(known)
         folder.set_status(state)
         for record in timing:
-            folder.append("timing.jsonl", record)
+            folder.append(EpochTiming.model_validate(record))
         for content in results:
             folder.keep("evaluations", content)
         return folder.path
@@ -511,10 +512,10 @@ def record(run: Path, label: str) -> dict[str, Any]:
         "seed": folder.config.seed,
         "config": folder.config.model_dump(mode="json"),
         "best_epoch": 5,
-        "environment": folder.environment(),
+        "environment": folder.environment().content(),
         "metrics": [],
-        "timing": folder.timing(),
-        "evaluations": folder.evaluations(),
+        "timing": [line.content() for line in folder.timing()],
+        "evaluations": [result.content() for result in folder.evaluations()],
     }
 
 

@@ -140,7 +140,7 @@ def test_the_work_is_done_once_and_kept():
     record = json.loads(Path("out/runs/ard-seed0.json").read_text())
     assert record["config"]["method"]["teacher"]["path"] == "run:at"
     assert record["note"] == "a student"
-    best = RunFolder.open("runs/ard-seed0").status()["best"]["epoch"]
+    best = RunFolder.open("runs/ard-seed0").status().best.epoch
     expected = ["best"] if best == 2 else ["best", "last"]
     assert [r["model"]["checkpoint"] for r in record["evaluations"]] == expected
     assert len(record["metrics"]) == len(record["timing"]) == 2
@@ -296,7 +296,7 @@ def test_a_plan_that_is_stopped_stops_what_runs_and_begins_nothing_more(way):
         os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    assert RunFolder.open("runs/slow-seed0").status()["state"] == "stopped"
+    assert RunFolder.open("runs/slow-seed0").status().state == "stopped"
     assert not Path("runs/later-seed0").exists()
     assert not Path("runs/slow-seed0.json").exists()
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cure.errors import CureError
-from cure.models import checkpoint as weights
 from cure.runs.folder import RunFolder
 from cure.training import run as api
 from cure.training import trainer
-from cure.utils import engine
+from cure.utils import engine, io
 
 SETTINGS = [
     "data.limit=400",
@@ -80,7 +79,7 @@ def plant(moment: str) -> None:
         # Each epoch writes best, last and state, and step 3 of each epoch a state.
         Path.write_bytes = half_written(12)
     elif moment == "renaming":
-        weights.os.replace = after(26, os.replace)
+        io.os.replace = after(26, os.replace)
     elif moment == "making-the-natural-folder":
         Path.rename = after(2, Path.rename)
     elif moment == "after-metrics":

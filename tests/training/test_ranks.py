@@ -257,7 +257,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two ranks that nothing happens to."""
     path = tmp_path_factory.mktemp("ranks") / "run"
     ended = torchrun("train", "digits", *SETTINGS, "--folder", path)
-    assert RunFolder.open(path).status()["state"] == "finished", ended.stderr
+    assert RunFolder.open(path).status().state == "finished", ended.stderr
     (path.parent / "out").write_text(ended.stdout)
     (path.parent / "err").write_text(ended.stderr)
     return path
@@ -278,10 +278,13 @@ def assert_close_runs(one: Path, other: Path) -> None:
         mine, theirs = (RunFolder.open(run / part).metrics() for run in (one, other))
         assert len(mine) == len(theirs)
         for a, b in zip(mine, theirs, strict=True):
-            assert a["step"] == b["step"]
-            assert a["train"] == pytest.approx(b["train"], rel=1e-3, abs=1e-4)
+            assert a.step == b.step
+            assert a.train == pytest.approx(b.train, rel=1e-3, abs=1e-4)
             # One image of 100 may lie on the border.
-            assert a["validation"] == pytest.approx(b["validation"], abs=1.01)
+            assert a.validation is not None
+            assert b.validation is not None
+            theirs_measured = b.validation.content()
+            assert a.validation.content() == pytest.approx(theirs_measured, abs=1.01)
         for key, value in weights(one / part).items():
             torch.testing.assert_close(value, weights(other / part)[key], rtol=1e-3, atol=1e-4)
 
@@ -291,8 +294,8 @@ def test_a_run_of_two_ranks_is_that_of_one_process(undisturbed: Path, tmp_path: 
     assert_close_runs(undisturbed, alone)
     assert files(undisturbed) == files(alone)
     learnt = RunFolder.open(undisturbed).metrics()
-    assert learnt[-1]["train"]["loss"] != learnt[0]["train"]["loss"]
-    assert [line["ranks"] for line in RunFolder.open(undisturbed).timing()] == [2, 2]
+    assert learnt[-1].train["loss"] != learnt[0].train["loss"]
+    assert [line.ranks for line in RunFolder.open(undisturbed).timing()] == [2, 2]
     said = [(undisturbed.parent / name).read_text() for name in ("out", "err")]
     assert said[0].count("run folder:") == 1, "only the first rank speaks"
     assert said[1].count("digits epoch 1/2") == 1
@@ -312,7 +315,7 @@ def test_an_evaluation_by_two_ranks_is_that_of_one_process(
     assert [path.suffix for path in (run / "evaluations").iterdir()] == [".partial"]
     ended = torchrun("evaluate", run, *words)
     assert [path.suffix for path in (run / "evaluations").iterdir()] == [".json"]
-    found = RunFolder.open(run).evaluations()
+    found = [result.content() for result in RunFolder.open(run).evaluations()]
     assert len(found) == 1, ended.stderr
     options: dict[str, Any] = {"attacks": "pgd3,cw", "limit": 100, "batch_size": 16}
     alone = cure.evaluate(undisturbed, **options, device="cpu")
@@ -336,12 +339,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(
     undisturbed: Path, stopped: Path, tmp_path: Path
 ) -> None:
     # The natural start has four steps and is not disturbed.
-    assert RunFolder.open(stopped).status()["state"] == "stopped"
+    assert RunFolder.open(stopped).status().state == "stopped"
     assert load_state(stopped / "checkpoints" / "state.safetensors")["done"] == 6
     run = tmp_path / "run"
     shutil.copytree(stopped, run)
     ended = torchrun("resume", run)
-    assert RunFolder.open(run).status()["state"] == "finished", ended.stderr
+    assert RunFolder.open(run).status().state == "finished", ended.stderr
     assert "this run was on" not in ended.stderr
     for part in ("natural", "."):
         for name in ("best", "last"):
@@ -371,7 +374,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert ended.returncode != 0
     assert "rank 0 lost another rank" in ended.stderr
     assert "SIGKILL" in ended.stderr, "torchrun says which"
-    assert RunFolder.open(run).status()["state"] == "running"
+    assert RunFolder.open(run).status().state == "running"
     # Far below the half hour that a rank waits for one that has not died.
     assert time.monotonic() - began < 250
 

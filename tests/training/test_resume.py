@@ -71,7 +71,7 @@ def test_a_killed_run_ends_with_the_same_bits(
     run = tmp_path / "run"
     ended = disturb(moment, run)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert RunFolder.open(run).status()["state"] != "finished"
+    assert RunFolder.open(run).status().state != "finished"
     cure.resume(run, quiet=True)
     assert files_that_count(run) == files_that_count(undisturbed)
     leftovers = [path.name for path in run.rglob("*.tmp")]
@@ -83,7 +83,7 @@ def test_ctrl_c_keeps_the_step_and_says_how_to_go_on(undisturbed: Path, tmp_path
     ended = disturb("ctrl-c", run)
     assert ended.returncode == 1
     assert f"cure resume {run}" in ended.stderr
-    assert RunFolder.open(run).status()["state"] == "stopped"
+    assert RunFolder.open(run).status().state == "stopped"
     # The signal came in the sixth step, which was finished and saved.
     assert load_state(run / "checkpoints" / "state.safetensors")["done"] == 6
     command = [sys.executable, "-m", "cure", "resume", str(run), "--quiet"]
@@ -97,7 +97,7 @@ def test_a_stopped_natural_start_names_the_run_to_resume(undisturbed: Path, tmp_
     assert ended.returncode == 1
     assert ended.stderr.strip().endswith(f"`cure resume {run}`")
     status = RunFolder.open(run).status()
-    assert (status["state"], status["phase"]) == ("stopped", "natural start")
+    assert (status.state, status.phase) == ("stopped", "natural start")
     cure.resume(run, quiet=True)
     assert files_that_count(run) == files_that_count(undisturbed)
 

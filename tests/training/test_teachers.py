@@ -104,7 +104,7 @@ def test_a_recipe_trains_the_teacher_first(brightness):
     method = {"name": "ard", "teacher": recipe_teacher()}
     student = quick("student", brightness, method=method)
     inner = student.path / "teachers" / "teacher"
-    assert RunFolder.open(inner).status()["state"] == "finished"
+    assert RunFolder.open(inner).status().state == "finished"
     trained = load_file(inner / "checkpoints" / "best.safetensors")
     assert same(teacher_weights(student.path), trained)
     alone = quick("alone", brightness, method="at", start="scratch")
@@ -141,7 +141,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(brightness, monkeypatch, phase):
         quick("cut", brightness, method=settings)
     monkeypatch.setattr(Trainer, "_finish_epoch", original)
     if phase == "teacher":
-        assert RunFolder.open("cut").status()["phase"] == "teacher teacher"
+        assert RunFolder.open("cut").status().phase == "teacher teacher"
     else:
         for file in Path("cut/teachers/teacher/checkpoints").iterdir():
             file.unlink()

@@ -89,7 +89,7 @@ def trained(folder: Path, data: ImageSet | None = None, **settings: Any) -> cure
 
 def test_a_tracker_hears_the_run_in_order(tmp_path: Path, listener: type[Listener]) -> None:
     run = trained(tmp_path / "run", tracking=["listener", "listener"])
-    timing = RunFolder.open(run.path).timing()
+    timing = [line.content() for line in RunFolder.open(run.path).timing()]
     steps = [("step", 16)] * 4
     epochs = [
         ("epoch", number, scalars(record, time))

@@ -137,20 +137,20 @@ def test_a_run_learns_records_and_says_what_is_best(tmp_path: Path) -> None:
     assert recorder.steps == 12
     assert recorder.closed
     assert trainer.method.steps == list(range(12))
-    records = trainer.folder.metrics()
+    records = [record.content() for record in trainer.folder.metrics()]
     assert records == recorder.records
     assert records[-1]["train"]["loss"] < records[0]["train"]["loss"]
     assert records[-1]["validation"]["natural"] > 90
     robust = [record["validation"]["robust"] for record in records]
     assert trainer.best is not None
     assert trainer.best["epoch"] == 1 + robust.index(max(robust)), "the first of the best"
-    assert trainer.folder.status()["state"] == "finished"
+    assert trainer.folder.status().state == "finished"
 
 
 def test_validation_happens_every_k_epochs_and_at_the_end(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, config_of("training.validate_every=2"))
     trainer.fit()
-    validated = [r["epoch"] for r in trainer.folder.metrics() if "validation" in r]
+    validated = [r.epoch for r in trainer.folder.metrics() if r.validation is not None]
     assert validated == [2, 3]
 
 
@@ -271,8 +271,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(tmp_path: Path) -> N
     assert "last.safetensors" in str(caught.value)
     kept = read_weights(trainer.folder.weights("last"))
     assert all(tensor.isfinite().all() for tensor in kept.values())
-    assert trainer.folder.status()["state"] == "failed"
-    assert [record["epoch"] for record in trainer.folder.metrics()] == [1]
+    assert trainer.folder.status().state == "failed"
+    assert [record.epoch for record in trainer.folder.metrics()] == [1]
 
 
 class Forgetful(Plain):

@@ -15,8 +15,9 @@ from cure.analysis.study import STUDIES, Rows, Study, keep, unique
 from cure.errors import CheckpointError, ConfigError
 from cure.evaluation.runner import Progress, Result, no_progress
 from cure.runs.folder import RunFolder
+from cure.runs.records import GradientLine
 from cure.runs.run import Run
-from cure.training.gradient_logger import COUNTS, LINES
+from cure.training.gradient_logger import COUNTS
 from cure.utils import plotting as drawing
 from cure.utils.io import check_free
 from cure.utils.plotting import Picture
@@ -171,7 +172,7 @@ def gradients(
 
 
 def _studied(name: str, folder: RunFolder) -> Result:
-    lines = folder.gradients()
+    lines = [line.content() for line in folder.gradients()]
     full = [line for line in lines if "before" in line]
     if not full:
         raise ConfigError(
@@ -182,8 +183,8 @@ def _studied(name: str, folder: RunFolder) -> Result:
         return _told(name, folder, lines[0], full, [line for line in lines if "again" in line])
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{folder.path / LINES} is damaged ({type(error).__name__}: {error}); restore it from "
-            "a copy"
+            f"{folder.path / GradientLine.file} is damaged ({type(error).__name__}: {error}); "
+            "restore it from a copy"
         ) from None
 
 

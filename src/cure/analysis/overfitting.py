@@ -26,6 +26,7 @@ from cure.models import digest, load_weights
 from cure.models.build import network_of
 from cure.models.checkpoint import read_weights
 from cure.runs.folder import RunFolder
+from cure.runs.records import EpochMetrics
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.trainer import validation_attack
@@ -200,16 +201,16 @@ class _Opened:
         return {
             "name": name,
             "method": config.method.name,
-            "state": folder.status()["state"],
+            "state": folder.status().state,
             "epochs": config.training.epochs,
             "attack": settings,
             "n": {split: len(images) for split, images in splits.items()},
             "validation_images": config.data.validation,
             "recorded": [
                 {
-                    "epoch": record["epoch"],
-                    "train": record["train"],
-                    "validation": record.get("validation"),
+                    "epoch": record.epoch,
+                    "train": record.train,
+                    "validation": record.validation and record.validation.content(),
                 }
                 for record in records
             ],
@@ -260,12 +261,12 @@ def _between(train: Tensor, test: Tensor) -> Result:
     return {"difference": difference, "interval": [low, high]}
 
 
-def _alarm(records: Sequence[Mapping[str, Any]], images: int) -> Result | None:
+def _alarm(records: Sequence[EpochMetrics], images: int) -> Result | None:
     """When the alarm came first, and what it said."""
     for count in range(1, len(records) + 1):
         sentence = robust_overfitting(records[:count], images)
         if sentence is not None:
-            return {"epoch": records[count - 1]["epoch"], "sentence": sentence}
+            return {"epoch": records[count - 1].epoch, "sentence": sentence}
     return None
 
 

@@ -98,7 +98,7 @@ def resume(
     from cure.runs.folder import RunFolder
     from cure.training.run import resume as go_on
 
-    finished = RunFolder.open(run).status()["state"] == "finished"
+    finished = RunFolder.open(run).status().finished
     done = go_on(run, quiet=quiet)
     if finished:
         err.print(f"{run} had already finished; nothing was changed", markup=False)

@@ -19,6 +19,7 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from cure.runs.folder import RunFolder
+from cure.runs.records import EpochMetrics
 from cure.training.overfitting_detector import robust_overfitting
 
 LAST = 5
@@ -108,13 +109,13 @@ def read(path: str | Path) -> Seen:
         path=str(path),
         facts=f"{config.method.name}, recipe {config.name}, seed {config.seed}, "
         f"{config.data.source}, {config.model.name}",
-        state=str(status["state"]),
-        reason=status.get("reason"),
+        state=status.state,
+        reason=status.reason,
         phases=phases,
         epochs=inner.training.epochs,
         validation=inner.data.validation,
-        records=folder.metrics(),
-        timing={line["epoch"]: line for line in folder.timing()},
+        records=[line.content() for line in folder.metrics()],
+        timing={line.epoch: line.content() for line in folder.timing()},
         best=_best(folder),
         since=max(file.stat().st_mtime for file in files if file.exists()),
         held=_held(outer.path / ".lock"),
@@ -124,7 +125,7 @@ def read(path: str | Path) -> Seen:
 def _active(folder: RunFolder) -> tuple[RunFolder, tuple[str, ...]]:
     """The run that is trained at the moment: itself, its natural start, or a teacher."""
     phases: tuple[str, ...] = ()
-    while phase := folder.status().get("phase"):
+    while phase := folder.status().phase:
         kind, _, role = str(phase).partition(" ")
         path = folder.path / ("natural" if kind == "natural" else f"teachers/{role}")
         if not (path / "config.yaml").is_file():
@@ -209,7 +210,9 @@ def warnings(seen: Seen, now: float) -> Iterator[str]:
     """What a user should look at."""
     if seen.reason is not None:
         yield seen.reason
-    overfits = robust_overfitting(seen.records, seen.validation)
+    overfits = robust_overfitting(
+        [EpochMetrics.model_validate(r) for r in seen.records], seen.validation
+    )
     if overfits is not None:
         yield overfits
     if seen.state != "running":

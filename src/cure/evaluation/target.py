@@ -157,10 +157,9 @@ class Target:
         """
         if self.folder is None or self.options.data is not None or self.options.data_options:
             return None
-        of_epoch = {record["epoch"]: record for record in self.folder.metrics()}
-        record = of_epoch.get(self.facts["epoch"], {})
-        accuracy: float | None = (record.get("validation") or {}).get("natural")
-        return accuracy
+        of_epoch = {record.epoch: record.validation for record in self.folder.metrics()}
+        validation = of_epoch.get(self.facts["epoch"])
+        return None if validation is None else validation.natural
 
     def _data_config(self, source: str | Path | None, options: Mapping[str, Any]) -> DataConfig:
         if self.config is None and source is None:

@@ -316,7 +316,7 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
     if path.exists():
         folder = RunFolder.open(path)
         _check_same(_comparable(folder.config), _comparable(config), str(path))
-    if not path.exists() or folder.status()["state"] != "finished":
+    if not path.exists() or not folder.status().finished:
         prepared = prepare(config, None, None, folder if path.exists() else None)
         if not path.exists():
             folder = RunFolder.create(path, config, prepared.training.kind)
@@ -330,11 +330,11 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
         "seed": entry.seed,
         "note": plan.rows[entry.label].note,
         "config": entry.config.model_dump(mode="json"),
-        "best_epoch": folder.status()["best"]["epoch"],
-        "environment": folder.environment(),
-        "metrics": folder.metrics(),
-        "timing": folder.timing(),
-        "evaluations": folder.evaluations(),
+        "best_epoch": _best_epoch(folder),
+        "environment": folder.environment().content(),
+        "metrics": [line.content() for line in folder.metrics()],
+        "timing": [line.content() for line in folder.timing()],
+        "evaluations": [result.content() for result in folder.evaluations()],
     }
     for wanted in _wanted(plan, entry, record["best_epoch"]):
         if _found(record, wanted) is None:
@@ -345,11 +345,18 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
                 checkpoint=wanted.checkpoint,
                 device=config.training.device,
             )
-            record["evaluations"] = folder.evaluations()
+            record["evaluations"] = [result.content() for result in folder.evaluations()]
     target = result_path(output, entry)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, record)
     return entry.name
+
+
+def _best_epoch(folder: RunFolder) -> int:
+    best = folder.status().best
+    if best is None:
+        raise CheckpointError(f"{folder.path} has no best epoch; train it again")
+    return best.epoch
 
 
 def _comparable(config: RunConfig) -> Raw:

@@ -298,7 +298,7 @@ def _natural_start(sweep: Sweep) -> None:
     if not path.exists():
         RunFolder.create(path, config, prepare(config, None, None).training.kind)
     folder = RunFolder.open(path)
-    if folder.status()["state"] != "finished":
+    if not folder.status().finished:
         carry_out(folder, config, prepare(config, None, None, folder), quiet=True)
 
 
@@ -453,13 +453,12 @@ def _carry_out(sweep: Sweep, study: Study, storage: BaseStorage, trial: FrozenTr
     except (TrainingStopped, ConfigError, ModelError) as error:
         return fail(str(error))
     folder = RunFolder.open(path)
-    best = folder.status()["best"]
-    facts = {
-        "epoch": best["epoch"],
-        "seconds": sum(line["seconds"] + line["validation_seconds"] for line in folder.timing()),
-    }
-    storage.set_trial_user_attr(trial._trial_id, "facts", facts)
-    study.tell(trial.number, [best["validation"]["natural"], best["validation"]["robust"]])
+    best = folder.status().best
+    assert best is not None, "a finished run has a best epoch"
+    assert best.validation is not None, "its accuracies are written with it"
+    seconds = sum(line.total_seconds for line in folder.timing())
+    storage.set_trial_user_attr(trial._trial_id, "facts", {"epoch": best.epoch, "seconds": seconds})
+    study.tell(trial.number, [best.validation.natural, best.validation.robust])
     return None
 
 

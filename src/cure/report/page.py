@@ -34,6 +34,7 @@ from cure.report.components import (
     written,
 )
 from cure.report.loader import Content, Entry, Gathered, Told, gather, number
+from cure.runs.records import EpochMetrics
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.utils.io import check_free, write_text
@@ -362,8 +363,14 @@ def _overfitting(
 def _alarm(entry: Entry) -> str | None:
     """What training warned of, from its metrics."""
     images = (entry.config.get("data") or {}).get("validation")
-    records = [r for r in entry.metrics if "robust" in r["validation"] and "epoch" in r]
-    return robust_overfitting(records, images) if isinstance(images, int) and images else None
+    lines = [
+        EpochMetrics.model_validate(
+            {"epoch": int(r["epoch"]), "train": r["train"], "validation": r["validation"]}
+        )
+        for r in entry.metrics
+        if {"natural", "robust"} <= r["validation"].keys()
+    ]
+    return robust_overfitting(lines, images) if isinstance(images, int) and images else None
 
 
 def _over_epsilon(entries: Sequence[Entry], place: Mapping[str, int], where: str) -> list[Block]:

@@ -1,1 +1,1 @@
-"""Run folders: what a run leaves on disk, written and read."""
+"""Run folders: what a run writes to the disk, and how it is read."""

@@ -1,55 +1,83 @@
-"""A run on disk: what it is, how far it came, what it produced.
+"""The folder of a run: its paths, its creation, its lock, and the records in it.
 
-- ``config.yaml``: what the run is, every setting resolved; ``environment.json``: on what.
-- ``data.json``: classes and size of its images.
+What a folder holds:
+
+- ``config.yaml``: every setting of the run; ``environment.json``: versions and hardware.
+- ``data.json``: classes and size of the images.
 - ``metrics.jsonl``: a line an epoch, the same bits for the same run; ``timing.jsonl``: seconds.
 - ``gradients.jsonl``, ``gradients.safetensors``: what ``training.record_gradients`` records.
-- ``status.json``: how far it came.
-- ``checkpoints/{last,best}.safetensors``: weights for anyone.
-- ``checkpoints/epoch-0005.safetensors``: those that ``training.keep_every`` keeps.
-- ``checkpoints/state.safetensors``: all that resuming needs.
-- ``evaluations/``: results of ``cure evaluate``, and verdicts of those that are not finished.
+- ``status.json``: how far the run came.
+- ``checkpoints/{last,best}.safetensors``: weights.
+- ``checkpoints/epoch-0005.safetensors``: weights that ``training.keep_every`` keeps.
+- ``checkpoints/state.safetensors``: everything that resuming needs.
+- ``evaluations/``: results of ``cure evaluate``, and journals of unfinished ones.
 - ``corruptions/``, ``diagnoses/``: results of ``cure corruptions`` and ``cure diagnose``.
 - ``studies/``: results of ``cure analyse`` and their pictures.
-- ``natural/``: the run that trained the start.
-- ``tracking.json``: what W&B and MLflow call the run; ``tensorboard/``, ``wandb/``: their files.
+- ``natural/``, ``teachers/ROLE/``: runs that this run needed first.
+- ``tracking.json``: identities at W&B and MLflow; ``tensorboard/``, ``wandb/``: their files.
+
+The formats of the JSON files are in :mod:`cure.runs.records`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from cure.config import RunConfig
-from cure.data.images import ImageKind
 from cure.errors import CheckpointError
 from cure.recipe import check_kept, dump
+from cure.runs.records import (
+    RESULTS,
+    CorruptionRecord,
+    DiagnosisRecord,
+    Environment,
+    EpochMetrics,
+    EpochTiming,
+    EvaluationRecord,
+    FileRecord,
+    GradientLine,
+    Images,
+    Line,
+    LineKind,
+    Status,
+    StudyRecord,
+    line_text,
+    oldest_first,
+    read_lines,
+    read_numbered,
+)
 from cure.utils.environment import environment
-from cure.utils.io import write_json, write_text
+from cure.utils.io import write_text
+
+if TYPE_CHECKING:
+    from cure.data.images import ImageKind
 
 
 def epoch_name(epoch: int) -> str:
-    """Name of the checkpoint that keeps the weights after so many epochs."""
+    """Name of the checkpoint that keeps the weights after so many epochs.
+
+    >>> epoch_name(5)
+    'epoch-0005'
+    """
     return f"epoch-{epoch:04d}"
 
 
 class RunFolder:
-    """One run's folder.  Nothing here deletes or replaces a run.
+    """The folder of one run. Nothing here deletes or replaces a run.
 
     Attributes:
-        path: where it is.
-        resumed_by: the run to name to ``cure resume``: itself, or the run whose start it trains.
-        writes: whether this process writes.  Of several that train together only the first does;
-            to the others the folder is there to read, and what they are told to write is left out.
+        path: of the folder.
+        resumed_by: the run that ``cure resume`` continues: this one, or the run that needs it.
+        writes: whether this process writes. Of several ranks only the first does; on the others
+            every call that would write does nothing.
     """
 
     def __init__(self, path: Path, resumed_by: Path | None = None, writes: bool = True) -> None:
@@ -82,8 +110,11 @@ class RunFolder:
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             (temporary / "checkpoints").mkdir(parents=True)
-            write_json(temporary / "environment.json", environment())
-            write_json(temporary / "data.json", asdict(kind))
+            Environment(**environment()).write(temporary / "environment.json")
+            images = Images(
+                classes=list(kind.classes), channels=kind.channels, size=list(kind.size)
+            )
+            images.write(temporary / "data.json")
             write_text(temporary / "config.yaml", dump(config))
             temporary.rename(target)
         except OSError as error:
@@ -109,9 +140,12 @@ class RunFolder:
             raise CheckpointError(f"{path} {what}; name the folder that `cure train` printed")
         return folder
 
-    @property
-    def config(self) -> RunConfig:
-        """What the run is."""
+    def settings(self) -> dict[str, Any]:
+        """``config.yaml`` as it was written, not checked.
+
+        Raises:
+            CheckpointError: when the file is damaged.
+        """
         path = self.path / "config.yaml"
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -119,19 +153,29 @@ class RunFolder:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         if not isinstance(raw, dict):
             raise CheckpointError(f"{path} holds no configuration; restore it from a copy")
-        return check_kept(raw, str(path))
+        return raw
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings of the run.
+
+        Raises:
+            CheckpointError: when the file is damaged.
+        """
+        return check_kept(self.settings(), str(self.path / "config.yaml"))
 
     @property
     def kind(self) -> ImageKind:
-        """The images that the run was trained on."""
-        path = self.path / "data.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return ImageKind(tuple(content["classes"]), content["channels"], tuple(content["size"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error}); restore it from a copy"
-            ) from None
+        """The images that the run was trained on.
+
+        Raises:
+            CheckpointError: when the file is missing or damaged.
+        """
+        from cure.data.images import ImageKind
+
+        known = Images.read(self.path / "data.json")
+        height, width = known.size
+        return ImageKind(tuple(known.classes), known.channels, (height, width))
 
     def weights(self, checkpoint: str = "best") -> Path:
         """The weights file called ``checkpoint`` ("best" or "last").
@@ -153,77 +197,88 @@ class RunFolder:
         names = {path: path.stem.removeprefix("epoch-") for path in paths}
         return {int(number): path for path, number in names.items() if number.isdecimal()}
 
-    def status(self) -> dict[str, Any]:
-        """How far the run came: {"state": "new"|"running"|"stopped"|"failed"|"finished", ...}."""
-        try:
-            content = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {"state": "new"}
-        return content if isinstance(content, dict) else {"state": "new"}
+    def status(self) -> Status:
+        """How far the run came; state "new" where nothing is written yet.
+
+        Raises:
+            CheckpointError: when the file is damaged.
+        """
+        path = self.path / "status.json"
+        return Status.read(path) if path.exists() else Status(state="new")
 
     def set_status(self, state: str, **details: object) -> None:
-        """Record how far the run came."""
-        if not self.writes:
-            return
-        write_json(self.path / "status.json", {"state": state, **details})
+        """Record how far the run came; ``details`` are fields of :class:`Status`."""
+        if self.writes:
+            Status.model_validate({"state": state, **details}).write(self.path / "status.json")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The complete lines of ``metrics.jsonl``, an epoch each."""
-        return self._lines("metrics.jsonl")
+    def metrics(self) -> list[EpochMetrics]:
+        """The complete lines of ``metrics.jsonl``, one an epoch."""
+        return read_lines(self.path / EpochMetrics.file, EpochMetrics)
 
-    def timing(self) -> list[dict[str, Any]]:
-        """The complete lines of ``timing.jsonl``, an epoch each."""
-        return self._lines("timing.jsonl")
+    def timing(self) -> list[EpochTiming]:
+        """The complete lines of ``timing.jsonl``, one an epoch."""
+        return read_lines(self.path / EpochTiming.file, EpochTiming)
 
-    def environment(self) -> dict[str, Any]:
-        """On what the run was begun, see :func:`environment`."""
-        return self._json(self.path / "environment.json")
+    def gradients(self) -> list[GradientLine]:
+        """The complete lines of ``gradients.jsonl``, which the gradient logger writes."""
+        return read_lines(self.path / GradientLine.file, GradientLine)
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """Results of ``evaluate`` that are filed with the run, the oldest first."""
-        paths = sorted(
-            (self.path / "evaluations").glob("*.json"), key=lambda p: p.stat().st_mtime_ns
-        )
-        return [self._json(path) for path in paths]
+    def environment(self) -> Environment:
+        """On what the run was begun.
 
-    def studies(self) -> list[dict[str, Any]]:
-        """Results of ``cure analyse`` that are filed with the run, the oldest first."""
-        paths = sorted((self.path / "studies").glob("*.json"), key=lambda p: p.stat().st_mtime_ns)
-        return [self._json(path) for path in paths]
+        Raises:
+            CheckpointError: when the file is missing or damaged.
+        """
+        return Environment.read(self.path / "environment.json")
 
-    @staticmethod
-    def _json(path: Path) -> dict[str, Any]:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            content = None
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} is missing or damaged; restore it from a copy")
-        return content
+    def evaluations(self) -> list[EvaluationRecord]:
+        """Results of ``cure evaluate`` that the run keeps, the oldest first."""
+        return oldest_first(read_numbered(self.path / "evaluations", EvaluationRecord))
 
-    def keep(self, kind: str, result: dict[str, Any]) -> None:
-        """File a result of ``evaluate`` or the like with the run, under the first free number.
+    def corruptions(self) -> list[CorruptionRecord]:
+        """Results of ``cure corruptions`` that the run keeps, the oldest first."""
+        return oldest_first(read_numbered(self.path / "corruptions", CorruptionRecord))
+
+    def diagnoses(self) -> list[DiagnosisRecord]:
+        """Results of ``cure diagnose`` that the run keeps, the oldest first."""
+        return oldest_first(read_numbered(self.path / "diagnoses", DiagnosisRecord))
+
+    def studies(self) -> list[StudyRecord]:
+        """Results of ``cure analyse`` that the run keeps, by number."""
+        return list(read_numbered(self.path / "studies", StudyRecord))
+
+    def keep(self, kind: str, result: Mapping[str, Any]) -> Path:
+        """Write a result into the run, under the first free number.
 
         Args:
-            kind: folder: "evaluations", "corruptions", "diagnoses".
-            result: what says its checkpoint and split.
+            kind: folder: "evaluations", "corruptions" or "diagnoses".
+            result: of the command, with its checkpoint and split.
+
+        Returns:
+            The file.
 
         Raises:
             CheckpointError: when it cannot be written.
         """
+        record = RESULTS[kind].parse(result, f"a result for {self.path / kind}")
+        return self.keep_numbered(kind, f"{record.model.checkpoint}-{record.data.split}", record)
+
+    def keep_numbered(self, kind: str, name: str, record: FileRecord) -> Path:
+        """Write ``KIND/NAME-N.json`` with the first free number N; see :meth:`keep`."""
         folder = self.path / kind
-        name = f"{result['model']['checkpoint']}-{result['data']['split']}"
         paths = (folder / f"{name}-{number}.json" for number in itertools.count(1))
         try:
             folder.mkdir(exist_ok=True)
-            write_json(next(path for path in paths if not path.exists()), result)
+            path = next(path for path in paths if not path.exists())
         except OSError as error:
             raise CheckpointError(
                 f"{folder} cannot be written ({error.strerror}); make {self.path} writable"
             ) from None
+        record.write(path)
+        return path
 
     def partial_evaluation(self, name: str) -> Path:
-        """The file called ``name`` in which an unfinished evaluation keeps its verdicts.
+        """The file called ``name`` in which an unfinished evaluation keeps its journal.
 
         Raises:
             CheckpointError: when its folder cannot be made.
@@ -237,50 +292,39 @@ class RunFolder:
             ) from None
         return folder / name
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add one line of JSON to the file ``name``."""
+    def append(self, line: Line) -> None:
+        """Add a line to its file; it is on the disk afterwards.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
         if not self.writes:
             return
+        path = self.path / line.file
         try:
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line_text(line))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise CheckpointError(
-                f"{self.path / name} cannot be written ({error.strerror}); make room and "
+                f"{path} cannot be written ({error.strerror}); make room and "
                 f"continue with `cure resume {self.resumed_by}`"
             ) from None
 
-    def gradients(self) -> list[dict[str, Any]]:
-        """The complete lines of ``gradients.jsonl``, which :mod:`gradient_logger` writes."""
-        return self._lines("gradients.jsonl")
-
     def rewind(self, epochs: int, steps: int) -> None:
-        """Drop what was recorded after so many epochs and steps: it will be done again."""
-        for name, key, most in (
-            ("metrics.jsonl", "epoch", epochs),
-            ("timing.jsonl", "epoch", epochs),
-            ("gradients.jsonl", "step", steps - 1),
-        ):
-            lines = [line for line in self._lines(name) if line[key] <= most]
-            if self.writes and (self.path / name).exists():
-                write_text(self.path / name, "".join(json.dumps(line) + "\n" for line in lines))
+        """Remove what was recorded after so many epochs and steps: it will be done again."""
+        self._rewrite([line for line in self.metrics() if line.epoch <= epochs], EpochMetrics)
+        self._rewrite([line for line in self.timing() if line.epoch <= epochs], EpochTiming)
+        self._rewrite([line for line in self.gradients() if line.step < steps], GradientLine)
         for epoch, path in self.kept().items():
             if self.writes and epoch > epochs:
                 path.unlink()
 
-    def _lines(self, name: str) -> list[dict[str, Any]]:
-        path = self.path / name
-        if not path.exists():
-            return []
-        records = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break  # The run was killed while it wrote this line.
-        return records
+    def _rewrite(self, lines: list[LineKind], kind: type[LineKind]) -> None:
+        path = self.path / kind.file
+        if self.writes and path.exists():
+            write_text(path, "".join(map(line_text, lines)))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

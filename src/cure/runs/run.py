@@ -35,7 +35,7 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """One record an epoch: training means and accuracies on the validation split."""
-        return RunFolder.open(self.path).metrics()
+        return [record.content() for record in RunFolder.open(self.path).metrics()]
 
     def model(self, checkpoint: Literal["best", "last"] = "best") -> nn.Module:
         """The trained network on the processor, in evaluation mode, with its best or last weights.

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from cure.methods import Masking
 from cure.runs.folder import RunFolder
+from cure.runs.records import GradientLine
 from cure.utils.engine import Grads
 from cure.utils.io import write_atomically
 
-LINES = "gradients.jsonl"
 COUNTS = "gradients.safetensors"
 
 SIZES = (1e-5, 1e-4, 1e-3)
@@ -60,7 +60,7 @@ class GradientRecorder:
         """Write the first line where there is none."""
         if not self.folder.gradients():
             header = {"tensors": list(self.shapes), "shapes": list(self.shapes.values())}
-            self.folder.append(LINES, {"step": -1, **header, "every": self.every})
+            self._append({"step": -1, **header, "every": self.every})
 
     @torch.no_grad()
     def step(self, number: int, gradients: Grads, masking: Masking | None) -> None:
@@ -70,7 +70,7 @@ class GradientRecorder:
             self._record(number, gradients, masking)
         elif turn == 1 and masking is not None and self.masks:
             line = {"mask": self._counted(masking.mask), "again": self._again(masking.mask)}
-            self.folder.append(LINES, {"step": number, **line})
+            self._append({"step": number, **line})
 
     def _record(self, number: int, gradients: Grads, masking: Masking | None) -> None:
         before = gradients if masking is None else masking.unmasked
@@ -95,7 +95,10 @@ class GradientRecorder:
                 if name not in self.counts:
                     self.counts[name] = torch.zeros_like(mask, dtype=torch.int32)
                 self.counts[name] += mask
-        self.folder.append(LINES, line)
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.folder.append(GradientLine.model_validate(line))
 
     def _means(self, gradients: Grads) -> list[float]:
         return _numbers([gradients[name].abs().double().mean() for name in self.shapes])

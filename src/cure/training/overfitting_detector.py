@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from cure.runs.records import EpochMetrics
 
 LAST = 5
 """Validations that are averaged, so that one lucky validation is no best."""
 
 
 def robust_overfitting(
-    records: Sequence[Mapping[str, Any]], images: int, last: int = LAST
+    records: Sequence[EpochMetrics], images: int, last: int = LAST
 ) -> str | None:
     """A warning when robust accuracy falls on validation images and still rises on training ones.
 
@@ -36,8 +37,8 @@ def robust_overfitting(
     Source of the phenomenon: Rice, Wong, Kolter, "Overfitting in adversarially robust deep
     learning", ICML 2020.  The rule is this project's.
     """
-    validated = [record for record in records if record.get("validation")]
-    robust = [record["validation"]["robust"] / 100 for record in validated]
+    validated = [record for record in records if record.validation is not None]
+    robust = [record.validation.robust / 100 for record in validated if record.validation]
     if len(robust) < 2 * last:
         return None
     means = [sum(robust[end - last : end]) / last for end in range(last, len(robust) + 1)]
@@ -46,7 +47,7 @@ def robust_overfitting(
     error = math.sqrt((high * (1 - high) + now * (1 - now)) / images)
     if high - now <= 2 * error or not _learnt(validated[best : best + last], validated[-last:]):
         return None
-    first, end = validated[best]["epoch"], validated[best + last - 1]["epoch"]
+    first, end = validated[best].epoch, validated[best + last - 1].epoch
     return (
         f"robust overfitting: robust accuracy on validation images is {100 * now:.1f} % over the "
         f"last {last} validations, {100 * (high - now):.1f} points below that of epochs {first} to "
@@ -56,11 +57,11 @@ def robust_overfitting(
     )
 
 
-def _learnt(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> bool:
+def _learnt(before: Sequence[EpochMetrics], after: Sequence[EpochMetrics]) -> bool:
     """Whether training improved on adversarial images from some epochs to later ones."""
     for name, sign in (("robust_accuracy", 1), ("adversarial_loss", -1)):
-        if all(name in record["train"] for record in (*before, *after)):
-            was = sum(record["train"][name] for record in before) / len(before)
-            now = sum(record["train"][name] for record in after) / len(after)
+        if all(name in record.train for record in (*before, *after)):
+            was = sum(record.train[name] for record in before) / len(before)
+            now = sum(record.train[name] for record in after) / len(after)
             return bool(sign * (now - was) > 0)
     return False

@@ -120,7 +120,7 @@ def _make_folders(needed: list[Prerequisite]) -> None:
 def _train_prerequisite(folder: RunFolder, needed: Prerequisite, quiet: bool) -> None:
     """Train a prerequisite unless it is finished, and load its weights where they are needed."""
     inner = needed.folder
-    if not needed.prepared.engine.first(lambda: bool(inner.status()["state"] == "finished")):
+    if not needed.prepared.engine.first(lambda: inner.status().finished):
         folder.set_status("running", phase=needed.phase)
         try:
             with ExitStack() as held:
@@ -128,7 +128,7 @@ def _train_prerequisite(folder: RunFolder, needed: Prerequisite, quiet: bool) ->
                     held.enter_context(inner.lock())
                 _train(inner, needed.config, needed.prepared, quiet)
         except (Interrupted, TrainingStopped):
-            folder.set_status(**(inner.status() | {"phase": needed.phase}))
+            folder.set_status(**(inner.status().content() | {"phase": needed.phase}))
             raise
     for network in needed.receivers:
         load_weights(network, inner.weights("best"))

@@ -87,7 +87,7 @@ def resume(
     """
     folder = RunFolder.open(run)
     config = folder.config
-    if folder.status()["state"] == "finished":
+    if folder.status().finished:
         return Run(folder.path, model)
     prepared = prepare(config, data, model, folder)
     folder.writes = prepared.engine.rank == 0

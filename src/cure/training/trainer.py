@@ -26,6 +26,7 @@ from cure.methods import Method, Metrics
 from cure.models.batch_norm import running_statistics
 from cure.models.checkpoint import save_weights
 from cure.runs.folder import RunFolder, epoch_name
+from cure.runs.records import EpochMetrics, EpochTiming
 from cure.runs.state import load_state, save_state
 from cure.training.gradient_logger import GradientRecorder
 from cure.training.optimizer import build_optimizer
@@ -224,8 +225,8 @@ class Trainer:
             "peak_memory_mib": peak_memory,
             "ranks": self.engine.world,
         }
-        self.folder.append("metrics.jsonl", record)
-        self.folder.append("timing.jsonl", timing)
+        self.folder.append(EpochMetrics.model_validate(record))
+        self.folder.append(EpochTiming.model_validate(timing))
         for tracker in self.trackers:
             tracker.epoch(record, timing)
         self._maybe_warn()

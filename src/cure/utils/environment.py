@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cure.utils.version import VERSION
 
 
@@ -24,6 +22,8 @@ def environment() -> dict[str, Any]:
         ``platform``, ``processor``, ``cores``, ``threads``, ``gpu`` (name or None), ``command``,
         ``time`` (UTC, ISO 8601).
     """
+    import torch
+
     packages = {}
     for package in ("torch", "numpy", "datasets", "safetensors", "pyautoattack"):
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 from cure.config import RunConfig
 from cure.errors import ConfigError
 from cure.registry import TRACKERS as TRACKERS
-from cure.utils.io import write_json
+from cure.runs.records import TrackingIds
 
 
 class Tracker(Protocol):
@@ -167,15 +166,10 @@ class Isolated:
 
 def known_identity(folder: Path, name: str) -> str | None:
     """What the tracker called this run when it first saw it."""
-    try:
-        found = json.loads((folder / "tracking.json").read_text(encoding="utf-8")).get(name)
-    except FileNotFoundError:
-        return None
-    return None if found is None else str(found)
+    return TrackingIds.read(folder / "tracking.json").root.get(name)
 
 
 def keep_identity(folder: Path, name: str, identity: str) -> None:
     """Keep what the tracker calls this run, so that a resumed run goes on there."""
     path = folder / "tracking.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, known | {name: identity})
+    TrackingIds(TrackingIds.read(path).root | {name: identity}).write(path)

@@ -1,0 +1,598 @@
+"""Typed records of every file that a run folder holds, for writing and for reading.
+
+This module is the only place that knows the formats:
+
+- :class:`Status`, :class:`Images`, :class:`Environment`, :class:`TrackingIds`: JSON files of a run;
+- :class:`EpochMetrics`, :class:`EpochTiming`, :class:`GradientLine`: files with a JSON object a
+  line;
+- :class:`EvaluationRecord`, :class:`CorruptionRecord`, :class:`DiagnosisRecord`,
+  :class:`StudyRecord`: results, which name their ``format``;
+- :class:`RunRecord`: a whole run in one file, as a plan keeps it.
+
+Keys that this version does not know, from a newer one, are kept. A file that is damaged or lacks
+a key ends with one :class:`~cure.errors.CheckpointError`. Files of version 0.1 have the same
+formats; tests/fixtures/run-0.1 is one of its runs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError, model_validator
+
+from cure.errors import CheckpointError
+from cure.utils.io import read_json, write_json
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Interval = Annotated[list[Finite], Field(min_length=2, max_length=2)]
+"""Lower and upper limit."""
+Severity = Literal["pass", "warn", "fail"]
+
+
+class Record(BaseModel):
+    """Some keys of a JSON object, typed; other keys are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True, use_attribute_docstrings=True)
+
+    def content(self) -> dict[str, Any]:
+        """What a file holds: the keys that were given, in the order of the fields."""
+        return self.model_dump(exclude_unset=True)
+
+
+class FileRecord(Record):
+    """A record that is a whole JSON file."""
+
+    made_by: ClassVar[str] = ""
+    """The command that makes the file again, for messages; empty for files of a run itself."""
+
+    @classmethod
+    def parse(cls, content: object, path: str | Path) -> Self:
+        """The record in the content of a file.
+
+        Args:
+            content: of the JSON file.
+            path: of the file, for the message.
+
+        Raises:
+            CheckpointError: when a key is missing or has another type.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            detail = _first(error)
+            if cls.made_by:
+                raise CheckpointError(
+                    f"{path} is no whole result of `{cls.made_by}` ({detail}); make it again"
+                ) from None
+            raise CheckpointError(f"{path} is damaged ({detail}); restore it from a copy") from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record in a JSON file.
+
+        Raises:
+            CheckpointError: when the file cannot be read, is not JSON or is no such record.
+        """
+        return cls.parse(read_json(path), path)
+
+    def write(self, path: Path) -> None:
+        """Write the file completely or not at all.
+
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        write_json(path, self.content())
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint of pydantic: ``natural.accuracy: Field required``."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
+
+
+# Files of a run.
+
+
+class Accuracies(Record):
+    """Accuracies on the validation images, in percent."""
+
+    natural: float
+    robust: float
+
+
+class BestEpoch(Record):
+    """The epoch whose weights are the best checkpoint."""
+
+    epoch: int
+    validation: Accuracies | None = None
+
+
+class Status(FileRecord):
+    """How far a run came (``status.json``)."""
+
+    state: Literal["new", "running", "stopped", "failed", "finished"]
+    step: int | None = None
+    """Optimiser steps that are done."""
+    steps: int | None = None
+    """Optimiser steps in all."""
+    best: BestEpoch | None = None
+    reason: str | None = None
+    """Why the run failed."""
+    phase: str | None = None
+    """What is trained inside the run at the moment: "natural start", "teacher NAME"."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run was trained to its end."""
+        return self.state == "finished"
+
+
+class Images(FileRecord):
+    """The images of a run (``data.json``)."""
+
+    classes: list[str]
+    channels: int
+    size: Annotated[list[int], Field(min_length=2, max_length=2)]
+    """Height and width in pixels."""
+
+
+class Environment(FileRecord):
+    """On what something was computed (``environment.json``, and part of every result)."""
+
+    cure: str | None = None
+    commit: str | None = None
+    python: str | None = None
+    packages: dict[str, str] = Field(default_factory=dict)
+    platform: str | None = None
+    processor: str | None = None
+    cores: int | None = None
+    threads: int | None = None
+    gpu: str | None = None
+    command: str | None = None
+    time: str | None = None
+    """UTC, ISO 8601."""
+
+
+class TrackingIds(RootModel[dict[str, str]]):
+    """What W&B and MLflow call the run, by tracker (``tracking.json``)."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The identities in a file; none when there is no file.
+
+        Raises:
+            CheckpointError: when the file is damaged.
+        """
+        if not path.exists():
+            return cls({})
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            detail = _first(error)
+            raise CheckpointError(f"{path} is damaged ({detail}); restore it from a copy") from None
+
+    def write(self, path: Path) -> None:
+        """Write the file completely or not at all."""
+        write_json(path, self.root)
+
+
+# Files with a JSON object a line.
+
+
+class Line(Record):
+    """A line of a file."""
+
+    file: ClassVar[str]
+    """Name of the file in the run folder."""
+
+
+class EpochMetrics(Line):
+    """What an epoch gave; the same bits for the same run."""
+
+    file: ClassVar[str] = "metrics.jsonl"
+
+    epoch: int
+    """From 1."""
+    epochs: int | None = None
+    step: int | None = None
+    """Optimiser steps done at its end."""
+    learning_rate: float | None = None
+    train: dict[str, float] = Field(default_factory=dict)
+    """Means over the epoch by name; accuracies from 0 to 1."""
+    validation: Accuracies | None = None
+    """Missing where the epoch was not validated."""
+
+
+class EpochTiming(Line):
+    """What an epoch cost."""
+
+    file: ClassVar[str] = "timing.jsonl"
+
+    epoch: int
+    seconds: float | None = None
+    """Training alone."""
+    processor_seconds: float | None = None
+    images_per_second: float | None = None
+    validation_seconds: float | None = None
+    peak_memory_mib: float | None = None
+    ranks: int | None = None
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of training and validation."""
+        return (self.seconds or 0.0) + (self.validation_seconds or 0.0)
+
+
+class GradientLine(Line):
+    """A line of the gradient logger; lists have an item a tensor.
+
+    The first line has ``tensors``, ``shapes`` and ``every``; see
+    :mod:`cure.training.gradient_logger` for the others.
+    """
+
+    file: ClassVar[str] = "gradients.jsonl"
+
+    step: int
+    tensors: list[str] | None = None
+    shapes: list[list[int]] | None = None
+    every: int | None = None
+    before: list[float] | None = None
+    after: list[float] | None = None
+    above: dict[str, list[float]] | None = None
+    conserved: dict[str, list[int | None]] | None = None
+    mask: list[int | None] | None = None
+    again: list[int | None] | None = None
+
+
+LineKind = TypeVar("LineKind", bound=Line)
+
+
+def line_text(line: Line) -> str:
+    """A line as it stands in its file, with its end."""
+    return json.dumps(line.content()) + "\n"
+
+
+def read_lines(path: Path, kind: type[LineKind]) -> list[LineKind]:
+    """The complete lines of a file; none when there is no file.
+
+    A last line that is not whole is left out: the run was killed while it was written.
+
+    Raises:
+        CheckpointError: when another line is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); restore it from a copy") from None
+    found = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            found.append(kind.model_validate(json.loads(text)))
+        except ValidationError as error:
+            detail = _first(error)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            detail = str(error)
+        else:
+            continue
+        raise CheckpointError(
+            f"{path}, line {number} is damaged ({detail}); restore it from a copy"
+        )
+    return found
+
+
+# Results.
+
+
+class Share(Record):
+    """Percent of images that are classified correctly, with a 95 % interval."""
+
+    accuracy: Finite
+    interval: Interval
+
+
+class Accuracy(Share):
+    """Accuracy on ``n`` images."""
+
+    correct: int | None = None
+    n: int
+    seconds: float | None = None
+
+
+class AttackAccuracy(Accuracy):
+    """Accuracy under an attack."""
+
+    settings: dict[str, Any]
+    attacked: int | None = None
+    """Images that were attacked: those that are correct as they are."""
+    largest_change: float | None = None
+    """In the norm of the threat."""
+    seed: int | None = None
+
+
+class CurvePoint(Accuracy):
+    """Accuracy at one radius."""
+
+    epsilon: float
+    epsilon_text: str
+
+
+class Curve(Record):
+    """Accuracy over the radius of the threat."""
+
+    attack: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+    points: list[CurvePoint]
+
+
+class Unfinished(Record):
+    """An attack that the time limit ended."""
+
+    bounds: Interval
+    """The accuracy lies between these, in percent."""
+    undecided: int
+    n: int
+    stopped_in: str
+
+
+class Finding(Record):
+    """What one check of the diagnosis found."""
+
+    name: str
+    status: Severity
+    measured: dict[str, Any] = Field(default_factory=dict)
+    meaning: str
+
+
+class Findings(Record):
+    """What the checks of the diagnosis found."""
+
+    verdict: Severity
+    """The worst status."""
+    checks: list[Finding]
+    left_out: dict[str, str] = Field(default_factory=dict)
+
+
+class ThreatFacts(Record):
+    """The set of changes that an attack may make."""
+
+    norm: str
+    epsilon: float
+    epsilon_text: str
+
+
+class DataFacts(Record):
+    """The images of a result."""
+
+    name: str
+    split: str
+    n: int | None = None
+    classes: list[str] = Field(default_factory=list)
+    classes_present: int | None = None
+    size: list[int] | None = None
+    """Channels, height, width."""
+
+
+class SizedData(DataFacts):
+    """Images whose size is known."""
+
+    size: list[int]
+
+
+class ModelFacts(Record):
+    """The network of a result; what is not known is missing."""
+
+    name: str | None = None
+    parameters: int | None = None
+    checkpoint: str | None = None
+    """"best" or "last", of a run."""
+    epoch: int | None = None
+    method: str | None = None
+    recipe: str | None = None
+    run_seed: int | None = None
+    weights: str | None = None
+
+
+class TimedEnvironment(Environment):
+    """An environment with the time at which the result was made."""
+
+    time: str
+
+
+class ResultRecord(FileRecord):
+    """What all results have in common."""
+
+    format: str
+    target: str
+    """Name of the run or network."""
+    data: DataFacts
+    model: ModelFacts
+    seed: int | None = None
+    environment: TimedEnvironment
+
+    @property
+    def time(self) -> str:
+        """When it was made; sorts in alphabetical order."""
+        return self.environment.time
+
+
+class EvaluationRecord(ResultRecord):
+    """A result of ``cure evaluate``; docs/results.md explains its keys."""
+
+    made_by: ClassVar[str] = "cure evaluate"
+
+    format: Literal["cure-evaluation-1"]
+    target: str
+    natural: Accuracy
+    attacks: dict[str, AttackAccuracy]
+    curve: Curve | None = None
+    unfinished: dict[str, Unfinished] | None = None
+    worst_case: Accuracy | None = None
+    nrr: dict[str, float | None]
+    diagnosis: Findings | None = None
+    threat: ThreatFacts
+    data: SizedData
+    model: ModelFacts
+    seed: int | None = None
+    batch_size: int | None = None
+    environment: TimedEnvironment
+
+
+class CorruptionAccuracy(Share):
+    """Accuracy under one corruption, over severities and at each."""
+
+    group: str
+    severities: dict[str, Accuracy]
+
+
+class CorruptionSettings(Record):
+    """How images were corrupted."""
+
+    severities: list[int]
+
+
+class CorruptionRecord(ResultRecord):
+    """A result of ``cure corruptions``; docs/corruptions.md explains its keys."""
+
+    made_by: ClassVar[str] = "cure corruptions"
+
+    format: Literal["cure-corruptions-1"]
+    target: str
+    natural: Accuracy | None = None
+    means: dict[str, Share | None]
+    groups: dict[str, Share]
+    severities: dict[str, Share] = Field(default_factory=dict)
+    corruptions: dict[str, CorruptionAccuracy]
+    mce: dict[str, Any] | None = None
+    settings: CorruptionSettings
+
+    @model_validator(mode="after")
+    def _every_severity_is_there(self) -> Self:
+        for name, part in self.corruptions.items():
+            for severity in self.settings.severities:
+                if str(severity) not in part.severities:
+                    raise ValueError(f"corruptions.{name} lacks severity {severity}")
+        return self
+
+
+class DiagnosisRecord(ResultRecord, Findings):
+    """A result of ``cure diagnose``; docs/diagnose.md explains its keys."""
+
+    made_by: ClassVar[str] = "cure diagnose"
+
+    format: Literal["cure-diagnosis-1"]
+    n: int
+    norm: str | None = None
+    epsilon: float | None = None
+    epsilon_text: str | None = None
+
+
+class StudyRecord(FileRecord):
+    """A result of ``cure analyse``: what all studies share; the rest is kept as it is."""
+
+    made_by: ClassVar[str] = "cure analyse"
+
+    format: Literal["cure-study-1"]
+    study: str
+    environment: Environment | None = None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the study itself found, by key."""
+        return dict(self.model_extra or {})
+
+
+class RunRecord(FileRecord):
+    """A run in one file, as a plan keeps it when the run's folder may be gone."""
+
+    made_by: ClassVar[str] = "cure table"
+
+    format: Literal["cure-run-1"]
+    plan: str | None = None
+    label: str | None = None
+    """Row of the plan."""
+    seed: int | None = None
+    note: str = ""
+    config: dict[str, Any]
+    best_epoch: int | None = None
+    environment: Environment | None = None
+    metrics: list[EpochMetrics] = Field(default_factory=list)
+    timing: list[EpochTiming] = Field(default_factory=list)
+    evaluations: list[EvaluationRecord]
+
+
+RESULTS: Mapping[str, type[EvaluationRecord | CorruptionRecord | DiagnosisRecord]] = {
+    "evaluations": EvaluationRecord,
+    "corruptions": CorruptionRecord,
+    "diagnoses": DiagnosisRecord,
+}
+"""Records by the folder of a run that keeps them."""
+
+Result = EvaluationRecord | CorruptionRecord | DiagnosisRecord | StudyRecord | RunRecord
+
+_BY_FORMAT: Mapping[str, type[Result]] = {
+    "cure-evaluation-1": EvaluationRecord,
+    "cure-corruptions-1": CorruptionRecord,
+    "cure-diagnosis-1": DiagnosisRecord,
+    "cure-study-1": StudyRecord,
+    "cure-run-1": RunRecord,
+}
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file, of whichever command.
+
+    Raises:
+        CheckpointError: when the file cannot be read or is none of these results.
+    """
+    return parse_result(read_json(path), path)
+
+
+def parse_result(content: object, path: str | Path) -> Result:
+    """The result in the content of a file; see :func:`read_result`."""
+    name = content.get("format") if isinstance(content, dict) else None
+    kind = _BY_FORMAT.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise CheckpointError(
+            f"expected a run folder, or a result of `cure evaluate`, `corruptions`, `diagnose` or "
+            f"`analyse` in JSON, got {path} (its format is '{name}'); name one of these"
+        )
+    return kind.parse(content, path)
+
+
+def number_of(path: Path) -> int:
+    """The number at the end of a result's file name (``best-test-2.json``): later ones are larger.
+
+    >>> number_of(Path("evaluations/best-test-12.json"))
+    12
+    """
+    last = path.stem.rpartition("-")[2]
+    return int(last) if last.isdigit() else 0
+
+
+FileKind = TypeVar("FileKind", bound=FileRecord)
+
+
+def read_numbered(folder: Path, kind: type[FileKind]) -> Iterator[FileKind]:
+    """The records of a folder of numbered results, by number.
+
+    Raises:
+        CheckpointError: when one is damaged.
+    """
+    for path in sorted(folder.glob("*.json"), key=number_of):
+        yield kind.read(path)
+
+
+def oldest_first(results: Iterable[ResultKind]) -> list[ResultKind]:
+    """The same results by the time at which they were made."""
+    return sorted(results, key=lambda result: result.time)
+
+
+ResultKind = TypeVar("ResultKind", bound=ResultRecord)
