@@ -11,8 +11,9 @@ import torch
 from attack_networks import images, trained, untrained
 from torch import Tensor, nn
 
-from cure.attacks import OBJECTIVES, Attack, Threat, attack_mode, perturb
+from cure.attacks import OBJECTIVES, PGD, Hooks, PerSample, Threat, attack_mode, perturb
 from cure.attacks.losses import with_cross_entropy
+from cure.methods.fat import EarlyStop
 
 MODES = ("eval", "train")
 
@@ -50,7 +51,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, object]) -> None:
 
 def run(model: nn.Module, mode: str = "eval", name: str = "kl", steps: int = 3) -> Tensor:
     image, label = images(6)
-    attack = Attack(Threat("Linf", 0.1), steps, 0.03, "uniform", mode)
+    attack = PGD(Threat("Linf", 0.1), steps, 0.03, "uniform", mode)
     return attack(model, image, label, OBJECTIVES[name], torch.Generator().manual_seed(0))
 
 
@@ -148,7 +149,7 @@ def test_passes(name, steps):
     counts = count_passes(model)
     image, label = images(4)
     objective = with_cross_entropy(0.1) if name == "ce+kl" else OBJECTIVES[name]
-    attack = Attack(Threat("Linf", 0.1), steps, 0.03, "none")
+    attack = PGD(Threat("Linf", 0.1), steps, 0.03, "none")
     attack(model, image, label, objective, None)
     assert counts == {"forward": steps + ("kl" in name), "graphs": steps, "backward": steps}
 
@@ -165,12 +166,12 @@ def test_no_gradient_of_a_weight_is_computed():
     assert len(fired) == len(list(model.parameters())), "the hooks do work"
 
 
-def test_keywords_replace_the_settings_of_the_run():
-    """One sample a case: the run's settings, then each of the keywords."""
+def test_hooks_replace_the_settings_of_the_run():
+    # One change a case, against the plain loop with that setting.
     model = trained()
     image, label = images(4, 7)
     objective = OBJECTIVES["cross_entropy"]
-    attack = Attack(Threat("Linf", 0.1), 3, 0.02, "none")
+    attack = PGD(Threat("Linf", 0.1), 3, 0.02, "none")
 
     def plain(steps: int, size: float, radius: float) -> Tensor:
         return perturb(
@@ -182,16 +183,22 @@ def test_keywords_replace_the_settings_of_the_run():
             step_size=size,
         )
 
+    def own(radius: float, size: float) -> PerSample:
+        return PerSample(torch.full((4,), radius), torch.full((4,), size))
+
     assert torch.equal(attack(model, image, label, objective, None), plain(3, 0.02, 0.1))
-    for keyword, expected in (
-        ({"steps": 1}, plain(1, 0.02, 0.1)),
-        ({"step_size": 0.01}, plain(3, 0.01, 0.1)),
-        ({"epsilon": 0.03}, plain(3, 0.02, 0.03)),
+    fewer = Hooks()
+    fewer.steps = 1
+    for hooks, expected in (
+        (fewer, plain(1, 0.02, 0.1)),
+        (own(0.1, 0.01), plain(3, 0.01, 0.1)),
+        (own(0.03, 0.02), plain(3, 0.02, 0.03)),
     ):
-        changed = attack(model, image, label, objective, None, **keyword)
+        changed = attack(model, image, label, objective, None, hooks=hooks)
         assert torch.equal(changed, expected)
         assert not torch.equal(changed, plain(3, 0.02, 0.1))
-    stopped = attack(model, image, (label + 1) % 4, objective, None, patience=0)
+    wrong = (label + 1) % 4
+    stopped = attack(model, image, wrong, objective, None, hooks=EarlyStop(wrong, 0))
     assert torch.equal(stopped, image)
 
 
@@ -208,7 +215,7 @@ def test_precision_surrounds_every_pass_and_the_result_keeps_the_image_s_type():
     model = trained()
     model.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
     image, label = images(4)
-    attack = Attack(Threat("Linf", 0.1), 2, 0.03, "none", precision=lower)
+    attack = PGD(Threat("Linf", 0.1), 2, 0.03, "none", precision=lower)
     changed = attack(model, image, label, OBJECTIVES["kl"], None)
     assert entered == 3
     assert types == [torch.bfloat16] * 3
@@ -221,7 +228,7 @@ def test_a_compiled_attack_is_the_same_attack():
     image, label = images(6)
     came = []
     for compiled in (False, True):
-        attack = Attack(Threat("L2", 0.5), 3, 0.2, "uniform", fold=True, compile=compiled)
+        attack = PGD(Threat("L2", 0.5), 3, 0.2, "uniform", fold=True, compile=compiled)
         # Twice, at other weights: nothing of the first call may be kept.
         for factor in (1.0, 1.5):
             with torch.no_grad():
@@ -255,7 +262,7 @@ def test_a_network_that_overwrites_its_last_result_is_attacked_alike(monkeypatch
             return forward
 
         monkeypatch.setattr(sys.modules["cure.attacks.pgd"], "_compiled", compiled)
-        attack = Attack(Threat("Linf", 0.1), 3, 0.03, "uniform", compile=True)
+        attack = PGD(Threat("Linf", 0.1), 3, 0.03, "uniform", compile=True)
         draws = torch.Generator().manual_seed(0)
         came.append(attack(trained(), image, label, OBJECTIVES[objective], draws))
     assert torch.equal(*came)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cure.attacks import Threat
+from cure.attacks import Hooks, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.attacks.nfgsm import NFGSM
 from cure.errors import ConfigError
@@ -43,8 +43,8 @@ def test_noise_moves_the_step_and_is_not_projected_away() -> None:
     assert torch.equal(attacked(2.0), attacked(2.0))
 
 
-def test_options_of_an_ascent_are_refused() -> None:
+def test_hooks_of_an_ascent_are_refused() -> None:
     attack = NFGSM(Threat("Linf", EPSILON), 1, EPSILON)
     image, label = torch.rand(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ConfigError, match=r"n-fgsm takes one step and has no steps"):
-        attack(linear(), image, label, CROSS_ENTROPY, torch.Generator(), steps=3)
+    with pytest.raises(ConfigError, match=r"n-fgsm takes one step and does not offer Hooks"):
+        attack(linear(), image, label, CROSS_ENTROPY, torch.Generator(), hooks=Hooks())

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cure.attacks import OBJECTIVES, Attack, Threat, perturb
+from cure.attacks import OBJECTIVES, PGD, Threat, perturb
 from cure.attacks.losses import cross_entropy
+from cure.methods.fat import EarlyStop
+from cure.methods.las_at import OwnStrategy
+from cure.utils.random import generator
 
 NORMS = ("Linf", "L2")
 STARTS = ("none", "gaussian", "uniform")
@@ -23,8 +26,32 @@ def lengths(change: Tensor, norm: str) -> np.ndarray:
 
 
 def climb(model: nn.Module, image: Tensor, target: Tensor, threat: Threat, **options) -> Tensor:
-    """perturb on cross-entropy."""
+    """perturb on cross-entropy; samples may have values of their own, as LAS-AT and FAT do."""
+    own = [options.pop(name, None) for name in ("epsilon", "patience", "label")]
+    radius, patience, label = own
+    steps, size = options["steps"], options["step_size"]
+    if patience is not None:
+        options["hooks"] = EarlyStop(label, patience)
+    if radius is not None:
+        radius, size, steps = (
+            torch.as_tensor(one, dtype=image.dtype).expand(len(image))
+            for one in (radius, size, steps)
+        )
+        strategy = OwnStrategy(radius, steps.long(), size)
+        options["hooks"] = strategy if patience is None else Both(strategy, options["hooks"])
+        options |= {"steps": 0, "step_size": 0.0}
     return perturb(model, lambda logits: cross_entropy(logits, target), image, threat, **options)
+
+
+class Both(OwnStrategy):
+    """Strategies of samples' own, and an early stop."""
+
+    def __init__(self, strategy: OwnStrategy, stop: EarlyStop) -> None:
+        super().__init__(strategy.epsilon, strategy.own_steps, strategy.step_size)
+        self.stop = stop
+
+    def accept(self, step: int, logits: Tensor, x: Tensor, moved: Tensor) -> Tensor:
+        return super().accept(step, logits, x, self.stop.accept(step, logits, x, moved))
 
 
 # -- what always holds ---------------------------------------------------------------------------
@@ -43,7 +70,7 @@ def climb(model: nn.Module, image: Tensor, target: Tensor, threat: Threat, **opt
 def test_result_is_in_the_ball_and_an_image(norm, start, seed, steps, epsilon, share, objective):
     image, label = images(4, seed)
     model, draws = trained(), torch.Generator().manual_seed(seed)
-    attack = Attack(Threat(norm, epsilon), steps, share * epsilon, start)
+    attack = PGD(Threat(norm, epsilon), steps, share * epsilon, start)
     changed = attack(model, image, label, OBJECTIVES[objective], draws)
     assert changed.shape == image.shape
     assert not changed.requires_grad
@@ -253,7 +280,7 @@ def test_kl_with_gaussian_start_equals_torchattacks_tpgd(dtype):
     image, label = images(48, 98, dtype)
     torch.manual_seed(21)
     theirs = torchattacks.TPGD(model, eps=0.06, alpha=0.015, steps=7)(image, label)
-    ours = Attack(Threat("Linf", 0.06), 7, 0.015, "gaussian")(
+    ours = PGD(Threat("Linf", 0.06), 7, 0.015, "gaussian")(
         model, image, label, OBJECTIVES["kl"], torch.Generator().manual_seed(21)
     )
     assert_same_attack(ours, theirs, label, model)
@@ -346,12 +373,6 @@ def test_patience_does_not_grow_back_when_a_sample_is_right_again():
     assert ends == pytest.approx([0.0, 0.2, 0.6])
 
 
-def test_patience_without_labels_is_an_error():
-    image, label = images(2)
-    with pytest.raises(ValueError, match="label"):
-        climb(trained(), image, label, Threat("Linf", 0.1), steps=1, step_size=0.1, patience=1)
-
-
 # -- starts --------------------------------------------------------------------------------------
 
 
@@ -433,23 +454,92 @@ def test_gaussian_start_is_projected_on_a_smaller_ball():
 
 def test_noise_after_a_step_is_what_the_generator_draws_and_is_projected() -> None:
     """A flat objective leaves the noise alone to move the image."""
-    image = torch.full((2, 1, 3, 3), 0.5)
-    options: dict[str, object] = {"steps": 1, "step_size": 0.0, "noise": 0.2}
-    moved = perturb(
-        lambda x: x.flatten(1),
-        lambda logits: logits.sum(dim=1),
-        image,
-        Threat("Linf", 0.1),
-        generator=torch.Generator().manual_seed(3),
-        **options,  # type: ignore[arg-type]
-    )
-    drawn = torch.randn(image.shape, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(moved, 0.5 + (0.2 * drawn).clamp(-0.1, 0.1))
-    with pytest.raises(ValueError, match="give a generator"):
-        perturb(
+    image, label = torch.full((2, 1, 3, 3), 0.5), torch.zeros(2, dtype=torch.int64)
+
+    def moved(generator: torch.Generator | None) -> Tensor:
+        return perturb(
             lambda x: x.flatten(1),
             lambda logits: logits.sum(dim=1),
             image,
             Threat("Linf", 0.1),
-            **options,  # type: ignore[arg-type]
+            steps=1,
+            step_size=0.0,
+            generator=generator,
+            hooks=EarlyStop(label, patience=9, noise=0.2),
         )
+
+    drawn = torch.randn(image.shape, generator=torch.Generator().manual_seed(3))
+    expected = 0.5 + (0.2 * drawn).clamp(-0.1, 0.1)
+    torch.testing.assert_close(moved(torch.Generator().manual_seed(3)), expected)
+    with pytest.raises(ValueError, match="give a generator"):
+        moved(None)
+
+
+# -- alone ---------------------------------------------------------------------------------------
+
+
+def test_pgd_needs_a_threat_alone() -> None:
+    """Cross-entropy, 10 steps of 2.5 epsilon / 10, a uniform start keyed by the seed 0."""
+    image, label = images(6, 7, torch.float64)
+    model, threat = trained(torch.float64), Threat("Linf", "8/255")
+    found = PGD(threat)(model, image, label)
+    noise = torch.rand(image.shape, generator=generator("cpu", 0, "PGD"), dtype=torch.float64)
+    radius = 8 / 255
+    current = (image + radius * (2 * noise - 1)).clamp(0, 1)
+    for _ in range(10):
+        leaf = current.clone().requires_grad_(True)
+        (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model(leaf), label), leaf)
+        moved = current + 0.25 * radius * slope.sign()
+        current = torch.minimum(torch.maximum(moved, image - radius), image + radius).clamp(0, 1)
+    torch.testing.assert_close(found, current, rtol=0, atol=1e-12)
+    assert torch.equal(PGD(threat)(model, image, label), found)
+    draws = torch.Generator().manual_seed(0)
+    two = [PGD(threat)(model, image, label, generator=draws) for _ in range(2)]
+    assert not torch.equal(*two)
+
+
+def test_a_start_that_is_not_clamped_leaves_the_cube_and_the_result_does_not() -> None:
+    """On white images: the first gradient is taken beyond 1, where the released codes take it."""
+    image, label = torch.ones(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64)
+    seen = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        return x.flatten(1)[:, :4]
+
+    for clamp in (True, False):
+        changed = perturb(
+            forward,
+            lambda logits: cross_entropy(logits, label),
+            image,
+            Threat("Linf", 0.1),
+            steps=2,
+            step_size=0.01,
+            start="uniform",
+            generator=torch.Generator().manual_seed(0),
+            clamp_start=clamp,
+        )
+        assert changed.max() <= 1
+        assert (seen[0].max() > 1.05) == (not clamp)
+        if not clamp:
+            draws = torch.Generator().manual_seed(0)
+            noise = 0.1 * (2 * torch.rand(image.shape, generator=draws) - 1)
+            assert torch.equal(seen[0], image + noise)
+        assert seen[1].max() <= 1
+        seen.clear()
+
+
+def test_restarts_keep_the_result_with_the_highest_objective() -> None:
+    image, label = images(8, 5)
+    model, threat = trained(), Threat("Linf", 0.06)
+    draws = torch.Generator().manual_seed(4)
+    single = PGD(threat, 2, 0.02)
+    three = [single(model, image, label, generator=draws) for _ in range(3)]
+    losses = torch.stack([cross_entropy(model(one), label) for one in three]).detach()
+    best = PGD(threat, 2, 0.02, restarts=3)(
+        model, image, label, generator=torch.Generator().manual_seed(4)
+    )
+    chosen = losses.argmax(dim=0)
+    assert len(set(chosen.tolist())) > 1
+    for number, choice in enumerate(chosen.tolist()):
+        assert torch.equal(best[number], three[choice][number])

@@ -161,7 +161,7 @@ def test_each_image_stops_where_it_must_and_keeps_its_place(form, epoch):
     draws = method.context.generator("attack", given.step)
     starts = replace(attack, steps=0)(network, given.image, given.label, CROSS_ENTROPY, draws)
     out = method.step(given)
-    assert watched.options["patience"] == max(0, epoch - 1)
+    assert watched.options["hooks"].patience == max(0, epoch - 1)
     assert watched.objective is (KL if form == "trades" else CROSS_ENTROPY)
 
     network.eval()

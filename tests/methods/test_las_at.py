@@ -31,9 +31,8 @@ from pydantic import ValidationError
 from test_every_method import advance, assert_same_step, assert_same_tensors
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Hooks, PerSample, Threat
 from cure.attacks.losses import CROSS_ENTROPY, KL
-from cure.attacks.pgd import starting_point
 from cure.config import ModelConfig, WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, Context, Method
@@ -41,6 +40,7 @@ from cure.methods.common.losses import smoothed_cross_entropy
 from cure.methods.las_at import (
     LasAtBatch,
     LasAtConfig,
+    OwnStrategy,
     RewardConfig,
     StrategyConfig,
     StrategyNetwork,
@@ -166,7 +166,7 @@ def test_the_update_follows_the_gradient_of_the_expected_reward():
 class Watched:
     """An attack that keeps what it was asked and what it answered, call by call."""
 
-    def __init__(self, attack: Attack) -> None:
+    def __init__(self, attack: PGD) -> None:
         self.attack = attack
         self.threat = attack.threat
         self.calls: list[dict[str, Any]] = []
@@ -179,7 +179,7 @@ class Watched:
 
 def within_of(start: str = "uniform", epsilon: float = 0.1, **changes: Any) -> Context:
     threat = Threat("Linf", epsilon)
-    return context(attack=Watched(Attack(threat, 99, 99.0, start)), **changes)
+    return context(attack=Watched(PGD(threat, 99, 99.0, start)), **changes)
 
 
 def las(form: str, within: Context | None = None, model: Any = None, **settings: Any) -> Method:
@@ -284,16 +284,18 @@ def test_a_uniform_start_from_another_ball():
     image = torch.full((2, 1, 30, 30), 0.5, dtype=torch.float64)
     threat, radius = Threat("Linf", 0.2), torch.tensor([0.05, 0.4], dtype=torch.float64)
 
-    def changes(**options: Any) -> Tensor:
+    def changes(hooks: Hooks) -> Tensor:
         draws = torch.Generator().manual_seed(1)
-        return starting_point(image, threat, "uniform", draws, **options) - 0.5
+        return hooks.start(image, threat, "uniform", draws, True) - 0.5
 
-    plain = changes()
-    assert torch.equal(changes(epsilon=0.2), plain)
-    found = changes(epsilon=radius, start_epsilon=0.2)
+    plain = changes(Hooks())
+    assert torch.equal(
+        changes(PerSample(torch.full((2,), 0.2, dtype=torch.float64), radius)), plain
+    )
+    found = changes(OwnStrategy(radius, torch.tensor([1, 1]), radius))
     torch.testing.assert_close(found[0], plain[0].clamp(-0.05, 0.05))
     torch.testing.assert_close(found[1], plain[1])
-    assert changes(epsilon=radius)[1].abs().max() > 0.35, "without it, the ball of epsilon"
+    assert changes(PerSample(radius, radius))[1].abs().max() > 0.35, "the ball of epsilon"
 
 
 # -- the loss ------------------------------------------------------------------------------------
@@ -686,8 +688,8 @@ def test_the_batch_takes_as_many_steps_as_its_most_patient_image():
     method = las("at", within, strategy={"steps": (1, 6)})
     found = passes_by_network(method.float(), 0)
     (call,) = within.attack.calls
-    most = int(call["steps"].max())
-    assert int(call["steps"].min()) < most
+    most = call["hooks"].steps
+    assert int(call["hooks"].own_steps.min()) < most
     assert found["model"] == (most + 1, most + 1)
 
 

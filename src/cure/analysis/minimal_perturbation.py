@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
-from cure.attacks import Attack, Threat, attack_mode
+from cure.attacks import PGD, PerSample, Threat, attack_mode
 from cure.attacks.losses import MARGIN
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
@@ -117,7 +117,7 @@ def least_change(
         done += iterations * 2
         progress(done / work)
     draws = generator(image.device, seed, NAME, number)
-    attack = Attack(Threat(norm, 1.0), steps, 0.25, start="uniform")
+    attack = PGD(Threat(norm, 1.0), steps, 0.25, start="uniform")
     # Where FAB found nothing, the first radius is the whole cube's.
     whole = 1.0 if norm == "Linf" else math.sqrt(image[0].numel())
     low = torch.zeros(len(rows), dtype=torch.float64, device=image.device)
@@ -125,9 +125,8 @@ def least_change(
         high = distance[rows].clamp_max(2 * whole)
         radius = (low + high) / 2
         size = radius.to(image.dtype)
-        made = attack(
-            model, image[rows], label[rows], MARGIN, draws, epsilon=size, step_size=size / 4
-        )
+        own = PerSample(size, size / 4)
+        made = attack(model, image[rows], label[rows], MARGIN, draws, hooks=own)
         fooled = take(made, rows)
         low = torch.where(fooled, low, radius)
         done += steps * 2

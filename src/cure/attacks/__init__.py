@@ -1,7 +1,17 @@
-"""Adversarial changes: the threat model, the ascent loop, and what is maximised."""
+"""Adversarial attacks: the threat model, the ascent loop, and what is maximised."""
 
 from cure.attacks.losses import OBJECTIVES, Objective
-from cure.attacks.pgd import Attack, attack_mode, perturb
+from cure.attacks.pgd import PGD, Attack, Hooks, PerSample, attack_mode, perturb
 from cure.attacks.threat import Threat
 
-__all__ = ["OBJECTIVES", "Attack", "Objective", "Threat", "attack_mode", "perturb"]
+__all__ = [
+    "OBJECTIVES",
+    "PGD",
+    "Attack",
+    "Hooks",
+    "Objective",
+    "PerSample",
+    "Threat",
+    "attack_mode",
+    "perturb",
+]

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cure.attacks.losses import Objective
-from cure.attacks.pgd import Attack, attack_mode
+from cure.attacks.losses import CROSS_ENTROPY, Objective
+from cure.attacks.pgd import PGD, Hooks, attack_mode
 from cure.attacks.threat import per_sample
 from cure.errors import ConfigError
 from cure.models.fuse import folded
 
 
 @dataclass(frozen=True)
-class NFGSM(Attack):
+class NFGSM(PGD):
     """``clip(x + u + epsilon sign(gradient at x + u))``, u uniform in ``noise`` epsilons.
 
     The image may lie up to ``(1 + noise) epsilon`` from the natural one: it serves training, not
@@ -39,20 +38,21 @@ class NFGSM(Attack):
         model: nn.Module,
         image: Tensor,
         label: Tensor,
-        objective: Objective,
-        generator: torch.Generator | None,
-        **options: Any,
+        objective: Objective = CROSS_ENTROPY,
+        generator: torch.Generator | None = None,
+        *,
+        hooks: Hooks | None = None,
     ) -> Tensor:
         """Adversarial images for one batch [B, C, H, W] in [0, 1].
 
         Raises:
-            ConfigError: for options of an ascent of several steps, which there is none of.
+            ConfigError: for hooks, which change an ascent of several steps.
             ValueError: without a generator for the noise.
         """
-        if options:
+        if hooks is not None:
             raise ConfigError(
-                f"attack.name: n-fgsm takes one step and has no {', '.join(sorted(options))}, "
-                "which this method sets; say attack.name=pgd"
+                f"attack.name: n-fgsm takes one step and does not offer {type(hooks).__name__}, "
+                "which this method uses; say attack.name=pgd"
             )
         if generator is None:
             raise ValueError("the noise draws random numbers: give a generator")

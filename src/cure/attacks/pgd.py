@@ -11,16 +11,17 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from cure.attacks.losses import Objective
+from cure.attacks.losses import CROSS_ENTROPY, Objective
 from cure.attacks.threat import Threat, drawn, per_sample
 from cure.models.fuse import folded
+from cure.utils.random import generator as keyed_generator
 
 Start = Literal["gaussian", "uniform", "none"]
 
 
 @contextmanager
 def attack_mode(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> Iterator[None]:
-    """Lend ``model`` to an attack: no gradient for any weight, and every change undone at the end.
+    """Prepare ``model`` for an attack: no gradient for weights; every change undone at the end.
 
     Modes, ``requires_grad`` and buffers (in ``train`` mode BatchNorm would move them) come back
     as they were, also when the attack raises.  ``.grad`` is never touched.
@@ -48,23 +49,112 @@ def starting_point(
     threat: Threat,
     start: Start,
     generator: torch.Generator | None,
+    *,
     epsilon: float | Tensor | None = None,
-    start_epsilon: float | Tensor | None = None,
+    clamp: bool = True,
 ) -> Tensor:
-    """The image the ascent begins with: inside the ball and inside [0, 1]."""
+    """The point that the ascent begins at, inside the ball around ``image`` [B, C, H, W].
+
+    Args:
+        image: natural images in [0, 1].
+        threat: the ball.
+        start: ``gaussian``: image + 0.001 N(0, 1), projected; ``uniform`` in the ball; ``none``.
+        generator: source of the random numbers, on the image's device.
+        epsilon: radius, or one a sample [B]; by default the threat's.
+        clamp: keep the point in [0, 1].
+
+    Raises:
+        ValueError: when a random start has no generator.
+    """
     if start == "none":
         return image.clone()
     if generator is None:
         raise ValueError(f"a '{start}' start draws random numbers: give a generator")
     if start == "uniform":
-        if start_epsilon is None:
-            change = threat.sample(image, generator, epsilon)
-        else:
-            change = threat.project(threat.sample(image, generator, start_epsilon), epsilon)
+        change = threat.sample(image, generator, epsilon)
     else:
-        noise = drawn(torch.randn, image, generator)
-        change = threat.project(0.001 * noise, epsilon)
-    return (image + change).clamp(0, 1)
+        change = threat.project(0.001 * drawn(torch.randn, image, generator), epsilon)
+    return (image + change).clamp(0, 1) if clamp else image + change
+
+
+class Hooks:
+    """What a variant of PGD changes about :func:`perturb`; this base class changes nothing.
+
+    An object serves one call, so a variant may keep its state in it.
+    """
+
+    steps: int | None = None
+    """Number of steps in place of the attack's."""
+
+    def start(
+        self,
+        image: Tensor,
+        threat: Threat,
+        start: Start,
+        generator: torch.Generator | None,
+        clamp: bool,
+    ) -> Tensor:
+        """The point [B, C, H, W] that the ascent begins at."""
+        return starting_point(image, threat, start, generator, clamp=clamp)
+
+    def ascend(
+        self,
+        x: Tensor,
+        direction: Tensor,
+        step_size: float,
+        generator: torch.Generator | None,  # noqa: ARG002
+    ) -> Tensor:
+        """One step from ``x`` along ``direction`` [B, C, H, W], before the projection."""
+        return x + step_size * direction
+
+    def project(self, threat: Threat, change: Tensor) -> Tensor:
+        """The nearest change [B, C, H, W] inside the ball."""
+        return threat.project(change)
+
+    def accept(self, step: int, logits: Tensor, x: Tensor, moved: Tensor) -> Tensor:  # noqa: ARG002
+        """The point after step number ``step`` (0 the first): ``moved``, or ``x`` to stay there.
+
+        ``logits`` [B, K] are those of ``x``.
+        """
+        return moved
+
+
+class PerSample(Hooks):
+    """A radius and a step size for each sample.
+
+    Args:
+        epsilon: radius [B], in the threat's norm.
+        step_size: length of a step [B].
+    """
+
+    def __init__(self, epsilon: Tensor, step_size: Tensor) -> None:
+        self.epsilon = epsilon
+        self.step_size = step_size
+
+    def start(
+        self,
+        image: Tensor,
+        threat: Threat,
+        start: Start,
+        generator: torch.Generator | None,
+        clamp: bool,
+    ) -> Tensor:
+        """In each sample's own ball."""
+        return starting_point(image, threat, start, generator, epsilon=self.epsilon, clamp=clamp)
+
+    def ascend(
+        self,
+        x: Tensor,
+        direction: Tensor,
+        step_size: float,  # noqa: ARG002
+        generator: torch.Generator | None,  # noqa: ARG002
+    ) -> Tensor:
+        """A step of each sample's own length."""
+        return x + per_sample(self.step_size, x) * direction
+
+    def project(self, threat: Threat, change: Tensor) -> Tensor:
+        """On each sample's own ball."""
+        return threat.project(change, self.epsilon)
 
 
 def perturb(
@@ -73,15 +163,12 @@ def perturb(
     image: Tensor,
     threat: Threat,
     *,
-    steps: int | Tensor,
-    step_size: float | Tensor,
+    steps: int,
+    step_size: float,
     start: Start = "none",
     generator: torch.Generator | None = None,
-    epsilon: float | Tensor | None = None,
-    start_epsilon: float | Tensor | None = None,
-    label: Tensor | None = None,
-    patience: int | Tensor | None = None,
-    noise: float = 0.0,
+    clamp_start: bool = True,
+    hooks: Hooks | None = None,
 ) -> Tensor:
     """Climb ``objective(forward(x))`` from ``image``, never leaving the ball or [0, 1].
 
@@ -92,110 +179,111 @@ def perturb(
         objective: logits [B, K] to one number a sample [B].
         image: [B, C, H, W] in [0, 1].
         threat: the ball.
-        steps: number of steps, or [B] one number a sample.
-        step_size: length of a step in the threat's norm, or [B].
+        steps: number of steps.
+        step_size: length of a step in the threat's norm.
         start: where to begin; "gaussian" and "uniform" need ``generator``.
         generator: source of the random start, on the image's device.
-        epsilon: radius, or [B]; by default the threat's.
-        start_epsilon: radius of the ball that a "uniform" start is drawn from, or [B], before it
-            is projected on the ball of ``epsilon``; by default that ball itself.
-        label: [B]; only for ``patience``.
-        patience: early stop a sample (Zhang et al., FAT, ICML 2020): how many more steps an
-            already misclassified sample may take; it stops when it is misclassified with none
-            left.  The test precedes the step, so 0 leaves a sample that starts misclassified.
-        noise: standard deviation of normal noise added after each step, before the projection
-            (FAT's omega); needs ``generator``.
+        clamp_start: keep the starting point in [0, 1].
+        hooks: what a variant changes.
 
     Returns:
         [B, C, H, W], detached, in the order of ``image``.
 
     Raises:
-        ValueError: when ``patience`` comes without ``label``, or a random start without generator.
+        ValueError: when a random start has no generator.
     """
-    if patience is not None and label is None:
-        raise ValueError("an early stop needs labels: give label together with patience")
-    if noise and generator is None:
-        raise ValueError("noise after the steps draws random numbers: give a generator")
+    hooks = hooks or Hooks()
     image = image.detach()
-    length = per_sample(step_size, image)
-    left = None
-    if patience is not None:
-        # A number is filled in on the device: a copy of it would be waited for.
-        left = torch.zeros(image.shape[0], dtype=torch.int64, device=image.device) + patience
-    alive = torch.ones(image.shape[0], dtype=torch.bool, device=image.device)
-    selective = patience is not None or isinstance(steps, Tensor)
-    most = int(steps.max()) if isinstance(steps, Tensor) else steps
-    x = starting_point(image, threat, start, generator, epsilon, start_epsilon)
-    for step in range(most):
+    x = hooks.start(image, threat, start, generator, clamp_start)
+    for step in range(steps if hooks.steps is None else hooks.steps):
         x.requires_grad_(True)
         with torch.enable_grad():
             logits = forward(x)
             (gradient,) = torch.autograd.grad(objective(logits).sum(), x)
         x = x.detach()
-        moved = x + length * threat.steepest(gradient)
-        if noise:
-            assert generator is not None
-            moved = moved + noise * drawn(torch.randn, x, generator)
-        moved = (image + threat.project(moved - image, epsilon)).clamp(0, 1)
-        if not selective:
-            x = moved
-            continue
-        if left is not None:
-            assert label is not None
-            wrong = logits.detach().argmax(dim=1).ne(label)
-            alive &= ~(wrong & (left == 0))
-            left = left - wrong.to(left.dtype)
-        go = alive if not isinstance(steps, Tensor) else alive & (step < steps.to(alive.device))
-        x = torch.where(go.reshape(-1, *[1] * (x.dim() - 1)), moved, x)
+        moved = hooks.ascend(x, threat.steepest(gradient), step_size, generator)
+        moved = (image + hooks.project(threat, moved - image)).clamp(0, 1)
+        x = hooks.accept(step, logits.detach(), x, moved)
     return x.detach()
 
 
 @dataclass(frozen=True)
-class Attack:
-    """The training attack of a run: a threat with its steps, bound to no model and no objective.
+class PGD:
+    """Projected gradient descent on the images: ``PGD(threat, steps=20)(model, images, labels)``.
+
+    >>> import cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    >>> image, label = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 2])
+    >>> adversarial = PGD(cure.Threat("Linf", "8/255"), steps=5)(model, image, label)
+    >>> bool((adversarial - image).abs().max() <= 8 / 255 + 1e-6)
+    True
 
     Attributes:
         threat: the ball.
         steps: steps of ascent.
-        step_size: length of a step.
-        start: where the ascent begins.
-        mode: mode of the network meanwhile.
+        step_size: length of a step in the threat's norm; by default 2.5 epsilon / steps, with which
+            every point of the ball can be reached.
+        start: where the ascent begins, see :func:`starting_point`.
+        clamp_start: keep the starting point in [0, 1]; some released codes clamp only after the
+            first step.
+        restarts: how often the attack is repeated; of each image the result with the highest
+            objective is kept, at the cost of one more forward pass a restart.
+        mode: mode of the network meanwhile ("train" leaves BatchNorm's running statistics alone).
         precision: makes the context of each forward and backward pass (mixed precision).
         fold: compute what evaluation mode makes constant beforehand (see
             :func:`~cure.models.fuse.folded`): the same attack up to rounding, in less time.
         compile: compile the network's passes (see ``training.compile``).
+
+    Source: Madry et al., ICLR 2018.
     """
 
     threat: Threat
-    steps: int
-    step_size: float
-    start: Start = "gaussian"
+    steps: int = 10
+    step_size: float | None = None
+    start: Start = "uniform"
     mode: Literal["eval", "train"] = "eval"
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
     fold: bool = False
     compile: bool = False
+    clamp_start: bool = True
+    restarts: int = 1
+
+    @property
+    def length(self) -> float:
+        """``step_size``, or its default."""
+        if self.step_size is not None:
+            return float(self.step_size)
+        return 2.5 * self.threat.epsilon / max(1, self.steps)
 
     def __call__(
         self,
         model: nn.Module,
         image: Tensor,
         label: Tensor,
-        objective: Objective,
-        generator: torch.Generator | None,
+        objective: Objective = CROSS_ENTROPY,
+        generator: torch.Generator | None = None,
         *,
-        steps: int | Tensor | None = None,
-        step_size: float | Tensor | None = None,
-        epsilon: float | Tensor | None = None,
-        start_epsilon: float | Tensor | None = None,
-        patience: int | Tensor | None = None,
-        noise: float = 0.0,
+        hooks: Hooks | None = None,
     ) -> Tensor:
-        """Adversarial images for one batch [B, C, H, W]; the keywords replace the run's settings.
+        """Adversarial images of one batch.
 
-        Costs ``steps`` forward and data-backward passes, and one more forward pass when the
-        objective compares with the natural logits.
+        Args:
+            model: images [B, C, H, W] in [0, 1] to logits [B, K]; modes, ``requires_grad``, buffers
+                and ``.grad`` are as before afterwards.
+            image: [B, C, H, W] in [0, 1], on the model's device.
+            label: classes [B], int64.
+            objective: what is maximised, see :mod:`cure.attacks.losses`.
+            generator: source of the random starts, on the image's device.  By default one with the
+                fixed seed 0, so that a call repeats; give one generator to successive batches for
+                starts that differ.
+            hooks: what a variant changes; one object for one call, so not with ``restarts``.
+
+        Returns:
+            [B, C, H, W], detached.  Costs ``steps`` forward and data-backward passes a restart, and
+            one more forward pass when the objective compares with the natural logits.
         """
-
+        if generator is None and self.start != "none":
+            generator = keyed_generator(image.device, 0, "PGD")
         network = _compiled(model) if self.compile else model
 
         def forward(x: Tensor) -> Tensor:
@@ -214,22 +302,34 @@ class Attack:
                 with torch.no_grad():
                     # A copy: CUDA graphs write the results of the next pass to the same place.
                     natural = forward(image).clone()
-            return perturb(
-                forward,
-                lambda logits: objective(logits, label, natural),
-                image,
-                self.threat,
-                steps=self.steps if steps is None else steps,
-                step_size=self.step_size if step_size is None else step_size,
-                start=self.start,
-                generator=generator,
-                epsilon=epsilon,
-                start_epsilon=start_epsilon,
-                label=label,
-                patience=patience,
-                noise=noise,
-            )
 
+            def climbed(logits: Tensor) -> Tensor:
+                return objective(logits, label, natural)
+
+            def attempt() -> Tensor:
+                return perturb(
+                    forward,
+                    climbed,
+                    image,
+                    self.threat,
+                    steps=self.steps,
+                    step_size=self.length,
+                    start=self.start,
+                    generator=generator,
+                    clamp_start=self.clamp_start,
+                    hooks=hooks,
+                )
+
+            best = attempt()
+            for _ in range(1, self.restarts):
+                other = attempt()
+                with torch.no_grad():
+                    better = climbed(forward(other)) > climbed(forward(best).clone())
+                best = torch.where(better.reshape(-1, *[1] * (best.dim() - 1)), other, best)
+            return best
+
+
+Attack = PGD
 
 _networks: WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
 

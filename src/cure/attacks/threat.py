@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cure.config import Ratio, ThreatConfig
+from cure.errors import ConfigError
 from cure.utils.random import draw_for_batch
-
-if TYPE_CHECKING:
-    from cure.config import ThreatConfig
 
 
 def per_sample(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -60,11 +59,29 @@ class Threat:
         norm: "Linf" (largest change of a value), "L2" (Euclidean length of the change) or "L1" (sum
             of all changes), in which attacks of other packages can be measured; ours climb in the
             other two.
-        epsilon: radius, for images in [0, 1].
+        epsilon: radius, for images in [0, 1]; a number, or text such as ``8/255``.
+
+    Raises:
+        ConfigError: when the norm is unknown, or the radius is negative or no number.
+
+    >>> Threat("Linf", "4/255").project(torch.tensor([[0.5, -0.001]]))
+    tensor([[ 0.0157, -0.0010]])
     """
 
-    norm: Literal["Linf", "L2", "L1"]
-    epsilon: float
+    norm: Literal["Linf", "L2", "L1"] = "Linf"
+    epsilon: float = Ratio("8/255")
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("Linf", "L2", "L1"):
+            raise ConfigError(f"threat: expected the norm Linf, L2 or L1, got {self.norm!r}")
+        try:
+            # A fraction keeps its text, for records and messages.
+            epsilon = Ratio(self.epsilon) if isinstance(self.epsilon, str) else self.epsilon
+        except ValueError as error:
+            raise ConfigError(f"threat: {error}") from None
+        if not 0 <= epsilon < float("inf"):
+            raise ConfigError(f"threat: expected a finite radius of 0 or more, got {epsilon}")
+        object.__setattr__(self, "epsilon", epsilon)
 
     @classmethod
     def of(cls, section: ThreatConfig) -> Threat:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypeVar
 
-from cure.attacks import Attack
+from cure.attacks import PGD, Hooks
 from cure.attacks.losses import Objective
 from cure.config import MethodConfig
 from cure.data.images import Batch
@@ -71,7 +71,7 @@ class Context:
     """
 
     engine: Engine
-    attack: Attack
+    attack: PGD
     seed: int
     classes: int
     samples: int
@@ -85,7 +85,7 @@ class Context:
     attack_share: Callable[[int], float] = lambda step: 1.0  # noqa: ARG005
     attack_objective: Objective | None = None
 
-    def attack_at(self, step: int) -> Attack:
+    def attack_at(self, step: int) -> PGD:
         """The training attack at a step: smaller during ``attack.warmup``."""
         share = self.attack_share(step)
         if share == 1:
@@ -94,7 +94,7 @@ class Context:
         return replace(
             attack,
             threat=replace(attack.threat, epsilon=share * attack.threat.epsilon),
-            step_size=share * attack.step_size,
+            step_size=share * attack.length,
         )
 
     @property
@@ -222,13 +222,13 @@ class Method(nn.Module, Generic[Attacked]):
         """The model's logits [B, K] for images [B, C, H, W], in the run's training precision."""
         return self.context.engine.logits(self.model, image)
 
-    def attack(self, batch: Batch, objective: Objective, **options: Any) -> Tensor:
+    def attack(self, batch: Batch, objective: Objective, hooks: Hooks | None = None) -> Tensor:
         """Adversarial images [B, C, H, W] of the batch by the run's attack on the model.
 
         Args:
             batch: the images and labels.
             objective: what the attack climbs.
-            options: what differs from the run's settings, see :class:`~cure.attacks.Attack`.
+            hooks: what the method changes about the ascent.
         """
         context = self.context
         draws = context.generator("attack", batch.step)
@@ -238,5 +238,5 @@ class Method(nn.Module, Generic[Attacked]):
             batch.target,
             context.attack_objective or objective,
             draws,
-            **options,
+            hooks=hooks,
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
-from torch import nn
+from torch import Tensor, nn
 
+from cure.attacks import Hooks
 from cure.attacks.losses import CROSS_ENTROPY, KL
+from cure.attacks.threat import drawn
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
@@ -54,6 +57,45 @@ class FatConfig(MethodConfig):
         return self.tau + sum(epoch / epochs >= share for share in rises)
 
 
+class EarlyStop(Hooks):
+    """Stop each sample soon after it is misclassified, and add noise after each step.
+
+    Args:
+        label: classes [B].
+        patience: tau, how many more steps a misclassified sample may take, a number or [B].  The
+            test precedes the step, so 0 leaves a sample that starts misclassified where it is.
+        noise: omega, standard deviation of the normal noise.
+
+    Source: Zhang et al. (FAT), ICML 2020, Algorithm 1.
+    """
+
+    def __init__(self, label: Tensor, patience: int | Tensor, noise: float = 0.0) -> None:
+        self.label = label
+        self.patience = patience
+        self.noise = noise
+        # A number is filled in on the device: a copy of it would be waited for.
+        self.left = torch.zeros_like(label) + patience
+        self.alive = torch.ones_like(label, dtype=torch.bool)
+
+    def ascend(
+        self, x: Tensor, direction: Tensor, step_size: float, generator: torch.Generator | None
+    ) -> Tensor:
+        """The step and the noise."""
+        moved = super().ascend(x, direction, step_size, generator)
+        if not self.noise:
+            return moved
+        if generator is None:
+            raise ValueError("noise after the steps draws random numbers: give a generator")
+        return moved + self.noise * drawn(torch.randn, x, generator)
+
+    def accept(self, step: int, logits: Tensor, x: Tensor, moved: Tensor) -> Tensor:  # noqa: ARG002
+        """``moved`` for samples that have not stopped."""
+        wrong = logits.argmax(dim=1).ne(self.label)
+        self.alive &= ~(wrong & (self.left == 0))
+        self.left = self.left - wrong.to(self.left.dtype)
+        return torch.where(self.alive.reshape(-1, *[1] * (x.dim() - 1)), moved, x)
+
+
 @METHODS.register("fat")
 class Fat(Method):
     """Friendly adversarial training (FAT): AT, TRADES or MART with an attack that stops early.
@@ -87,8 +129,8 @@ class Fat(Method):
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Friendly images: the attack stops early."""
-        options = {"patience": self.tau, "noise": self.config.omega}
-        return AdversarialBatch(self.attack(batch, self.objective, **options))
+        hooks = EarlyStop(batch.label, self.tau, self.config.omega)
+        return AdversarialBatch(self.attack(batch, self.objective, hooks))
 
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """The form's loss on friendly images."""

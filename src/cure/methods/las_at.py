@@ -22,13 +22,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from torch import Tensor, nn
 
-from cure.attacks import Attack
+from cure.attacks import PGD, PerSample, Threat
 from cure.attacks.losses import CROSS_ENTROPY, KL, kl_divergence_per_sample
-from cure.attacks.pgd import attack_mode
+from cure.attacks.pgd import Start, attack_mode
 from cure.config import MethodConfig, ModelConfig, Section
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
 from cure.methods.common.losses import accuracy, smoothed_cross_entropy
+from cure.methods.fat import EarlyStop
 from cure.models import build_model
 from cure.utils.random import derive, draw_for_batch
 
@@ -222,6 +223,42 @@ class LasAtBatch(AdversarialBatch):
     reward: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class OwnStrategy(PerSample):
+    """A radius, a number of steps and a step size for each sample.
+
+    Args:
+        epsilon: radius [B], in the threat's norm.
+        steps: number of steps [B], int64; a sample whose steps are done stays where it is.
+        step_size: length of a step [B].
+
+    Source: Jia et al. (LAS-AT), CVPR 2022, released code.
+    """
+
+    def __init__(self, epsilon: Tensor, steps: Tensor, step_size: Tensor) -> None:
+        super().__init__(epsilon, step_size)
+        self.own_steps = steps
+        self.steps = int(steps.max())
+
+    def start(
+        self,
+        image: Tensor,
+        threat: Threat,
+        start: Start,
+        generator: torch.Generator | None,
+        clamp: bool,
+    ) -> Tensor:
+        """A uniform start is drawn in the threat's ball and projected on each sample's own."""
+        if start != "uniform" or generator is None:
+            return super().start(image, threat, start, generator, clamp)
+        start_at = image + self.project(threat, threat.sample(image, generator))
+        return start_at.clamp(0, 1) if clamp else start_at
+
+    def accept(self, step: int, logits: Tensor, x: Tensor, moved: Tensor) -> Tensor:  # noqa: ARG002
+        """``moved`` for samples that have steps left."""
+        going = step < self.own_steps.to(x.device)
+        return torch.where(going.reshape(-1, *[1] * (x.dim() - 1)), moved, x)
+
+
 @METHODS.register("las-at")
 class LasAt(Method[LasAtBatch]):
     """Learnable attack strategy (LAS-AT): a second network chooses each image's attack.
@@ -308,7 +345,7 @@ class LasAt(Method[LasAtBatch]):
 
     def _attacked(self, batch: Batch, actions: Mapping[str, Tensor], purpose: str) -> LasAtBatch:
         """The strategies, in the units of images, and the images that they make."""
-        attack = self.context.attack
+        attack = self.context.attack_at(batch.step)
         unit = attack.threat.epsilon / 8
         epsilon = unit * actions["epsilon"].to(batch.image.dtype)
         step_size = unit * actions["step_size"].to(batch.image.dtype)
@@ -318,10 +355,7 @@ class LasAt(Method[LasAtBatch]):
             batch.label,
             KL if self.config.form == "trades" else CROSS_ENTROPY,
             self.context.generator(purpose, batch.step),
-            epsilon=epsilon,
-            start_epsilon=attack.threat.epsilon,
-            steps=actions["steps"],
-            step_size=step_size,
+            hooks=OwnStrategy(epsilon, actions["steps"], step_size),
         )
         beta = actions["beta"].to(batch.image.dtype) if "beta" in actions else None
         return LasAtBatch(adversarial, epsilon, actions["steps"], step_size, beta)
@@ -353,7 +387,7 @@ class LasAt(Method[LasAtBatch]):
         robust = torch.ones_like(natural)
         draws = self.context.generator("reward", batch.step)
         threat = self.context.attack.threat
-        attack = Attack(
+        attack = PGD(
             threat,
             self.config.reward.steps,
             threat.epsilon / 4,
@@ -362,7 +396,8 @@ class LasAt(Method[LasAtBatch]):
             precision=self.context.engine.attack_precision,
         )
         for _ in range(self.config.reward.restarts):
-            worst = attack(future, batch.image, batch.label, CROSS_ENTROPY, draws, patience=0)
+            hooks = EarlyStop(batch.label, patience=0)
+            worst = attack(future, batch.image, batch.label, CROSS_ENTROPY, draws, hooks=hooks)
             robust &= self._right(future, worst, batch.label)
         parts = {
             "reward_loss": loss.detach(),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from cure.attacks import Attack, attack_mode
+from cure.attacks import PGD, attack_mode
 from cure.attacks.losses import kl_divergence_per_sample
 from cure.attacks.pgd import starting_point
 from cure.config import MethodConfig
@@ -62,7 +62,7 @@ def squeezing_pair(
     forward: Callable[[Tensor], Tensor],
     image: Tensor,
     label: Tensor,
-    attack: Attack,
+    attack: PGD,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """The two images inside the ball whose predictions differ most: adversarial, collaborative.
@@ -84,8 +84,9 @@ def squeezing_pair(
     """
     threat = attack.threat
     image = image.detach()
-    adversarial = starting_point(image, threat, attack.start, generator)
-    collaborative = starting_point(image, threat, attack.start, generator)
+    clamp = attack.clamp_start
+    adversarial = starting_point(image, threat, attack.start, generator, clamp=clamp)
+    collaborative = starting_point(image, threat, attack.start, generator, clamp=clamp)
     still = image.clone().requires_grad_(True)
     natural = forward(still)
     for _ in range(attack.steps):
@@ -102,9 +103,9 @@ def squeezing_pair(
     return adversarial, collaborative
 
 
-def _climb(point: Tensor, slope: Tensor, image: Tensor, attack: Attack) -> Tensor:
+def _climb(point: Tensor, slope: Tensor, image: Tensor, attack: PGD) -> Tensor:
     """One step uphill from ``point``, kept in the ball around ``image`` and in [0, 1]."""
-    moved = point.detach() + attack.step_size * attack.threat.steepest(slope)
+    moved = point.detach() + attack.length * attack.threat.steepest(slope)
     return (image + attack.threat.project(moved - image)).clamp(0, 1)
 
 
@@ -192,7 +193,7 @@ class StAt(Method[StAtBatch]):
 
     def make_adversarial(self, batch: Batch) -> StAtBatch:
         """Adversarial and collaborative images, by the run's attack in the method's own mode."""
-        attack, image = self.context.attack, batch.image
+        attack, image = self.context.attack_at(batch.step), batch.image
 
         def forward(x: Tensor) -> Tensor:
             with attack.precision():
