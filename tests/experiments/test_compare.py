@@ -19,7 +19,7 @@ from scipy import stats
 import cure
 from cure.data import ImageKind
 from cure.errors import CheckpointError, ConfigError
-from cure.experiments.compare import Table, compare, difference, read_rows, table
+from cure.experiments.compare import ResultTable, compare, difference, read_rows, table
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.records import EpochTiming
@@ -700,7 +700,7 @@ def test_a_run_counts_once(make_run: MakeRun) -> None:
 # Order and columns.
 
 
-def labels(done: Table) -> list[str]:
+def labels(done: ResultTable) -> list[str]:
     return [group["label"] for group in done.groups]
 
 
@@ -958,10 +958,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path, make_run: MakeRun) -> None:
         tmp_path / "nowhere": "nowhere does not exist",
         tmp_path / "empty": "holds no run",
         tmp_path / "torn.json": "cannot be read as JSON",
-        write(tmp_path / "list.json", [1]): "lacks parts of a result",
-        write(tmp_path / "half.json", half): "lacks parts of a result",
+        write(tmp_path / "list.json", [1]): "no whole result of `cure evaluate`",
+        write(tmp_path / "half.json", half): "no whole result of `cure evaluate`",
         write(tmp_path / "rows.json", {"format": "cure-comparison-1", "rows": [{}]}): "the rows of",
-        torn: "holds no whole configuration",
+        torn: "config.yaml cannot be read",
     }
     for path, words in cases.items():
         with pytest.raises(CheckpointError, match=words):

@@ -15,7 +15,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from cure.experiments.compare import Table as ComparisonTable
+    from cure.experiments.compare import ResultTable as ComparisonTable
 
 # Of several processes that share a run only the first one prints.
 SEVERAL = os.environ.get("WORLD_SIZE", "1") != "1"

@@ -26,7 +26,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 from cure.config import RunConfig, Section
 from cure.errors import CheckpointError, ConfigError, CureError, unknown
 from cure.evaluation.evaluate import evaluate
-from cure.experiments.compare import Table, difference, read_rows, table
+from cure.experiments.compare import ResultTable, difference, read_rows, table
 from cure.recipe import Raw, check, check_kept, override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.training.prerequisites import carry_out
@@ -550,7 +550,7 @@ def _with_needs(plan: Plan, labels: set[str]) -> set[str]:
 # -- what comes of it ----------------------------------------------------------------------------
 
 
-def write_tables(plan: Plan, output: Path) -> Table | None:
+def write_tables(plan: Plan, output: Path) -> ResultTable | None:
     """``table.json`` and ``table.md`` of the runs that are done; None while there are none."""
     done = [path for entry in entries(plan) if (path := result_path(output, entry)).exists()]
     if not done:

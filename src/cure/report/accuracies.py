@@ -9,12 +9,11 @@ from typing import Any
 
 from cure.errors import ConfigError
 from cure.evaluation.diagnosis import CHECKS
-from cure.experiments.compare.reading import (
+from cure.experiments.compare.rows import (
     RATIOS,
-    Row,
+    TableRow,
     alike,
     check_alike,
-    images_of,
     rows_of,
     strength,
 )
@@ -30,7 +29,7 @@ from cure.report.components import (
     points,
     written,
 )
-from cure.report.loader import Content, Entry, number
+from cure.report.loader import Content, Entry, images_of, number
 from cure.utils.stats import newcombe
 
 # They change an image without asking the network which change would hurt it.
@@ -47,13 +46,13 @@ class Measured:
         groups: the rows, those that compare together, the largest group first.
     """
 
-    row: Mapping[str, Row]
-    groups: Sequence[Sequence[Row]]
+    row: Mapping[str, TableRow]
+    groups: Sequence[Sequence[TableRow]]
 
 
 def measure(entries: Iterable[Entry]) -> Measured:
     """The rows of all entries that were evaluated."""
-    having = [entry.source for entry in entries if entry.source.results]
+    having = [entry.source.compared() for entry in entries if entry.source.results]
     rows = rows_of(having) if having else []
     groups = sorted(alike(rows), key=len, reverse=True)
     return Measured({str(row["run"]): row for row in rows}, groups)
@@ -70,7 +69,7 @@ def attack_name(name: str) -> str:
     return shown + (f" ({', '.join(options)})" if options else "")
 
 
-def measured_attacks(row: Row) -> list[str]:
+def measured_attacks(row: TableRow) -> list[str]:
     """The attacks of a row, the weakest first."""
     names = sorted(row["attack_settings"], key=strength)
     return sorted(
@@ -78,7 +77,7 @@ def measured_attacks(row: Row) -> list[str]:
     )
 
 
-def strongest(row: Row) -> str | None:
+def strongest(row: TableRow) -> str | None:
     """The attack whose number is to be believed first."""
     names = measured_attacks(row)
     return names[-1] if names else None
@@ -89,14 +88,14 @@ def is_strong(attack: str) -> bool:
     return attack.startswith("autoattack")
 
 
-def about(row: Row) -> str:
+def about(row: TableRow) -> str:
     """What a row's numbers are of: ``cifar10 test images, Linf ε = 8/255``."""
     return f"{row['data']} ({row['split']} images), {row['norm']} ε{NO_BREAK}={NO_BREAK}" + str(
         row["epsilon_text"]
     )
 
 
-def change(row: Row) -> str:
+def change(row: TableRow) -> str:
     """The threat in words."""
     size = float(row["epsilon"])
     if row["norm"] == "Linf":
@@ -127,7 +126,7 @@ class Note:
     attacks: bool
 
 
-def checks_of(entry: Entry, row: Row | None) -> tuple[list[Content], bool]:
+def checks_of(entry: Entry, row: TableRow | None) -> tuple[list[Content], bool]:
     """The newest finding of each check on this network, and whether ``cure diagnose`` was run."""
     checkpoint = row["checkpoint"] if row else None
     results = [r for r in entry.source.results if row and images_of(r) == images_of(row)]
@@ -148,7 +147,7 @@ def _whole(check: object) -> bool:
     return isinstance(check, dict) and all(isinstance(check.get(key), str) for key in keys)
 
 
-def notes_of(entry: Entry, row: Row | None) -> list[Note]:
+def notes_of(entry: Entry, row: TableRow | None) -> list[Note]:
     """What did not pass, the worst first."""
     checks, _ = checks_of(entry, row)
     notes = [
@@ -241,7 +240,7 @@ def verdict(entry: Entry, measured: Measured) -> Verdict:
     return Verdict(entry, sentences, threat, _warnings(entry, row, attack), numbers)
 
 
-def _against_start(entry: Entry, row: Row, measured: Measured) -> list[str]:
+def _against_start(entry: Entry, row: TableRow, measured: Measured) -> list[str]:
     """The change that training made, where both were evaluated alike."""
     start = entry.start
     before = measured.row.get(start.name) if start is not None else None
@@ -274,7 +273,7 @@ def _against_start(entry: Entry, row: Row, measured: Measured) -> list[str]:
     return [said + "."]
 
 
-def _comparable(first: Row, second: Row) -> bool:
+def _comparable(first: TableRow, second: TableRow) -> bool:
     try:
         check_alike([first, second])
     except ConfigError:
@@ -282,7 +281,7 @@ def _comparable(first: Row, second: Row) -> bool:
     return True
 
 
-def _trust(entry: Entry, row: Row) -> Number:
+def _trust(entry: Entry, row: TableRow) -> Number:
     """Whether the numbers can be believed, as a tile of the verdict."""
     checks, diagnosed = checks_of(entry, row)
     failed, warned = (sum(c["status"] == kind for c in checks) for kind in ("fail", "warn"))
@@ -296,7 +295,7 @@ def _trust(entry: Entry, row: Row) -> Number:
     return Number("can it be believed?", value, "", None, detail, status)
 
 
-def _warnings(entry: Entry, row: Row, attack: str | None) -> list[str]:
+def _warnings(entry: Entry, row: TableRow, attack: str | None) -> list[str]:
     where = entry.typed
     warnings = []
     if attack is None:
@@ -353,7 +352,7 @@ def tables(entries: Sequence[Entry], measured: Measured) -> list[Block]:
     return blocks
 
 
-def _why(first: Row, other: Row) -> str:
+def _why(first: TableRow, other: TableRow) -> str:
     try:
         check_alike([first, other])
     except ConfigError as error:
@@ -362,7 +361,7 @@ def _why(first: Row, other: Row) -> str:
 
 
 def _table(
-    rows: Sequence[Row],
+    rows: Sequence[TableRow],
     entries: Mapping[str, Entry],
     place: Mapping[str, int],
     remarks: list[Note],
@@ -423,7 +422,7 @@ def _accuracy(
     return Cell(written(value), detail, float(value), notes=notes, bar=(value, low, high))
 
 
-def _worst(entry: Entry, row: Row) -> Content | None:
+def _worst(entry: Entry, row: TableRow) -> Content | None:
     """Accuracy under all attacks of the evaluation with the strongest one, image by image."""
     results = [
         r

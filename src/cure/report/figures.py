@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from cure.experiments.compare.reading import Row, strength, time_of
+from cure.experiments.compare.rows import TableRow, strength
 from cure.methods import METHODS
 from cure.report.accuracies import attack_name, measured_attacks
 from cure.report.components import Cell, Figure, Grid, between, label, percent, written
-from cure.report.loader import Content, Entry, number
+from cure.report.loader import Content, Entry, number, time_of
 from cure.utils.plotting import INK, canvas, picture, series
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def _tall(count: int) -> float:
 # Accuracies.
 
 
-def by_attack(rows: Sequence[Row], place: Place) -> Figure | None:
+def by_attack(rows: Sequence[TableRow], place: Place) -> Figure | None:
     """Accuracy on natural images and under each attack, with intervals."""
     attacks = {name for row in rows for name in row["attack_settings"]}
     names = ["natural", *_in_order(attacks)]
@@ -211,9 +211,9 @@ def _in_order(attacks: set[str]) -> list[str]:
     return measured_attacks({"attack_settings": dict.fromkeys(sorted(attacks, key=strength))})
 
 
-def trade_off(rows: Sequence[Row], place: Place) -> tuple[Figure, str] | None:
+def trade_off(rows: Sequence[TableRow], place: Place) -> tuple[Figure, str] | None:
     """Natural against robust accuracy, and a sentence on what is drawn; None without an attack."""
-    having: dict[str, list[Row]] = {}
+    having: dict[str, list[TableRow]] = {}
     for row in rows:
         for name in row["attack_settings"]:
             having.setdefault(name, []).append(row)
@@ -297,7 +297,7 @@ def trade_off(rows: Sequence[Row], place: Place) -> tuple[Figure, str] | None:
     return Figure(drawn, Grid("The numbers", header, table, words=2, folded=True)), said
 
 
-def _paper_rows(rows: Sequence[Row], attack: str) -> list[tuple[str, float, float]]:
+def _paper_rows(rows: Sequence[TableRow], attack: str) -> list[tuple[str, float, float]]:
     """The paper's rows on these images under this attack; none for other images."""
     first = rows[0]
     same = (

@@ -20,26 +20,114 @@ import yaml
 
 from cure.analysis.study import STUDIES, STUDY_FORMAT
 from cure.errors import CheckpointError, ConfigError, CureError, unknown
-from cure.experiments.compare.reading import (
-    RUN_FORMAT,
-    Source,
-    checked_config,
-    checked_result,
-    current,
-    no_place,
+from cure.experiments.compare.rows import IMAGES, checked_config, no_place
+from cure.experiments.compare.rows import Source as ComparedSource
+from cure.runs.records import (
+    Environment,
+    EpochTiming,
+    EvaluationRecord,
+    RunRecord,
     number_of,
-    read_json,
-    read_lines,
-    read_record,
-    time_of,
 )
 from cure.runs.run import Run
+from cure.utils.io import read_json
 
 Content = dict[str, Any]
 
 _EVALUATION = "cure-evaluation-1"
 _CORRUPTIONS = "cure-corruptions-1"
 _DIAGNOSIS = "cure-diagnosis-1"
+
+
+@dataclass
+class Source:
+    """Evaluations of one run and what is known of it, with the keys of its files.
+
+    Attributes:
+        name: in the page.
+        typed: as the user named it, for messages.
+        results: of ``cure evaluate``, oldest first.
+        config: its settings; None where only results are known.
+        timing: seconds and memory of each epoch.
+        environment: where it was trained, where that is known.
+        finished: whether it was trained to its end, where known.
+        label: of the row, where a plan gives it one.
+    """
+
+    name: str
+    typed: str
+    results: list[Content]
+    config: Content | None = None
+    timing: Sequence[Content] = ()
+    environment: Content | None = None
+    finished: bool | None = None
+    label: str | None = None
+
+    def of(self, checkpoint: str | None, images: tuple[Any, ...]) -> list[Content]:
+        """Results of one checkpoint on one kind of images, oldest first."""
+        return [
+            result
+            for result in self.results
+            if result["model"].get("checkpoint") == checkpoint and images_of(result) == images
+        ]
+
+    def compared(self) -> ComparedSource:
+        """The same for ``cure compare``."""
+        return ComparedSource(
+            self.name,
+            self.typed,
+            [EvaluationRecord.parse(result, self.typed) for result in self.results],
+            self.config,
+            [
+                EpochTiming(
+                    epoch=int(line["epoch"]),
+                    seconds=line.get("seconds"),
+                    processor_seconds=line.get("processor_seconds"),
+                    peak_memory_mib=line.get("peak_memory_mib"),
+                )
+                for line in self.timing
+            ],
+            None if self.environment is None else Environment.parse(self.environment, self.typed),
+            self.finished,
+            self.label,
+        )
+
+
+def images_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Data, split, size, norm and epsilon of a result or of a row."""
+    if "attack_settings" in record:
+        return tuple(record[name] for name in IMAGES)
+    data, threat = record["data"], record["threat"]
+    size = "x".join(map(str, data["size"]))
+    return no_place(data["name"]), data["split"], size, threat["norm"], float(threat["epsilon"])
+
+
+def time_of(result: Mapping[str, Any]) -> str:
+    """When it was measured, so that the newest is the last in alphabetical order."""
+    time: str = result["environment"]["time"]
+    return time
+
+
+def current(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without those of a checkpoint that was replaced when the run went on."""
+    now = {r["model"].get("checkpoint"): r["model"].get("epoch") for r in results}
+    return [r for r in results if r["model"].get("epoch") == now[r["model"].get("checkpoint")]]
+
+
+def read_lines(path: Path) -> list[Content]:
+    """The whole lines of a file of JSON."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break  # The run was killed while it wrote this line.
+    return records
+
+
+def checked_result(content: Content, path: Path) -> Content:
+    """A whole result of ``cure evaluate``."""
+    return EvaluationRecord.parse(content, path).content()
 
 
 @dataclass
@@ -141,10 +229,20 @@ def gather(targets: Iterable[str | Path | Run]) -> Gathered:
 
 def _read_file(path: Path, made: Gathered, loose: list[tuple[str, Content]]) -> None:
     content = read_json(path)
-    kind = content.get("format")
-    if kind == RUN_FORMAT:
-        source = read_record(content, path)
-        source.name = _free(source.name, made.entries)
+    kind = content.get("format") if isinstance(content, dict) else None
+    if kind == "cure-run-1":
+        record = RunRecord.parse(content, path)
+        compared = ComparedSource.of_record(record, path.stem, str(path))
+        source = Source(
+            _free(compared.name, made.entries),
+            compared.typed,
+            [result.content() for result in compared.results],
+            compared.config,
+            [line.content() for line in record.timing],
+            None if record.environment is None else record.environment.content(),
+            True,
+            compared.label,
+        )
         made.entries.append(Entry(source.name, source))
     elif kind == STUDY_FORMAT:
         made.studies.append(_checked_study(content, path, path.name))

@@ -17,7 +17,7 @@ from typing import Any
 
 from cure.analysis.study import STUDIES, Rows
 from cure.errors import ConfigError, CureError
-from cure.experiments.compare.reading import flattened, no_place
+from cure.experiments.compare.rows import flattened, no_place
 from cure.report import figures
 from cure.report.accuracies import Measured, attack_name, measure, tables, verdict
 from cure.report.components import (

@@ -1,9 +1,9 @@
-"""Runs side by side: one row a run, one line a group of seeds, and only like against like.
+"""Comparison of runs: one row a run, one line a group of seeds; only what may be compared.
 
-Nothing here needs PyTorch: rows are read from the files that runs and evaluations leave behind.
+Nothing here needs PyTorch: rows are read from the records of runs and evaluations.
 """
 
-from cure.experiments.compare.reading import Row, read_rows
-from cure.experiments.compare.tables import Difference, Table, compare, difference, table
+from cure.experiments.compare.rows import TableRow, read_rows
+from cure.experiments.compare.tables import Difference, ResultTable, compare, difference, table
 
-__all__ = ["Difference", "Row", "Table", "compare", "difference", "read_rows", "table"]
+__all__ = ["Difference", "ResultTable", "TableRow", "compare", "difference", "read_rows", "table"]

@@ -13,25 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cure.errors import ConfigError, unknown
-from cure.experiments.compare.reading import (
+from cure.experiments.compare.rows import (
     COSTS,
     FORMAT,
     NESTED,
     RATIOS,
     SETTINGS,
-    SUFFIXES,
     WHO,
-    Row,
+    TableRow,
     attacks_of,
     check_alike,
     flattened,
     read_rows,
     refuse_unlike,
 )
+from cure.utils.io import check_free
 from cure.utils.stats import student_t
 
 if TYPE_CHECKING:
     from cure.runs.run import Run
+
+
+SUFFIXES = (".md", ".csv", ".json")
 
 
 class Difference(NamedTuple):
@@ -49,7 +52,7 @@ class Difference(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Table:
+class ResultTable:
     """What :func:`compare` returns.
 
     Attributes:
@@ -60,8 +63,8 @@ class Table:
         chosen: whether the columns were asked for.
     """
 
-    rows: list[Row]
-    groups: list[Row]
+    rows: list[TableRow]
+    groups: list[TableRow]
     columns: list[str]
     caption: str
     chosen: bool = False
@@ -149,7 +152,7 @@ def compare(
     sort: str | None = None,
     split: str | None = None,
     output: str | Path | None = None,
-) -> Table:
+) -> ResultTable:
     """Set runs side by side: accuracies with intervals over images or seeds, and what they cost.
 
     Args:
@@ -182,26 +185,22 @@ def check_output(output: str | Path) -> None:
     Raises:
         ConfigError: for an unknown suffix, a file that exists, a folder that does not.
     """
-    path = Path(output)
-    if path.suffix.lower() not in SUFFIXES:
+    if Path(output).suffix.lower() not in SUFFIXES:
         raise ConfigError(
             f"expected an output file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, "
             f"got {output}; name such a file"
         )
-    if path.exists():
-        raise ConfigError(f"{output} exists and is kept; name another output file")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")
+    check_free(output)
 
 
 # Groups of seeds.
 
 
 def table(
-    rows: Sequence[Row],
+    rows: Sequence[TableRow],
     columns: str | Sequence[str] | None = None,
     sort: str | None = None,
-) -> Table:
+) -> ResultTable:
     """Rows of :func:`read_rows` as groups of seeds, sorted.
 
     A group of one seed has that run's numbers with Wilson 95 % intervals over images; one of
@@ -230,7 +229,7 @@ def table(
             raise ConfigError(unknown("column", name, known))
     if sort not in (*known, "label"):
         raise ConfigError(unknown("column", sort, [*known, "label"]))
-    gathered: dict[tuple[Any, ...], list[Row]] = {}
+    gathered: dict[tuple[Any, ...], list[TableRow]] = {}
     for number, row in enumerate(rows):
         # A network without a seed is one of its kind.
         key = (row["label"],) if row["seed"] is not None else (row["label"], number)
@@ -240,10 +239,12 @@ def table(
     if sort != "label":
         # Sorting is stable: equal and missing values stay in the order of their labels.
         groups.sort(key=lambda group: (group[sort] is None, -(group[sort] or 0.0)))
-    return Table(rows, groups, shown, _caption(rows, groups, shown, sort), columns is not None)
+    return ResultTable(
+        rows, groups, shown, _caption(rows, groups, shown, sort), columns is not None
+    )
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def _columns(rows: Sequence[TableRow]) -> list[str]:
     """Every column that has a number to show."""
     attacks = attacks_of(rows)
     return [
@@ -257,7 +258,7 @@ def _columns(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _usual_columns(rows: Sequence[Row]) -> list[str]:
+def _usual_columns(rows: Sequence[TableRow]) -> list[str]:
     attacks = attacks_of(rows)
     first = next((name for name in attacks if any(row.get(name) is not None for row in rows)), "")
     usual = ["natural", *attacks, *(f"nrr_{name}" for name in RATIOS)]
@@ -265,7 +266,7 @@ def _usual_columns(rows: Sequence[Row]) -> list[str]:
     return [name for name in usual if any(row.get(name) is not None for row in rows)]
 
 
-def _usual_sort(rows: Sequence[Row]) -> str:
+def _usual_sort(rows: Sequence[TableRow]) -> str:
     """The NRR of the strongest attack that all rows have on as many images, else that attack."""
     attacks = attacks_of(rows)
     candidates = [*(f"nrr_{name}" for name in reversed(RATIOS)), *reversed(attacks)]
@@ -275,7 +276,7 @@ def _usual_sort(rows: Sequence[Row]) -> str:
     return "natural"
 
 
-def _count(row: Row, column: str) -> int | None:
+def _count(row: TableRow, column: str) -> int | None:
     """Images that a number of a row is about; None for columns that are about none."""
     name = re.sub("^(nrr|last|best_minus_last)_", "", column)
     if name == "natural":
@@ -284,15 +285,15 @@ def _count(row: Row, column: str) -> int | None:
     return None if count is None else int(count)
 
 
-def _counts(rows: Iterable[Row], column: str) -> list[int]:
+def _counts(rows: Iterable[TableRow], column: str) -> list[int]:
     return sorted({n for n in (_count(row, column) for row in rows) if n is not None})
 
 
-def _group(rows: list[Row], columns: Sequence[str]) -> Row:
+def _group(rows: list[TableRow], columns: Sequence[str]) -> TableRow:
     """Means over the seeds of one label."""
     label, seeds = rows[0]["label"], [row["seed"] for row in rows if row["seed"] is not None]
     _once(rows)
-    group: Row = {
+    group: TableRow = {
         "label": label,
         "method": rows[0]["method"],
         "runs": [row["run"] for row in rows],
@@ -314,9 +315,9 @@ def _group(rows: list[Row], columns: Sequence[str]) -> Row:
     return group
 
 
-def _once(rows: Sequence[Row]) -> None:
+def _once(rows: Sequence[TableRow]) -> None:
     """Refuse a seed that comes twice: its runs are no two draws."""
-    seen: dict[Any, Row] = {}
+    seen: dict[Any, TableRow] = {}
     for row in rows:
         other = seen.setdefault(row["seed"], row)
         if row["seed"] is not None and other is not row:
@@ -327,7 +328,7 @@ def _once(rows: Sequence[Row]) -> None:
             )
 
 
-def difference(rows_a: Sequence[Row], rows_b: Sequence[Row], column: str) -> Difference:
+def difference(rows_a: Sequence[TableRow], rows_b: Sequence[TableRow], column: str) -> Difference:
     """By how much ``column`` is higher in a than in b, paired by seed.
 
     Args:
@@ -364,7 +365,7 @@ def difference(rows_a: Sequence[Row], rows_b: Sequence[Row], column: str) -> Dif
 # Words.
 
 
-def _heading(column: str, rows: Sequence[Row]) -> str:
+def _heading(column: str, rows: Sequence[TableRow]) -> str:
     heading = column
     for prefix, words in (
         ("nrr_", "NRR "),
@@ -382,7 +383,7 @@ def _text(value: Any, form: str) -> str:
     return "-" if value is None else form.format(value)
 
 
-def _cell(group: Row, column: str, rows: Sequence[Row]) -> str:
+def _cell(group: TableRow, column: str, rows: Sequence[TableRow]) -> str:
     """``68.2 (67.3-69.1)``, with what is unlike the rest of its column or its group."""
     value, interval = group[column], group[f"{column}_interval"]
     if value is None:
@@ -400,7 +401,9 @@ def _cell(group: Row, column: str, rows: Sequence[Row]) -> str:
     return text
 
 
-def _caption(rows: list[Row], groups: list[Row], columns: Sequence[str], sort: str) -> str:
+def _caption(
+    rows: list[TableRow], groups: list[TableRow], columns: Sequence[str], sort: str
+) -> str:
     """What the numbers are of, what their intervals mean, what made them."""
     first = rows[0]
     fewer = [
@@ -470,9 +473,9 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\|`*\[\]])", r"\\\1", text)
 
 
-def _flat_record(row: Row, names: Iterable[str]) -> Row:
+def _flat_record(row: TableRow, names: Iterable[str]) -> TableRow:
     """The named values of a row for CSV, intervals in two parts."""
-    record: Row = {}
+    record: TableRow = {}
     for name in names:
         value = row[name]
         if name.endswith("_interval"):
