@@ -33,7 +33,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.attacks.registry import AUTOATTACK
+from cure.attacks.autoattack import AUTOATTACK
 from cure.data import ImageSet, batches
 from cure.evaluation.journal import Journal
 from cure.evaluation.runner import _Evaluation, no_progress

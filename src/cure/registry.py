@@ -81,6 +81,9 @@ METHODS: Registry[Any] = Registry("method", "cure.methods")
 MODELS: Registry[Any] = Registry("model", "cure.models")
 """Architectures: ``builder(classes, channels, size, *, options...) -> network``."""
 
+ATTACKS: Registry[Any] = Registry("attack", "cure.attacks")
+"""Attacks that evaluation runs: :class:`cure.attacks.registry.EvaluationAttack` or families."""
+
 TRACKERS: Registry[Any] = Registry("tracker", "cure.training.tracking")
 """Experiment trackers."""
 

@@ -111,7 +111,7 @@ def test_nothing_is_found_where_nothing_fools_and_the_network_comes_back() -> No
 
 
 def test_it_is_no_worse_than_foolbox() -> None:
-    from cure.attacks.third_party import smallest_change
+    from cure.attacks.foolbox_attacks import smallest_change
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 30), nn.Tanh(), nn.Linear(30, 4)).eval()

@@ -6,15 +6,18 @@ import math
 
 import pytest
 import torch
-from test_evaluate import ENGINE, image_set, linear, linear_case, margins, unit
 from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.attacks.registry import KNOWN, evaluation_attack
+from cure.attacks.registry import (
+    evaluation_attack,
+    known_attacks,
+)
 from cure.config import Ratio
 from cure.data import ImageSet
 from cure.errors import ConfigError
 from cure.evaluation.runner import Curve, measure, smallest
+from linear_models import ENGINE, image_set, linear, linear_case, margins, unit
 
 DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}
 
@@ -222,4 +225,12 @@ def test_names_say_what_differs_from_the_usual():
     made = evaluation_attack("cw:steps=50:start=none:step=1/255")
     assert made.name == "cw:steps=50:step=1/255:start=none"
     assert made.settings["steps"] == 50
-    assert set(KNOWN) >= {"natural", "fgsm", "pgd20", "autoattack-rand", "fmn", "cw-l2", "transfer"}
+    assert set(known_attacks()) >= {
+        "natural",
+        "fgsm",
+        "pgd20",
+        "autoattack-rand",
+        "fmn",
+        "cw-l2",
+        "transfer",
+    }

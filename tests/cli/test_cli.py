@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from typer.main import get_command
 
-from cure.attacks.registry import KNOWN
+from cure.attacks.registry import known_attacks
 from cure.cli.main import app
 from cure.config import DataConfig
 from cure.data import ImageSet, load
@@ -104,7 +104,7 @@ def test_commands_offer_every_option_of_a_target() -> None:
         ("methods", METHODS.names()),
         ("models", [*MODELS.names(), "hf:NAME_OR_FOLDER", "timm:NAME", "package.module:callable"]),
         ("recipes", recipe_names()),
-        ("attacks", [*KNOWN, "pgdK"]),
+        ("attacks", [*known_attacks(), "pgdK"]),
         ("data", ["digits", "cifar10", "cifar100", "svhn"]),
     ],
 )

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import cure
 from cure.attacks import Threat
-from cure.attacks.autoattack import LeavingAPGD, PlainLayout, projection, standard_part
+from cure.attacks.autoattack import package_part
+from cure.attacks.early_exit import PlainLayout, early_exit, projection, standard_part
 from cure.attacks.registry import EvaluationAttack, Part, evaluation_attack
 from cure.data import ImageSet
 from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
@@ -28,66 +29,13 @@ from cure.evaluation.evaluate import evaluate
 from cure.evaluation.journal import Journal
 from cure.evaluation.runner import accuracy_of, measure, nrr
 from cure.models.checks import check_outputs
-from cure.utils.engine import Engine
 from cure.utils.random import generator
 from cure.utils.stats import wilson
+from linear_models import ENGINE, image_set, linear, linear_case, unit
 
 # The module, under whatever name: `cure.evaluate` is the function of the public interface.
 EVALUATION = sys.modules[measure.__module__]
-ENGINE = Engine(torch.device("cpu"))
 Result = dict[str, Any]
-
-
-def unit(images: ImageSet) -> Tensor:
-    return images.image.to(torch.float32) / 255
-
-
-def image_set(image: Tensor, label: Tensor, classes: int) -> ImageSet:
-    return ImageSet(image, label, tuple(map(str, range(classes))), "made", "test")
-
-
-def linear(weight: Tensor, bias: Tensor) -> nn.Sequential:
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
-    layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
-    return nn.Sequential(nn.Flatten(), layer)
-
-
-def margins(weight: Tensor, bias: Tensor, images: ImageSet, dual: float) -> tuple[Tensor, Tensor]:
-    """For each image the lead over every other class [N, K] and its loss per unit epsilon."""
-    flat = unit(images).flatten(1).double()
-    logits = flat @ weight.double().T + bias.double()
-    own = images.label
-    lead = logits.gather(1, own[:, None]) - logits
-    slope = (weight[own][:, None] - weight[None]).double().norm(p=dual, dim=2)
-    lead[torch.arange(len(own)), own] = math.inf
-    return lead, slope
-
-
-def linear_case(
-    classes: int, epsilon: float, count: int = 60, dual: float = 1, gap: float = 1e-3
-) -> tuple[nn.Sequential, ImageSet, Tensor, Tensor]:
-    """A linear model and mid-range images: which are right, and which are so in the whole ball.
-
-    Images stay 0.25 from black and white, so that clipping never binds for epsilon up to 0.25.
-    """
-    draws = torch.Generator().manual_seed(classes)
-    weight = torch.randn(classes, 16, generator=draws)
-    bias = -0.5 * weight.sum(dim=1)
-    image = torch.randint(64, 192, (400, 1, 4, 4), generator=draws).to(torch.uint8)
-    label = linear(weight, bias)(image / 255).argmax(dim=1)
-    wrong = torch.rand(400, generator=draws) < 0.15
-    label = torch.where(wrong, (label + 1) % classes, label)
-    images = image_set(image, label, classes)
-    lead, slope = margins(weight, bias, images, dual)
-    rest = (lead - epsilon * slope).amin(dim=1)
-    clear = (rest.abs() > gap) & (lead.amin(dim=1).abs() > gap)
-    # Some that are wrong, some that fall, some that stand: each third of what is asked.
-    right, robust = lead.amin(dim=1) > 0, rest > 0
-    kinds = [~right, right & ~robust, right & robust]
-    picks = [(kind & clear).nonzero().flatten()[: count // 3] for kind in kinds]
-    assert all(len(pick) for pick in picks)
-    chosen = torch.cat(picks).sort().values
-    return linear(weight, bias), images.subset(chosen), right[chosen], robust[chosen]
 
 
 def digits(start: int, stop: int) -> ImageSet:
@@ -461,6 +409,7 @@ def brief_suite(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
     """Let Square, of the package and of ours, ask fewer queries than 5000."""
     import pyautoattack
 
+    monkeypatch.setattr("cure.attacks.early_exit.QUERIES", queries)
     made = pyautoattack.AutoAttack.__init__
 
     def brief(self: Any, *arguments: Any, **options: Any) -> None:
@@ -587,6 +536,27 @@ def test_autoattack_gives_the_verdicts_of_its_package(
     assert result["nrr"]["cw"] is None
 
 
+@pytest.mark.parametrize("part", ["apgd-ce", "apgd-t", "fab-t", "square"])
+@pytest.mark.parametrize("classes", [4, 20])
+def test_each_part_has_the_settings_of_its_package(part: str, classes: int) -> None:
+    network, image = nn.Flatten(), torch.zeros(2, 1, 1, classes)
+    threat = Threat("L2", 0.5)
+    ours = early_exit(part, network, image, threat, 3)
+    theirs = package_part("standard", part, network, image, threat, 3)
+    assert type(theirs) in type(ours).__mro__[1:]
+    apart = {"logger"}
+    assert {k: v for k, v in vars(ours).items() if k not in apart} == {
+        k: v for k, v in vars(theirs).items() if k not in apart
+    }
+
+
+def test_another_version_of_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cure.attacks.early_exit.version", lambda name: "0.3.1")
+    model, images, _, _ = linear_case(4, 0.03, count=9)
+    with pytest.raises(ConfigError, match=r"expected pyautoattack 0.2.0, .* got 0.3.1; pip inst"):
+        measure(model, images, ["autoattack"], Threat("Linf", 0.03), engine=ENGINE)
+
+
 @pytest.mark.parametrize(("step", "period"), [(21, 22), (40, 19), (99, 6)])
 def test_steps_are_halved_where_the_package_halves_them(step: int, period: int) -> None:
     """Also at the first check, which looks at the row before the first: the last, zeros."""
@@ -598,7 +568,7 @@ def test_steps_are_halved_where_the_package_halves_them(step: int, period: int) 
     losses = losses + 0.75 * torch.arange(100)[:, None]
     losses[step + 1 :] = 0
     expected = attack.check_oscillation(losses, step, period, None, k3=attack.thr_decr) > 0
-    attack.__class__ = LeavingAPGD
+    ours = early_exit("apgd-ce", nn.Identity(), torch.zeros(1, 2), Threat("Linf", 0.1), 0)
     state = {
         "losses": losses.T.contiguous(),
         "reduced": torch.ones(4000),
@@ -610,7 +580,7 @@ def test_steps_are_halved_where_the_package_halves_them(step: int, period: int) 
         "gradient": torch.zeros(4000, 1, 1, 1),
         "best_gradient": torch.ones(4000, 1, 1, 1),
     }
-    attack._check_step_size(state, step, period)
+    ours._check_step_size(state, step, period)
     assert 100 < int(expected.sum()) < 3900
     assert torch.equal(state["step_size"].flatten() == 0.5, expected)
     assert torch.equal(state["point"].flatten() == 1, expected)
@@ -745,7 +715,7 @@ def test_logits_pass(output: Callable[[Tensor], Tensor]) -> None:
 def test_the_verbs_of_the_package_are_callable_again_and_again() -> None:
     """A submodule of the same name would take the place of the function once it is imported."""
     for _ in range(2):
-        for name in cure.__all__:
+        for name in set(cure.__all__) - {"__version__"}:
             assert callable(getattr(cure, name)), f"cure.{name} is {getattr(cure, name)!r}"
 
 

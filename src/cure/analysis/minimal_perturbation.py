@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
 from cure.attacks import PGD, PerSample, Threat, attack_mode
+from cure.attacks.early_exit import PlainLayout, early_exit
 from cure.attacks.losses import MARGIN
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
@@ -160,14 +161,10 @@ def _fab(
     seed: int,
 ) -> Tensor:
     """FAB's nearest images that are of another class, aimed at the wrong class of that rank."""
-    from cure.attacks.autoattack import LeavingFAB, PlainLayout
-    from cure.attacks.third_party import part_of_autoattack
-
     with attack_mode(model), torch.no_grad():
         network = PlainLayout(model)
         # In a ball without volume nobody is done before the last iteration.
-        attack = part_of_autoattack("standard", "fab-t", network, image, Threat(norm, 0.0), seed)
-        attack.__class__ = LeavingFAB
+        attack = early_exit("fab-t", network, image, Threat(norm, 0.0), seed)
         attack.n_iter, attack.target_class = iterations, target + 2
         made: Tensor = attack.attack_single_run(image, label, False, True)
     return made

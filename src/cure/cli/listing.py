@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 from cure.analysis.study import STUDIES
-from cure.attacks.registry import KNOWN
+from cure.attacks.registry import known_attacks
 from cure.config import MethodConfig, RunConfig, Section
 from cure.data import known_sources
 from cure.evaluation.corruptions.operations import CORRUPTIONS
@@ -41,7 +41,7 @@ def listing(kind: str) -> Rows:
             rows += _settings(METHODS[name].Config, "method.", f"{name}: ")
         return rows
     if kind == "attacks":
-        return [*KNOWN.items(), ("pgdK", "PGD with any number of steps K")]
+        return list(known_attacks().items())
     if kind == "corruptions":
         return [
             (name, f"{corruption.group}: {_first_line(corruption.apply)}")
