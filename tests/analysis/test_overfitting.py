@@ -181,6 +181,9 @@ def test_training_tells_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         def step(self, images: int) -> None: ...
         def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None: ...
         def close(self) -> None: ...
+        def say(self, sentence: str) -> None:
+            pass
+
         def warn(self, sentence: str) -> None:
             told.append(sentence)
 

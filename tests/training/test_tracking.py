@@ -60,6 +60,9 @@ class Listener(EpochTracker):
         HEARD.append(("epoch", epoch, numbers))
         self._fail("epoch")
 
+    def say(self, sentence: str) -> None:
+        pass
+
     def warn(self, sentence: str) -> None:
         HEARD.append(("warn", sentence))
 

@@ -57,6 +57,9 @@ class Recorder:
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
         self.records.append(record)
 
+    def say(self, sentence: str) -> None:
+        pass
+
     def warn(self, sentence: str) -> None: ...
     def close(self) -> None:
         self.closed = True

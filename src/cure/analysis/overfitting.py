@@ -29,7 +29,7 @@ from cure.runs.folder import RunFolder
 from cure.runs.records import EpochMetrics
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
-from cure.training.trainer import validation_attack
+from cure.training.validation import validation_attack
 from cure.utils import plotting as drawing
 from cure.utils.engine import Engine
 from cure.utils.io import check_free

@@ -45,7 +45,7 @@ class AdversarialBatch:
 Attacked = TypeVar("Attacked", bound=AdversarialBatch, default=Any)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What a method may use besides its batch; nothing is global.
 
@@ -68,6 +68,8 @@ class Context:
             (``attack.warmup``).
         attack_objective: what replaces the objective that a method gives its attack
             (``attack.objective``); None keeps it.
+        two_step: what replaces a single-step attack after catastrophic overfitting.
+        fallback: whether that has happened.
     """
 
     engine: Engine
@@ -84,13 +86,15 @@ class Context:
     observed: Callable[[int], bool] = lambda step: False  # noqa: ARG005
     attack_share: Callable[[int], float] = lambda step: 1.0  # noqa: ARG005
     attack_objective: Objective | None = None
+    two_step: Attack | None = None
+    fallback: bool = False
 
     def attack_at(self, step: int) -> PGD:
         """The training attack at a step: smaller during ``attack.warmup``."""
+        attack = self.two_step if self.fallback and self.two_step else self.attack
         share = self.attack_share(step)
         if share == 1:
-            return self.attack
-        attack = self.attack
+            return attack
         return replace(
             attack,
             threat=replace(attack.threat, epsilon=share * attack.threat.epsilon),

@@ -317,6 +317,7 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
         attack_share=lambda step: warmup_share(
             config.attack.warmup, step / (per_epoch * settings.epochs)
         ),
+        two_step=two_step_attack(config, engine),
         attack_objective=CROSS_ENTROPY if config.attack.objective == "cross_entropy" else None,
         # Two steps in a row, so that their masks can be compared.
         observed=lambda step: every is not None and engine.rank == 0 and step % every < 2,
@@ -349,6 +350,24 @@ def training_attack(config: RunConfig, engine: Engine) -> Attack:
     if attack.name == "n-fgsm":
         return NFGSM(threat, 1, threat.epsilon, noise=attack.noise, **common)
     return Attack(threat, attack.steps, attack.step_size, attack.start, **common)
+
+
+def two_step_attack(config: RunConfig, engine: Engine) -> Attack | None:
+    """What replaces a single-step attack that the network has overfitted to: PGD with two steps."""
+    attack = training_attack(config, engine)
+    if not isinstance(attack, NFGSM):
+        return None
+    size = 0.75 * attack.threat.epsilon
+    return Attack(
+        attack.threat,
+        2,
+        size,
+        "uniform",
+        attack.mode,
+        attack.precision,
+        attack.fold,
+        attack.compile,
+    )
 
 
 def warmup_share(warmup: float, progress: float) -> float:

@@ -5,6 +5,7 @@ One step is :meth:`Trainer.train_step`; everything else is about stopping, resum
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 import time
@@ -17,22 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Threat
-from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
-from cure.data import Batch, ImageSet, batches, epoch, steps_per_epoch
+from cure.data import Batch, ImageSet, epoch, steps_per_epoch
 from cure.errors import CheckpointError, CureError, TrainingStopped
 from cure.methods import Method, Metrics
+from cure.methods.wrappers.averaging import recompute_statistics
+from cure.models import load_weights
 from cure.models.batch_norm import running_statistics
 from cure.models.checkpoint import save_weights
 from cure.runs.folder import RunFolder, epoch_name
 from cure.runs.records import EpochMetrics, EpochTiming
 from cure.runs.state import load_state, save_state
+from cure.training import outcome
+from cure.training.catastrophic import detector_of
 from cure.training.gradient_logger import GradientRecorder
-from cure.training.optimizer import build_optimizer
+from cure.training.optimizer import build_optimizer, holding
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.schedule import learning_rate
+from cure.training.totals import Totals
 from cure.training.tracking import Tracker
+from cure.training.validation import validate
 from cure.utils.engine import Engine
 from cure.utils.random import derive
 
@@ -79,6 +84,7 @@ class Trainer:
         self.risen = False
         self.at_chance = 0
         self.alarmed = False
+        self.detector = detector_of(config, method)
         self._stop_asked = False
 
     # -- one run -------------------------------------------------------------------------------
@@ -94,11 +100,14 @@ class Trainer:
             self.restore()
         # The same start everywhere, also for a network whose builder draws without a seed.
         self.engine.spread(self.method.state_dict().values())
+        if self.detector is not None and not self.folder.state.exists():
+            self.save()  # A state to go back to already in the first epoch.
         self.folder.rewind(self.done // self.steps_per_epoch, self.done)
         if self.recorder is not None:
             self.recorder.start()
         # What was told before a run was stopped is not told again.
         self.alarmed = robust_overfitting(self.folder.metrics(), len(self.validation)) is not None
+        self._measure_start()
         for tracker in self.trackers:
             tracker.start(self.total_steps, self.done)
         self.folder.set_status("running", step=self.done, steps=self.total_steps)
@@ -106,6 +115,7 @@ class Trainer:
             with self._stop_on_signal(), self._own_chance():
                 while self.done < self.total_steps:
                     self._train_epoch(self.done // self.steps_per_epoch)
+                self._measure_end()
         except TrainingStopped as error:
             self.folder.set_status("failed", step=self.done, reason=str(error))
             raise
@@ -136,6 +146,9 @@ class Trainer:
         ):
             self.totals.add(self.train_step(batch), batch.step)
             self.done += 1
+            if self.detector is not None and self.detector.overfits(batch):
+                self._go_back()
+                return
             for tracker in self.trackers:
                 tracker.step(settings.batch_size)
             last = self.done % self.steps_per_epoch == 0
@@ -151,6 +164,23 @@ class Trainer:
         }
         images = (self.done - before) * settings.batch_size
         self._finish_epoch(number + 1, seconds, images)
+
+    def _go_back(self) -> None:
+        """Return to the last saved state and train with two attack steps from there."""
+        assert self.detector is not None
+        at = self.done
+        self.engine.any(False)  # The first rank has written the state that the others read.
+        self.restore()
+        self.method.context.fallback = True
+        self.folder.rewind(self.done // self.steps_per_epoch, self.done)
+        self.save()
+        for tracker in self.trackers:
+            tracker.warn(
+                f"catastrophic overfitting at step {at}: on a training batch the single-step "
+                f"attack left {self.detector.single_step:.0f} % right and PGD "
+                f"{self.detector.pgd:.0f} %; "
+                f"training goes on from step {self.done} with a two-step attack"
+            )
 
     def train_step(self, batch: Batch) -> Metrics:
         """The method's gradients, the optimiser's step, the method's averages."""
@@ -250,30 +280,43 @@ class Trainer:
                 tracker.warn(sentence)
 
     def validate(self) -> dict[str, float]:
-        """Natural and robust accuracy in percent on the validation split.
-
-        Robust: PGD on cross-entropy, uniform start, the training attack's step size, the same
-        random numbers at every epoch so that epochs compare.  The ranks share the batches and add
-        up what they count, so that the figures are those of one process.
-        """
+        """Natural and robust accuracy in percent on the validation split."""
         model = self.method.inference_model()
-        attack = validation_attack(self.config, self.engine)
-        natural = robust = 0
-        was_training = model.training
-        model.eval()
-        for batch in batches(self.validation, self.config.evaluation.batch_size):
-            if batch.step % self.engine.world != self.engine.rank:
-                continue
-            image = self.engine.arrange(batch.image)
-            draws = self.engine.generator(0, "validation", batch.step)
-            adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
-            with torch.no_grad():
-                natural += int((model(image).argmax(dim=1) == batch.label).sum())
-                robust += int((model(adversarial).argmax(dim=1) == batch.label).sum())
-        model.train(was_training)
-        count = len(self.validation)
-        right = self.engine.sums(natural, robust)
-        return {"natural": 100 * right[0] / count, "robust": 100 * right[1] / count}
+        if self.config.training.batch_norm == "train":
+            recompute_statistics(model, self.method.context.natural_images())
+        return validate(model, self.validation, self.config, self.engine)
+
+    def _measure_start(self) -> None:
+        """Accuracies before the first step, printed and kept in the run."""
+        if self.method.selection == "natural" or self.done:
+            return
+        if self.engine.first(lambda: outcome.known(self.folder)):
+            return
+        start = outcome.Accuracies.of(
+            self.validate(), len(self.validation), self.config.training.validation_steps
+        )
+        outcome.keep_start(self.folder, start)
+        for tracker in self.trackers:
+            tracker.say(f"start: {start}")
+            for sentence in outcome.start_warnings(start, self.config, len(self.training.classes)):
+                tracker.warn(sentence)
+
+    def _measure_end(self) -> None:
+        """Accuracies of the best weights under a stronger attack, and what training gained."""
+        if self.method.selection == "natural":
+            return
+        self.engine.any(False)  # The first rank has written the weights that the others read.
+        network = copy.deepcopy(self.method.inference_model())
+        load_weights(network, self.folder.weights("best"))
+        network = self.engine.place(network)
+        steps = max(outcome.FINAL_STEPS, self.config.training.validation_steps)
+        found = validate(network, self.validation, self.config, self.engine, steps)
+        end = outcome.Accuracies.of(found, len(self.validation), steps)
+        records = self.folder.metrics()
+        result = outcome.keep_end(self.folder, end, records, self.config)
+        for tracker in self.trackers:
+            for line in result.lines(self.folder.resumed_by):
+                tracker.say(line)
 
     def _check_finite(self) -> None:
         """Stop when a loss since the last look was not finite, or the weights are not."""
@@ -343,6 +386,7 @@ class Trainer:
                 "risen": self.risen,
                 "at_chance": self.at_chance,
                 "ranks": self.engine.world,
+                "fallback": self.method.context.fallback,
             }
             | ({} if self.recorder is None else {"gradients": self.recorder.state()}),
         )
@@ -366,6 +410,7 @@ class Trainer:
         self.totals = Totals.of(state["totals"], self.engine.device)
         self.best = state["best"]
         self.risen, self.at_chance = state["risen"], state["at_chance"]
+        self.method.context.fallback = state.get("fallback", False)
         if self.recorder is not None and "gradients" in state:
             self.recorder.restore(state["gradients"], self.engine.device)
         # A state of a version that knew no ranks has none.
@@ -449,93 +494,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def validation_attack(config: RunConfig, engine: Engine) -> Attack:
-    """The attack that measures robust accuracy while training."""
-    return Attack(
-        Threat.of(config.threat),
-        steps=config.training.validation_steps,
-        step_size=config.attack.step_size,
-        start="uniform",
-        precision=engine.attack_precision,
-        fold=True,
-    )
-
-
-class Totals:
-    """Sums of the metrics of an epoch, on the device; nothing waits for it until it is read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.bad = torch.full((), -1, device=device)
-
-    def add(self, metrics: Metrics, step: int) -> None:
-        """Add one step's metrics; remember the first step whose loss was not finite."""
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-            self.counts[name] = self.counts.get(name, 0) + 1
-        fresh = (self.bad < 0) & ~metrics["loss"].isfinite()
-        self.bad = torch.where(fresh, torch.full_like(self.bad, step), self.bad)
-
-    def first_bad(self) -> int | None:
-        """The first step whose loss was not finite."""
-        step = int(self.bad)
-        return step if step >= 0 else None
-
-    def means(self) -> dict[str, float]:
-        """Mean of each metric over the steps that gave it."""
-        return {name: float(value) / self.counts[name] for name, value in self.sums.items()}
-
-    def state(self) -> dict[str, Any]:
-        """For :meth:`of`."""
-        return {"sums": self.sums, "counts": self.counts}
-
-    @classmethod
-    def of(cls, state: dict[str, Any], device: torch.device) -> Totals:
-        """The totals that :meth:`state` described."""
-        totals = cls(device)
-        totals.sums = {name: value.to(device) for name, value in state["sums"].items()}
-        totals.counts = dict(state["counts"])
-        return totals
-
-
-@contextmanager
-def holding(
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    frozen: dict[str, Tensor],
-) -> Iterator[None]:
-    """Undo what an optimiser step does to frozen weights and to their momentum.
-
-    A zero gradient alone does not hold a weight still: momentum and weight decay move it.
-
-    Args:
-        optimizer: the optimiser that steps inside.
-        parameters: by name.
-        frozen: by name, True where nothing may change.
-    """
-    before = {
-        name: (parameters[name].detach().clone(), _moments(optimizer, parameters[name], clone=True))
-        for name in frozen
-    }
-    yield
-    with torch.no_grad():
-        for name, (weight, moments) in before.items():
-            parameter, mask = parameters[name], frozen[name]
-            parameter.copy_(torch.where(mask, weight, parameter))
-            for key, moment in _moments(optimizer, parameter).items():
-                old = moments.get(key, torch.zeros_like(moment))
-                moment.copy_(torch.where(mask, old, moment))
-
-
-def _moments(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, clone: bool = False
-) -> dict[str, Tensor]:
-    """The optimiser's tensors of the shape of the weights: momentum and its like."""
-    return {
-        key: value.clone() if clone else value
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-    }

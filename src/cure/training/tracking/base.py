@@ -26,6 +26,9 @@ class Tracker(Protocol):
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
         """An epoch is done; see ``metrics.jsonl`` and ``timing.jsonl``."""
 
+    def say(self, sentence: str) -> None:
+        """A line about the run: its start, its end."""
+
     def warn(self, sentence: str) -> None:
         """Something the user should know."""
 
@@ -63,6 +66,9 @@ class EpochTracker:
     @abstractmethod
     def log(self, epoch: int, numbers: Mapping[str, float]) -> None:
         """Take the numbers of an epoch; those of an epoch that is done again are the same."""
+
+    def say(self, sentence: str) -> None:
+        """Trackers of other projects take numbers and warnings only."""
 
     @abstractmethod
     def warn(self, sentence: str) -> None:
@@ -152,6 +158,11 @@ class Isolated:
         """Pass on."""
         if (inner := self.inner) is not None:
             self._guard(lambda: inner.epoch(record, timing))
+
+    def say(self, sentence: str) -> None:
+        """Pass on."""
+        if (inner := self.inner) is not None:
+            self._guard(lambda: inner.say(sentence))
 
     def warn(self, sentence: str) -> None:
         """Pass on."""

@@ -61,6 +61,10 @@ class TerminalTracker:
         parts.append(f"{timing['images_per_second']:,.0f} images/s")
         self.console.print("  ".join(parts), highlight=False, markup=False, soft_wrap=True)
 
+    def say(self, sentence: str) -> None:
+        """Print the line."""
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
     def warn(self, sentence: str) -> None:
         """Print the sentence."""
         self.console.print(

@@ -1,0 +1,88 @@
+"""Detect catastrophic overfitting of single-step adversarial training.
+
+A network can learn to mask its gradient at the images of a single-step attack: it withstands that
+attack, and PGD leaves nothing.
+
+Source of the phenomenon: Wong, Rice, Kolter, "Fast is better than free", ICLR 2020.  The rule is
+this project's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from cure.attacks import Attack
+from cure.attacks.losses import CROSS_ENTROPY
+from cure.config import RunConfig
+from cure.data import Batch
+from cure.methods import Method
+
+STEPS = 10
+"""Steps of the PGD that the single step is compared with."""
+
+
+class CatastrophicOverfitting:
+    """Compares the single-step attack with PGD on training batches.
+
+    It is found where PGD leaves less than half of what the single step leaves, by more than three
+    standard errors, and the single step leaves more than twice the accuracy of guessing.
+
+    Attributes:
+        single_step: accuracy under the training attack at the last check, in percent.
+        pgd: accuracy under PGD at the last check, in percent.
+    """
+
+    def __init__(self, method: Method, every: int) -> None:
+        self.method = method
+        self.every = every
+        self.single_step = self.pgd = 0.0
+
+    def overfits(self, batch: Batch) -> bool:
+        """Check after the step on ``batch``, where a check is due; False after the fallback.
+
+        Costs ``STEPS`` + 3 forward passes and ``STEPS`` + 1 backward passes of a batch.
+        """
+        context = self.method.context
+        if (batch.step + 1) % self.every or context.fallback:
+            return False
+        attack = context.attack_at(batch.step)
+        if attack.threat.epsilon == 0:
+            return False
+        pgd = Attack(
+            attack.threat,
+            STEPS,
+            attack.threat.epsilon / 4,
+            "uniform",
+            attack.mode,
+            attack.precision,
+            attack.fold,
+        )
+        self.single_step = self._accuracy(attack, batch)
+        self.pgd = self._accuracy(pgd, batch)
+        count = len(batch.label) * context.engine.world
+        error = math.sqrt(self.single_step * (100 - self.single_step) / count)
+        above_chance = self.single_step > 200 / context.classes
+        return above_chance and self.pgd < min(self.single_step / 2, self.single_step - 3 * error)
+
+    def _accuracy(self, attack: Attack, batch: Batch) -> float:
+        context, model = self.method.context, self.method.model
+        batch = replace(batch, image=context.engine.arrange(batch.image))
+        draws = context.generator("catastrophic", batch.step)
+        image = attack(model, batch.image, batch.label, CROSS_ENTROPY, draws)
+        training = [(module, module.training) for module in model.modules()]
+        model.eval()
+        with torch.no_grad():
+            right = (model(image).argmax(dim=1) == batch.label).float().mean()
+        for module, mode in training:
+            module.training = mode
+        return 100 * float(context.engine.average([right])[0])
+
+
+def detector_of(config: RunConfig, method: Method) -> CatastrophicOverfitting | None:
+    """The detector of a run, where ``attack.check_every`` asks for one."""
+    if config.attack.name != "n-fgsm" or config.attack.check_every is None:
+        return None
+    return CatastrophicOverfitting(method, config.attack.check_every)

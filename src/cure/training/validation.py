@@ -1,0 +1,68 @@
+"""Accuracy on the validation split during training."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from cure.attacks import Attack, Threat
+from cure.attacks.losses import CROSS_ENTROPY
+from cure.config import RunConfig
+from cure.data import ImageSet, batches
+from cure.utils.engine import Engine
+
+
+def validation_attack(config: RunConfig, engine: Engine, steps: int | None = None) -> Attack:
+    """The attack that measures robust accuracy while training.
+
+    Args:
+        config: the run.
+        engine: where it runs.
+        steps: steps of PGD; by default ``training.validation_steps``.
+    """
+    return Attack(
+        Threat.of(config.threat),
+        steps=config.training.validation_steps if steps is None else steps,
+        step_size=config.attack.step_size,
+        start="uniform",
+        precision=engine.attack_precision,
+        fold=True,
+    )
+
+
+def validate(
+    model: nn.Module,
+    images: ImageSet,
+    config: RunConfig,
+    engine: Engine,
+    steps: int | None = None,
+) -> dict[str, float]:
+    """Natural and robust accuracy in percent.
+
+    Robust: PGD on cross-entropy, uniform start, the training attack's step size, the same random
+    numbers at every call so that epochs compare.  The ranks share the batches and sum their
+    counts, so that the figures are those of one process.
+
+    Args:
+        model: its modes are restored afterwards.
+        images: the validation split, on the engine's device.
+        config: the run.
+        engine: where it runs.
+        steps: steps of PGD; by default ``training.validation_steps``.
+    """
+    attack = validation_attack(config, engine, steps)
+    natural = robust = 0
+    was_training = model.training
+    model.eval()
+    for batch in batches(images, config.evaluation.batch_size):
+        if batch.step % engine.world != engine.rank:
+            continue
+        image = engine.arrange(batch.image)
+        draws = engine.generator(0, "validation", batch.step)
+        adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
+        with torch.no_grad():
+            natural += int((model(image).argmax(dim=1) == batch.label).sum())
+            robust += int((model(adversarial).argmax(dim=1) == batch.label).sum())
+    model.train(was_training)
+    right = engine.sums(natural, robust)
+    return {"natural": 100 * right[0] / len(images), "robust": 100 * right[1] / len(images)}

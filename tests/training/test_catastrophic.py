@@ -1,0 +1,64 @@
+"""Catastrophic overfitting: it happens, is found, and ends with two steps, also when resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cure
+from cure.training.trainer import Trainer
+
+SETTINGS = {
+    "method": "at",
+    "natural.epochs": 8,
+    "data.limit": 600,
+    "data.validation": 100,
+    "threat.epsilon": 0.2,
+    "attack.name": "n-fgsm",
+    "attack.noise": 0,
+    "attack.check_every": 5,
+    "attack.step_size": 0.05,
+    "training.epochs": 20,
+    "training.batch_size": 50,
+    "training.optimizer.learning_rate": 0.3,
+    "training.clip_norm": 1.0,
+    "training.collapse_patience": 50,
+    "training.threads": 1,
+}
+
+
+def test_it_is_found_once_and_a_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = cure.train("digits", SETTINGS, run=tmp_path / "whole")
+    said = capsys.readouterr().err
+    assert said.count("catastrophic overfitting at step") == 1
+    assert "with a two-step attack" in said
+    assert [record["epoch"] for record in run.metrics] == list(range(1, 21))
+
+    step, calls = Trainer.train_step, 0
+
+    def stopping(self: Trainer, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += self.config.method.name == "at"
+        if calls == 190:
+            raise RuntimeError("planted")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)
+    with pytest.raises(RuntimeError, match="planted"):
+        cure.train("digits", SETTINGS, run=tmp_path / "stopped")
+    monkeypatch.undo()
+    cure.resume(tmp_path / "stopped", quiet=True)
+    for file in ("metrics.jsonl", "checkpoints/last.safetensors", "outcome.json"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (run.path / file).read_bytes(), file
+
+
+def test_enough_noise_and_a_small_epsilon_do_not_raise_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"threat.epsilon": 0.1, "attack.noise": 1.0, "training.epochs": 6}
+    cure.train("digits", SETTINGS | changes, run=tmp_path / "run")
+    assert "catastrophic" not in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""What is said of a training when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cure
+from cure.config import RunConfig
+from cure.recipe import load_recipe
+from cure.runs.folder import RunFolder
+from cure.training.outcome import Accuracies, judge, read, start_warnings
+from helpers import bright_or_dark
+
+CONFIG = load_recipe("digits")
+
+
+def accuracies(natural: float, robust: float, steps: int = 20, n: int = 200) -> Accuracies:
+    return Accuracies(natural=natural, robust=robust, n=n, steps=steps)
+
+
+def record(training: float, robust: float) -> dict[str, Any]:
+    return {
+        "epoch": 1,
+        "train": {"loss": 1.0, "robust_accuracy": training / 100},
+        "validation": {"natural": 80.0, "robust": robust},
+    }
+
+
+def test_a_training_that_gained_says_only_what_it_traded() -> None:
+    result = judge(accuracies(90, 0), accuracies(80, 50), [record(55, 51)], CONFIG)
+    assert result.gained
+    assert result.warnings == []
+    lines = result.lines(Path("runs/mine"))
+    assert lines[1].endswith("+50.0 points of robust accuracy for -10.0 points of natural accuracy")
+    assert lines[2] == "next:  cure evaluate runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("start", "end"),
+    [
+        (accuracies(90, 0), accuracies(88, 1)),
+        (accuracies(90, 30), accuracies(80, 33)),
+        (accuracies(90, 0), accuracies(90, 4.5)),
+    ],
+)
+def test_no_gain_is_the_first_line(start: Accuracies, end: Accuracies) -> None:
+    result = judge(start, end, [record(end.robust, end.robust)], CONFIG)
+    assert not result.gained
+    assert result.lines(Path("run"))[0].startswith("no gain: robust accuracy went from")
+
+
+def test_a_gap_between_training_and_validation_is_named_with_its_cause() -> None:
+    (sentence,) = judge(accuracies(90, 0), accuracies(80, 40), [record(85, 42)], CONFIG).warnings
+    assert "85.0 % in training and 42.0 % in validation" in sentence
+    assert "training.batch_norm=frozen" in sentence
+
+
+def test_a_weak_validation_attack_is_said() -> None:
+    (sentence,) = judge(accuracies(90, 0), accuracies(80, 40), [record(50, 52)], CONFIG).warnings
+    assert "52.0 % under PGD-10, 40.0 % under PGD-20" in sentence
+    few = CONFIG.model_copy(
+        update={"training": CONFIG.training.model_copy(update={"validation_steps": 5})}
+    )
+    (sentence,) = judge(accuracies(90, 0), accuracies(80, 40), [record(50, 41)], few).warnings
+    assert "PGD-5, which is weaker than PGD-10" in sentence
+
+
+def test_a_start_at_chance_names_what_to_check() -> None:
+    def said(natural: float, config: RunConfig = CONFIG) -> list[str]:
+        return start_warnings(accuracies(natural, 0), config, 10)
+
+    assert said(90) == []
+    assert "set model.mean and model.std" in said(12)[0]
+    given = CONFIG.model.model_copy(update={"mean": (0.5,), "std": (0.5,)})
+    assert "remove model.mean" in said(12, CONFIG.model_copy(update={"model": given}))[0]
+    assert said(12, CONFIG.model_copy(update={"start": "scratch"})) == []
+
+
+class Blind(nn.Module):
+    """Looks at no pixel: nothing can be gained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([0.1, 0.0]))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return 0 * image.flatten(1)[:, :2] + self.bias
+
+
+def test_a_run_keeps_and_prints_its_outcome(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "method": "at",
+        "start": "model",
+        "threat.epsilon": 0.3,
+        "data.validation": 32,
+        "training.epochs": 1,
+        "training.batch_size": 32,
+        "training.collapse_patience": 9,
+    }
+    run = cure.train(
+        "digits", settings, run=tmp_path / "run", model=Blind(), data=bright_or_dark(128)
+    )
+    result = read(RunFolder.open(run.path))
+    assert result is not None
+    assert result.end is not None
+    # Its answer does not depend on the image: "robust" as it is, but not by training.
+    assert result.start.robust == result.end.robust == pytest.approx(50, abs=15)
+    assert result.gained is False
+    said = capsys.readouterr().err
+    assert "no gain" in said
+    assert f"next:  cure evaluate {run.path}" in said
