@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,29 +12,33 @@ import cure
 from cure.config import RunConfig
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
-from cure.training.outcome import Accuracies, judge, read, start_warnings
+from cure.runs.records import EpochMetrics
+from cure.runs.records import MeasuredAccuracies as Accuracies
+from cure.training.outcome import judge, start_warnings
 from helpers import bright_or_dark
 
 CONFIG = load_recipe("digits")
 
 
 def accuracies(natural: float, robust: float, steps: int = 20, n: int = 200) -> Accuracies:
-    return Accuracies(natural=natural, robust=robust, n=n, steps=steps)
+    return Accuracies(natural=float(natural), robust=float(robust), n=n, steps=steps)
 
 
-def record(training: float, robust: float) -> dict[str, Any]:
-    return {
-        "epoch": 1,
-        "train": {"loss": 1.0, "robust_accuracy": training / 100},
-        "validation": {"natural": 80.0, "robust": robust},
-    }
+def record(training: float, robust: float) -> EpochMetrics:
+    return EpochMetrics.model_validate(
+        {
+            "epoch": 1,
+            "train": {"loss": 1.0, "robust_accuracy": training / 100},
+            "validation": {"natural": 80.0, "robust": float(robust)},
+        }
+    )
 
 
 def test_a_training_that_gained_says_only_what_it_traded() -> None:
     result = judge(accuracies(90, 0), accuracies(80, 50), [record(55, 51)], CONFIG)
     assert result.gained
     assert result.warnings == []
-    lines = result.lines(Path("runs/mine"))
+    lines = result.lines("runs/mine")
     assert lines[1].endswith("+50.0 points of robust accuracy for -10.0 points of natural accuracy")
     assert lines[2] == "next:  cure evaluate runs/mine"
 
@@ -51,7 +54,7 @@ def test_a_training_that_gained_says_only_what_it_traded() -> None:
 def test_no_gain_is_the_first_line(start: Accuracies, end: Accuracies) -> None:
     result = judge(start, end, [record(end.robust, end.robust)], CONFIG)
     assert not result.gained
-    assert result.lines(Path("run"))[0].startswith("no gain: robust accuracy went from")
+    assert result.lines("run")[0].startswith("no gain: robust accuracy went from")
 
 
 def test_a_gap_between_training_and_validation_is_named_with_its_cause() -> None:
@@ -107,7 +110,7 @@ def test_a_run_keeps_and_prints_its_outcome(
     run = cure.train(
         "digits", settings, run=tmp_path / "run", model=Blind(), data=bright_or_dark(128)
     )
-    result = read(RunFolder.open(run.path))
+    result = RunFolder.open(run.path).outcome()
     assert result is not None
     assert result.end is not None
     # Its answer does not depend on the image: "robust" as it is, but not by training.

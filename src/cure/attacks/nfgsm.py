@@ -6,17 +6,45 @@ Training", NeurIPS 2022.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from cure.attacks.losses import CROSS_ENTROPY, Objective
-from cure.attacks.pgd import PGD, Hooks, attack_mode
-from cure.attacks.threat import per_sample
+from cure.attacks.pgd import PGD, Hooks, Start
+from cure.attacks.threat import Threat
 from cure.errors import ConfigError
-from cure.models.fuse import folded
+
+
+class NoisyStep(Hooks):
+    """One step from uniform noise, without projection.
+
+    Args:
+        noise: size of the noise, in epsilons.
+    """
+
+    steps = 1
+
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
+
+    def start(
+        self,
+        image: Tensor,
+        threat: Threat,
+        start: Start,  # noqa: ARG002
+        generator: torch.Generator | None,
+        clamp: bool,  # noqa: ARG002
+    ) -> Tensor:
+        """The image with noise; it may leave [0, 1]."""
+        if generator is None:
+            raise ValueError("the noise draws random numbers: give a generator")
+        return image + threat.sample(image, generator, self.noise * threat.epsilon)
+
+    def project(self, threat: Threat, change: Tensor) -> Tensor:  # noqa: ARG002
+        """The change itself."""
+        return change
 
 
 @dataclass(frozen=True)
@@ -26,6 +54,12 @@ class NFGSM(PGD):
     The image may lie up to ``(1 + noise) epsilon`` from the natural one: it serves training, not
     evaluation.  Costs one forward and one data-backward pass, and one more forward pass when the
     objective compares with the natural logits.
+
+    >>> import cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    >>> image, label = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 2])
+    >>> NFGSM(cure.Threat("Linf", "8/255"))(model, image, label).shape
+    torch.Size([2, 1, 2, 2])
 
     Attributes:
         noise: size of the noise, in epsilons.
@@ -43,31 +77,17 @@ class NFGSM(PGD):
         *,
         hooks: Hooks | None = None,
     ) -> Tensor:
-        """Adversarial images for one batch [B, C, H, W] in [0, 1].
+        """Adversarial images for one batch [B, C, H, W] in [0, 1]; see :class:`PGD`.
 
         Raises:
-            ConfigError: for hooks, which change an ascent of several steps.
-            ValueError: without a generator for the noise.
+            ConfigError: for a variant of PGD, which takes several steps.
         """
         if hooks is not None:
             raise ConfigError(
-                f"attack.name: n-fgsm takes one step and does not offer {type(hooks).__name__}, "
-                "which this method uses; say attack.name=pgd"
+                "attack.name: n-fgsm takes one step, and this method changes how PGD takes its "
+                "steps; say attack.name=pgd"
             )
-        if generator is None:
-            raise ValueError("the noise draws random numbers: give a generator")
-        image = image.detach()
-        epsilon = per_sample(self.threat.epsilon, image)
-        fold = self.fold and self.mode == "eval"
-        constants = folded(model, image, self.precision) if fold else nullcontext()
-        with attack_mode(model, self.mode), constants, self.precision():
-            natural = None
-            if objective.needs_natural:
-                with torch.no_grad():
-                    natural = model(image).to(image.dtype)
-            point = image + self.threat.sample(image, generator, self.noise * epsilon)
-            point.requires_grad_(True)
-            with torch.enable_grad():
-                gain = objective(model(point).to(image.dtype), label, natural).sum()
-                (gradient,) = torch.autograd.grad(gain, point)
-        return (point.detach() + epsilon * gradient.sign()).clamp(0, 1)
+        step = replace(self, step_size=self.threat.epsilon)
+        return PGD.__call__(
+            step, model, image, label, objective, generator, hooks=NoisyStep(self.noise)
+        )

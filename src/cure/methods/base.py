@@ -86,7 +86,7 @@ class Context:
     observed: Callable[[int], bool] = lambda step: False  # noqa: ARG005
     attack_share: Callable[[int], float] = lambda step: 1.0  # noqa: ARG005
     attack_objective: Objective | None = None
-    two_step: Attack | None = None
+    two_step: PGD | None = None
     fallback: bool = False
 
     def attack_at(self, step: int) -> PGD:

@@ -6,7 +6,7 @@ What a folder holds:
 - ``data.json``: classes and size of the images.
 - ``metrics.jsonl``: a line an epoch, the same bits for the same run; ``timing.jsonl``: seconds.
 - ``gradients.jsonl``, ``gradients.safetensors``: what ``training.record_gradients`` records.
-- ``status.json``: how far the run came.
+- ``status.json``: how far the run came; ``outcome.json``: what it gained.
 - ``checkpoints/{last,best}.safetensors``: weights.
 - ``checkpoints/epoch-0005.safetensors``: weights that ``training.keep_every`` keeps.
 - ``checkpoints/state.safetensors``: everything that resuming needs.
@@ -47,6 +47,7 @@ from cure.runs.records import (
     Images,
     Line,
     LineKind,
+    Outcome,
     Status,
     StudyRecord,
     line_text,
@@ -210,6 +211,20 @@ class RunFolder:
         """Record how far the run came; ``details`` are fields of :class:`Status`."""
         if self.writes:
             Status.model_validate({"state": state, **details}).write(self.path / "status.json")
+
+    def outcome(self) -> Outcome | None:
+        """What the training gained; None for natural trainings and runs of version 0.1.
+
+        Raises:
+            CheckpointError: when the file is damaged.
+        """
+        path = self.path / "outcome.json"
+        return Outcome.read(path) if path.exists() else None
+
+    def set_outcome(self, outcome: Outcome) -> None:
+        """Record the start of a training, or what it gained."""
+        if self.writes:
+            outcome.write(self.path / "outcome.json")
 
     def metrics(self) -> list[EpochMetrics]:
         """The complete lines of ``metrics.jsonl``, one an epoch."""

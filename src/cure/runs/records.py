@@ -2,7 +2,8 @@
 
 This module is the only place that knows the formats:
 
-- :class:`Status`, :class:`Images`, :class:`Environment`, :class:`TrackingIds`: JSON files of a run;
+- :class:`Status`, :class:`Outcome`, :class:`Images`, :class:`Environment`,
+  :class:`TrackingIds`: JSON files of a run;
 - :class:`EpochMetrics`, :class:`EpochTiming`, :class:`GradientLine`: files with a JSON object a
   line;
 - :class:`EvaluationRecord`, :class:`CorruptionRecord`, :class:`DiagnosisRecord`,
@@ -102,6 +103,52 @@ class Accuracies(Record):
 
     natural: float
     robust: float
+
+
+class MeasuredAccuracies(Accuracies):
+    """Accuracies with the number of images and of the attack's steps."""
+
+    n: int
+    """Validation images."""
+    steps: int
+    """Steps of PGD."""
+
+    def __str__(self) -> str:
+        return (
+            f"natural {self.natural:.1f} %, robust {self.robust:.1f} % "
+            f"(PGD-{self.steps}, {self.n:,} validation images)"
+        )
+
+
+class Outcome(FileRecord):
+    """What a training gained (``outcome.json``); natural trainings have none."""
+
+    start: MeasuredAccuracies
+    """Before the first step."""
+    end: MeasuredAccuracies | None = None
+    """Of the best weights; none until the run is finished."""
+    gained: bool | None = None
+    """Whether robust accuracy rose by more than chance and to more than a few percent."""
+    warnings: list[str] = []
+    """What is wrong with the result, a sentence each, the worst first."""
+
+    def lines(self, run: str) -> list[str]:
+        """What is printed when a training ends.
+
+        Args:
+            run: its folder, for the next command.
+        """
+        if self.end is None:
+            return []
+        won = self.end.robust - self.start.robust
+        lost = self.end.natural - self.start.natural
+        return [
+            *self.warnings,
+            f"start: {self.start}",
+            f"now:   {self.end}: {won:+.1f} points of robust accuracy for {lost:+.1f} points of "
+            "natural accuracy",
+            f"next:  cure evaluate {run}",
+        ]
 
 
 class BestEpoch(Record):

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from cure.attacks import Attack
+from cure.attacks import PGD
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import Batch
@@ -51,7 +51,7 @@ class CatastrophicOverfitting:
         attack = context.attack_at(batch.step)
         if attack.threat.epsilon == 0:
             return False
-        pgd = Attack(
+        pgd = PGD(
             attack.threat,
             STEPS,
             attack.threat.epsilon / 4,
@@ -67,7 +67,7 @@ class CatastrophicOverfitting:
         above_chance = self.single_step > 200 / context.classes
         return above_chance and self.pgd < min(self.single_step / 2, self.single_step - 3 * error)
 
-    def _accuracy(self, attack: Attack, batch: Batch) -> float:
+    def _accuracy(self, attack: PGD, batch: Batch) -> float:
         context, model = self.method.context, self.method.model
         batch = replace(batch, image=context.engine.arrange(batch.image))
         draws = context.generator("catastrophic", batch.step)

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from pydantic import BaseModel
+from collections.abc import Sequence
 
 from cure.config import RunConfig
-from cure.runs.folder import RunFolder
-from cure.utils.io import write_json
-
-FILE = "outcome.json"
+from cure.runs.records import EpochMetrics, MeasuredAccuracies, Outcome
 
 FINAL_STEPS = 20
 """Steps of the PGD that measures the best weights at the end."""
@@ -28,117 +21,25 @@ WEAK = 5.0
 """Points between the validation attack and the final one, above which the former is weak."""
 
 
-class Accuracies(BaseModel):
-    """Accuracies on the validation split, in percent.
-
-    Attributes:
-        natural: on natural images.
-        robust: under PGD with ``steps`` steps.
-        n: number of images.
-        steps: steps of the attack.
-    """
-
-    natural: float
-    robust: float
-    n: int
-    steps: int
-
-    @classmethod
-    def of(cls, found: Mapping[str, float], n: int, steps: int) -> Accuracies:
-        """From what a validation returns."""
-        return cls(natural=found["natural"], robust=found["robust"], n=n, steps=steps)
-
-    def __str__(self) -> str:
-        return (
-            f"natural {self.natural:.1f} %, robust {self.robust:.1f} % "
-            f"(PGD-{self.steps}, {self.n:,} validation images)"
-        )
-
-
-class Outcome(BaseModel):
-    """``outcome.json`` of a run.
-
-    Attributes:
-        start: before the first step.
-        end: of the best weights; None until the run is finished.
-        gained: whether robust accuracy rose by more than chance and to more than a few percent.
-        warnings: what is wrong with the result, a sentence each, the worst first.
-    """
-
-    start: Accuracies
-    end: Accuracies | None = None
-    gained: bool | None = None
-    warnings: list[str] = []
-
-    def lines(self, run: Path) -> list[str]:
-        """What is printed at the end of a training."""
-        assert self.end is not None
-        lost = self.start.natural - self.end.natural
-        won = self.end.robust - self.start.robust
-        trade = f"{won:+.1f} points of robust accuracy for {-lost:+.1f} points of natural accuracy"
-        return [
-            *self.warnings,
-            f"start: {self.start}",
-            f"now:   {self.end}: {trade}",
-            f"next:  cure evaluate {run}",
-        ]
-
-
-def read(folder: RunFolder) -> Outcome | None:
-    """The outcome of a run; None where it has none (natural trainings, runs of 0.1)."""
-    path = folder.path / FILE
-    if not path.exists():
-        return None
-    return Outcome.model_validate_json(path.read_text(encoding="utf-8"))
-
-
-def known(folder: RunFolder) -> bool:
-    """Whether the start of the run was measured."""
-    return (folder.path / FILE).exists()
-
-
-def keep_start(folder: RunFolder, start: Accuracies) -> None:
-    """Write the accuracies of the start."""
-    if folder.writes:
-        write_json(folder.path / FILE, Outcome(start=start).model_dump(mode="json"))
-
-
-def keep_end(
-    folder: RunFolder, end: Accuracies, records: Sequence[Mapping[str, Any]], config: RunConfig
-) -> Outcome:
-    """Judge a finished training, and write the result.
-
-    Args:
-        folder: the run's.
-        end: of its best weights.
-        records: of ``metrics.jsonl``.
-        config: the run.
-    """
-    before = read(folder)
-    # Without a measured start (a run that an earlier version began) nothing was robust.
-    start = before.start if before else Accuracies(natural=0, robust=0, n=end.n, steps=end.steps)
-    result = judge(start, end, records, config)
-    if folder.writes:
-        write_json(folder.path / FILE, result.model_dump(mode="json"))
-    return result
-
-
 def judge(
-    start: Accuracies, end: Accuracies, records: Sequence[Mapping[str, Any]], config: RunConfig
+    start: MeasuredAccuracies,
+    end: MeasuredAccuracies,
+    records: Sequence[EpochMetrics],
+    config: RunConfig,
 ) -> Outcome:
     """Whether a training gained robustness, and what is wrong with its figures."""
     gain, error = end.robust - start.robust, _standard_error(start, end)
     gained = gain > 1.96 * error and end.robust >= LEAST
     warnings = []
-    last = next((r for r in reversed(records) if r.get("validation")), None)
-    training = last["train"].get("robust_accuracy") if last else None
+    last = next((r for r in reversed(records) if r.validation), None)
+    training = last.train.get("robust_accuracy") if last else None
     if not gained:
         warnings.append(
             f"no gain: robust accuracy went from {start.robust:.1f} % to {end.robust:.1f} % on "
             f"{end.n:,} validation images; {_likely_cause(training, config)}"
         )
-    if training is not None and last is not None:
-        gap = 100 * training - last["validation"]["robust"]
+    if training is not None and last is not None and last.validation is not None:
+        gap = 100 * training - last.validation.robust
         if gap > GAP:
             cause = (
                 "running statistics of BatchNorm that lag behind the weights (try "
@@ -148,7 +49,7 @@ def judge(
             )
             warnings.append(
                 f"robust accuracy is {100 * training:.1f} % in training and "
-                f"{last['validation']['robust']:.1f} % in validation: {cause} (more images, "
+                f"{last.validation.robust:.1f} % in validation: {cause} (more images, "
                 "training.averaging, data.augment.cutmix=1, or fewer epochs narrow the gap)"
             )
     best = _at_best(records)
@@ -181,18 +82,18 @@ def _likely_cause(training: float | None, config: RunConfig) -> str:
     return "train longer (training.epochs), or start with a smaller threat.epsilon"
 
 
-def _standard_error(start: Accuracies, end: Accuracies) -> float:
+def _standard_error(start: MeasuredAccuracies, end: MeasuredAccuracies) -> float:
     """Of the difference of two robust accuracies, in points, as if of different images."""
     return math.sqrt(sum(a.robust * (100 - a.robust) / a.n for a in (start, end)))
 
 
-def _at_best(records: Sequence[Mapping[str, Any]]) -> float | None:
+def _at_best(records: Sequence[EpochMetrics]) -> float | None:
     """The highest robust accuracy of the validations."""
-    robust = [r["validation"]["robust"] for r in records if r.get("validation")]
+    robust = [r.validation.robust for r in records if r.validation]
     return max(robust, default=None)
 
 
-def start_warnings(start: Accuracies, config: RunConfig, classes: int) -> list[str]:
+def start_warnings(start: MeasuredAccuracies, config: RunConfig, classes: int) -> list[str]:
     """What looks wrong about the network that a training begins with."""
     if config.start == "scratch":
         return []

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.attacks.nfgsm import NFGSM
 from cure.attacks.registry import evaluation_attack
@@ -335,7 +335,7 @@ def natural_images(prepared: Prepared, batch_size: int) -> Iterator[Tensor]:
         yield engine.arrange(batch.image)
 
 
-def training_attack(config: RunConfig, engine: Engine) -> Attack:
+def training_attack(config: RunConfig, engine: Engine) -> PGD:
     """The attack that a run trains with."""
     attack = config.attack
     threat = Threat.of(config.threat)
@@ -348,17 +348,17 @@ def training_attack(config: RunConfig, engine: Engine) -> Attack:
         "compile": config.training.compile,
     }
     if attack.name == "n-fgsm":
-        return NFGSM(threat, 1, threat.epsilon, noise=attack.noise, **common)
-    return Attack(threat, attack.steps, attack.step_size, attack.start, **common)
+        return NFGSM(threat, noise=attack.noise, **common)
+    return PGD(threat, attack.steps, attack.step_size, attack.start, **common)
 
 
-def two_step_attack(config: RunConfig, engine: Engine) -> Attack | None:
+def two_step_attack(config: RunConfig, engine: Engine) -> PGD | None:
     """What replaces a single-step attack that the network has overfitted to: PGD with two steps."""
     attack = training_attack(config, engine)
     if not isinstance(attack, NFGSM):
         return None
     size = 0.75 * attack.threat.epsilon
-    return Attack(
+    return PGD(
         attack.threat,
         2,
         size,

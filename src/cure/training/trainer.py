@@ -27,12 +27,12 @@ from cure.models import load_weights
 from cure.models.batch_norm import running_statistics
 from cure.models.checkpoint import save_weights
 from cure.runs.folder import RunFolder, epoch_name
-from cure.runs.records import EpochMetrics, EpochTiming
+from cure.runs.records import EpochMetrics, EpochTiming, MeasuredAccuracies, Outcome
 from cure.runs.state import load_state, save_state
-from cure.training import outcome
 from cure.training.catastrophic import detector_of
 from cure.training.gradient_logger import GradientRecorder
 from cure.training.optimizer import build_optimizer, holding
+from cure.training.outcome import FINAL_STEPS, judge, start_warnings
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.schedule import learning_rate
 from cure.training.totals import Totals
@@ -290,15 +290,13 @@ class Trainer:
         """Accuracies before the first step, printed and kept in the run."""
         if self.method.selection == "natural" or self.done:
             return
-        if self.engine.first(lambda: outcome.known(self.folder)):
+        if self.engine.first(lambda: self.folder.outcome() is not None):
             return
-        start = outcome.Accuracies.of(
-            self.validate(), len(self.validation), self.config.training.validation_steps
-        )
-        outcome.keep_start(self.folder, start)
+        start = self._measured(self.validate(), self.config.training.validation_steps)
+        self.folder.set_outcome(Outcome(start=start))
         for tracker in self.trackers:
             tracker.say(f"start: {start}")
-            for sentence in outcome.start_warnings(start, self.config, len(self.training.classes)):
+            for sentence in start_warnings(start, self.config, len(self.training.classes)):
                 tracker.warn(sentence)
 
     def _measure_end(self) -> None:
@@ -309,14 +307,20 @@ class Trainer:
         network = copy.deepcopy(self.method.inference_model())
         load_weights(network, self.folder.weights("best"))
         network = self.engine.place(network)
-        steps = max(outcome.FINAL_STEPS, self.config.training.validation_steps)
+        steps = max(FINAL_STEPS, self.config.training.validation_steps)
         found = validate(network, self.validation, self.config, self.engine, steps)
-        end = outcome.Accuracies.of(found, len(self.validation), steps)
-        records = self.folder.metrics()
-        result = outcome.keep_end(self.folder, end, records, self.config)
+        end = self._measured(found, steps)
+        before = self.folder.outcome()
+        # A run that an earlier version began has no measured start: nothing was robust there.
+        start = before.start if before else end.model_copy(update={"natural": 0.0, "robust": 0.0})
+        result = judge(start, end, self.folder.metrics(), self.config)
+        self.folder.set_outcome(result)
         for tracker in self.trackers:
-            for line in result.lines(self.folder.resumed_by):
+            for line in result.lines(str(self.folder.resumed_by)):
                 tracker.say(line)
+
+    def _measured(self, found: dict[str, float], steps: int) -> MeasuredAccuracies:
+        return MeasuredAccuracies(**found, n=len(self.validation), steps=steps)
 
     def _check_finite(self) -> None:
         """Stop when a loss since the last look was not finite, or the weights are not."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import ImageSet, batches
 from cure.utils.engine import Engine
 
 
-def validation_attack(config: RunConfig, engine: Engine, steps: int | None = None) -> Attack:
+def validation_attack(config: RunConfig, engine: Engine, steps: int | None = None) -> PGD:
     """The attack that measures robust accuracy while training.
 
     Args:
@@ -20,7 +20,7 @@ def validation_attack(config: RunConfig, engine: Engine, steps: int | None = Non
         engine: where it runs.
         steps: steps of PGD; by default ``training.validation_steps``.
     """
-    return Attack(
+    return PGD(
         Threat.of(config.threat),
         steps=config.training.validation_steps if steps is None else steps,
         step_size=config.attack.step_size,
