@@ -36,7 +36,7 @@ from cure.attacks import Threat
 from cure.attacks.autoattack import AUTOATTACK
 from cure.data import ImageSet, batches
 from cure.evaluation.journal import Journal
-from cure.evaluation.runner import _Evaluation, no_progress
+from cure.evaluation.runner import AttackRunner, no_progress
 from cure.evaluation.target import load_split
 from cure.models import describe, digest
 from cure.runs.run import Run
@@ -66,11 +66,12 @@ class Watch:
         self.seconds["processor"] += time.process_time() - processor
 
 
-class InItsType(_Evaluation):
+class InItsType(AttackRunner):
     """An evaluation on images in the type of the network's weights."""
 
-    def _batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
-        image, label = super()._batch(index)
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] in [0, 1] and labels [B], on the device."""
+        image, label = super().batch(index)
         return image.to(next(self.model.parameters()).dtype), label
 
 
@@ -136,7 +137,7 @@ def ours(
         watch = Watch()
         attack = replace(AUTOATTACK, name=part, parts={part: AUTOATTACK.parts[part]})
         with watch:
-            after, _, _ = evaluation.attack(attack, stands)
+            after = evaluation.run(attack, stands).robust
         return after, watch.seconds
 
     return run

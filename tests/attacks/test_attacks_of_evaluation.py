@@ -16,7 +16,8 @@ from cure.attacks.registry import (
 from cure.config import Ratio
 from cure.data import ImageSet
 from cure.errors import ConfigError
-from cure.evaluation.runner import Curve, measure, smallest
+from cure.evaluation.metrics import smallest
+from cure.evaluation.runner import Curve, measure
 from linear_models import ENGINE, image_set, linear, linear_case, margins, unit
 
 DUAL = {"Linf": 1, "L2": 2, "L1": math.inf}

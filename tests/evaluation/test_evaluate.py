@@ -27,7 +27,8 @@ from cure.data import ImageSet
 from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.journal import Journal
-from cure.evaluation.runner import accuracy_of, measure, nrr
+from cure.evaluation.metrics import accuracy_of, nrr
+from cure.evaluation.runner import measure
 from cure.models.checks import check_outputs
 from cure.utils.random import generator
 from cure.utils.stats import wilson
@@ -523,7 +524,7 @@ def test_autoattack_gives_the_verdicts_of_its_package(
         network.train()
     expected = {part: right[rows].tolist() for part, rows in fooled.items()}
     came: dict[str, list[int]] = {part: [] for part in expected}
-    for verdict in journal.verdicts():
+    for verdict in journal.results():
         came[verdict.part] += verdict.fooled
     # Rounding may move an image from one part to another or save it: none here.
     assert came == expected

@@ -21,7 +21,7 @@ from cure.data import ImageSet
 from cure.errors import CheckpointError, ConfigError, ModelError
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.journal import Journal
-from cure.evaluation.runner import measure
+from cure.evaluation.runner import Meter, measure
 from cure.runs.run import Run
 from cure.training.run import train
 from helpers import Command, bright_or_dark, refused
@@ -168,11 +168,13 @@ def test_an_image_that_fools_only_the_prepared_network_is_attacked_as_it_is() ->
     def run(
         model: nn.Module, image: Tensor, label: Tensor, threat: Threat, seed: int, number: int
     ) -> Tensor:
-        given.append((model is network, len(image)))
+        assert isinstance(model, Meter)
+        itself = model.network is network
+        given.append((itself, len(image)))
         # On the network itself this attack fools half of what it is given.
         return (
             image
-            if model is not network
+            if not itself
             else torch.where(
                 (torch.arange(len(image)) % 2 == 0)[:, None, None, None], 1 - image, image
             )

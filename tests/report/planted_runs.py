@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cure.evaluation.runner import nrr
+from cure.evaluation.metrics import nrr
 from cure.recipe import dump, load_recipe
 from cure.utils.stats import wilson
 

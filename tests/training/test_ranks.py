@@ -206,7 +206,7 @@ def check_stopped(came: dict[str, Any], whole: dict[str, Any], folder: Path) -> 
     path.write_text("\n".join([*came["lines"], ""]))
     with Journal(path, {}) as journal:
         alone = evaluated(Engine(torch.device("cpu"), channels_last=True), journal=journal)
-        assert len(journal.verdicts()) > len(lines)
+        assert len(journal.results()) > len(lines)
     assert json.loads(json.dumps(alone)) == whole
 
 

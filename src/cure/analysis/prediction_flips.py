@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
+from cure.evaluation.metrics import accuracy_of
 from cure.evaluation.options import Split
-from cure.evaluation.runner import Progress, Result, accuracy_of, no_progress
+from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import TargetLike
 from cure.models import core
 from cure.models.checks import check_outputs

@@ -28,7 +28,7 @@ from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free, write_json
 
-RESULT_FORMAT = "cure-evaluation-1"
+EVALUATION_FORMAT = "cure-evaluation-1"
 
 
 def evaluate(
@@ -213,7 +213,7 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
         )
     )
     return {
-        "format": RESULT_FORMAT,
+        "format": EVALUATION_FORMAT,
         "target": target.name,
         **measured,
         "diagnosis": diagnosis,
@@ -360,6 +360,6 @@ def _unfinished(output: Path) -> bool:
         return False
     return (
         isinstance(content, dict)
-        and content.get("format") == RESULT_FORMAT
+        and content.get("format") == EVALUATION_FORMAT
         and bool(content.get("unfinished"))
     )

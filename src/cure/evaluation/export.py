@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from cure.attacks import Threat
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError, DataError
-from cure.evaluation.runner import Result, accuracy_of
+from cure.evaluation.metrics import accuracy_of
+from cure.evaluation.runner import Result
 from cure.models import digest
 from cure.utils.engine import Engine
 
-FORMAT = "cure-adversarial-1"
+ADVERSARIAL_FORMAT = "cure-adversarial-1"
 IMAGES = "adv_complete"
 """Key of the images in files of AutoAttack's and RobustBench's users, and in ours."""
 
@@ -74,7 +75,7 @@ def save_adversarial(
     """
     worst = result.get("worst_case", result["natural"])
     content = {
-        "format": FORMAT,
+        "format": ADVERSARIAL_FORMAT,
         IMAGES: adversarial.cpu().contiguous(),
         "label": images.label.cpu(),
         "norm": result["threat"]["norm"],

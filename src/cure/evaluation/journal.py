@@ -1,7 +1,7 @@
-"""What an evaluation has decided so far, kept on disk until it is finished.
+"""The batches that an evaluation has finished, kept on disk until all are.
 
-A line of JSON a batch and part of an attack, after a first line that says which evaluation it is:
-one that was killed or ran out of time goes on where it stopped.
+A line of JSON a batch and part of an attack, after a first line that identifies the evaluation: one
+that was killed or ran out of time continues where it stopped.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 
 from cure.errors import CheckpointError
 
-FORMAT = "cure-evaluation-partial-1"
+JOURNAL_FORMAT = "cure-evaluation-partial-1"
 SUFFIX = ".partial"
 
 Identity = dict[str, Any]
-"""What two evaluations must share so that one may go on where the other stopped."""
+"""What must be equal for one evaluation to continue another."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BatchResult:
     """What one part of an attack did to one batch.
 
     Attributes:
@@ -34,7 +34,7 @@ class Verdict:
         part: name of the part.
         batch: number of the batch, from 0.
         attacked: positions of its images in the set.
-        fooled: those of them that fell.
+        fooled: those of them that are misclassified now.
         furthest: longest change, in the threat's norm.
         seconds: time it took.
         forward: images that passed forward through the network.
@@ -56,11 +56,11 @@ class Verdict:
 
 
 class Journal:
-    """The verdicts of one evaluation; without a path they are forgotten with it.
+    """The results of the batches of one evaluation; only in memory without a path.
 
     Args:
-        path: the file to go on with or to make; None keeps nothing.
-        identity: JSON values that say which evaluation this is.
+        path: the file to continue or to make; None for none.
+        identity: JSON values that all results depend on.
 
     Raises:
         CheckpointError: when the file belongs to another evaluation or is damaged, another process
@@ -69,7 +69,7 @@ class Journal:
 
     def __init__(self, path: Path | None = None, identity: Identity | None = None) -> None:
         self.path = path
-        self._verdicts: dict[tuple[str, str, int], Verdict] = {}
+        self._results: dict[tuple[str, str, int], BatchResult] = {}
         self._file = None
         self._made = False
         if path is None:
@@ -105,12 +105,12 @@ class Journal:
             self._file.truncate(len(kept))
         if not kept:
             self._made = True
-            self._append({"format": FORMAT, "identity": identity})
+            self._append({"format": JOURNAL_FORMAT, "identity": identity})
             return
         try:
             first, *rest = [json.loads(line) for line in kept.splitlines()]
-            stored = dict(first["identity"]) if first["format"] == FORMAT else None
-            verdicts = [Verdict(**line) for line in rest]
+            stored = dict(first["identity"]) if first["format"] == JOURNAL_FORMAT else None
+            results = [BatchResult(**line) for line in rest]
         except (ValueError, KeyError, TypeError):
             stored = None
         if stored is None:
@@ -126,34 +126,34 @@ class Journal:
                 f"{self.path} holds an unfinished evaluation with another {', '.join(other)}; "
                 "repeat its command to finish it, delete it, or name another output file"
             )
-        self.learn(verdicts)
+        self.learn(results)
 
-    def learn(self, verdicts: Iterable[Verdict]) -> None:
-        """Know verdicts that are on the disk already."""
-        self._verdicts |= {(v.attack, v.part, v.batch): v for v in verdicts}
+    def learn(self, results: Iterable[BatchResult]) -> None:
+        """Take over results that are in the file already."""
+        self._results |= {(r.attack, r.part, r.batch): r for r in results}
 
-    def known(self, attack: str, part: str, batch: int, attacked: list[int]) -> Verdict | None:
-        """The verdict on a batch, if there is one already.
+    def find(self, attack: str, part: str, batch: int, attacked: list[int]) -> BatchResult | None:
+        """The result of a batch, if it is finished.
 
         Raises:
-            CheckpointError: when it was given on other images.
+            CheckpointError: when it is of other images.
         """
-        verdict = self._verdicts.get((attack, part, batch))
-        if verdict is not None and verdict.attacked != attacked:
+        result = self._results.get((attack, part, batch))
+        if result is not None and result.attacked != attacked:
             raise CheckpointError(
                 f"{self.path} was begun where rounding differs (another machine or number of "
                 "threads); finish it there, or delete it"
             )
-        return verdict
+        return result
 
-    def verdicts(self) -> list[Verdict]:
-        """All verdicts so far, in the order in which they were given."""
-        return list(self._verdicts.values())
+    def results(self) -> list[BatchResult]:
+        """All results so far, in the order in which they were added."""
+        return list(self._results.values())
 
-    def add(self, verdict: Verdict) -> None:
-        """Keep a verdict; it is on the disk afterwards."""
-        self._verdicts[verdict.attack, verdict.part, verdict.batch] = verdict
-        self._append(asdict(verdict))
+    def add(self, result: BatchResult) -> None:
+        """Add a result; it is on the disk afterwards."""
+        self._results[result.attack, result.part, result.batch] = result
+        self._append(asdict(result))
 
     def _append(self, record: dict[str, Any]) -> None:
         if self._file is None:
@@ -183,14 +183,14 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         """Close the file; one that was made for an evaluation that was refused is removed."""
-        if kind is not None and self._made and not self._verdicts:
+        if kind is not None and self._made and not self._results:
             self.remove()
         if self._file is not None:
             self._file.close()
 
 
 def partial_of(output: Path) -> Path:
-    """The file beside ``output`` that holds its verdicts until it is written."""
+    """The journal beside ``output``, until that is finished."""
     return output.with_name(output.name + SUFFIX)
 
 

@@ -1,4 +1,4 @@
-"""How well a classifier does, with what it was asked: accuracies, intervals, settings, seconds."""
+"""Runs attacks on one network and one set of images, and adds up what they found."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,40 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.attacks.registry import EvaluationAttack, Part, evaluation_attack
+from cure.attacks.registry import EvaluationAttack, evaluation_attack
 from cure.config import Ratio
 from cure.data import ImageSet, batches
-from cure.evaluation.journal import Identity, Journal, Verdict
+from cure.evaluation.journal import BatchResult, Identity, Journal
+from cure.evaluation.metrics import Result as Result
+from cure.evaluation.metrics import accuracy_of, nrr, smallest
 from cure.models import digest
 from cure.models.checks import check_outputs
 from cure.utils.engine import Engine
-from cure.utils.stats import median_interval, wilson
 
-Result = dict[str, Any]
 Progress = Callable[[str, int, int], None]
+"""(attack or check, images done, images in all)."""
 
 WORST = "worst_case"
 """All attacks together, image by image."""
 
 RADII = tuple(
     Ratio(f"{size}/255")
-    for size in (
-        "0.25",
-        "0.5",
-        "1",
-        "2",
-        "4",
-        "6",
-        "8",
-        "12",
-        "16",
-        "24",
-        "32",
-        "48",
-        "64",
-        "128",
-        "255",
-    )
+    for size in ("0.25", "0.5", 1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 128, 255)
 )
 
 
@@ -65,27 +49,7 @@ class Curve:
 
 
 def no_progress(name: str, done: int, count: int) -> None:
-    """Tell nobody."""
-
-
-def nrr(natural: float, robust: float) -> float:
-    """Natural-Robust Ratio: the harmonic mean of two accuracies in percent.
-
-    ``2 natural robust / (natural + robust)``; 0 when both are.  Source: CURE, ICLR 2024, Sec. 5.
-    """
-    return 2 * natural * robust / (natural + robust) if natural + robust else 0.0
-
-
-def accuracy_of(correct: Tensor, seconds: float) -> Result:
-    """Accuracy in percent with its interval, from one truth value an image [N]."""
-    count, right = len(correct), int(correct.sum())
-    return {
-        "accuracy": 100 * right / count,
-        "interval": list(wilson(right, count)),
-        "correct": right,
-        "n": count,
-        "seconds": round(seconds, 2),
-    }
+    """Progress callback that does nothing."""
 
 
 def measure(
@@ -116,24 +80,25 @@ def measure(
         attacks: names from :func:`~cure.attacks.registry.evaluation_attack`; "natural" is implied.
         threat: the ball.
         engine: device, memory layout and ranks; with precision "bf16_attack" attacks compute in
-            bfloat16.  The verdict on what they find is float32's, and an image that is fooled in
+            bfloat16.  What they find is classified in float32, and an image that is fooled in
             bfloat16 only is attacked again in float32.
         batch_size: images attacked at once.
         seed: of random starts.
-        progress: told (attack, and its part where there are several; images done, images in all).
+        progress: called with (attack, and its part where there are several; images done, images in
+            all).
         time_limit: seconds after which attacks stop; natural accuracy is always measured.
-        journal: verdicts that exist already, and where new ones are kept; with several ranks
-            that of the first is the one.
-        source: the network that the attack "transfer" crafts on.
+        journal: batches that are finished already, and where new ones are written; with several
+            ranks only the first one's is used.
+        source: the network that the attack "transfer" makes its images on.
         curve: also measure accuracy over epsilon.
-        keep: is given the fooling images: for each attack, and for the worst case over all, a
+        keep: receives the fooling images: for each attack, and for the worst case over all, a
             tensor like ``images.image`` in [0, 1], with the images themselves where none fooled.
-            Only with one rank, and verdicts that a journal knows already have no images.
+            Only with one rank, and batches that are in the journal already have no images.
 
     Returns:
         {"natural": ..., "attacks": {name: ...}, "worst_case": ..., "nrr": {...}, "curve": ...},
-        accuracies in percent with Wilson 95 % intervals.  Attacks that the time did not suffice for
-        are under "unfinished" instead, with bounds of what their accuracy can be.
+        accuracies in percent with Wilson 95 % intervals.  Attacks that ran out of time are
+        under "unfinished" instead, with bounds of what their accuracy can be.
 
     Raises:
         ConfigError: for an unknown attack, before anything is computed.
@@ -142,11 +107,7 @@ def measure(
     """
     ends = math.inf if time_limit is None else time.monotonic() + time_limit
     images = images.checked().to(engine.device)
-    chosen = [
-        evaluation_attack(name, source).defined(len(images.classes), threat)
-        for name in dict.fromkeys(attacks)
-        if name != "natural"
-    ]
+    chosen = _chosen(attacks, images, threat, source)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -157,23 +118,24 @@ def measure(
         result: Result = {"natural": accuracy_of(natural, time.perf_counter() - began)}
         progress("natural", len(images), len(images))
         journal = journal or Journal()
-        # Only the first rank reads and writes a file; what it read is known to all.
-        journal.learn(engine.first(journal.verdicts))
-        evaluation = _Evaluation(
+        # Only the first rank reads and writes the file; the others receive what it read.
+        journal.learn(engine.first(journal.results))
+        runner = AttackRunner(
             model, images, threat, engine, batch_size, seed, progress, journal, ends, keep
         )
-        verdicts = {}
+        robust = {}
         result["attacks"] = {}
         unfinished = {}
         for attack in chosen:
-            robust, came, finished = evaluation.attack(attack, natural)
-            if finished:
-                verdicts[attack.name], result["attacks"][attack.name] = robust, came
+            tally = runner.run(attack, natural)
+            if tally.stopped_in is None:
+                robust[attack.name] = tally.robust
+                result["attacks"][attack.name] = tally.result()
             else:
-                unfinished[attack.name] = came
+                unfinished[attack.name] = tally.result()
         if curve is not None:
             attack = evaluation_attack(curve.attack, source).defined(len(images.classes), threat)
-            result["curve"], missing = evaluation.curve(attack, natural, curve)
+            result["curve"], missing = _measure_curve(runner, attack, natural, curve)
             if missing is not None:
                 unfinished["curve"] = missing
     finally:
@@ -181,13 +143,13 @@ def measure(
             module.training = training
     if unfinished:
         result["unfinished"] = unfinished
-    if verdicts:
-        worst = torch.stack(list(verdicts.values())).all(dim=0)
-        result["worst_case"] = accuracy_of(worst, 0.0) | {"over": list(verdicts)}
+    if robust:
+        worst = torch.stack(list(robust.values())).all(dim=0)
+        result["worst_case"] = accuracy_of(worst, 0.0) | {"over": list(robust)}
         del result["worst_case"]["seconds"]
     result["nrr"] = {
         name: nrr(result["natural"]["accuracy"], result["attacks"][name]["accuracy"])
-        if name in verdicts
+        if name in robust
         else None
         for name in ("cw", "autoattack")
     }
@@ -205,19 +167,14 @@ def identify(
     source: nn.Module | None = None,
     curve: Curve | None = None,
 ) -> Identity:
-    """All that verdicts depend on, for :class:`Journal`; see :func:`measure`."""
-    chosen = [
-        evaluation_attack(name, source).defined(len(images.classes), threat)
-        for name in dict.fromkeys(attacks)
-        if name != "natural"
-    ]
-    tensors = _tensors_of(model)
+    """All that the result of a batch depends on, for :class:`Journal`; see :func:`measure`."""
+    chosen = _chosen(attacks, images, threat, source)
     further: Identity = {} if source is None else {"source": digest(_tensors_of(source))}
     if curve is not None:
         further["curve"] = evaluation_attack(curve.attack, source).settings
     return {
         "network": hashlib.sha256(str(model).encode()).hexdigest(),
-        "weights": digest(tensors),
+        "weights": digest(_tensors_of(model)),
         "images": digest({"image": images.image, "label": images.label}),
         "attacks": {attack.name: _settings(attack, engine) for attack in chosen},
         "threat": [threat.norm, threat.epsilon],
@@ -226,6 +183,17 @@ def identify(
         "seed": seed,
         "version of torch": torch.__version__,
     } | further
+
+
+def _chosen(
+    attacks: Sequence[str], images: ImageSet, threat: Threat, source: nn.Module | None
+) -> list[EvaluationAttack]:
+    """The attacks of these names, each once, as far as they are defined for the images."""
+    return [
+        evaluation_attack(name, source).defined(len(images.classes), threat)
+        for name in dict.fromkeys(attacks)
+        if name != "natural"
+    ]
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -242,55 +210,149 @@ def _predict(model: nn.Module, images: ImageSet, engine: Engine, batch_size: int
 
 
 def _settings(attack: EvaluationAttack, engine: Engine) -> dict[str, Any]:
-    """Those of the attack, and how precisely it computes where that is not float32."""
+    """The settings of an attack, and its precision where that is not float32."""
     lower = {} if engine.precision == "fp32" else {"precision": engine.precision}
     return attack.settings | lower
 
 
-def smallest(distances: Tensor) -> Result:
-    """Median of the smallest changes, with its interval, and the accuracy that they leave.
+def _measure_curve(
+    runner: AttackRunner, attack: EvaluationAttack, natural: Tensor, curve: Curve
+) -> tuple[Result, Result | None]:
+    """Accuracy at each radius, and the result of the radius at which time ran out.
+
+    What fools within a radius fools within a larger one, so only images that are still right are
+    attacked again.
+    """
+    found: Result = {"attack": attack.name, "settings": attack.settings}
+    points: list[Result] = []
+    robust = natural
+    for epsilon in sorted(curve.epsilons):
+        threat = Threat(runner.threat.norm, float(epsilon))
+        # A part that has the attack's name is renamed with it.
+        parts = {
+            f"{name}@{epsilon}" if name == attack.name else name: part
+            for name, part in attack.parts.items()
+        }
+        named = replace(attack, name=f"{attack.name}@{epsilon}", parts=parts)
+        tally = replace(runner, threat=threat, keep=None).run(named, robust)
+        if tally.stopped_in is not None:
+            return found | {"points": points}, tally.result()
+        robust, came = tally.robust, tally.result()
+        figures = {key: came[key] for key in ("accuracy", "interval", "correct", "n", "seconds")}
+        points.append({"epsilon": float(epsilon), "epsilon_text": str(epsilon)} | figures)
+        if not bool(robust.any()):
+            break
+    return found | {"points": points}, None
+
+
+class Tally:
+    """What the batches of one attack add up to.
+
+    Attributes:
+        robust: which images are right after all batches so far [N].
+        stopped_in: the part in which time ran out, None when the attack is finished.
+    """
+
+    def __init__(
+        self, attack: EvaluationAttack, natural: Tensor, seed: int, settings: dict[str, Any]
+    ) -> None:
+        self.attack, self.seed, self.settings = attack, seed, settings
+        self.robust = natural.clone()
+        self.stopped_in: str | None = None
+        self._attacked = int(natural.sum())
+        self._fooled_by = dict.fromkeys(attack.parts, 0)
+        self._withstood = 0
+        self._furthest, self._seconds = 0.0, 0.0
+        self._passes = {"forward": 0, "backward": 0}
+        self._distances = torch.full((len(natural),), math.inf, dtype=torch.float64)
+        self._distances[~natural.cpu()] = 0.0
+
+    def begin(self) -> None:
+        """A part begins: images withstand the attack when they withstand its last part."""
+        self._withstood = 0
+
+    def add(self, batch: BatchResult) -> None:
+        """Add the result of one part on one batch."""
+        self.robust[torch.tensor(batch.fooled, dtype=torch.int64)] = False
+        self._fooled_by[batch.part] += len(batch.fooled)
+        self._withstood += len(batch.attacked) - len(batch.fooled)
+        self._furthest = max(self._furthest, batch.furthest)
+        self._seconds += batch.seconds
+        self._passes["forward"] += batch.forward
+        self._passes["backward"] += batch.backward
+        if batch.distances is not None:
+            found = [math.inf if length is None else length for length in batch.distances]
+            self._distances[batch.attacked] = torch.tensor(found, dtype=torch.float64)
+
+    def result(self) -> Result:
+        """Accuracy, or its bounds when time ran out, for the result file."""
+        facts: Result = {
+            "attacked": self._attacked,
+            "largest_change": self._furthest,
+            "seed": self.seed,
+            "settings": self.settings,
+            "passes": self._passes,
+        }
+        if len(self._fooled_by) > 1:
+            facts["fooled_by"] = self._fooled_by
+        if self.stopped_in is None:
+            if self.attack.minimum:
+                facts |= smallest(self._distances)
+            return accuracy_of(self.robust, self._seconds) | facts
+        # Images that withstood the last part withstood the attack; the others are undecided.
+        last = self.stopped_in == list(self.attack.parts)[-1]
+        sure, most, count = self._withstood if last else 0, int(self.robust.sum()), len(self.robust)
+        return {
+            "bounds": [100 * sure / count, 100 * most / count],
+            "undecided": most - sure,
+            "n": count,
+            "stopped_in": self.stopped_in,
+            "seconds": round(self._seconds, 2),
+        } | facts
+
+
+class OutOfTime(Exception):
+    """The time limit was reached during an attack."""
+
+
+class Meter(nn.Module):
+    """A network that counts what passes through it, reports progress and keeps a deadline.
 
     Args:
-        distances: [N]; 0 where an image was wrong as it is, infinite where nothing was found.
-
-    Returns:
-        ``median_distance`` over all images and its 95 % interval
-        (:func:`~cure.utils.stats.median_interval`); None is infinite;
-        ``distance_curve``: [distance, percent of the images still right] at 101 quantiles.
+        network: what it calls.
+        passes: about how many calls there will be.
+        tell: called with the share of them that is done, below 1.
+        ends: a time of ``time.monotonic``; a call after it raises :class:`OutOfTime`.
     """
-    ordered, count = distances.sort().values, len(distances)
-    median, low, high = median_interval(ordered.tolist())
 
-    def number(value: float) -> float | None:
-        return float(value) if math.isfinite(value) else None
+    def __init__(
+        self, network: nn.Module, passes: int, tell: Callable[[float], None], ends: float
+    ) -> None:
+        super().__init__()
+        self.network, self.passes, self.tell, self.ends = network, passes, tell, ends
+        self.calls = 0
+        self.counted = {"forward": 0, "backward": 0}
+        self.train(network.training)
 
-    quantiles = [round(share * (count - 1) / 100) for share in range(101)]
-    return {
-        "median_distance": number(median),
-        # No distance is below 0, so that is the limit where order statistics give none.
-        "median_interval": [number(max(0.0, low)), number(high)],
-        "distance_curve": [
-            [number(float(ordered[place])), 100 * float((ordered > ordered[place]).double().mean())]
-            for place in dict.fromkeys(quantiles)
-        ],
-    }
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        if time.monotonic() > self.ends:
+            raise OutOfTime
+        self.calls += 1
+        self.tell(min(1.0, self.calls / self.passes) * 0.999)
+        logits: Tensor = self.network(image)
+        self.counted["forward"] += len(logits)
+        if logits.requires_grad:
+            logits.register_hook(self._came_back)  # type: ignore[no-untyped-call]
+        return logits
 
-
-def _renamed(attack: EvaluationAttack, epsilon: float) -> dict[str, Part]:
-    """Its parts, of which one that has the attack's name follows it."""
-    return {
-        f"{name}@{epsilon}" if name == attack.name else name: part
-        for name, part in attack.parts.items()
-    }
-
-
-class _OutOfTime(Exception):
-    """Raised inside a forward pass, which every attack makes again and again."""
+    def _came_back(self, gradient: Tensor) -> None:
+        self.counted["backward"] += len(gradient)
 
 
 @dataclass
-class _Evaluation:
-    """What all attacks of one evaluation share."""
+class AttackRunner:
+    """Runs attacks on one network; its attributes are the arguments of :func:`measure`."""
 
     model: nn.Module
     images: ImageSet
@@ -303,127 +365,60 @@ class _Evaluation:
     ends: float
     keep: dict[str, Tensor] | None = None
 
-    def attack(self, attack: EvaluationAttack, natural: Tensor) -> tuple[Tensor, Result, bool]:
-        """Which images stand [N], the attack's part of the result, and whether it is finished."""
-        robust = natural.clone()
-        fooled_by = dict.fromkeys(attack.parts, 0)
-        furthest, seconds, stood = 0.0, 0.0, 0
-        passes = {"forward": 0, "backward": 0}
-        distances = torch.full((len(robust),), math.inf, dtype=torch.float64)
-        distances[~natural.cpu()] = 0.0
-        prepared = attack.prepare(self.model, self._batch(slice(0, 8))[0])
-        stopped: str | None = None
+    def run(self, attack: EvaluationAttack, natural: Tensor) -> Tally:
+        """Run an attack on the images that are right, ``natural`` [N], part by part."""
+        tally = Tally(attack, natural, self.seed, _settings(attack, self.engine))
+        prepared = attack.prepare(self.model, self.batch(slice(0, 8))[0])
         for part in attack.parts:
-            targets = robust.nonzero().flatten()
-            pieces = torch.split(targets, self.batch_size) if len(targets) else ()
-            stood = 0
-            for first in range(0, len(pieces), self.engine.world):
-                for verdict in self._round(attack, part, prepared, pieces, first):
-                    if verdict is None:
-                        stopped = part
-                        continue
-                    robust[torch.tensor(verdict.fooled, dtype=torch.int64)] = False
-                    fooled_by[part] += len(verdict.fooled)
-                    stood += len(verdict.attacked) - len(verdict.fooled)
-                    furthest = max(furthest, verdict.furthest)
-                    seconds += verdict.seconds
-                    passes["forward"] += verdict.forward
-                    passes["backward"] += verdict.backward
-                    if verdict.distances is not None:
-                        found = [math.inf if d is None else d for d in verdict.distances]
-                        distances[verdict.attacked] = torch.tensor(found, dtype=torch.float64)
-                if stopped is not None:
-                    break
-            if stopped is not None:
-                break
-        facts: Result = {"attacked": int(natural.sum()), "largest_change": furthest}
-        facts |= {"seed": self.seed, "settings": _settings(attack, self.engine), "passes": passes}
-        if len(fooled_by) > 1:
-            facts["fooled_by"] = fooled_by
-        if stopped is None:
-            if attack.minimum:
-                facts |= smallest(distances)
-            return robust, accuracy_of(robust, seconds) | facts, True
-        # Whoever stands after the last part withstood the attack; of others none knows.
-        sure = stood if stopped == list(attack.parts)[-1] else 0
-        most, count = int(robust.sum()), len(robust)
-        missing = {
-            "bounds": [100 * sure / count, 100 * most / count],
-            "undecided": most - sure,
-            "n": count,
-            "stopped_in": stopped,
-            "seconds": round(seconds, 2),
-        }
-        return robust, missing | facts, False
+            tally.begin()
+            for results in self._rounds(attack, part, prepared, tally.robust):
+                for result in filter(None, results):
+                    tally.add(result)
+                if None in results:
+                    tally.stopped_in = part
+                    return tally
+        return tally
 
-    def curve(
-        self, attack: EvaluationAttack, natural: Tensor, curve: Curve
-    ) -> tuple[Result, Result | None]:
-        """Accuracy at each radius, and what is missing.
-
-        What fools within a radius fools within a larger one, so only who stands is attacked on.
-        """
-        found: Result = {"attack": attack.name, "settings": attack.settings}
-        points: list[Result] = []
-        robust = natural
-        for epsilon in sorted(curve.epsilons):
-            there = replace(self, threat=Threat(self.threat.norm, float(epsilon)), keep=None)
-            named = replace(
-                attack, name=f"{attack.name}@{epsilon}", parts=_renamed(attack, epsilon)
-            )
-            robust, came, finished = there.attack(named, robust)
-            if not finished:
-                return found | {"points": points}, came
-            figures = {
-                key: came[key] for key in ("accuracy", "interval", "correct", "n", "seconds")
-            }
-            points.append({"epsilon": float(epsilon), "epsilon_text": str(epsilon)} | figures)
-            if not bool(robust.any()):
-                break
-        return found | {"points": points}, None
-
-    def _round(
-        self,
-        attack: EvaluationAttack,
-        part: str,
-        prepared: nn.Module,
-        pieces: Sequence[Tensor],
-        first: int,
-    ) -> list[Verdict | None]:
-        """One batch for each rank, from number ``first`` on: the same verdicts on every rank.
-
-        None stands for a batch that the time did not suffice for.
-        """
-        ours = pieces[first : first + self.engine.world]
-        known = [
-            self.journal.known(attack.name, part, first + rank, index.tolist())
-            for rank, index in enumerate(ours)
-        ]
-        said = part if part == attack.name else f"{attack.name} {part}"
-        before, count = first * self.batch_size, sum(map(len, ours))
-
-        def tell(share: float) -> None:
-            self.progress(said, before + int(share * count), sum(map(len, pieces)))
-
-        if None in known:
-            own, rank = None, self.engine.rank
-            if rank < len(ours) and known[rank] is None:
-                with suppress(_OutOfTime):
-                    own = self._decide(attack, part, prepared, first + rank, ours[rank], tell)
-            made = self.engine.gather(own)
-            for verdict in filter(None, made):
-                self.journal.add(verdict)
-            known = [old or new for old, new in zip(known, made, strict=False)]
-        if None not in known:
-            tell(1.0)
-        return known
-
-    def _batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+    def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] in [0, 1] and labels [B], on the device."""
         chosen = self.images.subset(index)
         batch = next(batches(chosen, len(chosen)))
         return self.engine.arrange(batch.image), batch.label
 
-    def _decide(
+    def _rounds(
+        self, attack: EvaluationAttack, part: str, prepared: nn.Module, robust: Tensor
+    ) -> Iterator[list[BatchResult | None]]:
+        """Results of one part, a batch for each rank at a time: the same ones on every rank.
+
+        None in the place of a batch that ran out of time.
+        """
+        targets = robust.nonzero().flatten()
+        pieces = torch.split(targets, self.batch_size) if len(targets) else ()
+        title = part if part == attack.name else f"{attack.name} {part}"
+        for first in range(0, len(pieces), self.engine.world):
+            ours = pieces[first : first + self.engine.world]
+            results = [
+                self.journal.find(attack.name, part, first + rank, index.tolist())
+                for rank, index in enumerate(ours)
+            ]
+            before, count = first * self.batch_size, sum(map(len, ours))
+
+            def tell(share: float, before: int = before, count: int = count) -> None:
+                self.progress(title, before + int(share * count), len(targets))
+
+            if None in results:
+                own, rank = None, self.engine.rank
+                if rank < len(ours) and results[rank] is None:
+                    own = self._attack(attack, part, prepared, first + rank, ours[rank], tell)
+                made = self.engine.gather(own)
+                for result in filter(None, made):
+                    self.journal.add(result)
+                results = [old or new for old, new in zip(results, made, strict=False)]
+            if None not in results:
+                tell(1.0)
+            yield results
+
+    def _attack(
         self,
         attack: EvaluationAttack,
         part: str,
@@ -431,26 +426,29 @@ class _Evaluation:
         number: int,
         index: Tensor,
         tell: Callable[[float], None],
-    ) -> Verdict:
-        """Run one part on one batch."""
-        image, label = self._batch(index)
+    ) -> BatchResult | None:
+        """Run one part on the images ``index`` [B]; None when time runs out."""
+        image, label = self.batch(index)
         began, run = time.perf_counter(), attack.parts[part]
+        meter = Meter(prepared, run.passes, tell, self.ends)
         tell(0.0)
-        watched = self._watched(prepared, run.passes, tell)
-        with watched as count, self.engine.attack_precision():
-            adversarial = run.run(prepared, image, label, self.threat, self.seed, number)
-        fooled = self._fooled(self.model, adversarial, label)
-        replaced = prepared is not self.model or self.engine.precision != "fp32"
-        if replaced and not attack.transferred:
-            # Rounding decided: what fools the prepared network only is attacked as it is.
+        try:
             with self.engine.attack_precision():
-                lost = self._fooled(prepared, adversarial, label) & ~fooled
-            if bool(lost.any()):
-                with self._watched(self.model, run.passes, tell, count):
+                adversarial = run.run(meter, image, label, self.threat, self.seed, number)
+            fooled = self._fooled(self.model, adversarial, label)
+            replaced = prepared is not self.model or self.engine.precision != "fp32"
+            if replaced and not attack.transferred:
+                # Rounding decided: images that fool the prepared network only are attacked again.
+                with self.engine.attack_precision():
+                    lost = self._fooled(prepared, adversarial, label) & ~fooled
+                if bool(lost.any()):
+                    meter.network = self.model
                     adversarial[lost] = run.run(
-                        self.model, image[lost], label[lost], self.threat, self.seed, number
+                        meter, image[lost], label[lost], self.threat, self.seed, number
                     )
-                fooled = self._fooled(self.model, adversarial, label)
+                    fooled = self._fooled(self.model, adversarial, label)
+        except OutOfTime:
+            return None
         lengths = self.threat.distance(adversarial - image)
         distances = None
         if attack.minimum:
@@ -464,9 +462,9 @@ class _Evaluation:
         if self.keep is not None:
             for name in (attack.name, WORST):
                 if name not in self.keep:
-                    self.keep[name] = self._batch(slice(None))[0].clone()
+                    self.keep[name] = self.batch(slice(None))[0].clone()
                 self.keep[name][index[fooled]] = adversarial[fooled]
-        return Verdict(
+        return BatchResult(
             attack.name,
             part,
             number,
@@ -474,46 +472,13 @@ class _Evaluation:
             index[fooled].tolist(),
             float(lengths.max()),
             round(time.perf_counter() - began, 3),
-            **count,
+            **meter.counted,
             distances=distances,
         )
 
     @torch.no_grad()
     def _fooled(self, model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
         return model(self.engine.arrange(image)).argmax(dim=1) != label  # type: ignore[no-any-return]
-
-    @contextmanager
-    def _watched(
-        self,
-        model: nn.Module,
-        passes: int,
-        tell: Callable[[float], None],
-        count: dict[str, int] | None = None,
-    ) -> Iterator[dict[str, int]]:
-        """At each forward pass: count, tell how far the attack is, and stop it when time is up."""
-        calls, count = 0, {"forward": 0, "backward": 0} if count is None else count
-
-        def came_back(gradient: Tensor) -> None:
-            count["backward"] += len(gradient)
-
-        def before(*_: object) -> None:
-            nonlocal calls
-            if time.monotonic() > self.ends:
-                raise _OutOfTime
-            calls += 1
-            tell(min(1.0, calls / passes) * 0.999)
-
-        def after(_: nn.Module, __: object, logits: Tensor) -> None:
-            count["forward"] += len(logits)
-            if logits.requires_grad:
-                logits.register_hook(came_back)  # type: ignore[no-untyped-call]
-
-        handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
-        try:
-            yield count
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _check_allowed(adversarial: Tensor, lengths: Tensor, name: str, threat: Threat) -> None:

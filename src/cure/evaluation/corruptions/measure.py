@@ -39,7 +39,7 @@ from cure.utils.io import check_free, write_json
 from cure.utils.launcher import launched
 from cure.utils.stats import wilson
 
-FORMAT = "cure-corruptions-1"
+CORRUPTIONS_FORMAT = "cure-corruptions-1"
 BASELINES = Path(__file__).parent / "baselines"
 """Results that a baseline may be named by: of commands of this repository (docs/corruptions.md)."""
 
@@ -125,7 +125,7 @@ def corruptions(
         progress,
     )
     result = {
-        "format": FORMAT,
+        "format": CORRUPTIONS_FORMAT,
         "target": chosen.name,
         **measured,
         "mce": _mce(measured["corruptions"], severities, reference),
@@ -416,10 +416,10 @@ def _read_baseline(given: str | Path) -> Result:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != CORRUPTIONS_FORMAT:
         raise ConfigError(
-            f"baseline: expected a result of `cure corruptions --output FILE` ({FORMAT}) in "
-            f"{path}, got another file"
+            "baseline: expected a result of `cure corruptions --output FILE` "
+            f"({CORRUPTIONS_FORMAT}) in {path}, got another file"
         )
     return content
 

@@ -1,0 +1,61 @@
+"""Figures of an evaluation: accuracy with its interval, NRR, distances to the nearest mistake."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from cure.utils.stats import median_interval, wilson
+
+Result = dict[str, Any]
+
+
+def nrr(natural: float, robust: float) -> float:
+    """Natural-Robust Ratio: the harmonic mean of two accuracies in percent.
+
+    ``2 natural robust / (natural + robust)``; 0 when both are.  Source: CURE, ICLR 2024, Sec. 5.
+    """
+    return 2 * natural * robust / (natural + robust) if natural + robust else 0.0
+
+
+def accuracy_of(correct: Tensor, seconds: float) -> Result:
+    """Accuracy in percent with its interval, from one truth value an image [N]."""
+    count, right = len(correct), int(correct.sum())
+    return {
+        "accuracy": 100 * right / count,
+        "interval": list(wilson(right, count)),
+        "correct": right,
+        "n": count,
+        "seconds": round(seconds, 2),
+    }
+
+
+def smallest(distances: Tensor) -> Result:
+    """Median of the smallest changes, with its interval, and the accuracy that they leave.
+
+    Args:
+        distances: [N]; 0 where an image was wrong as it is, infinite where nothing was found.
+
+    Returns:
+        ``median_distance`` over all images and its 95 % interval
+        (:func:`~cure.utils.stats.median_interval`); None is infinite;
+        ``distance_curve``: [distance, percent of the images still right] at 101 quantiles.
+    """
+    ordered, count = distances.sort().values, len(distances)
+    median, low, high = median_interval(ordered.tolist())
+
+    def number(value: float) -> float | None:
+        return float(value) if math.isfinite(value) else None
+
+    quantiles = [round(share * (count - 1) / 100) for share in range(101)]
+    return {
+        "median_distance": number(median),
+        # No distance is below 0, so that is the limit where order statistics give none.
+        "median_interval": [number(max(0.0, low)), number(high)],
+        "distance_curve": [
+            [number(float(ordered[place])), 100 * float((ordered > ordered[place]).double().mean())]
+            for place in dict.fromkeys(quantiles)
+        ],
+    }
