@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cure.api import HOMES, load
+from cure.api import HOMES, MODULES, load
 from cure.utils.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
+    from cure import attacks, methods
+    from cure.attacks.threat import Threat
     from cure.data import ImageSet
     from cure.errors import CureError
     from cure.evaluation.corruptions.measure import corruptions
     from cure.evaluation.diagnosis.api import diagnose
     from cure.evaluation.evaluate import evaluate, verify
     from cure.experiments.compare import compare
+    from cure.methods.common import losses
     from cure.recipe import load_recipe
     from cure.report.page import write_report
     from cure.runs.run import Run
@@ -28,12 +31,16 @@ __all__ = [
     "CureError",
     "ImageSet",
     "Run",
+    "Threat",
     "__version__",
+    "attacks",
     "compare",
     "corruptions",
     "diagnose",
     "evaluate",
     "load_recipe",
+    "losses",
+    "methods",
     "resume",
     "train",
     "verify",
@@ -46,4 +53,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *HOMES})
+    return sorted({*globals(), *HOMES, *MODULES})

@@ -13,6 +13,7 @@ HOMES = {
     "CureError": "cure.errors",
     "ImageSet": "cure.data",
     "Run": "cure.runs.run",
+    "Threat": "cure.attacks.threat",
     "compare": "cure.experiments.compare",
     "corruptions": "cure.evaluation.corruptions.measure",
     "diagnose": "cure.evaluation.diagnosis.api",
@@ -25,6 +26,13 @@ HOMES = {
 }
 """Public name -> module."""
 
+MODULES = {
+    "attacks": "cure.attacks",
+    "losses": "cure.methods.common.losses",
+    "methods": "cure.methods",
+}
+"""Public name of a module -> the module itself."""
+
 
 def load(name: str) -> Any:
     """The object behind a public name.
@@ -32,6 +40,8 @@ def load(name: str) -> Any:
     Raises:
         AttributeError: when there is no such name.
     """
+    if name in MODULES:
+        return importlib.import_module(MODULES[name])
     if name not in HOMES:
         raise AttributeError(f"module 'cure' has no attribute '{name}'")
     return getattr(importlib.import_module(HOMES[name]), name)

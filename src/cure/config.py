@@ -298,6 +298,10 @@ class MethodConfig(Section):
         values = {name: getattr(self, name) for name in type(self).model_fields}
         return {name: value for name, value in values.items() if isinstance(value, TeacherConfig)}
 
+    def needs_length(self) -> bool:
+        """Whether a schedule of the method depends on the number of steps of the training."""
+        return False
+
     def sweep(self) -> tuple[str, ...]:
         """What to vary when nobody says: ``percent=10:50``, ``alpha=0.05:0.5:log``, ``k=1,2,4``."""
         return ()

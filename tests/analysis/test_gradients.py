@@ -19,7 +19,7 @@ from cure.analysis.gradients import by_chance, frequencies, gradients, overlap
 from cure.analysis.study import STUDIES
 from cure.errors import CheckpointError, ConfigError
 from cure.methods import Masking
-from cure.methods.cure import Cure, rgp_mask
+from cure.methods.cure import CURE, rgp_mask
 from cure.models import read_weights
 from cure.runs.folder import RunFolder
 from cure.training.gradient_logger import GradientRecorder
@@ -54,15 +54,15 @@ def scores() -> list[dict[str, Tensor]]:
 @pytest.fixture(scope="module")
 def run(workshop: Path, scores: list[dict[str, Tensor]]) -> Path:
     """CURE with a record every two steps."""
-    gradients_of = Cure._gradients
+    gradients_of = CURE._gradients
 
-    def seen(self: Cure, *arguments: Any) -> Any:
+    def seen(self: CURE, *arguments: Any) -> Any:
         found = gradients_of(self, *arguments)
         scores.append({name: score.clone() for name, score in found[1].items()})
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cure, "_gradients", seen)
+        patch.setattr(CURE, "_gradients", seen)
         return trained(workshop / "run", RECORDED)
 
 
@@ -192,15 +192,15 @@ def test_a_killed_run_records_the_same(
 
 def test_other_steps_are_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    compute_loss = Cure.compute_loss
+    compute_loss = CURE.compute_loss
 
-    def seen(self: Cure, batch: Any, attacked: Any) -> Any:
+    def seen(self: CURE, batch: Any, attacked: Any) -> Any:
         out = compute_loss(self, batch, attacked)
         if out.masking is not None:
             asked.append(batch.step)
         return out
 
-    monkeypatch.setattr(Cure, "compute_loss", seen)
+    monkeypatch.setattr(CURE, "compute_loss", seen)
     trained(tmp_path / "run", "training.record_gradients=5")
     assert asked == [0, 1, 5, 6, 10, 11]
 

@@ -105,7 +105,6 @@ def context(
         attack=plain if attack is None else attack,
         seed=seed,
         classes=CLASSES,
-        samples=SAMPLES,
         steps_per_epoch=10,
         epochs=4,
         natural_images=lambda: iter([batch().image]),

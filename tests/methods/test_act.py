@@ -28,7 +28,7 @@ from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import WeightPerturbationConfig
 from cure.methods import Method
 from cure.methods.act import ActConfig, concurrent_loss, concurrent_objective
-from cure.methods.wrappers.awp import WeightPerturbed, perturbation
+from cure.methods.wrappers.awp import AWP, perturbation
 from cure.recipe import load_recipe
 
 
@@ -268,7 +268,7 @@ def test_perturbed_weights_are_those_of_both_networks():
         for name, change in changes.items():
             weights[name] += change
     expected = gradients()
-    wrapped = WeightPerturbed(method, WeightPerturbationConfig(gamma=0.1)).train()
+    wrapped = AWP(method, WeightPerturbationConfig(gamma=0.1)).train()
     found = wrapped.step(given).grads
     wrapped.after_step(0)
     for name, gradient in expected.items():

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cure.config import AveragingConfig
 from cure.methods import METHODS, Context, Method, Metrics
-from cure.methods.at import Adversarial
-from cure.methods.wrappers.averaging import Averaged, recompute_statistics
+from cure.methods.at import AT
+from cure.methods.wrappers.averaging import Averaging, recompute_statistics
 
 every_method = pytest.mark.parametrize("name", METHODS.names())
 
@@ -29,9 +29,9 @@ def short(**changes: Any) -> Context:
 
 def averaged(
     name: str = "at", seed: int = 3, within: Context | None = None, config: AveragingConfig = SWA
-) -> Averaged:
+) -> Averaging:
     within = within or short(natural_images=images)
-    return Averaged(build(name, tiny_network(seed), within), config).train()
+    return Averaging(build(name, tiny_network(seed), within), config).train()
 
 
 def images() -> Iterator[Tensor]:
@@ -65,13 +65,13 @@ def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
 # -- what enters, and when -----------------------------------------------------------------------
 
 
-def history(config: AveragingConfig) -> tuple[list[list[float]], Averaged]:
+def history(config: AveragingConfig) -> tuple[list[list[float]], Averaging]:
     """Weight, bias, running mean, running variance of what is evaluated, after each of 8 steps.
 
     In step s they are s, 10 s, 20 s and 30 s; two steps an epoch, four epochs.
     """
     within = context(steps_per_epoch=2, natural_images=images)
-    method = Averaged(build("at", tiny_network(), within), config)
+    method = Averaging(build("at", tiny_network(), within), config)
     model, found = method.model, []
     for step in range(8):
         with torch.no_grad():
@@ -129,18 +129,18 @@ def test_the_average_learns_nothing_and_shares_nothing():
 
 
 def test_what_the_method_evaluates_is_what_is_averaged():
-    class Other(Adversarial):
+    class Other(AT):
         """Evaluates a network of its own."""
 
         def __init__(self) -> None:
-            super().__init__(tiny_network(), Adversarial.Config(), short())
+            super().__init__(tiny_network(), AT.Config(), short())
             self.other = nn.Linear(1, 1, bias=False)
 
         def inference_model(self) -> nn.Module:
             return self.other
 
     inner = Other()
-    method = Averaged(inner, AveragingConfig(kind="equal", start=1 / 12))
+    method = Averaging(inner, AveragingConfig(kind="equal", start=1 / 12))
     for step in range(3):
         assert (method.inference_model() is inner.other) == (step < 2)
         inner.other.weight.data.fill_(step)
@@ -149,7 +149,7 @@ def test_what_the_method_evaluates_is_what_is_averaged():
 
 
 def test_the_method_s_own_averages_and_schedules_come_first():
-    class Moving(Adversarial):
+    class Moving(AT):
         """Sets its weights after each step and each epoch."""
 
         def set(self, value: float) -> None:
@@ -166,8 +166,8 @@ def test_the_method_s_own_averages_and_schedules_come_first():
             self.set(100 + epoch)
 
     for every, seen in (("step", 7.0), ("epoch", 105.0)):
-        inner = Moving(tiny_network(), Adversarial.Config(), short())
-        method = Averaged(inner, AveragingConfig(kind="equal", every=every))
+        inner = Moving(tiny_network(), AT.Config(), short())
+        method = Averaging(inner, AveragingConfig(kind="equal", every=every))
         assert method.after_step(7) == {"own": torch.tensor(7.0)}
         method.after_epoch(5)
         assert (method.inference_model().linear.weight == seen).all()

@@ -33,7 +33,8 @@ from test_trades import random_logits
 
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import TeacherConfig
-from cure.methods.kd import KdConfig, soft_cross_entropy
+from cure.methods.common.losses import soft_cross_entropy
+from cure.methods.kd import KdConfig
 from cure.recipe import load_recipe
 
 WEIGHTS = {"cross_entropy_weight": 0.5, "teacher_weight": 0.7, "natural_teacher_weight": 0.2}

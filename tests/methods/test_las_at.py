@@ -45,7 +45,7 @@ from cure.methods.las_at import (
     StrategyConfig,
     StrategyNetwork,
 )
-from cure.methods.wrappers.awp import WeightPerturbed
+from cure.methods.wrappers.awp import AWP
 from cure.models import describe
 from cure.recipe import check, dump, load_recipe
 
@@ -776,7 +776,7 @@ def test_without_images_there_is_nothing_to_build_it_for():
 def test_las_awp_is_weight_perturbation_around_it():
     settings = {"epsilon": (7, 15), "steps": (8, 16), "step_size": (2, 5), "interval": 1}
     method = build("las-at", true_mass=1, strategy=settings, reward={"robust": 1, "natural": 1})
-    wrapped = WeightPerturbed(method, WeightPerturbationConfig())
+    wrapped = AWP(method, WeightPerturbationConfig())
     before = copy.deepcopy(method.trainable())
     out = wrapped.step(batch())
     assert out.metrics["perturbed_loss"] != out.metrics["loss"]

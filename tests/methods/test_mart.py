@@ -26,8 +26,8 @@ from test_trades import random_logits
 from torch import Tensor
 
 from cure.attacks.losses import CROSS_ENTROPY
-from cure.methods.common.losses import boosted_cross_entropy, doubt_weighted_kl
-from cure.methods.mart import MartConfig, mart
+from cure.methods.common.losses import boosted_cross_entropy, mart, weighted_kl
+from cure.methods.mart import MartConfig
 from cure.recipe import load_recipe
 
 both_forms = pytest.mark.parametrize("constants", [False, True])
@@ -115,9 +115,9 @@ def test_extremes_of_the_boosted_cross_entropy(dtype):
 def test_a_sure_and_right_network_has_a_small_weight_that_is_not_rounded(dtype):
     """1 - p_y is 2 e^-40 / (1 + 2 e^-40), not 0; KL(p || thirds) is then log 3."""
     natural = torch.tensor([[40.0, 0.0, 0.0]], dtype=dtype)
-    found = doubt_weighted_kl(natural, torch.zeros(1, 3, dtype=dtype), torch.tensor([0]))
+    found = weighted_kl(natural, torch.zeros(1, 3, dtype=dtype), torch.tensor([0]))
     assert found.item() == pytest.approx(2 * math.exp(-40) * math.log(3), rel=1e-5, abs=0)
-    released = doubt_weighted_kl(
+    released = weighted_kl(
         natural, torch.zeros(1, 3, dtype=dtype), torch.tensor([0]), constants=True
     )
     assert released.item() == pytest.approx(1e-7 * math.log(3), rel=0.2)
@@ -132,7 +132,7 @@ def test_weighted_kl_by_hand(constants):
     second = 0.8 * math.log(2.4) + 0.2 * math.log(0.3)
     expected = (0.5 * first + 0.9 * second) / 2
     label = torch.tensor([0, 2])
-    found = doubt_weighted_kl(natural.double(), adversarial.double(), label, constants=constants)
+    found = weighted_kl(natural.double(), adversarial.double(), label, constants=constants)
     assert found.item() == pytest.approx(expected, abs=3e-7)
 
 
@@ -144,10 +144,10 @@ def test_losses_pass_gradcheck_so_nothing_is_detached(constants):
         return boosted_cross_entropy(logits, label, constants=constants)
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
-        return doubt_weighted_kl(a, b, label, constants=constants)
+        return weighted_kl(a, b, label, constants=constants)
 
     def total(a: Tensor, b: Tensor) -> Tensor:
-        loss = mart(a, b, label, 2.0, constants=constants).loss
+        loss = mart(a, b, label, 2.0, constants=constants)
         assert loss is not None
         return loss
 

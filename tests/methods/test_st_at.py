@@ -32,7 +32,8 @@ from cure.attacks import Attack, Threat
 from cure.attacks.pgd import starting_point
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.st_at import StAtBatch, StAtConfig, extremes, pick, squeeze, symmetric_kl
+from cure.methods.common.losses import symmetric_kl
+from cure.methods.st_at import StAtBatch, StAtConfig, extremes, pick, squeeze
 from cure.models.batch_norm import untracked
 from cure.recipe import load_recipe
 

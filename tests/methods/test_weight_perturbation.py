@@ -18,18 +18,18 @@ from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.config import AveragingConfig, WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, AdversarialBatch, Method, StepOutput
-from cure.methods.at import Adversarial
-from cure.methods.wrappers.averaging import Averaged
-from cure.methods.wrappers.awp import WeightPerturbed, keeping_buffers, perturbation
-from cure.training.trainer import holding
+from cure.methods.at import AT
+from cure.methods.base import holding
+from cure.methods.wrappers.averaging import Averaging
+from cure.methods.wrappers.awp import AWP, keeping_buffers, perturbation
 
 every_method = pytest.mark.parametrize("name", METHODS.names())
 
 PERTURBED = ["conv1.weight", "block.conv1.weight", "block.conv2.weight", "linear.weight"]
 
 
-def around(method: Method, gamma: float = 0.01, start: float = 0.0) -> WeightPerturbed:
-    return WeightPerturbed(method, WeightPerturbationConfig(gamma=gamma, start=start)).train()
+def around(method: Method, gamma: float = 0.01, start: float = 0.0) -> AWP:
+    return AWP(method, WeightPerturbationConfig(gamma=gamma, start=start)).train()
 
 
 def weights(method: Method) -> dict[str, Tensor]:
@@ -218,7 +218,7 @@ def test_a_step_of_length_0_leaves_every_weight_to_the_bit(name):
     assert_same_tensors({key: ours[key] for key in kept}, {key: theirs[key] for key in kept})
 
 
-class Fragile(Adversarial):
+class Fragile(AT):
     """Fails at one of its looks at the loss."""
 
     fails_at = 2
@@ -234,7 +234,7 @@ class Fragile(Adversarial):
 
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_weights_come_back_when_the_loss_raises(fails_at):
-    inner = Fragile(tiny_network(), Adversarial.Config(), context())
+    inner = Fragile(tiny_network(), AT.Config(), context())
     inner.fails_at = fails_at
     method = around(inner, gamma=0.1)
     before, buffers = weights(method), copy.deepcopy(dict(method.named_buffers()))
@@ -285,12 +285,12 @@ def test_what_is_frozen_goes_with_the_gradients():
 def test_the_method_s_own_averages_follow_the_perturbation_s_end():
     seen = []
 
-    class Watching(Adversarial):
+    class Watching(AT):
         def after_step(self, step: int) -> dict[str, Tensor]:
             seen.append(weights(self))
             return {"own": torch.tensor(float(step))}
 
-    method = around(Watching(tiny_network(), Adversarial.Config(), context()), gamma=0.1)
+    method = around(Watching(tiny_network(), AT.Config(), context()), gamma=0.1)
     before = weights(method)
     method.step(batch(7))
     assert method.after_step(7) == {"own": torch.tensor(7.0)}
@@ -350,7 +350,7 @@ def test_images_are_attacked_as_without_it_at_the_unperturbed_weights(name):
                 return attack(model, *others, **options)
 
         spied = replace(method.context, attack=Watched())
-        inner = method.inner if isinstance(method, WeightPerturbed) else method
+        inner = method.inner if isinstance(method, AWP) else method
         inner.context = method.context = spied
         method.step(batch())
         method.after_step(0)
@@ -408,7 +408,7 @@ def test_a_resumed_run_repeats_bit_for_bit(name):
 def test_every_method_learns_inside_it_and_inside_an_average(name):
     """The average takes the weights after the perturbation is taken back."""
     inner = around(build(name, tiny_network(3)), gamma=0.01)
-    method = Averaged(inner, AveragingConfig(kind="equal")).train()
+    method = Averaging(inner, AveragingConfig(kind="equal")).train()
     assert method.trainable().keys() == build(name).trainable().keys()
     optimizer = torch.optim.SGD(method.trainable().values(), 0.02)
     taken = []

@@ -18,11 +18,12 @@ from cure.config import AveragingConfig, MethodConfig, RunConfig
 from cure.data import Batch, carve
 from cure.errors import TrainingStopped
 from cure.methods import Context, Method, StepOutput
-from cure.methods.wrappers.averaging import Averaged
+from cure.methods.base import holding
+from cure.methods.wrappers.averaging import Averaging
 from cure.models import read_weights
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
-from cure.training.trainer import Totals, Trainer, holding
+from cure.training.trainer import Totals, Trainer
 from cure.utils.engine import Engine
 from helpers import bright_or_dark
 
@@ -96,7 +97,7 @@ def network(classes: int = 2) -> nn.Module:
 def context_of(config: RunConfig, steps_per_epoch: int = 4) -> Context:
     engine = Engine(torch.device("cpu"), config.training.precision)
     attack = Attack(Threat("Linf", 0.1), steps=2, step_size=0.05)
-    return Context(engine, attack, config.seed, 2, 64, steps_per_epoch, config.training.epochs)
+    return Context(engine, attack, config.seed, steps_per_epoch, config.training.epochs)
 
 
 def trainer_of(
@@ -106,7 +107,7 @@ def trainer_of(
     context = context_of(config)
     method = kind(network(), MethodConfig(name="plain"), context)
     if config.training.averaging:
-        method = Averaged(method, config.training.averaging)
+        method = Averaging(method, config.training.averaging)
     folder = RunFolder.create(path / "run", config, training.kind)
     trackers = [recorder] if recorder else []
     return Trainer(config, method, training, validation, context.engine, folder, trackers)
@@ -309,7 +310,7 @@ def test_a_network_that_ends_at_chance_after_learning_is_a_failure(tmp_path: Pat
 
 def test_averages_are_those_of_the_formula(tmp_path: Path) -> None:
     context = context_of(config_of())
-    method = Averaged(
+    method = Averaging(
         Plain(network(), MethodConfig(name="plain"), context),
         AveragingConfig(decay=0.75, start=0.25),
     )
@@ -332,7 +333,7 @@ def test_an_averaged_run_saves_and_validates_the_average(tmp_path: Path) -> None
     trainer = trainer_of(tmp_path, config_of("training.averaging.decay=0.5"))
     trainer.fit()
     saved = read_weights(trainer.folder.weights("last"))["4.weight"]
-    assert isinstance(trainer.method, Averaged)
+    assert isinstance(trainer.method, Averaging)
     assert torch.equal(saved, trainer.method.average[4].weight)
     assert not torch.equal(saved, trainer.method.inner.model[4].weight)
 

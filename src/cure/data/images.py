@@ -153,6 +153,7 @@ class Batch:
         index: [B] int64, position in the training set, for state kept per sample.
         step: number of optimiser steps done before this one; keys every random draw of the step.
         soft_label: [B, K] probabilities, where augmentation mixes or smooths labels.
+        part: number of this batch among those of one optimiser step (gradient accumulation).
     """
 
     image: Tensor
@@ -160,6 +161,7 @@ class Batch:
     index: Tensor
     step: int
     soft_label: Tensor | None = None
+    part: int = 0
 
     @property
     def target(self) -> Tensor:

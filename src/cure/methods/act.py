@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cure.attacks.losses import Objective, cross_entropy, kl_divergence_per_sample
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy, distillation
 from cure.models.batch_norm import untracked
 
@@ -94,7 +94,7 @@ class ActBatch(AdversarialBatch):
 
 
 @METHODS.register("act")
-class Act(Method[ActBatch]):
+class ACT(Method[ActBatch]):
     """Adversarial concurrent training (ACT): robust network F and natural network G together.
 
     ``L_F = (1 - a_F) CE(F(x_adv), y) + a_F T^2 KL(p_G^T(x) || p_F^T(x_adv))``
@@ -116,9 +116,9 @@ class Act(Method[ActBatch]):
 
     Config = ActConfig
 
-    def __init__(self, model: nn.Module, config: ActConfig, context: Context) -> None:
-        super().__init__(model, config, context)
-        self.natural = copy.deepcopy(model)
+    def setup(self) -> None:
+        """G, a copy of F."""
+        self.natural = copy.deepcopy(self.model)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The weights of F by their names in the model, those of G by theirs after ``natural/``."""

@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy, distillation
 from cure.methods.common.teacher import Teacher
 
@@ -41,7 +41,7 @@ class ArdBatch(AdversarialBatch):
 
 
 @METHODS.register("ard")
-class Ard(Method[ArdBatch]):
+class ARD(Method[ArdBatch]):
     """``min alpha t^2 KL(p_T^t(x) || p^t(x_adv)) + (1 - alpha) CE(f(x), y)``: ARD.
 
     x_adv climbs CE.  T is a frozen robust teacher in evaluation mode, which sees the natural
@@ -58,9 +58,9 @@ class Ard(Method[ArdBatch]):
 
     Config = ArdConfig
 
-    def __init__(self, model: nn.Module, config: ArdConfig, context: Context) -> None:
-        super().__init__(model, config, context)
-        self.teacher = Teacher(context, "teacher")
+    def setup(self) -> None:
+        """The teachers."""
+        self.teacher = Teacher(self.context, "teacher")
 
     def make_adversarial(self, batch: Batch) -> ArdBatch:
         """Images that climb the cross-entropy, and what the teacher says of the natural ones."""

@@ -25,7 +25,7 @@ class AdversarialConfig(MethodConfig):
 
 
 @METHODS.register("at")
-class Adversarial(Method):
+class AT(Method):
     """``min CE(f(x_adv), y)``, where x_adv climbs the same cross-entropy: adversarial training.
 
     Costs 11 forward and 11 backward passes with 10 attack steps: the attack's 10 and the loss's 1.

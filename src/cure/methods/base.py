@@ -7,8 +7,10 @@ loss or gradients without changing state, so that a wrapper can call it again at
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, Self
 
@@ -20,6 +22,8 @@ from cure.attacks import PGD, Hooks
 from cure.attacks.losses import Objective
 from cure.config import MethodConfig
 from cure.data.images import Batch
+from cure.errors import ConfigError
+from cure.methods.standalone import standalone
 from cure.registry import METHODS as METHODS
 from cure.utils.engine import Engine, Grads
 from cure.utils.random import shared_generator
@@ -53,8 +57,6 @@ class Context:
         engine: gradients, device, precision, keyed generators.
         attack: the run's training attack.
         seed: the run's seed.
-        classes: number of classes.
-        samples: number of training images; ``Batch.index`` lies below it.
         steps_per_epoch: optimiser steps in one epoch.
         epochs: epochs of the run.
         teachers: trained networks in evaluation mode, by the name of the setting that asks for
@@ -66,6 +68,8 @@ class Context:
             which (:class:`Masking`).
         attack_share: share of the radius and of the step size of :attr:`attack` at a step
             (``attack.warmup``).
+        has_epochs: without a run: whether the caller counts epochs; None in a run.
+        classes: number of classes; 0 without a run.
         attack_objective: what replaces the objective that a method gives its attack
             (``attack.objective``); None keeps it.
         two_step: what replaces a single-step attack after catastrophic overfitting.
@@ -75,8 +79,6 @@ class Context:
     engine: Engine
     attack: PGD
     seed: int
-    classes: int
-    samples: int
     steps_per_epoch: int
     epochs: int
     teachers: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -88,6 +90,8 @@ class Context:
     attack_objective: Objective | None = None
     two_step: PGD | None = None
     fallback: bool = False
+    has_epochs: bool | None = None
+    classes: int = 0
 
     def attack_at(self, step: int) -> PGD:
         """The training attack at a step: smaller during ``attack.warmup``."""
@@ -106,14 +110,16 @@ class Context:
         """Optimiser steps in the whole run."""
         return self.steps_per_epoch * self.epochs
 
-    def generator(self, purpose: str, step: int) -> torch.Generator:
+    def generator(self, purpose: str, step: int, *more: int) -> torch.Generator:
         """A fresh generator for one purpose at one step, in the same state on every rank.
 
         What is drawn for samples is drawn by :func:`~cure.utils.random.draw_for_batch`, which gives
         each rank the numbers of its own samples.
         """
         engine = self.engine
-        return shared_generator(engine.device, engine.rank, engine.world, self.seed, purpose, step)
+        return shared_generator(
+            engine.device, engine.rank, engine.world, self.seed, purpose, step, *more
+        )
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,7 @@ class StepOutput:
         masking: what was held back, of a step that :attr:`Context.observed` asks for.
         metrics: detached 0-dim tensors, ``loss`` among them; averaged over the epoch and read only
             when it ends.
+        adversarial: the adversarial images [B, C, H, W] of the step.
     """
 
     loss: Tensor | None = None
@@ -151,10 +158,161 @@ class StepOutput:
     frozen: dict[str, Tensor] | None = None
     masking: Masking | None = None
     metrics: Metrics = field(default_factory=dict)
+    adversarial: Tensor | None = None
+
+
+class Step:
+    """One step of a method, ready for an optimiser.
+
+    Attributes:
+        adversarial: the adversarial images [B, C, H, W], detached.
+        metrics: detached 0-dim tensors by name, ``loss`` among them.
+        frozen: by parameter name, True where the optimiser must not move a weight at all, see
+            :meth:`Method.freeze`.
+        masking: the mask of the step, where the context observes it.
+    """
+
+    def __init__(self, out: StepOutput, parameters: dict[str, nn.Parameter], engine: Engine):
+        if (out.loss is None) == (out.grads is None):
+            raise TypeError("a method's step returned neither or both of loss and grads")
+        self._out = out
+        self._parameters = parameters
+        self._engine = engine
+        self.adversarial = out.adversarial
+        self.metrics = out.metrics
+        self.frozen = out.frozen or {}
+        self.masking = out.masking
+
+    @property
+    def loss(self) -> Tensor:
+        """The loss, 0-dim, whose ``backward()`` gives the method's gradients.
+
+        Also for methods with gradients of their own (CURE's masked gradients, AWP), so that
+        ``accelerator.backward(step.loss)``, ``manual_backward(step.loss)`` and gradient scalers
+        work: there it is the value of the loss plus a term that is 0 and whose gradient is theirs.
+        """
+        if self._out.loss is not None:
+            return self._out.loss
+        assert self._out.grads is not None
+        terms = [
+            (self._out.grads[name] * (parameter - parameter.detach())).sum()
+            for name, parameter in self._parameters.items()
+        ]
+        return self.metrics["loss"] + torch.stack(terms).sum()
+
+    def gradients(self) -> Grads:
+        """The gradients by parameter name, averaged over ranks; once a step."""
+        if self._out.grads is not None:
+            return self._out.grads
+        assert self._out.loss is not None
+        return self._engine.gradients(self._out.loss, self._parameters)
+
+    def backward(self, scale: float = 1.0) -> None:
+        """Add the gradients, times ``scale``, to ``.grad`` of the parameters, as a loss would.
+
+        For gradient accumulation over n batches say ``step.backward(1 / n)``.
+        """
+        for name, gradient in self.gradients().items():
+            parameter = self._parameters[name]
+            gradient = gradient if scale == 1 else scale * gradient
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+@dataclass
+class Progress:
+    """Where a method is in a training loop of the user's.
+
+    Attributes:
+        done: optimiser steps done.
+        part: batches seen since the last of them.
+        frozen: by parameter name, True where every one of these batches freezes a weight.
+    """
+
+    done: int = 0
+    part: int = 0
+    frozen: dict[str, Tensor] = field(default_factory=dict)
+
+    def hold(self, frozen: Mapping[str, Tensor]) -> None:
+        """Add what one more batch freezes."""
+        if self.part:
+            frozen = {k: mask & self.frozen[k] for k, mask in frozen.items() if k in self.frozen}
+        self.frozen = dict(frozen)
+
+
+@contextmanager
+def holding(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    frozen: Mapping[str, Tensor],
+) -> Iterator[None]:
+    """Undo what an optimiser step does to frozen weights and to their momentum.
+
+    Args:
+        optimizer: the optimiser that steps inside.
+        parameters: by name.
+        frozen: by name, True where nothing may change.
+    """
+    before = {
+        name: (parameters[name].detach().clone(), _moments(optimizer, parameters[name], clone=True))
+        for name in frozen
+    }
+    yield
+    with torch.no_grad():
+        for name, (weight, moments) in before.items():
+            parameter, mask = parameters[name], frozen[name]
+            parameter.copy_(torch.where(mask, weight, parameter))
+            for key, moment in _moments(optimizer, parameter).items():
+                old = moments.get(key, torch.zeros_like(moment))
+                moment.copy_(torch.where(mask, old, moment))
+
+
+def _moments(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, clone: bool = False
+) -> dict[str, Tensor]:
+    """The optimiser's tensors of the shape of the weights: momentum and its like."""
+    return {
+        key: value.clone() if clone else value
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
 
 
 class Method(nn.Module, Generic[Attacked]):
-    """A way to train ``model``.
+    """A way to train ``model``, in the trainer of this package or in a loop of one's own:
+
+    .. code-block:: python
+
+        method = cure.methods.TRADES(model, threat=cure.Threat("Linf", "4/255"), beta=6)
+        for images, labels in loader:
+            step = method(images, labels)
+            optimizer.zero_grad()
+            step.backward()  # or accelerator.backward(step.loss), or scaler.scale(step.loss)...
+            optimizer.step()
+            method.update()
+        robust = method.inference_model()
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] to logits [B, K], on its device, in float32; it is
+            trained in place.  The method puts it into training mode once; after an evaluation say
+            ``method.train()``.
+        config: the settings, when a recipe describes them; None for keyword arguments.
+        context: what a run gives the method; None for keyword arguments.
+        settings: without ``context``: the settings of ``Config`` by name, teachers as networks, and
+
+            - ``threat``: the ball, by default Linf 8/255;
+            - ``attack``: a :class:`cure.attacks.PGD`, by default 10 steps of a quarter of the
+              radius from a Gaussian start;
+            - ``steps``: optimiser steps of the whole training, ``len(loader) * epochs``; needed by
+              methods with a schedule;
+            - ``epochs``: how many epochs these are; by default schedules may change at any step;
+            - ``seed``: of every random draw, which depends on it, its purpose and the step alone;
+            - ``images``: training images, or batches of images and labels, for methods that look at
+              them (LASAT, averaging with recomputed BatchNorm);
+            - ``learning_rate`` (a number, or a function of the step) and ``weight_decay`` of the
+              optimiser, which LASAT simulates.
+
+    To resume, load ``method.state_dict()`` and set ``method.progress.done``.  Several processes:
+    the trainer of this package averages gradients over them; here the caller has to.
 
     It is a Module so that whatever it owns besides the model (a revision model, a teacher) moves,
     saves and loads by itself.  It never touches the optimiser.
@@ -166,15 +324,104 @@ class Method(nn.Module, Generic[Attacked]):
     soft_labels: ClassVar[bool] = False
     """Whether the loss takes ``batch.target``: labels that are mixed or smoothed."""
 
-    def __init__(self, model: nn.Module, config: Any, context: Context) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Any = None,
+        context: Context | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__()
+        if context is None:
+            config, context = standalone(type(self).__name__, self.Config, model, **settings)
         self.model = model
         self.config = config
         self.context = context
+        self.progress = Progress()
+        self.setup()
+        if context.has_epochs is not None:
+            self.train()
+            self.on_epoch(0)
+            for sentence in self.warnings():
+                warnings.warn(sentence, stacklevel=2)
+
+    def setup(self) -> None:
+        """Build what the method owns besides the model, from :attr:`config` and :attr:`context`."""
+
+    # -- in a training loop --------------------------------------------------------------------
+
+    def forward(self, images: Tensor, labels: Tensor) -> Step:
+        """One step's adversarial images, loss and gradients, for a training loop of one's own.
+
+        Args:
+            images: [B, C, H, W] in [0, 1]; standardise them inside the model (see
+                :class:`cure.models.Normalised`).
+            labels: classes [B] int64, or probabilities [B, K] for methods that take soft labels.
+
+        Raises:
+            ConfigError: when images lie outside [0, 1] (looked at in the first call only), or the
+                method takes no soft labels.
+        """
+        progress = self.progress
+        if progress.done == progress.part == 0 and not 0 <= images.min() <= images.max() <= 1:
+            raise ConfigError(
+                f"expected images in [0, 1], got values from {images.min():.3g} to "
+                f"{images.max():.3g}; standardise inside the model: cure.models.Normalised(model, "
+                "mean, std)"
+            )
+        soft = labels if labels.dim() == 2 else None
+        if soft is not None and not self.soft_labels:
+            raise ConfigError(f"{type(self).__name__} takes no soft labels; give classes [B]")
+        label = labels if soft is None else labels.argmax(dim=1)
+        index = torch.arange(len(images), device=images.device)
+        step = self.take_step(Batch(images, label, index, progress.done, soft, progress.part))
+        progress.part += 1
+        return step
+
+    def take_step(self, batch: Batch) -> Step:
+        """The step of one batch; what :meth:`forward` and the trainer call."""
+        step = Step(self.step(batch), self.trainable(), self.context.engine)
+        self.progress.hold(step.frozen)
+        return step
+
+    @contextmanager
+    def freeze(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Keep frozen weights and their momentum as they are during the optimiser's step.
+
+        For methods that freeze weights (CURE's ``mask.strict_freeze``): ``with
+        method.freeze(optimizer): optimizer.step()``.  A zero gradient alone does not hold a weight
+        still: momentum and weight decay move it.  Of several batches in one step (gradient
+        accumulation) a weight is frozen where all of them freeze it.
+        """
+        with holding(optimizer, self.trainable(), self.progress.frozen):
+            yield
+        self.progress.frozen = {}
+
+    def update(self) -> Metrics:
+        """What follows the optimiser's step: moving averages and schedules.  Call it once a step.
+
+        Raises:
+            ConfigError: when weights were to be frozen and :meth:`freeze` was not used.
+        """
+        progress, per_epoch = self.progress, self.context.steps_per_epoch
+        if progress.frozen:
+            raise ConfigError(
+                "this step freezes weights, which the optimiser must not move: say `with "
+                "method.freeze(optimizer): optimizer.step()`"
+            )
+        metrics = self.after_step(progress.done)
+        progress.done, progress.part = progress.done + 1, 0
+        if progress.done % per_epoch == 0:
+            self.after_epoch(progress.done // per_epoch - 1)
+            self.on_epoch(progress.done // per_epoch)
+        return metrics
+
+    # -- what a method defines -----------------------------------------------------------------
 
     def step(self, batch: Batch) -> StepOutput:
         """Loss or gradients for one batch.  The model is in training mode before and after."""
-        return self.compute_loss(batch, self.make_adversarial(batch))
+        attacked = self.make_adversarial(batch)
+        return replace(self.compute_loss(batch, attacked), adversarial=attacked.image)
 
     @abstractmethod
     def make_adversarial(self, batch: Batch) -> Attacked:
@@ -222,6 +469,11 @@ class Method(nn.Module, Generic[Attacked]):
             if parameter.requires_grad
         }
 
+    def generator(self, purpose: str, batch: Batch) -> torch.Generator:
+        """The generator of one purpose for a batch, see :meth:`Context.generator`."""
+        part = (batch.part,) if batch.part else ()
+        return self.context.generator(purpose, batch.step, *part)
+
     def logits(self, image: Tensor) -> Tensor:
         """The model's logits [B, K] for images [B, C, H, W], in the run's training precision."""
         return self.context.engine.logits(self.model, image)
@@ -234,13 +486,8 @@ class Method(nn.Module, Generic[Attacked]):
             objective: what the attack climbs.
             hooks: what the method changes about the ascent.
         """
-        context = self.context
-        draws = context.generator("attack", batch.step)
-        return context.attack_at(batch.step)(
-            self.model,
-            batch.image,
-            batch.target,
-            context.attack_objective or objective,
-            draws,
-            hooks=hooks,
-        )
+        attack = self.context.attack_at(batch.step)
+        objective = self.context.attack_objective or objective
+        draws = self.generator("attack", batch)
+        options: dict[str, Any] = {} if hooks is None else {"hooks": hooks}
+        return attack(self.model, batch.image, batch.target, objective, draws, **options)

@@ -25,7 +25,6 @@ from cure.errors import ConfigError
 from cure.methods.base import (
     METHODS,
     AdversarialBatch,
-    Context,
     Masking,
     Method,
     Metrics,
@@ -183,6 +182,10 @@ class CureConfig(MethodConfig):
     revision: RevisionConfig = RevisionConfig()
     """How the revision model remembers."""
 
+    def needs_length(self) -> bool:
+        """The revision model's memory must fit the training."""
+        return True
+
     def sweep(self) -> tuple[str, ...]:
         """p, alpha, gamma (around Tables 9 and 10), r, and d in the form that the recipe gives."""
         memory = (
@@ -200,7 +203,7 @@ class CureConfig(MethodConfig):
 
 
 @METHODS.register("cure")
-class Cure(Method):
+class CURE(Method):
     """Conserve, update, revise (CURE).
 
     One step, in the order of Algorithm 1:
@@ -225,10 +228,13 @@ class Cure(Method):
     Config = CureConfig
     soft_labels = True
 
-    def __init__(self, model: torch.nn.Module, config: CureConfig, context: Context) -> None:
-        super().__init__(model, config, context)
+    def setup(self) -> None:
+        """The revision model, and which tensors are masked."""
+        config, context = self.config, self.context
         self.warmup_steps = round(config.warmup * context.epochs) * context.steps_per_epoch
-        self.revision = RevisionModel(model, config.revision, context) if config.gamma else None
+        self.revision: RevisionModel | None = None
+        if config.gamma:
+            self.revision = RevisionModel(self.model, config.revision, context)
         self.objective = KL if config.attack_loss == "kl" else with_cross_entropy(config.alpha)
         self.masked = self._masked_names()
 
@@ -272,10 +278,12 @@ class Cure(Method):
         """Adversarial images; then the draw that may move the revision model."""
         if batch.step < self.warmup_steps:
             return AdversarialBatch(batch.image)
-        if batch.step == self.warmup_steps > 0 and self.revision is not None:
+        first = batch.part == 0
+        if first and batch.step == self.warmup_steps > 0 and self.revision is not None:
             self.revision.restart(self.model)
         adversarial_image = self.attack(batch, self.objective)
-        if self.revision is not None and self.config.revision.update == "before_losses":
+        early = self.config.revision.update == "before_losses"
+        if first and early and self.revision is not None:
             self.revision.maybe_update(self.model, batch.step)
         return AdversarialBatch(adversarial_image)
 
@@ -367,7 +375,7 @@ class Cure(Method):
         if mask.kind == "none":
             return {}
         if mask.kind == "random":
-            draws = self.context.generator("mask", batch.step)
+            draws = self.generator("mask", batch)
             return {
                 name: torch.rand(total[name].shape, generator=draws, device=total[name].device)
                 for name in self.masked

@@ -7,17 +7,17 @@ from typing import Annotated, Literal
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from cure.attacks import Hooks
 from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.attacks.threat import drawn
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy
-from cure.methods.mart import mart
-from cure.methods.trades import trades
+from cure.methods.mart import mart_output
+from cure.methods.trades import trades_output
 
 Form = Literal["ce", "trades", "mart"]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -50,6 +50,10 @@ class FatConfig(MethodConfig):
     omega: NonNegativeFloat = 0.0
     """Standard deviation of normal noise added after every attack step (released code: 0.001 in the
     form ``ce``, else 0)."""
+
+    def needs_length(self) -> bool:
+        """Whether tau grows."""
+        return self.tau_rises is None or len(self.tau_rises) > 0
 
     def tau_at(self, epoch: int, epochs: int) -> int:
         """Tau in epoch number ``epoch`` (0 the first) of a run of ``epochs``."""
@@ -97,7 +101,7 @@ class EarlyStop(Hooks):
 
 
 @METHODS.register("fat")
-class Fat(Method):
+class FAT(Method):
     """Friendly adversarial training (FAT): AT, TRADES or MART with an attack that stops early.
 
     Before each attack step the network looks at each image: one that is misclassified stops for
@@ -118,8 +122,9 @@ class Fat(Method):
 
     Config = FatConfig
 
-    def __init__(self, model: nn.Module, config: FatConfig, context: Context) -> None:
-        super().__init__(model, config, context)
+    def setup(self) -> None:
+        """The attack's objective, and tau of the first epoch."""
+        config, context = self.config, self.context
         self.objective = KL if config.form == "trades" else CROSS_ENTROPY
         self.tau = config.tau_at(0, context.epochs)
 
@@ -142,5 +147,5 @@ class Fat(Method):
             return StepOutput(loss=loss, metrics=metrics)
         natural, friendly = self.logits(batch.image), self.logits(attacked.image)
         if config.form == "trades":
-            return trades(natural, friendly, label, config.beta)
-        return mart(natural, friendly, label, config.beta, constants=config.constants)
+            return trades_output(natural, friendly, label, config.beta)
+        return mart_output(natural, friendly, label, config.beta, constants=config.constants)

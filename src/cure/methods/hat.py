@@ -7,15 +7,15 @@ from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from cure.attacks.losses import KL
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy
 from cure.methods.common.teacher import Teacher
-from cure.methods.trades import trades
+from cure.methods.trades import trades_output
 
 
 def helper_image(image: Tensor, adversarial: Tensor, scale: float) -> Tensor:
@@ -50,7 +50,7 @@ class HatBatch(AdversarialBatch):
 
 
 @METHODS.register("hat")
-class Hat(Method[HatBatch]):
+class HAT(Method[HatBatch]):
     """``min CE(x, y) + beta KL(p(x) || p(x_adv)) + gamma CE(x_h, y_h)``: HAT.
 
     ``x_h = x + h (x_adv - x)`` lies beyond the adversarial image, and ``y_h`` is what a frozen
@@ -66,9 +66,9 @@ class Hat(Method[HatBatch]):
 
     Config = HatConfig
 
-    def __init__(self, model: nn.Module, config: HatConfig, context: Context) -> None:
-        super().__init__(model, config, context)
-        self.teacher = Teacher(context, "natural_teacher")
+    def setup(self) -> None:
+        """The teachers."""
+        self.teacher = Teacher(self.context, "natural_teacher")
 
     def make_adversarial(self, batch: Batch) -> HatBatch:
         """Images that climb the KL divergence, and the teacher's labels for the helpers."""
@@ -80,7 +80,7 @@ class Hat(Method[HatBatch]):
         adversarial_image, helper_label = attacked.image, attacked.helper_label
         natural, adversarial = self.logits(batch.image), self.logits(adversarial_image)
         helper = self.logits(helper_image(batch.image, adversarial_image, self.config.helper_scale))
-        out = trades(natural, adversarial, batch.label, self.config.beta)
+        out = trades_output(natural, adversarial, batch.label, self.config.beta)
         assert out.loss is not None
         helper_loss = F.cross_entropy(helper, helper_label)
         loss = out.loss + self.config.gamma * helper_loss

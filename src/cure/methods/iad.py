@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, PositiveFloat, model_validator
 from pydantic_core import PydanticCustomError
-from torch import Tensor, nn
+from torch import Tensor
 
 from cure.attacks.losses import CROSS_ENTROPY, kl_divergence_per_sample
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy, distillation
 from cure.methods.common.teacher import Teacher
 
@@ -62,6 +62,10 @@ class IadConfig(MethodConfig):
         """``alpha``, or that of the form."""
         return ALPHA[self.form] if self.alpha is None else self.alpha
 
+    def needs_length(self) -> bool:
+        """Whether introspection begins later than at once."""
+        return self.begin != 0
+
     def introspects(self, epoch: int, epochs: int) -> bool:
         """Whether introspection has begun in epoch number ``epoch`` (0 the first) of ``epochs``."""
         return epoch / epochs >= (BEGIN[self.form] if self.begin is None else self.begin)
@@ -100,7 +104,7 @@ class IadBatch(AdversarialBatch):
 
 
 @METHODS.register("iad")
-class Iad(Method[IadBatch]):
+class IAD(Method[IadBatch]):
     """Introspective adversarial distillation (IAD), x_adv climbing CE.
 
     ``A_i = p_T(y_i | x_adv_i)^beta``, a constant, says how far the robust teacher T is trusted; 1
@@ -125,10 +129,12 @@ class Iad(Method[IadBatch]):
 
     Config = IadConfig
 
-    def __init__(self, model: nn.Module, config: IadConfig, context: Context) -> None:
-        super().__init__(model, config, context)
-        self.teacher = Teacher(context, "teacher")
-        self.natural_teacher = Teacher(context, "natural_teacher") if config.form == "II" else None
+    def setup(self) -> None:
+        """The teachers."""
+        self.teacher = Teacher(self.context, "teacher")
+        self.natural_teacher = (
+            Teacher(self.context, "natural_teacher") if self.config.form == "II" else None
+        )
 
     def make_adversarial(self, batch: Batch) -> IadBatch:
         """Images that climb the cross-entropy, and what the teachers say."""

@@ -7,13 +7,13 @@ from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat, PositiveFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
-from cure.methods.common.losses import accuracy
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.common.losses import accuracy, soft_cross_entropy
 from cure.methods.common.teacher import Teacher
 
 
@@ -36,20 +36,6 @@ class KdConfig(MethodConfig):
     """Temperature T of the teachers' terms."""
 
 
-def soft_cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """``- T^2 mean_i sum_k softmax(target_i / T)_k log softmax(logits_i / T)_k``, 0-dim.
-
-    Args:
-        target: logits [B, K] to imitate, without a graph.
-        logits: [B, K].
-        temperature: T above 0.
-
-    Source: Chen et al., ICLR 2021, released code.
-    """
-    chances = F.softmax(target / temperature, dim=1)
-    return temperature**2 * F.cross_entropy(logits / temperature, chances)
-
-
 @dataclass(frozen=True)
 class KdBatch(AdversarialBatch):
     """Adversarial images, and what the teachers predict for them.
@@ -64,7 +50,7 @@ class KdBatch(AdversarialBatch):
 
 
 @METHODS.register("kd")
-class Kd(Method[KdBatch]):
+class KD(Method[KdBatch]):
     """``min c CE(f(x_adv), y) + b KD_S(x_adv) + a KD_T(x_adv)``, x_adv climbing CE: KD of KD+SWA.
 
     ``KD_N`` is the :func:`soft_cross_entropy` with the prediction of N for the same adversarial
@@ -79,10 +65,10 @@ class Kd(Method[KdBatch]):
 
     Config = KdConfig
 
-    def __init__(self, model: nn.Module, config: KdConfig, context: Context) -> None:
-        super().__init__(model, config, context)
-        self.teacher = Teacher(context, "teacher")
-        self.natural_teacher = Teacher(context, "natural_teacher")
+    def setup(self) -> None:
+        """The teachers."""
+        self.teacher = Teacher(self.context, "teacher")
+        self.natural_teacher = Teacher(self.context, "natural_teacher")
 
     def make_adversarial(self, batch: Batch) -> KdBatch:
         """Images that climb the cross-entropy, and what both teachers say of them."""

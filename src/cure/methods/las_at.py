@@ -27,7 +27,7 @@ from cure.attacks.losses import CROSS_ENTROPY, KL, kl_divergence_per_sample
 from cure.attacks.pgd import Start, attack_mode
 from cure.config import MethodConfig, ModelConfig, Section
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.common.losses import accuracy, smoothed_cross_entropy
 from cure.methods.fat import EarlyStop
 from cure.models import build_model
@@ -260,7 +260,7 @@ class OwnStrategy(PerSample):
 
 
 @METHODS.register("las-at")
-class LasAt(Method[LasAtBatch]):
+class LASAT(Method[LasAtBatch]):
     """Learnable attack strategy (LAS-AT): a second network chooses each image's attack.
 
     The strategy network draws a radius, a number of steps and a step size for each image, in the
@@ -287,8 +287,9 @@ class LasAt(Method[LasAtBatch]):
 
     Config = LasAtConfig
 
-    def __init__(self, model: nn.Module, config: LasAtConfig, context: Context) -> None:
-        super().__init__(model, config, context)
+    def setup(self) -> None:
+        """The strategy network, for the images of the context."""
+        config, context = self.config, self.context
         strategy = config.strategy
         ranges = {
             "epsilon": strategy.epsilon,
@@ -322,17 +323,17 @@ class LasAt(Method[LasAtBatch]):
         strategy was chosen for.
         """
         config = self.config.strategy
-        due = (batch.step + 1) % config.interval == 0
+        due = batch.part == 0 and (batch.step + 1) % config.interval == 0
         reward: dict[str, Tensor] = {}
         if due and not config.reuse:
             logits = self._outlook(batch.image)
-            draws = self.context.generator("strategy update", batch.step)
+            draws = self.generator("strategy update", batch)
             actions = self.strategy.draw(logits, draws)
             made = self._attacked(batch, actions, "strategy update attack")
             reward = self._improve(batch, logits, actions, made)
         with attack_mode(self.strategy), torch.no_grad():
             drawn = self.strategy.draw(
-                self._outlook(batch.image), self.context.generator("strategy", batch.step)
+                self._outlook(batch.image), self.generator("strategy", batch)
             )
         attacked = self._attacked(batch, drawn, "attack")
         if due and config.reuse:
@@ -354,7 +355,7 @@ class LasAt(Method[LasAtBatch]):
             batch.image,
             batch.label,
             KL if self.config.form == "trades" else CROSS_ENTROPY,
-            self.context.generator(purpose, batch.step),
+            self.generator(purpose, batch),
             hooks=OwnStrategy(epsilon, actions["steps"], step_size),
         )
         beta = actions["beta"].to(batch.image.dtype) if "beta" in actions else None
@@ -385,7 +386,7 @@ class LasAt(Method[LasAtBatch]):
         future.eval()
         natural = self._right(future, batch.image, batch.label)
         robust = torch.ones_like(natural)
-        draws = self.context.generator("reward", batch.step)
+        draws = self.generator("reward", batch)
         threat = self.context.attack.threat
         attack = PGD(
             threat,

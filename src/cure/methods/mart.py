@@ -11,32 +11,18 @@ from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
-from cure.methods.common.losses import accuracy, boosted_cross_entropy, doubt_weighted_kl
+from cure.methods.common.losses import accuracy, mart_terms
 
 
-def mart(
+def mart_output(
     natural: Tensor, adversarial: Tensor, label: Tensor, beta: float, *, constants: bool = False
 ) -> StepOutput:
-    """``BCE(x_adv) + beta mean (1 - p_y(x)) KL(p(x) || p(x_adv))`` with its parts as metrics.
-
-    Args:
-        natural: logits [B, K] of the natural images.
-        adversarial: logits [B, K] of the adversarial images.
-        label: [B].
-        beta: weight of the second term, the paper's lambda.
-        constants: put the released code's constants into the logarithms and the weight.
-
-    Source: MART, ICLR 2020.
-    """
-    boosted = boosted_cross_entropy(adversarial, label, constants=constants)
-    weighted = doubt_weighted_kl(natural, adversarial, label, constants=constants)
-    loss = boosted + beta * weighted
+    """The loss of :func:`~cure.methods.common.losses.mart` with its parts as metrics."""
+    terms = mart_terms(natural, adversarial, label, beta, constants=constants)
     return StepOutput(
-        loss=loss,
+        loss=terms["loss"],
         metrics={
-            "loss": loss.detach(),
-            "boosted_loss": boosted.detach(),
-            "weighted_kl": weighted.detach(),
+            **{name: term.detach() for name, term in terms.items()},
             "accuracy": accuracy(natural, label),
             "robust_accuracy": accuracy(adversarial, label),
         },
@@ -57,7 +43,7 @@ class MartConfig(MethodConfig):
 
 
 @METHODS.register("mart")
-class Mart(Method):
+class MART(Method):
     """``min BCE(x_adv, y) + beta (1 - p_y(x)) KL(p(x) || p(x_adv))``, x_adv climbing CE: MART.
 
     ``BCE = - log p_y(x_adv) - log(1 - max_{k != y} p_k(x_adv))``.  Nothing is detached.
@@ -79,4 +65,6 @@ class Mart(Method):
         """Boosted cross-entropy and weighted KL of one batch."""
         natural, adversarial = self.logits(batch.image), self.logits(attacked.image)
         config = self.config
-        return mart(natural, adversarial, batch.label, config.beta, constants=config.constants)
+        return mart_output(
+            natural, adversarial, batch.label, config.beta, constants=config.constants
+        )

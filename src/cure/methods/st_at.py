@@ -9,30 +9,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from pydantic import NonNegativeFloat
-from torch import Tensor, nn
+from torch import Tensor
 
 from cure.attacks import PGD, attack_mode
-from cure.attacks.losses import kl_divergence_per_sample
 from cure.attacks.pgd import starting_point
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.base import METHODS, AdversarialBatch, Context, Method, StepOutput
-from cure.methods.common.losses import accuracy
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.common.losses import accuracy, symmetric_kl
 from cure.models.batch_norm import untracked
-
-
-def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:
-    """``1/2 [KL(p || q) + KL(q || p)]`` of each sample, [B], from logits [B, K].
-
-    The first distribution of each KL is a constant, so the gradient in the logits is
-    ``(p - q) / 2`` for ``first`` and ``(q - p) / 2`` for ``second``.
-
-    Source: released code of ST-AT.
-    """
-    towards_first = kl_divergence_per_sample(first.detach(), second)
-    towards_second = kl_divergence_per_sample(second.detach(), first)
-    return (towards_first + towards_second) / 2
 
 
 def extremes(logits: Sequence[Tensor], label: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +151,7 @@ class StAtBatch(AdversarialBatch):
 
 
 @METHODS.register("st-at")
-class StAt(Method[StAtBatch]):
+class STAT(Method[StAtBatch]):
     """``min CE(f(x), y) + beta symKL``, between the worst and the best prediction found: ST-AT.
 
     The attack moves two points, see :func:`squeezing_pair`; the loss looks for worst and best among
@@ -183,9 +169,9 @@ class StAt(Method[StAtBatch]):
 
     Config = StAtConfig
 
-    def __init__(self, model: nn.Module, config: StAtConfig, context: Context) -> None:
-        super().__init__(model, config, context)
-        if context.attack.start == "none":
+    def setup(self) -> None:
+        """Check that the attack starts away from the image."""
+        if self.context.attack.start == "none":
             raise ConfigError(
                 "attack.start: none leaves the two points of st-at on the image, where their "
                 "divergence has no slope; say gaussian (its own) or uniform"
@@ -199,7 +185,7 @@ class StAt(Method[StAtBatch]):
             with attack.precision():
                 return self.model(x).to(image.dtype)  # type: ignore[no-any-return]
 
-        draws = self.context.generator("attack", batch.step)
+        draws = self.generator("attack", batch)
         with attack_mode(self.model, self.config.attack_mode):
             pair = squeezing_pair(forward, image, batch.label, attack, draws)
         return StAtBatch(*pair)

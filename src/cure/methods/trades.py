@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
@@ -12,36 +11,22 @@ from cure.attacks.losses import KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
-from cure.methods.common.losses import accuracy, kl_divergence
+from cure.methods.common.losses import accuracy, trades_terms
 
 
-def trades(
+def trades_output(
     natural: Tensor,
     adversarial: Tensor,
     label: Tensor,
     beta: float,
     target: Tensor | None = None,
 ) -> StepOutput:
-    """``CE(x) + beta KL(p(x) || p(x_adv))`` with its parts as metrics.
-
-    Args:
-        natural: logits [B, K] of the natural images.
-        adversarial: logits [B, K] of the adversarial images.
-        label: [B].
-        beta: weight of the KL term, whose gradient flows through both predictions.
-        target: soft labels [B, K] of the cross-entropy; by default ``label``.
-
-    Source: TRADES, ICML 2019 (beta is its 1 / lambda).
-    """
-    natural_loss = F.cross_entropy(natural, label if target is None else target)
-    adversarial_loss = kl_divergence(natural, adversarial)
-    loss = natural_loss + beta * adversarial_loss
+    """The loss of :func:`~cure.methods.common.losses.trades_terms` with its parts as metrics."""
+    terms = trades_terms(natural, adversarial, label, beta, target)
     return StepOutput(
-        loss=loss,
+        loss=terms["loss"],
         metrics={
-            "loss": loss.detach(),
-            "natural_loss": natural_loss.detach(),
-            "adversarial_loss": adversarial_loss.detach(),
+            **{name: term.detach() for name, term in terms.items()},
             "accuracy": accuracy(natural, label),
             "robust_accuracy": accuracy(adversarial, label),
         },
@@ -59,7 +44,7 @@ class TradesConfig(MethodConfig):
 
 
 @METHODS.register("trades")
-class Trades(Method):
+class TRADES(Method):
     """``min CE(f(x), y) + beta KL(p(x) || p(x_adv))``, x_adv climbing that KL: TRADES.
 
     Costs 13 forward and 12 backward passes with 10 attack steps: the natural logits that the
@@ -80,4 +65,4 @@ class Trades(Method):
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Natural loss and KL term of one batch."""
         natural, adversarial = self.logits(batch.image), self.logits(attacked.image)
-        return trades(natural, adversarial, batch.label, self.config.beta, batch.target)
+        return trades_output(natural, adversarial, batch.label, self.config.beta, batch.target)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cure.config import OptimizerConfig
 from cure.models.blocks import CLASSIFIER, blocks
@@ -66,43 +65,3 @@ def _prefix(model: nn.Module) -> str:
     """What names inside wrappers lack to be names of the whole network."""
     inner = core(model)
     return next(f"{name}." if name else "" for name, m in model.named_modules() if m is inner)
-
-
-@contextmanager
-def holding(
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, nn.Parameter],
-    frozen: dict[str, Tensor],
-) -> Iterator[None]:
-    """Undo what an optimiser step does to frozen weights and to their momentum.
-
-    A zero gradient alone does not hold a weight still: momentum and weight decay move it.
-
-    Args:
-        optimizer: the optimiser that steps inside.
-        parameters: by name.
-        frozen: by name, True where nothing may change.
-    """
-    before = {
-        name: (parameters[name].detach().clone(), _moments(optimizer, parameters[name], clone=True))
-        for name in frozen
-    }
-    yield
-    with torch.no_grad():
-        for name, (weight, moments) in before.items():
-            parameter, mask = parameters[name], frozen[name]
-            parameter.copy_(torch.where(mask, weight, parameter))
-            for key, moment in _moments(optimizer, parameter).items():
-                old = moments.get(key, torch.zeros_like(moment))
-                moment.copy_(torch.where(mask, old, moment))
-
-
-def _moments(
-    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, clone: bool = False
-) -> dict[str, Tensor]:
-    """The optimiser's tensors of the shape of the weights: momentum and its like."""
-    return {
-        key: value.clone() if clone else value
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor) and value.shape == parameter.shape
-    }

@@ -22,8 +22,8 @@ from cure.data import ImageKind, ImageSet, batches, carve, load, steps_per_epoch
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, CureError, ModelError
 from cure.methods import METHODS, Context, Method
-from cure.methods.wrappers.averaging import Averaged
-from cure.methods.wrappers.awp import WeightPerturbed
+from cure.methods.wrappers.averaging import Averaging
+from cure.methods.wrappers.awp import AWP
 from cure.models import load_weights
 from cure.models.batch_norm import freeze_statistics
 from cure.models.blocks import STEM, blocks, chosen, learn_only
@@ -307,7 +307,6 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
         attack=training_attack(config, engine),
         seed=config.seed,
         classes=len(prepared.training.classes),
-        samples=len(prepared.training),
         steps_per_epoch=per_epoch,
         epochs=settings.epochs,
         teachers=prepared.teachers,
@@ -324,8 +323,8 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
     )
     method: Method = METHODS[config.method.name](prepared.network, config.method, context)
     if settings.weight_perturbation is not None:
-        method = WeightPerturbed(method, settings.weight_perturbation)
-    return Averaged(method, settings.averaging) if settings.averaging is not None else method
+        method = AWP(method, settings.weight_perturbation)
+    return Averaging(method, settings.averaging) if settings.averaging is not None else method
 
 
 def natural_images(prepared: Prepared, batch_size: int) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ from cure.runs.records import EpochMetrics, EpochTiming, MeasuredAccuracies, Out
 from cure.runs.state import load_state, save_state
 from cure.training.catastrophic import detector_of
 from cure.training.gradient_logger import GradientRecorder
-from cure.training.optimizer import build_optimizer, holding
+from cure.training.optimizer import build_optimizer
 from cure.training.outcome import FINAL_STEPS, judge, start_warnings
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.schedule import learning_rate
@@ -190,22 +190,17 @@ class Trainer:
         of_rank = (self.engine.rank,) if self.engine.rank else ()
         torch.manual_seed(derive(self.config.seed, "network", batch.step, *of_rank))
         self._set_learning_rate(batch.step)
-        out = self.method.step(batch)
-        if out.grads is not None:
-            grads = out.grads
-        elif out.loss is not None:
-            grads = self.engine.gradients(out.loss, self.parameters)
-        else:
-            raise TypeError(f"{type(self.method).__name__}.step returned neither loss nor grads")
+        step = self.method.take_step(batch)
+        grads = step.gradients()
         if self.recorder is not None:
-            self.recorder.step(batch.step, grads, out.masking)
+            self.recorder.step(batch.step, grads, step.masking)
         for name, parameter in self.parameters.items():
             parameter.grad = grads[name]
         if self.config.training.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
-        with holding(self.optimizer, self.parameters, out.frozen or {}):
+        with self.method.freeze(self.optimizer):
             self.optimizer.step()
-        return self._of_all_ranks(out.metrics) | self.method.after_step(batch.step)
+        return self._of_all_ranks(step.metrics) | self.method.after_step(batch.step)
 
     @torch.no_grad()
     def _of_all_ranks(self, metrics: Metrics) -> Metrics:

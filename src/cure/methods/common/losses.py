@@ -1,4 +1,13 @@
-"""Losses as pure functions of logits, means over the samples."""
+"""Losses as pure functions of logits, means over the samples; ``cure.losses`` for users.
+
+>>> import cure
+>>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+>>> label = torch.tensor([0])
+>>> round(cure.losses.trades(natural, adversarial, label, beta=6.0).item(), 4)
+2.0938
+>>> round(cure.losses.mart(natural, adversarial, label, beta=5.0).item(), 4)
+1.5817
+"""
 
 from __future__ import annotations
 
@@ -46,10 +55,10 @@ def boosted_cross_entropy(logits: Tensor, label: Tensor, *, constants: bool = Fa
     return F.cross_entropy(logits, label) + margin
 
 
-def doubt_weighted_kl(
+def weighted_kl(
     natural: Tensor, adversarial: Tensor, label: Tensor, *, constants: bool = False
 ) -> Tensor:
-    """KL to the natural prediction, weighted by how unsure the network is of the natural image.
+    """KL to the natural prediction, weighted by the probability of the wrong natural classes.
 
     ``mean_i (1 - p_iy(x)) KL(p_i(x) || p_i(x_adv))``; gradient through p(x), the weight included,
     and p(x_adv).
@@ -105,3 +114,100 @@ def smoothed_cross_entropy(logits: Tensor, label: Tensor, true_mass: float) -> T
     rest = (1 - true_mass) / (logits.shape[1] - 1)
     target = torch.full_like(logits, rest).scatter(1, label[:, None], true_mass)
     return F.cross_entropy(logits, target)
+
+
+def soft_cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``- T^2 mean_i sum_k softmax(target_i / T)_k log softmax(logits_i / T)_k``, 0-dim.
+
+    Args:
+        target: logits [B, K] to imitate, without a graph.
+        logits: [B, K].
+        temperature: T above 0.
+
+    Source: Chen et al., ICLR 2021, released code.
+    """
+    chances = F.softmax(target / temperature, dim=1)
+    return temperature**2 * F.cross_entropy(logits / temperature, chances)
+
+
+def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:
+    """``1/2 [KL(p || q) + KL(q || p)]`` of each sample, [B], from logits [B, K].
+
+    The first distribution of each KL is a constant, so the gradient in the logits is
+    ``(p - q) / 2`` for ``first`` and ``(q - p) / 2`` for ``second``.
+
+    Source: released code of ST-AT.
+    """
+    towards_first = kl_divergence_per_sample(first.detach(), second)
+    towards_second = kl_divergence_per_sample(second.detach(), first)
+    return (towards_first + towards_second) / 2
+
+
+def trades_terms(
+    natural: Tensor,
+    adversarial: Tensor,
+    label: Tensor,
+    beta: float,
+    target: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The loss of :func:`trades` as ``loss``, and its parts ``natural_loss``, ``adversarial_loss``.
+
+    Args:
+        natural: see :func:`trades`, like the next three.
+        adversarial: logits.
+        label: classes.
+        beta: weight.
+        target: soft labels [B, K] of the cross-entropy; by default ``label``.
+    """
+    natural_loss = F.cross_entropy(natural, label if target is None else target)
+    adversarial_loss = kl_divergence(natural, adversarial)
+    return {
+        "loss": natural_loss + beta * adversarial_loss,
+        "natural_loss": natural_loss,
+        "adversarial_loss": adversarial_loss,
+    }
+
+
+def trades(natural: Tensor, adversarial: Tensor, label: Tensor, beta: float = 6.0) -> Tensor:
+    """``CE(x) + beta KL(p(x) || p(x_adv))``, 0-dim.
+
+    Args:
+        natural: logits [B, K] of the natural images.
+        adversarial: logits [B, K] of the adversarial images.
+        label: classes [B].
+        beta: weight of the KL term, whose gradient flows through both predictions.
+
+    Source: Zhang et al. (TRADES), ICML 2019 (beta is its 1 / lambda).
+    """
+    return trades_terms(natural, adversarial, label, beta)["loss"]
+
+
+def mart_terms(
+    natural: Tensor, adversarial: Tensor, label: Tensor, beta: float, *, constants: bool = False
+) -> dict[str, Tensor]:
+    """The loss of :func:`mart` as ``loss``, and its parts ``boosted_loss``, ``weighted_kl``."""
+    boosted = boosted_cross_entropy(adversarial, label, constants=constants)
+    weighted = weighted_kl(natural, adversarial, label, constants=constants)
+    return {"loss": boosted + beta * weighted, "boosted_loss": boosted, "weighted_kl": weighted}
+
+
+def mart(
+    natural: Tensor,
+    adversarial: Tensor,
+    label: Tensor,
+    beta: float = 5.0,
+    *,
+    constants: bool = False,
+) -> Tensor:
+    """``BCE(x_adv) + beta mean (1 - p_y(x)) KL(p(x) || p(x_adv))``, 0-dim.
+
+    Args:
+        natural: logits [B, K] of the natural images.
+        adversarial: logits [B, K] of the adversarial images.
+        label: classes [B].
+        beta: weight of the second term, the paper's lambda.
+        constants: put the released code's constants into the logarithms and the weight.
+
+    Source: Wang et al. (MART), ICLR 2020.
+    """
+    return mart_terms(natural, adversarial, label, beta, constants=constants)["loss"]

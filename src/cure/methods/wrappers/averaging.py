@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from cure.methods.base import Method, Metrics
 from cure.methods.wrappers.base import Wrapper
 
 
-class Averaged(Wrapper):
+class Averaging(Wrapper):
     """``average <- average + share (weights - average)``, once averaging has begun.
 
     ``exponential``: share ``1 - decay``.  ``equal``: share ``1 / (n + 1)`` after n weights, which
@@ -22,12 +23,18 @@ class Averaged(Wrapper):
     the training images; counters are copied.  Until it begins, the method's own network is
     evaluated.
 
+    ``cure.methods.Averaging(method, decay=0.999)`` with the settings of ``training.averaging``.
+
     Source: Izmailov et al., UAI 2018 (equal weights, SWA); Rebuffi et al., 2021 (exponential).
     """
 
-    def __init__(self, inner: Method, config: AveragingConfig) -> None:
-        super().__init__(inner)
-        self.averaging = config
+    Settings = AveragingConfig
+    settings: AveragingConfig
+
+    def __init__(
+        self, inner: Method, settings: AveragingConfig | None = None, **given: Any
+    ) -> None:
+        super().__init__(inner, settings, **given)
         self.average = copy.deepcopy(inner.inference_model()).requires_grad_(False)
         self.count = 0
         """Weights that went into the average."""
@@ -35,18 +42,18 @@ class Averaged(Wrapper):
     def after_step(self, step: int) -> Metrics:
         """The method's own averages, then this one."""
         metrics = self.inner.after_step(step)
-        first = round(self.averaging.start * self.context.total_steps)
-        if self.averaging.every == "step" and step >= first:
+        first = round(self.settings.start * self.context.total_steps)
+        if self.settings.every == "step" and step >= first:
             self._take()
         return metrics
 
     def after_epoch(self, epoch: int) -> None:
         """The average over epochs, and BatchNorm statistics that fit the averaged weights."""
         self.inner.after_epoch(epoch)
-        first = round(self.averaging.start * self.context.epochs)
-        if self.averaging.every == "epoch" and epoch >= first:
+        first = round(self.settings.start * self.context.epochs)
+        if self.settings.every == "epoch" and epoch >= first:
             self._take()
-        if self.averaging.batch_norm == "recomputed" and self.count:
+        if self.settings.batch_norm == "recomputed" and self.count:
             recompute_statistics(self.average, self.context.natural_images())
 
     @torch.no_grad()
@@ -55,7 +62,7 @@ class Averaged(Wrapper):
         source = self.inner.inference_model()
         if self.count == 0:
             self.average.load_state_dict(source.state_dict())
-        share = 1 / (self.count + 1) if self.averaging.kind == "equal" else 1 - self._decay()
+        share = 1 / (self.count + 1) if self.settings.kind == "equal" else 1 - self._decay()
         theirs = dict(source.named_buffers()) | dict(source.named_parameters())
         ours = dict(self.average.named_buffers()) | dict(self.average.named_parameters())
         moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]
@@ -67,8 +74,8 @@ class Averaged(Wrapper):
 
     def _decay(self) -> float:
         """Share of the average that stays when weights are added."""
-        decay = self.averaging.decay
-        return min(decay, self.count / (9 + self.count)) if self.averaging.warmup else decay
+        decay = self.settings.decay
+        return min(decay, self.count / (9 + self.count)) if self.settings.warmup else decay
 
     def inference_model(self) -> nn.Module:
         """The average, once there is one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,15 @@ def perturbation(weights: Mapping[str, Tensor], gradients: Grads, gamma: float) 
     }
 
 
-class WeightPerturbed(Wrapper):
+class AWP(Wrapper):
     """Gradients at ``theta + v``, where v makes the method's own loss larger: AWP.
 
     After the attack on theta, the method learns once at theta, which gives v, and once at
     theta + v, which gives the gradients.  The optimiser's step, weight decay included, happens at
     theta + v, then v is taken back: with a step of length 0 the weights are what they were, to
     the bit.
+
+    ``cure.methods.AWP(method, gamma=0.01)`` with the settings of ``training.weight_perturbation``.
 
     Costs one more loss of the method: 1 forward and 1 backward pass for AT, 2 and 2 for TRADES.
 
@@ -54,18 +57,24 @@ class WeightPerturbed(Wrapper):
     the network, whose learning rate cancels.
     """
 
-    def __init__(self, inner: Method, config: WeightPerturbationConfig) -> None:
-        super().__init__(inner)
-        self.perturbing = config
+    Settings = WeightPerturbationConfig
+    settings: WeightPerturbationConfig
+
+    def __init__(
+        self, inner: Method, settings: WeightPerturbationConfig | None = None, **given: Any
+    ) -> None:
+        super().__init__(inner, settings, **given)
         self._before: dict[str, tuple[Tensor, Tensor]] = {}
 
     def step(self, batch: Batch) -> StepOutput:
         """The method's step, its gradients taken at the perturbed weights."""
-        return self.compute_loss(batch, self.make_adversarial(batch))
+        # Of several batches before one step of the optimiser, each is attacked at theta.
+        self._take_back()
+        return Method.step(self, batch)
 
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Gradients at the perturbed weights, where the weights are left for the optimiser."""
-        first = round(self.perturbing.start * self.context.epochs)
+        first = round(self.settings.start * self.context.epochs)
         if batch.step < first * self.context.steps_per_epoch:
             return self.inner.compute_loss(batch, attacked)
         parameters = self.trainable()
@@ -73,7 +82,7 @@ class WeightPerturbed(Wrapper):
             plain = self.inner.compute_loss(batch, attacked)
             gradients = self._gradients(plain)
         with torch.no_grad():
-            changes = perturbation(parameters, gradients, self.perturbing.gamma)
+            changes = perturbation(parameters, gradients, self.settings.gamma)
             for name, change in changes.items():
                 before = parameters[name].clone()
                 parameters[name].add_(change)

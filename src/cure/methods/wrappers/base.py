@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from torch import nn
 
+from cure.config import Section
 from cure.data.images import Batch
-from cure.methods.base import AdversarialBatch, Method, Metrics, StepOutput
+from cure.errors import ConfigError
+from cure.methods.base import AdversarialBatch, Context, Method, Metrics, Progress, StepOutput
+from cure.methods.standalone import settings_of
 
 
 class Wrapper(Method):
     """A method around another, ``inner``; by itself it changes nothing."""
 
-    def __init__(self, inner: Method) -> None:
+    settings: Any
+    Settings: ClassVar[type[Section]] = Section
+
+    def __init__(self, inner: Method, settings: Any = None, **given: Any) -> None:
         nn.Module.__init__(self)
+        if settings is None:
+            settings = settings_of(type(self).__name__, self.Settings, given)
+        self.check(settings, inner.context)
         self.inner = inner
+        self.settings = settings
+        self.progress = Progress()
         self.config = inner.config
         self.context = inner.context
+        self.soft_labels = inner.soft_labels  # type: ignore[misc]
         self.selection = inner.selection  # type: ignore[misc]
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
         """The network in training."""
         return self.inner.model
+
+    def check(self, settings: Any, context: Context) -> None:
+        """Refuse settings that need more than the context knows."""
+        if context.has_epochs is None:
+            return
+        needs = []
+        if getattr(settings, "start", 0) and context.total_steps == 1:
+            needs.append("steps=len(loader) * epochs, for its start is a share of the training")
+        if getattr(settings, "every", "step") == "epoch" and not context.has_epochs:
+            needs.append("epochs, at whose ends it takes the weights")
+        if needs:
+            name = type(self).__name__
+            raise ConfigError(f"{name}: tell the method inside {' and '.join(needs)}")
 
     def step(self, batch: Batch) -> StepOutput:
         """The method's own step."""

@@ -1,0 +1,153 @@
+"""A method without a run folder: its settings and context from keyword arguments."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from cure.attacks import PGD, Threat
+from cure.config import MethodConfig, TeacherConfig
+from cure.errors import ConfigError, unknown
+from cure.utils.engine import Engine
+
+if TYPE_CHECKING:
+    from cure.methods.base import Context
+
+GIVEN = "object:"
+"""Path of a teacher that was passed as a network."""
+
+
+def standalone(
+    kind: str,
+    section: type[MethodConfig],
+    model: nn.Module,
+    *,
+    threat: Threat | None = None,
+    attack: PGD | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    images: Iterable[Any] | None = None,
+    learning_rate: float | Callable[[int], float] = 0.1,
+    weight_decay: float = 0.0,
+    **settings: Any,
+) -> tuple[MethodConfig, Context]:
+    """Settings and context of a method in a training loop of the user's.
+
+    The arguments are explained in :class:`cure.methods.Method`.
+
+    Args:
+        kind: name of the method's class, for messages.
+        section: the class of its settings.
+        model: the network in training.
+        threat: see there, like all that follow.
+        attack: the training attack.
+        steps: optimiser steps of the whole training.
+        epochs: equal parts of the training at whose ends epochs end.
+        seed: of every random draw.
+        images: training images, or batches of images and labels.
+        learning_rate: of the optimiser, at a step.
+        weight_decay: of the optimiser.
+        settings: teachers as networks, and the method's own settings.
+
+    Raises:
+        ConfigError: when a setting is unknown or does not fit, or a teacher is missing.
+    """
+    from cure.methods.base import Context
+
+    config, teachers = _settings(kind, section, settings)
+    if attack is None:
+        threat = threat or Threat()
+        attack = PGD(threat, 10, threat.epsilon / 4, "gaussian", fold=True)
+    elif threat is not None and threat != attack.threat:
+        raise ConfigError(f"{kind}: threat and attack.threat differ; give the attack alone")
+    if steps is not None and (steps < 1 or steps % (epochs or 1)):
+        raise ConfigError(
+            f"{kind}: expected steps as a positive multiple of the {epochs or 1} epochs, "
+            f"got {steps}; say steps=len(loader) * epochs"
+        )
+    if steps is None and (epochs is not None or config.needs_length()):
+        raise ConfigError(
+            f"{kind}: its schedule depends on the length of the training; "
+            "say steps=len(loader) * epochs"
+        )
+    device = next(model.parameters()).device
+    rate = learning_rate if callable(learning_rate) else _constant(float(learning_rate))
+    return config, Context(
+        engine=Engine(device),
+        attack=attack,
+        seed=seed,
+        # Without epochs every step may change a schedule.
+        steps_per_epoch=1 if epochs is None else (steps or 1) // epochs,
+        epochs=(steps or 1) if epochs is None else epochs,
+        teachers=teachers,
+        learning_rate=rate,
+        weight_decay=weight_decay,
+        natural_images=lambda: _images(images, device),
+        has_epochs=epochs is not None,
+    )
+
+
+def settings_of(kind: str, section: type[Any], settings: Mapping[str, Any]) -> Any:
+    """A section of settings from keyword arguments.
+
+    Raises:
+        ConfigError: when a setting is unknown or does not fit.
+    """
+    for name in settings:
+        if name not in section.model_fields:
+            known = [field for field in section.model_fields if field != "name"]
+            raise ConfigError(f"{kind}: " + unknown("setting", name, known))
+    try:
+        return section(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{kind}: {place}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def _settings(
+    kind: str, section: type[MethodConfig], settings: dict[str, Any]
+) -> tuple[MethodConfig, dict[str, nn.Module]]:
+    """The section of settings, and the teachers that it asks for."""
+    roles = [
+        name for name, field in section.model_fields.items() if field.annotation is TeacherConfig
+    ]
+    given = {role: settings.pop(role) for role in roles if role in settings}
+    for role, network in given.items():
+        if not isinstance(network, nn.Module):
+            raise ConfigError(
+                f"{kind}: expected {role} as a trained network (torch.nn.Module), got "
+                f"{type(network).__name__}; for a run say cure.Run(path).model()"
+            )
+    place = TeacherConfig(path=GIVEN)
+    config = settings_of(kind, section, settings | dict.fromkeys(roles, place))
+    asked = config.teachers()
+    for role in asked:
+        if role not in given:
+            raise ConfigError(f"{kind}: needs {role}=, a trained network (torch.nn.Module)")
+    for role in given:
+        if role not in asked:
+            raise ConfigError(f"{kind}: does not use {role} with these settings; leave it out")
+    return config, {role: copy.deepcopy(given[role]) for role in asked}
+
+
+def _constant(rate: float) -> Callable[[int], float]:
+    return lambda step: rate  # noqa: ARG005
+
+
+def _images(batches: Iterable[Any] | None, device: torch.device) -> Iterator[Tensor]:
+    """The images of batches, which may hold labels as well."""
+    if batches is None:
+        raise ConfigError(
+            "this method looks at training images beforehand; say images=loader (batches of "
+            "images, or of images and labels)"
+        )
+    for batch in batches:
+        image = batch[0] if isinstance(batch, tuple | list) else batch
+        yield image.to(device)
