@@ -171,8 +171,9 @@ class DataConfig(Section):
     """Convert every image; needed when grey and RGB images are mixed."""
     limit: PositiveInt | None = None
     """Use only the first so many images of the training split (before the validation split)."""
-    validation: PositiveInt = 1000
-    """Images carved from the training split; every choice of a checkpoint uses them alone."""
+    validation: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 1000
+    """Images carved from the training split, as a number or as a share (0.1); every choice of a
+    checkpoint uses them alone."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share carved as the test split from a source that has none."""
     split_seed: NonNegativeInt = 0

@@ -43,6 +43,28 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     return check(raw, f"recipe {recipe}")
 
 
+TO_BE_GIVEN = "(to be given)"
+"""What :func:`show_recipe` prints for a setting that a recipe leaves to its user."""
+
+
+def show_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> str:
+    """A recipe with its overrides as YAML: every setting as it would run.
+
+    Data and network that the recipe leaves to its user may be missing.
+
+    Raises:
+        ConfigError: as :func:`load_recipe`.
+    """
+    raw = read_recipe(recipe)
+    for word in overrides:
+        override(raw, *parse_override(word))
+    for section, key in (("data", "source"), ("model", "name")):
+        given = raw.setdefault(section, {})
+        if isinstance(given, dict):
+            given.setdefault(key, TO_BE_GIVEN)
+    return dump(check(raw, f"recipe {recipe}"))
+
+
 def read_recipe(recipe: str | Path) -> Raw:
     """The recipe as plain data, with what it ``extends`` filled in."""
     return _read(recipe, ())

@@ -53,7 +53,7 @@ class Listener(EpochTracker):
     def start(self, steps: int, done: int) -> None:
         HEARD.append(("start", steps, done))
 
-    def step(self, images: int) -> None:
+    def step(self, images: int, metrics: object) -> None:
         HEARD.append(("step", images))
 
     def log(self, epoch: int, numbers: Any) -> None:

@@ -52,7 +52,7 @@ class Recorder:
     closed: bool = False
 
     def start(self, steps: int, done: int) -> None: ...
-    def step(self, images: int) -> None:
+    def step(self, images: int, metrics: object) -> None:
         self.steps += 1
 
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:

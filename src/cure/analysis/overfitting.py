@@ -229,7 +229,7 @@ class _Opened:
                 end: _between(of_split["train"]["robust"], of_split["test"]["robust"])
                 for end, of_split in (("best", best), ("last", last))
             },
-            "alarm": _alarm(records, config.data.validation),
+            "alarm": _alarm(records, int(config.data.validation)),
             "missing": missing,
         }
 

@@ -121,7 +121,7 @@ def sensitivity(
 def _told(sweep: Sweep) -> Result:
     """What there is of a sweep, plain values only."""
     config, found = sweep.config, trials(sweep)
-    n = config.data.validation
+    n = int(config.data.validation)
     finished = [trial for trial in found if trial["state"] == "finished"]
     on_front = front([(trial["natural"], trial["robust"]) for trial in finished])
     best = {trial["number"] for trial, good in zip(finished, on_front, strict=True) if good}

@@ -393,9 +393,9 @@ def show(
     settings: SettingsArgument = None,
 ) -> None:
     """Print every setting of a recipe as it would run, in YAML."""
-    from cure.recipe import dump, load_recipe
+    from cure.recipe import show_recipe
 
-    typer.echo(dump(load_recipe(recipe, settings or [])), nl=False)
+    typer.echo(show_recipe(recipe, settings or []), nl=False)
 
 
 @app.command()

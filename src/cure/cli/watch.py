@@ -113,7 +113,7 @@ def read(path: str | Path) -> Seen:
         reason=status.reason,
         phases=phases,
         epochs=inner.training.epochs,
-        validation=inner.data.validation,
+        validation=int(inner.data.validation),
         records=[line.content() for line in folder.metrics()],
         timing={line.epoch: line.content() for line in folder.timing()},
         best=_best(folder),

@@ -43,12 +43,13 @@ def stratified(label: Tensor, count: int, seed: int, purpose: str) -> tuple[Tens
     return (~chosen).nonzero().squeeze(1), chosen.nonzero().squeeze(1)
 
 
-def carve(train: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
+def carve(train: ImageSet, count: float, seed: int) -> tuple[ImageSet, ImageSet]:
     """Carve a validation split from the training images.
 
     Args:
         train: the training images.
-        count: images of the validation split.
+        count: images of the validation split, or their share of ``train`` when below 1; a share
+            gives at least one image.
         seed: ``data.split_seed``; the same seed gives the same split in every process.
 
     Returns:
@@ -57,12 +58,14 @@ def carve(train: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
     Raises:
         DataError: ``count`` is not between 1 and one less than the number of training images.
     """
+    if 0 < count < 1:
+        count = max(1, round(count * len(train)))
     if not 0 < count < len(train):
         raise DataError(
             f"expected a validation split of 1 to {len(train) - 1} images, as there are "
             f"{len(train)} training images, got data.validation={count}; choose a number in "
             "that range"
         )
-    rest, chosen = stratified(train.label, count, seed, "validation")
+    rest, chosen = stratified(train.label, int(count), seed, "validation")
     device = train.label.device
     return train.subset(rest.to(device)), train.subset(chosen.to(device), "validation")

@@ -13,6 +13,7 @@ from cure.data import ImageSet
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
+from cure.training.budget import settle
 from cure.training.prerequisites import carry_out
 from cure.training.setup import prepare
 
@@ -63,6 +64,7 @@ def train(
     images = data if isinstance(data, ImageSet) else None
     # Everything that can be wrong is found before the folder is made.
     prepared = prepare(config, images, model)
+    config = settle(config, prepared)
     engine = prepared.engine
     path = engine.first(lambda: RunFolder.create(run, config, prepared.training.kind).path)
     folder = RunFolder(path, writes=engine.rank == 0)

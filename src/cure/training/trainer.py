@@ -44,6 +44,9 @@ from cure.utils.random import derive
 # Steps between two looks at the loss: each look waits for the device.
 GUARD_EVERY = 50
 
+SHOW_EVERY = 5.0
+"""Seconds between two updates of ``status.json``."""
+
 
 class Interrupted(CureError):
     """The user stopped the run; its state is on disk."""
@@ -86,6 +89,7 @@ class Trainer:
         self.alarmed = False
         self.detector = detector_of(config, method)
         self._stop_asked = False
+        self._shown = time.monotonic()
 
     # -- one run -------------------------------------------------------------------------------
 
@@ -144,13 +148,15 @@ class Trainer:
             rank=self.engine.rank,
             world=self.engine.world,
         ):
-            self.totals.add(self.train_step(batch), batch.step)
+            metrics = self.train_step(batch)
+            self.totals.add(metrics, batch.step)
             self.done += 1
             if self.detector is not None and self.detector.overfits(batch):
                 self._go_back()
                 return
             for tracker in self.trackers:
-                tracker.step(settings.batch_size)
+                tracker.step(settings.batch_size, metrics)
+            self._show_progress()
             last = self.done % self.steps_per_epoch == 0
             if self.done % GUARD_EVERY == 0:
                 self._check_finite()
@@ -164,6 +170,12 @@ class Trainer:
         }
         images = (self.done - before) * settings.batch_size
         self._finish_epoch(number + 1, seconds, images)
+
+    def _show_progress(self) -> None:
+        """Write how far the run is, every few seconds, for ``cure watch``."""
+        if time.monotonic() - self._shown > SHOW_EVERY:
+            self._shown = time.monotonic()
+            self.folder.set_status("running", step=self.done, steps=self.total_steps)
 
     def _go_back(self) -> None:
         """Return to the last saved state and train with two attack steps from there."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from cure.config import RunConfig
 from cure.errors import ConfigError
+from cure.methods import Metrics
 from cure.registry import TRACKERS as TRACKERS
 from cure.runs.records import TrackingIds
 
@@ -20,8 +21,8 @@ class Tracker(Protocol):
     def start(self, steps: int, done: int) -> None:
         """The run has ``steps`` optimiser steps, ``done`` of them behind it."""
 
-    def step(self, images: int) -> None:
-        """A step on so many images is done."""
+    def step(self, images: int, metrics: Metrics) -> None:
+        """A step on so many images is done; ``metrics`` are 0-dim tensors, to be read seldom."""
 
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
         """An epoch is done; see ``metrics.jsonl`` and ``timing.jsonl``."""
@@ -56,7 +57,7 @@ class EpochTracker:
     def start(self, steps: int, done: int) -> None:
         """Nothing to do before the first epoch."""
 
-    def step(self, images: int) -> None:
+    def step(self, images: int, metrics: Metrics) -> None:
         """Numbers go by epoch."""
 
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
@@ -149,10 +150,10 @@ class Isolated:
         if (inner := self.inner) is not None:
             self._guard(lambda: inner.start(steps, done))
 
-    def step(self, images: int) -> None:
+    def step(self, images: int, metrics: Metrics) -> None:
         """Pass on."""
         if (inner := self.inner) is not None:
-            self._guard(lambda: inner.step(images))
+            self._guard(lambda: inner.step(images, metrics))
 
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
         """Pass on."""

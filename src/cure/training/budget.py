@@ -1,0 +1,109 @@
+"""Settings that depend on the data and the machine, fixed before a run begins."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from cure.config import RunConfig
+from cure.data import Batch, epoch, steps_per_epoch
+from cure.errors import ConfigError
+from cure.training.optimizer import build_optimizer
+from cure.training.setup import Prepared, build_method
+from cure.training.validation import validate
+
+TIMED_STEPS = 3
+
+MARGIN = 0.95
+"""Share of the budget that is planned, for what is not timed: saving, the measured start."""
+
+
+def settle(config: RunConfig, prepared: Prepared) -> RunConfig:
+    """The run with numbers in the place of shares and budgets that depend on the machine and data.
+
+    A share in ``data.validation`` becomes a count, ``training.minutes`` a number of epochs; what is
+    written to the run folder is what a resumed run repeats.
+    """
+    data = config.data.model_copy(update={"validation": len(prepared.validation)})
+    return fit_epochs(config.model_copy(update={"data": data}), prepared)
+
+
+def fit_epochs(config: RunConfig, prepared: Prepared) -> RunConfig:
+    """The run with as many epochs as fit into ``training.minutes``.
+
+    A few steps and a validation are timed on a copy of the network.  The schedule of the learning
+    rate and of epsilon is a function of the share of the run, so it fits any number of epochs.
+
+    Args:
+        config: the run; returned as it is where it has no budget.
+        prepared: its data and networks; not changed.
+
+    Raises:
+        ConfigError: when not even one epoch fits.
+    """
+    minutes = config.training.minutes
+    if minutes is None:
+        return config
+    step, validation = _times(config, prepared)
+    each = step * steps_per_epoch(prepared.training, config.training.batch_size)
+    each += validation / config.training.validate_every
+    # The start is validated once, the best weights twice as long under PGD-20.
+    left = MARGIN * 60 * minutes - 3 * validation
+    (left, each) = (prepared.engine.largest(-left)[0] * -1, prepared.engine.largest(each)[0])
+    epochs = int(left // each)
+    if epochs < 1:
+        raise ConfigError(
+            f"training.minutes: an epoch takes about {each / 60:.1f} minutes here, got a budget of "
+            f"{minutes:g}; give more minutes, fewer images (data.limit) or smaller ones "
+            "(data.resize)"
+        )
+    training = config.training.model_copy(update={"epochs": epochs})
+    return config.model_copy(update={"training": training})
+
+
+def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
+    """Seconds of a training step and of a validation."""
+    engine = prepared.engine
+    network = engine.place(copy.deepcopy(prepared.network))
+    teachers = {role: engine.place(teacher) for role, teacher in prepared.teachers.items()}
+    method = build_method(config, replace(prepared, network=network, teachers=teachers))
+    parameters = method.trainable()
+    optimizer = build_optimizer(config.training.optimizer, method.model, parameters)
+    method.on_epoch(0)
+    method.train()
+    found = epoch(
+        prepared.training.to(engine.device),
+        batch_size=config.training.batch_size,
+        epoch=0,
+        seed=config.seed,
+        augment=config.data.augment,
+        rank=engine.rank,
+        world=engine.world,
+    )
+
+    def step(batch: Batch) -> None:
+        out = method.step(replace(batch, image=engine.arrange(batch.image)))
+        grads = out.grads
+        if grads is None:
+            assert out.loss is not None
+            grads = engine.gradients(out.loss, parameters)
+        for name, parameter in parameters.items():
+            parameter.grad = grads[name]
+        optimizer.step()
+        method.after_step(batch.step)
+
+    batches = [batch for batch, _ in zip(found, range(TIMED_STEPS), strict=False)]
+    step(batches[0])  # The first call allocates and, where it is asked for, compiles.
+    seconds = min(_seconds(step, batch) for batch in batches)
+    count = min(len(prepared.validation), config.evaluation.batch_size)
+    some = prepared.validation.subset(slice(0, count)).to(engine.device)
+    part = _seconds(lambda _: validate(network, some, config, engine), None)
+    return seconds, part * len(prepared.validation) / count
+
+
+def _seconds(call: Callable[..., object], argument: object) -> float:
+    began = time.perf_counter()
+    call(argument)
+    return time.perf_counter() - began
