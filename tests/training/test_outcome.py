@@ -35,7 +35,7 @@ def record(training: float, robust: float) -> EpochMetrics:
 
 
 def test_a_training_that_gained_says_only_what_it_traded() -> None:
-    result = judge(accuracies(90, 0), accuracies(80, 50), [record(55, 51)], CONFIG)
+    result = judge(accuracies(90, 0), accuracies(80, 50), [record(55, 51)], CONFIG, 10.0)
     assert result.gained
     assert result.warnings == []
     lines = result.lines("runs/mine")
@@ -49,27 +49,33 @@ def test_a_training_that_gained_says_only_what_it_traded() -> None:
         (accuracies(90, 0), accuracies(88, 1)),
         (accuracies(90, 30), accuracies(80, 33)),
         (accuracies(90, 0), accuracies(90, 4.5)),
+        # A network that always names one class "withstands" every attack.
+        (accuracies(90, 0), accuracies(10, 10)),
     ],
 )
 def test_no_gain_is_the_first_line(start: Accuracies, end: Accuracies) -> None:
-    result = judge(start, end, [record(end.robust, end.robust)], CONFIG)
+    result = judge(start, end, [record(end.robust, end.robust)], CONFIG, 10.0)
     assert not result.gained
     assert result.lines("run")[0].startswith("no gain: robust accuracy went from")
 
 
 def test_a_gap_between_training_and_validation_is_named_with_its_cause() -> None:
-    (sentence,) = judge(accuracies(90, 0), accuracies(80, 40), [record(85, 42)], CONFIG).warnings
+    (sentence,) = judge(
+        accuracies(90, 0), accuracies(80, 40), [record(85, 42)], CONFIG, 10.0
+    ).warnings
     assert "85.0 % in training and 42.0 % in validation" in sentence
     assert "training.batch_norm=frozen" in sentence
 
 
 def test_a_weak_validation_attack_is_said() -> None:
-    (sentence,) = judge(accuracies(90, 0), accuracies(80, 40), [record(50, 52)], CONFIG).warnings
+    (sentence,) = judge(
+        accuracies(90, 0), accuracies(80, 40), [record(50, 52)], CONFIG, 10.0
+    ).warnings
     assert "52.0 % under PGD-10, 40.0 % under PGD-20" in sentence
     few = CONFIG.model_copy(
         update={"training": CONFIG.training.model_copy(update={"validation_steps": 5})}
     )
-    (sentence,) = judge(accuracies(90, 0), accuracies(80, 40), [record(50, 41)], few).warnings
+    (sentence,) = judge(accuracies(90, 0), accuracies(80, 40), [record(50, 41)], few, 10.0).warnings
     assert "PGD-5, which is weaker than PGD-10" in sentence
 
 

@@ -26,17 +26,28 @@ def judge(
     end: MeasuredAccuracies,
     records: Sequence[EpochMetrics],
     config: RunConfig,
+    baseline: float,
 ) -> Outcome:
-    """Whether a training gained robustness, and what is wrong with its figures."""
+    """Whether a training gained robustness, and what is wrong with its figures.
+
+    Args:
+        start: before the first step.
+        end: of the best weights.
+        records: of ``metrics.jsonl``.
+        config: the run.
+        baseline: accuracy in percent of always naming the largest class of the validation split.
+    """
     gain, error = end.robust - start.robust, _standard_error(start, end)
-    gained = gain > 1.96 * error and end.robust >= LEAST
+    above = baseline + 196 * math.sqrt(baseline / 100 * (1 - baseline / 100) / end.n)
+    gained = gain > 1.96 * error and end.robust >= LEAST and end.robust > above
     warnings = []
     last = next((r for r in reversed(records) if r.validation), None)
     training = last.train.get("robust_accuracy") if last else None
     if not gained:
         warnings.append(
             f"no gain: robust accuracy went from {start.robust:.1f} % to {end.robust:.1f} % on "
-            f"{end.n:,} validation images; {_likely_cause(training, config)}"
+            f"{end.n:,} validation images (always naming the largest class: {baseline:.1f} %); "
+            f"{_likely_cause(end.natural <= above, training, config)}"
         )
     if training is not None and last is not None and last.validation is not None:
         gap = 100 * training - last.validation.robust
@@ -67,8 +78,13 @@ def judge(
     return Outcome(start=start, end=end, gained=gained, warnings=warnings)
 
 
-def _likely_cause(training: float | None, config: RunConfig) -> str:
+def _likely_cause(fallen: bool, training: float | None, config: RunConfig) -> str:
     """Why a training may have gained nothing, and the setting to change."""
+    if fallen:
+        return (
+            "the network fell to guessing: train longer (training.epochs), set attack.warmup=0.5, "
+            "or lower training.optimizer.learning_rate"
+        )
     if training is not None and 100 * training >= 2 * LEAST:
         return (
             f"training images reach {100 * training:.1f} %, so the network learns but does not "

@@ -320,7 +320,8 @@ class Trainer:
         before = self.folder.outcome()
         # A run that an earlier version began has no measured start: nothing was robust there.
         start = before.start if before else end.model_copy(update={"natural": 0.0, "robust": 0.0})
-        result = judge(start, end, self.folder.metrics(), self.config)
+        baseline = 100 * int(self.validation.label.bincount().max()) / len(self.validation)
+        result = judge(start, end, self.folder.metrics(), self.config, baseline)
         self.folder.set_outcome(result)
         for tracker in self.trackers:
             for line in result.lines(str(self.folder.resumed_by)):
