@@ -1,16 +1,21 @@
-"""Tables and curves from the JSON of results/, into files that the README and docs quote.
+"""Tables and curves from the records of results/, into files that the README and docs quote.
 
-Run after `make mini`, `make table` or `make ablation`; it computes nothing that is not in the JSON.
+Run after `make mini`, `make table` or `make ablation`. Every figure is in a record:
+`records.jsonl` of a plan (`cure table` writes it), or the JSON file of a command, in one line.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 from cure.analysis.study import STUDIES
 from cure.experiments.compare import table
+from cure.experiments.compare.rows import Source, rows_of
+from cure.runs.records import read_packed
+from cure.utils.io import write_json
 
 HERE = Path(__file__).parent
 MINI = HERE / "cifar10-mini-cure"
@@ -56,14 +61,8 @@ def mini_conditions() -> str:
     seed = seeds()[0]
     result = read(MINI / f"seed{seed}-cure.json")
     environment = result["environment"]
-    minutes = (
-        sum(
-            json.loads(line)["seconds"] + json.loads(line)["validation_seconds"]
-            for part in NAMES
-            for line in (MINI / f"seed{seed}-{part}-timing.jsonl").read_text().splitlines()
-        )
-        / 60
-    )
+    times = [row for row in mini_epochs() if row["seed"] == str(seed)]
+    minutes = sum(float(row["seconds"]) + float(row["validation_seconds"]) for row in times) / 60
     return (
         f"{result['data']['name']} test, n = {result['data']['n']:,} images (AutoAttack: the first "
         f"500), {result['threat']['norm']} ε = {result['threat']['epsilon_text']}, "
@@ -72,6 +71,12 @@ def mini_conditions() -> str:
         f"({environment['processor']}), torch {environment['packages']['torch']}, "
         f"Python {environment['python']}."
     )
+
+
+def mini_epochs() -> list[dict[str, str]]:
+    """The epochs of all seeds: accuracies on validation images and seconds."""
+    with (MINI / "curves.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def mini_curves(target: Path) -> None:
@@ -85,10 +90,9 @@ def mini_curves(target: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for axis, (part, name) in zip(axes, NAMES.items(), strict=True):
         for seed in seeds():
-            lines = (MINI / f"seed{seed}-{part}-metrics.jsonl").read_text().splitlines()
-            records = [json.loads(line) for line in lines]
+            rows = [r for r in mini_epochs() if (r["seed"], r["part"]) == (str(seed), part)]
             for key, style in (("natural", "-o"), ("robust", "--s")):
-                points = [(r["epoch"], r["validation"][key]) for r in records if "validation" in r]
+                points = [(int(r["epoch"]), float(r[key])) for r in rows if r[key]]
                 label = f"{key}, seed {seed}"
                 axis.plot(*zip(*points, strict=True), style, markersize=3, label=label)
         axis.set(title=name, xlabel="epoch", ylim=(0, 100))
@@ -293,9 +297,29 @@ def draw_study(name: str) -> None:
 
 
 def comparison(folder: str, columns: list[str]) -> str:
-    """The groups of a plan's table.json with some of its columns, and its caption."""
-    rows = read(HERE / folder / "table.json")["rows"]
+    """The table of a plan with some of its columns, and its caption."""
+    records = read_packed(HERE / folder / "records.jsonl")
+    rows = rows_of([Source.of_record(record, name, name) for name, record in records.items()])
     return table(rows, columns).markdown()
+
+
+BULK = {"classes", "distance_curve", "passes"}
+"""Keys of results that no table and no picture needs."""
+
+
+def small(value: Any) -> Any:
+    """The same value without :data:`BULK`."""
+    if isinstance(value, dict):
+        return {key: small(inner) for key, inner in value.items() if key not in BULK}
+    return [small(inner) for inner in value] if isinstance(value, list) else value
+
+
+def compact() -> None:
+    """Write every JSON file of results/ in one line, results of evaluations without bulk."""
+    for path in HERE.rglob("*.json"):
+        content = read(path)
+        of_evaluation = content.get("format") == "cure-evaluation-1"
+        write_json(path, small(content) if of_evaluation else content, compact=True)
 
 
 def insert(document: Path, mark: str, text: str) -> None:
@@ -307,11 +331,12 @@ def insert(document: Path, mark: str, text: str) -> None:
 
 
 if __name__ == "__main__":
+    compact()
     mini_curves(MINI / "curves.svg")
     mini = f"{mini_table()}\n\n{mini_conditions()}\n"
     (MINI / "table.md").write_text(mini, encoding="utf-8")
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
-    insert(HERE.parent / "README.md", "results/cifar10-mini/table.json", comparison(*IN_README))
+    insert(HERE.parent / "README.md", "results/cifar10-mini/records.jsonl", comparison(*IN_README))
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "evaluation", evaluations())
     for name in studies():

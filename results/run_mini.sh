@@ -12,8 +12,7 @@ for seed in "${@:-0}"; do
   fi
   for part in natural cure; do
     target=$run; [ $part = cure ] || target=$run/natural
-    cp "$target/metrics.jsonl" "$out/seed$seed-$part-metrics.jsonl"
-    cp "$target/timing.jsonl" "$out/seed$seed-$part-timing.jsonl"
+    python results/curves.py "$target" "$seed" "$part" $out/curves.csv
     [ -e "$out/seed$seed-$part.json" ] ||
       cure evaluate "$target" --attacks natural,pgd20,cw --output "$out/seed$seed-$part.json"
     [ -e "$out/seed$seed-$part-autoattack.json" ] ||

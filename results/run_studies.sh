@@ -47,10 +47,5 @@ cure analyse sensitivity cifar10-mini data.limit=1500 data.validation=500 natura
     --vary method.percent=10,30,50 --vary method.gamma=0.3,1,3 --grid 3 --output runs/sensitivity
 cp runs/sensitivity/sensitivity.json $STUDIES/
 
-# Drawings, the figures in docs/studies.md, and an example of a page, with three studies to keep it small.
+# Drawings, and the figures in docs/studies.md.
 python results/figures.py
-rm -f results/report.html
-cure report runs/table/{cure,at,trades,natural}-seed0 \
-    results/evaluation/{cure,at,natural}-{suite,diagnosis,corruptions}.json \
-    $STUDIES/{conserved,layerwise,perturbation}.json \
-    --output results/report.html

@@ -15,5 +15,4 @@ run=runs/third-party-20-steps
 [ -e $run ] || cure train finetune data.source=cifar10 data.limit=1380 data.validation=100 \
   model.name=resnet18 "start=$weights" training.epochs=1 training.threads=2 \
   method.revision.horizon=0.5 name=third-party --run $run
-cp $run/metrics.jsonl $out/20-steps-metrics.jsonl
 evaluate 20-steps $run --checkpoint last --limit 500 --attacks natural,pgd20

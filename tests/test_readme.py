@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cure.experiments.plan import entries, is_done, read_plan, write_tables
+from cure.experiments.plan import entries, is_done, read_plan, results_of, write_tables
 from cure.models import save_weights
 from cure.recipe import load_recipe
 
@@ -142,7 +142,7 @@ RESULTS = ROOT / "results"
 @pytest.mark.parametrize(
     ("document", "mark"),
     [
-        ("README.md", "results/cifar10-mini/table.json"),
+        ("README.md", "results/cifar10-mini/records.jsonl"),
         ("results/README.md", "cifar10-mini/table.md"),
         ("results/README.md", "ablation/table.md"),
         ("results/README.md", "ablation-digits/table.md"),
@@ -159,7 +159,7 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     assert shown is not None
     if mark in ("bench/cpu.json", "evaluation"):
         expected = figures["bench" if "bench" in mark else "evaluations"]()
-    elif mark.endswith(".json"):
+    elif mark.endswith(".jsonl"):
         expected = figures["comparison"](*figures["IN_README"])
     elif "mini-cure" in mark:
         expected = f"{figures['mini_table']()}\n\n{figures['mini_conditions']()}\n"
@@ -187,11 +187,12 @@ PLANS += ("studies/overfitting", "studies/gradients")
 def test_the_tables_of_plans_follow_from_the_results_of_their_runs(
     name: str, tmp_path: Path
 ) -> None:
-    """The plan as it stands, the runs' files and the tables belong together."""
+    """The plan as it stands, the records of its runs and the table belong together."""
     plan = read_plan(RESULTS / name / "plan.yaml")
-    shutil.copytree(RESULTS / name / "runs", tmp_path / "runs")
+    shutil.copy(RESULTS / name / "records.jsonl", tmp_path)
     assert write_tables(plan, tmp_path) is not None
-    for file in ("table.json", "table.md"):
+    for file in ("records.jsonl", "table.md"):
         assert (tmp_path / file).read_text() == (RESULTS / name / file).read_text()
+    known = results_of(plan, tmp_path)
     for entry in entries(plan):
-        is_done(plan, entry, RESULTS / name)  # Refuses results of other settings.
+        is_done(plan, entry, tmp_path, known)  # Refuses results of other settings.

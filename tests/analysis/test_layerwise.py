@@ -14,7 +14,7 @@ import cure
 from cure.analysis.layerwise import findings, layerwise, pictures, tables
 from cure.cli.analyse import layerwise as of_command
 from cure.errors import ConfigError
-from cure.experiments.plan import Job
+from cure.experiments.executors import Job
 from cure.models.blocks import blocks
 from cure.runs.folder import RunFolder
 from helpers import Command, refused

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from cure.errors import ConfigError, CureError
+from cure.errors import CheckpointError, ConfigError, CureError
+from cure.experiments.executors import Job, LocalExecutor, cluster_executor
 from cure.experiments.plan import (
     Entry,
-    Job,
-    LocalExecutor,
     carry_out_plan,
-    cluster_executor,
     entries,
     is_done,
     read_plan,
@@ -355,6 +354,46 @@ def test_tables_and_differences_to_the_reference(command: Command):
     assert "- trades: beta 6" in after
 
 
+@pytest.mark.parametrize("best", [1, 2])
+def test_a_plan_of_last_checkpoints_evaluates_the_last_one_also_where_it_is_the_best(
+    best: int, monkeypatch: pytest.MonkeyPatch
+):
+    from cure.training.trainer import Trainer
+
+    robust = iter([10.0, 20.0 if best == 2 else 5.0])
+    monkeypatch.setattr(Trainer, "validate", lambda self: {"natural": 50.0, "robust": next(robust)})
+    only_last = [{"attacks": ["pgd2"], "limit": 20, "checkpoints": ["last"]}]
+    rows = {"natural": PLAN["rows"]["natural"]}
+    plan = read_plan(written(evaluations=only_last, rows=rows))
+    assert carry_out_plan(plan, Path("out"), Here()) == []
+    assert RunFolder.open("runs/natural-seed0").status().best.epoch == best
+    shown = write_tables(plan, Path("out"))
+    assert shown is not None
+    assert [(row["checkpoint"], row["epoch"]) for row in shown.rows] == [("last", 2)]
+    again = Here()
+    carry_out_plan(plan, Path("out"), again)
+    assert again.given == []
+
+
+def test_the_packed_figures_are_enough_for_the_tables():
+    rows = {label: PLAN["rows"][label] for label in ("natural", "at")}
+    plan = read_plan(written(rows=rows, seeds=[0, 1], reference="natural"))
+    carry_out_plan(plan, Path("out"), Here())
+    assert write_tables(plan, Path("out")) is not None
+    before = {name: Path("out", name).read_text() for name in ("table.md", "records.jsonl")}
+    shutil.rmtree("out/runs")
+    shutil.rmtree("runs")
+    again = Here()
+    assert carry_out_plan(plan, Path("out"), again) == []
+    assert again.given == []
+    assert write_tables(plan, Path("out")) is not None
+    assert {name: Path("out", name).read_text() for name in before} == before
+    changed = before["records.jsonl"].replace('"seed":1', '"seed":3')
+    Path("out/records.jsonl").write_text(changed)
+    with pytest.raises(CheckpointError, match=r"records\.jsonl is damaged"):
+        write_tables(plan, Path("out"))
+
+
 def test_a_plan_that_is_stopped_midway_still_has_a_table():
     plan = read_plan(written())
     carry_out_plan(plan, Path("out"), Here(), only=["natural"])
@@ -442,4 +481,5 @@ def test_a_result_older_than_a_setting_has_its_default():
 def test_a_result_that_is_damaged(command: Command):
     Path("out/runs").mkdir(parents=True)
     Path("out/runs/natural-seed0.json").write_text("{")
-    refused(command("table", written(), "--output", "out"), "natural-seed0.json", "no result")
+    ended = command("table", written(), "--output", "out")
+    refused(ended, "natural-seed0.json", "cannot be read as JSON")

@@ -19,15 +19,8 @@ from cure.config import RunConfig
 from cure.data import load
 from cure.errors import ConfigError, TrainingStopped
 from cure.evaluation.runner import Result
-from cure.experiments.plan import (
-    Executor,
-    LocalExecutor,
-    Measurement,
-    Plan,
-    Row,
-    carry_out_plan,
-    read_record,
-)
+from cure.experiments.executors import Executor, LocalExecutor
+from cure.experiments.plan import Measurement, Plan, PlanRow, carry_out_plan, results_of
 from cure.models.blocks import CLASSIFIER, STEM, blocks
 from cure.models.build import network_of
 from cure.recipe import load_recipe, parse_override
@@ -98,10 +91,11 @@ def layerwise(
         recipe, settings, folder, config, wanted, variants, stem, statistics, method, attack, limit
     )
     failures = carry_out_plan(plan, folder, executor or LocalExecutor(1), tell=tell)
+    done = results_of(plan, folder)
     records = {
-        label: read_record(path)
+        label: done[name].content()
         for label in plan.rows
-        if (path := folder / "runs" / f"{label}-seed{config.seed}.json").exists()
+        if (name := f"{label}-seed{config.seed}") in done
     }
     if failures:
         raise TrainingStopped(f"{len(failures)} of the study's runs failed: " + "; ".join(failures))
@@ -151,11 +145,11 @@ def _plan(
         group = "training.optimizer" if key in ("learning_rate", "weight_decay") else "training"
         natural[f"{group}.{key}"] = value
     given = config.start != "natural"
-    rows = {} if given else {"natural": Row(settings=natural)}
+    rows = {} if given else {"natural": PlanRow(settings=natural)}
     for variant in variants:
         for name in sets:
             update = [] if name == "all" else [f"B{digit}" for digit in name]
-            rows[f"U-{name}-{variant}"] = Row(
+            rows[f"U-{name}-{variant}"] = PlanRow(
                 settings={
                     "method": method,
                     "start": config.start if given else "run:natural",

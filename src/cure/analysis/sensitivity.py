@@ -10,7 +10,7 @@ from typing import Any
 from cure.analysis.study import STUDIES, Rows, Study, keep
 from cure.errors import ConfigError
 from cure.evaluation.runner import Progress, Result, no_progress
-from cure.experiments.plan import LocalExecutor, stopped_by_signals
+from cure.experiments.executors import LocalExecutor, stopped_by_signals
 from cure.experiments.sweep import Sweep, begin, fitting, read_varied, trials, work
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.training.trainer import Interrupted
@@ -109,10 +109,10 @@ def sensitivity(
                 for job in [executor.submit(work, sweep) for _ in range(jobs)]:
                     job.result()
             except KeyboardInterrupt:
-                executor.call_off()
+                executor.cancel()
                 raise Interrupted("the trials are stopped; the same command goes on") from None
             except BaseException:
-                executor.call_off()
+                executor.cancel()
                 raise
     with sweep.alone():
         return keep(NAME, _told(sweep), output=sweep.output / f"{NAME}.json")

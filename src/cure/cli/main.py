@@ -315,14 +315,8 @@ def table_(
     seeds: Annotated[str | None, typer.Option(help="Only these seeds: 0,1.")] = None,
 ) -> None:
     """Train and evaluate all runs of a plan that are not done yet; write their table."""
-    from cure.experiments.plan import (
-        Executor,
-        LocalExecutor,
-        carry_out_plan,
-        cluster_executor,
-        read_plan,
-        write_tables,
-    )
+    from cure.experiments.executors import Executor, LocalExecutor, cluster_executor
+    from cure.experiments.plan import carry_out_plan, read_plan, write_tables
 
     made = read_plan(plan)
     folder = plan.parent if output is None else output

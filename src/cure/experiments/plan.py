@@ -1,44 +1,43 @@
-"""A plan of runs that belong together: which rows, which seeds, what is measured; and its work.
+"""Plans of runs to compare: rows, seeds, evaluations; and the work that they describe.
 
-``cure table PLAN`` trains and evaluates what is missing and writes a JSON a run, so that it can be
-stopped at any time and goes on where it was.  Independent runs are handed to an executor, of this
-machine or of a cluster; runs that start from others or learn from them wait for those.
+``cure table PLAN`` trains and evaluates what is missing and writes one JSON file a run, so it can
+be stopped at any time and continues where it was. Independent runs are submitted to an executor of
+this machine or of a cluster; a run that starts from another run or learns from it waits for it.
+
+The folder of a plan's results holds ``runs/ROW-seedN.json`` (a :class:`RunRecord` each),
+``records.jsonl`` (their figures, small enough to publish), ``table.md`` and ``table.json``. The
+results in ``records.jsonl`` count as done where ``runs/`` is missing.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from cure.config import RunConfig, Section
-from cure.errors import CheckpointError, ConfigError, CureError, unknown
+from cure.errors import ConfigError, CureError, unknown
 from cure.evaluation.evaluate import evaluate
-from cure.experiments.compare import ResultTable, difference, read_rows, table
+from cure.experiments.compare import ResultTable, difference, table
+from cure.experiments.compare.rows import Source, TableRow, check_alike, rows_of
+from cure.experiments.executors import Executor, Job, LocalExecutor, stopped_by_signals
 from cure.recipe import Raw, check, check_kept, override, read_recipe
 from cure.runs.folder import RunFolder
-from cure.training.prerequisites import carry_out
-from cure.training.setup import check_attacks, prepare
-from cure.training.trainer import Interrupted
-from cure.utils.io import write_json, write_text
-from cure.utils.memory import keep_freed_memory
+from cure.runs.records import EvaluationRecord, RunRecord, read_packed, summary, write_packed
+from cure.training.run import resume, train
+from cure.training.setup import check_attacks
+from cure.utils.io import write_text
 
 REFERENCE = "run:"
 """A text ``run:ROW`` in a row's settings is the folder of that row's run of the same seed."""
 
-FORMAT = "cure-run-1"
+PACKED = "records.jsonl"
+"""File of a plan's folder with the figures of all runs, see :mod:`cure.runs.records`."""
 
 COLUMNS = (
     *("natural", "pgd20", "cw", "autoattack", "nrr_cw", "nrr_autoattack"),
@@ -56,14 +55,14 @@ class Measurement(Section):
     limit: PositiveInt | None = None
     """Only the first so many test images."""
     checkpoints: tuple[Literal["best", "last"], ...] = ("best",)
-    """Which weights; the last are left out where they are the best ones."""
+    """Which weights. Where both are asked for and the best epoch is the last, only "best"."""
     seeds: tuple[NonNegativeInt, ...] | None = None
     """Only runs of these seeds."""
     rows: tuple[str, ...] | None = None
     """Only these rows."""
 
 
-class Row(Section):
+class PlanRow(Section):
     """One way to train, repeated over seeds."""
 
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -91,7 +90,7 @@ class Plan(Section):
     """Seeds of the rows that name none."""
     evaluations: tuple[Measurement, ...] = (Measurement(),)
     """What is measured."""
-    rows: dict[str, Row]
+    rows: dict[str, PlanRow]
     """The rows by label."""
     reference: str | None = None
     """Label of the row that the others are subtracted from, seed by seed."""
@@ -104,12 +103,14 @@ class Entry:
     Attributes:
         label: its row.
         seed: its seed.
-        config: what it is, other runs of the plan written as ``run:ROW``.
+        settings: changes to the plan's recipe.
+        config: the whole configuration; other runs of the plan are written as ``run:ROW``.
         needs: the rows whose run of the same seed must be there first.
     """
 
     label: str
     seed: int
+    settings: Raw
     config: RunConfig
     needs: frozenset[str]
 
@@ -161,10 +162,10 @@ def entries(plan: Plan) -> list[Entry]:
 
 
 def _entry(plan: Plan, label: str, seed: int) -> Entry:
+    settings = plan.settings | plan.rows[label].settings | {"seed": seed, "name": label}
     raw = read_recipe(plan.recipe)
-    for key, value in (plan.settings | plan.rows[label].settings | {"seed": seed}).items():
+    for key, value in settings.items():
         override(raw, key, value)
-    raw["name"] = label
     needs: set[str] = set()
 
     def note(needed: str) -> str:
@@ -178,7 +179,8 @@ def _entry(plan: Plan, label: str, seed: int) -> Entry:
         return REFERENCE + needed
 
     raw = _referring(raw, note)
-    return Entry(label, seed, check(raw, f"row {label} of plan {plan.name}"), frozenset(needs))
+    config = check(raw, f"row {label} of plan {plan.name}")
+    return Entry(label, seed, settings, config, frozenset(needs))
 
 
 def _referring(value: Any, replacement: Callable[[str], str]) -> Any:
@@ -218,35 +220,47 @@ def result_path(output: Path, entry: Entry) -> Path:
     return output / "runs" / f"{entry.name}.json"
 
 
-def is_done(plan: Plan, entry: Entry, output: Path) -> bool:
+def results_of(plan: Plan, output: Path) -> dict[str, RunRecord]:
+    """The results of a plan's runs that are done, by name of the run.
+
+    Raises:
+        CheckpointError: when a file is damaged.
+    """
+    packed = output / PACKED
+    known = read_packed(packed) if packed.exists() else {}
+    found = {}
+    for entry in entries(plan):
+        path = result_path(output, entry)
+        if path.exists():
+            found[entry.name] = RunRecord.read(path)
+        elif entry.name in known:
+            found[entry.name] = known[entry.name]
+    return found
+
+
+def is_done(
+    plan: Plan, entry: Entry, output: Path, known: Mapping[str, RunRecord] | None = None
+) -> bool:
     """Whether the run's result is there and holds all that the plan measures.
 
+    Args:
+        plan: the plan.
+        entry: the run.
+        output: folder of the results.
+        known: what :func:`results_of` returned for that folder; read anew when it is left out.
+
     Raises:
-        ConfigError: when it is there and was made with other settings.
+        ConfigError: when the result is there and was made with other settings.
     """
-    path = result_path(output, entry)
-    if not path.exists():
+    record = (results_of(plan, output) if known is None else known).get(entry.name)
+    if record is None:
         return False
-    record = read_record(path)
+    path = str(result_path(output, entry))
     # Read as a configuration, so that settings which are newer than the result have their defaults.
-    theirs = check_kept(record["config"], str(path))
-    _check_same(_comparable(theirs), _comparable(entry.config), str(path))
-    return all(_found(record, wanted) for wanted in _wanted(plan, entry, record["best_epoch"]))
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """The result of one run, as :func:`work` wrote it.
-
-    Raises:
-        CheckpointError: when the file is none.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        record = None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no result of a run; move it away and repeat the run")
-    return record
+    theirs = check_kept(record.config, path)
+    _check_same(_comparable(theirs), _comparable(entry.config), path)
+    best = record.best_epoch
+    return all(_found(record.evaluations, wanted) for wanted in _wanted(plan, entry, best))
 
 
 def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], place: str) -> None:
@@ -277,28 +291,26 @@ class Wanted:
     limit: int | None
 
 
-def _wanted(plan: Plan, entry: Entry, best_epoch: int) -> list[Wanted]:
+def _wanted(plan: Plan, entry: Entry, best_epoch: int | None) -> list[Wanted]:
     last_is_best = best_epoch == entry.config.training.epochs
     return [
         Wanted(checkpoint, tuple(name for name in m.attacks if name != "natural"), m.limit)
         for m in plan.evaluations
         if (m.seeds is None or entry.seed in m.seeds) and (m.rows is None or entry.label in m.rows)
         for checkpoint in m.checkpoints
-        if not (checkpoint == "last" and last_is_best)
+        if not (checkpoint == "last" and last_is_best and "best" in m.checkpoints)
     ]
 
 
-def _found(record: Mapping[str, Any], wanted: Wanted) -> dict[str, Any] | None:
-    """The evaluation of ``record`` that answers ``wanted``."""
-    for result in record["evaluations"]:
-        if (
-            result["model"]["checkpoint"] == wanted.checkpoint
-            and result["data"]["split"] == "test"
-            and set(wanted.attacks) <= result["attacks"].keys()
-            and (wanted.limit is None or result["data"]["n"] == wanted.limit)
-        ):
-            return dict(result)
-    return None
+def _found(results: Iterable[EvaluationRecord], wanted: Wanted) -> bool:
+    """Whether one of the results answers ``wanted``."""
+    return any(
+        result.model.checkpoint == wanted.checkpoint
+        and result.data.split == "test"
+        and set(wanted.attacks) <= result.attacks.keys()
+        and wanted.limit in (None, result.data.n)
+        for result in results
+    )
 
 
 def work(plan: Plan, entry: Entry, output: Path) -> str:
@@ -306,146 +318,59 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
 
     Returns:
         The entry's name.
+
+    Raises:
+        CureError: when the run fails, or its folder has other settings.
     """
     runs = Path(plan.runs)
     path = runs / entry.name
-    raw = _referring(
-        entry.config.model_dump(mode="json"), lambda label: str(runs / f"{label}-seed{entry.seed}")
-    )
-    config = check(raw, entry.name)
+
+    def placed(value: Any) -> Any:
+        return _referring(value, lambda label: str(runs / f"{label}-seed{entry.seed}"))
+
     if path.exists():
-        folder = RunFolder.open(path)
-        _check_same(_comparable(folder.config), _comparable(config), str(path))
-    if not path.exists() or not folder.status().finished:
-        prepared = prepare(config, None, None, folder if path.exists() else None)
-        if not path.exists():
-            folder = RunFolder.create(path, config, prepared.training.kind)
-        carry_out(folder, config, prepared, quiet=True)
-    if config.training.threads is not None:
-        torch.set_num_threads(config.training.threads)
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "plan": plan.name,
-        "label": entry.label,
-        "seed": entry.seed,
-        "note": plan.rows[entry.label].note,
-        "config": entry.config.model_dump(mode="json"),
-        "best_epoch": _best_epoch(folder),
-        "environment": folder.environment().content(),
-        "metrics": [line.content() for line in folder.metrics()],
-        "timing": [line.content() for line in folder.timing()],
-        "evaluations": [result.content() for result in folder.evaluations()],
-    }
-    for wanted in _wanted(plan, entry, record["best_epoch"]):
-        if _found(record, wanted) is None:
+        config = check(placed(entry.config.model_dump(mode="json")), entry.name)
+        _check_same(_comparable(RunFolder.open(path).config), _comparable(config), str(path))
+        resume(path, quiet=True)
+    else:
+        train(plan.recipe, placed(entry.settings), run=path, quiet=True)
+    settings = entry.config.training
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    folder = RunFolder.open(path)
+    best = folder.status().best
+    best_epoch = None if best is None else best.epoch
+    for wanted in _wanted(plan, entry, best_epoch):
+        if not _found(folder.evaluations(), wanted):
             evaluate(
                 path,
                 attacks=wanted.attacks,
                 limit=wanted.limit,
                 checkpoint=wanted.checkpoint,
-                device=config.training.device,
+                device=settings.device,
             )
-            record["evaluations"] = [result.content() for result in folder.evaluations()]
+    record = RunRecord(
+        format="cure-run-1",
+        plan=plan.name,
+        label=entry.label,
+        seed=entry.seed,
+        note=plan.rows[entry.label].note,
+        config=entry.config.model_dump(mode="json"),
+        best_epoch=best_epoch,
+        environment=folder.environment(),
+        metrics=folder.metrics(),
+        timing=folder.timing(),
+        evaluations=folder.evaluations(),
+    )
     target = result_path(output, entry)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_json(target, record)
+    record.write(target)
     return entry.name
 
 
-def _best_epoch(folder: RunFolder) -> int:
-    best = folder.status().best
-    if best is None:
-        raise CheckpointError(f"{folder.path} has no best epoch; train it again")
-    return best.epoch
-
-
 def _comparable(config: RunConfig) -> Raw:
-    """What makes two runs the same; a name does not, nor who was told of them."""
+    """The settings that make two runs the same run; names and trackers are left out."""
     return {**config.model_dump(mode="json"), "name": "", "description": "", "tracking": []}
-
-
-# -- who does it ---------------------------------------------------------------------------------
-
-
-class Job(Protocol):
-    """Work that was handed out."""
-
-    def result(self) -> str:
-        """Wait for it; what it raised is raised here."""
-
-
-class Executor(Protocol):
-    """Somebody who works: ``concurrent.futures`` on this machine, ``submitit`` on a cluster."""
-
-    def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
-        """Hand out work."""
-
-
-class LocalExecutor:
-    """So many runs at a time on this machine, each in a fresh process of its own.
-
-    A process of its own, so that the peak of its memory is the run's.  Threads hand them out,
-    because a pool of processes begins a run more than it works on, which then cannot be called off.
-    """
-
-    def __init__(self, jobs: int) -> None:
-        if jobs < 1:
-            raise ConfigError(f"--jobs: expected 1 or more, got {jobs}")
-        self.threads = ThreadPoolExecutor(jobs)
-        self.over = False
-
-    def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
-        """Hand out work."""
-        return self.threads.submit(self._run, function, *arguments)
-
-    def _run(self, function: Callable[..., str], *arguments: Any) -> str:
-        if self.over:
-            raise Interrupted("called off before it began")
-        try:
-            return _in_own_process(function, *arguments)
-        except (Interrupted, KeyboardInterrupt):
-            # A signal to all processes ends a run before this one hears of it and calls off.
-            self.over = True
-            raise
-
-    def call_off(self) -> None:
-        """Begin nothing more, and let what runs stop in order: a training after its step."""
-        self.over = True
-        self.threads.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
-        self.threads.shutdown()
-
-
-def _in_own_process(function: Callable[..., str], *arguments: Any) -> str:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, keep_freed_memory) as process:
-        return process.submit(function, *arguments).result()
-
-
-def cluster_executor(cluster: str, folder: Path, options: Mapping[str, Any]) -> Executor:
-    """Jobs of a cluster through submitit: "slurm", or "local" to try the way.
-
-    Args:
-        cluster: submitit's name of it.
-        folder: where submitit keeps its files and the jobs' logs.
-        options: submitit's parameters (``timeout_min``, ``slurm_partition``, ``cpus_per_task``).
-
-    Raises:
-        ConfigError: when submitit is not installed or does not know the cluster or an option.
-    """
-    try:
-        import submitit
-    except ImportError:
-        raise ConfigError(
-            "--cluster needs submitit: pip install 'cure-at[cluster]', or use --jobs"
-        ) from None
-    try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        executor.update_parameters(**{"timeout_min": 24 * 60, **options})
-    except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
-        raise ConfigError(f"--cluster {cluster}: {str(error).splitlines()[0]}") from None
-    return executor
 
 
 def carry_out_plan(
@@ -457,15 +382,15 @@ def carry_out_plan(
     seeds: Iterable[int] | None = None,
     tell: Callable[[str], None] = lambda line: None,  # noqa: ARG005
 ) -> list[str]:
-    """Do what is not yet done; a run that fails does not keep others from being done.
+    """Do what is not yet done; the failure of a run does not stop the others.
 
     Args:
         plan: what to do.
         output: folder of the results.
-        executor: who does it.
+        executor: runs the calls.
         only: only these rows, and what they need.
         seeds: only these seeds.
-        tell: told a line a run.
+        tell: called with a line about each run.
 
     Returns:
         One sentence a run that failed or could not begin.
@@ -480,26 +405,8 @@ def carry_out_plan(
         except BaseException:
             # Jobs of a cluster go on.
             if isinstance(executor, LocalExecutor):
-                executor.call_off()
+                executor.cancel()
             raise
-
-
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM as KeyboardInterrupt, also where a shell has them ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _carry_out(
@@ -511,6 +418,7 @@ def _carry_out(
     tell: Callable[[str], None],
 ) -> list[str]:
     failures: dict[tuple[str, int], str] = {}
+    known = results_of(plan, output)
     for stage in stages(plan):
         handed: list[tuple[Entry, Job]] = []
         for entry in stage:
@@ -518,7 +426,7 @@ def _carry_out(
                 wanted_seeds is None or entry.seed in wanted_seeds
             ):
                 continue
-            if is_done(plan, entry, output):
+            if is_done(plan, entry, output, known):
                 tell(f"{entry.name}: done before")
                 continue
             missing = [label for label in sorted(entry.needs) if (label, entry.seed) in failures]
@@ -551,11 +459,16 @@ def _with_needs(plan: Plan, labels: set[str]) -> set[str]:
 
 
 def write_tables(plan: Plan, output: Path) -> ResultTable | None:
-    """``table.json`` and ``table.md`` of the runs that are done; None while there are none."""
-    done = [path for entry in entries(plan) if (path := result_path(output, entry)).exists()]
+    """Write ``table.json``, ``table.md`` and ``records.jsonl`` of the runs that are done.
+
+    Returns:
+        The table; None while no run is done.
+    """
+    done = results_of(plan, output)
     if not done:
         return None
-    rows = read_rows(done)
+    rows = rows_of([Source.of_record(r, name, str(output / name)) for name, r in done.items()])
+    check_alike(rows)
     both = any("last" in measurement.checkpoints for measurement in plan.evaluations)
     columns = [
         name
@@ -568,12 +481,13 @@ def write_tables(plan: Plan, output: Path) -> ResultTable | None:
     text = shown.markdown()
     if plan.reference is not None:
         text += "\n" + differences(plan, rows)
+    write_packed(output / PACKED, {name: summary(record) for name, record in done.items()})
     labels = {row["label"] for row in rows}
     notes = [f"- {k}: {row.note}" for k, row in plan.rows.items() if row.note and k in labels]
     wanted = entries(plan)
     missing: dict[str, list[str]] = {}
     for entry in wanted:
-        if not result_path(output, entry).exists():
+        if entry.name not in done:
             missing.setdefault(entry.label, []).append(str(entry.seed))
     notes.append(f"- {len(done)} of the plan's {len(wanted)} runs are done.")
     if missing:
@@ -583,11 +497,11 @@ def write_tables(plan: Plan, output: Path) -> ResultTable | None:
     return shown
 
 
-def differences(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
-    """By how much each row lies above the plan's reference, paired by seed, in Markdown."""
-    by_label: dict[str, list[dict[str, Any]]] = {}
+def differences(plan: Plan, rows: Sequence[TableRow]) -> str:
+    """Differences of each row to the plan's reference row, paired by seed, in Markdown."""
+    by_label: dict[str, list[TableRow]] = {}
     for row in rows:
-        by_label.setdefault(str(row["label"]), []).append(dict(row))
+        by_label.setdefault(str(row["label"]), []).append(row)
     base = by_label.pop(str(plan.reference), [])
     accuracies = ("natural", "pgd20", "cw", "autoattack")
     columns = [name for name in accuracies if any(row.get(name) is not None for row in rows)]

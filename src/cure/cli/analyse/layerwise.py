@@ -49,7 +49,7 @@ def layerwise(
 ) -> None:
     """Train with only some blocks learning; measure each; goes on where it stopped."""
     from cure.analysis.layerwise import layerwise as study
-    from cure.experiments.plan import LocalExecutor
+    from cure.experiments.executors import LocalExecutor
 
     chosen: Any = words(variants) or []
     print_study(

@@ -1,0 +1,122 @@
+"""Who does the runs of a plan or a study: processes of this machine, or jobs of a cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from cure.errors import ConfigError
+from cure.training.trainer import Interrupted
+from cure.utils.memory import keep_freed_memory
+
+
+class Job(Protocol):
+    """A submitted call."""
+
+    def result(self) -> str:
+        """Wait for its end and return its value, or raise what it raised."""
+
+
+class Executor(Protocol):
+    """The part of ``concurrent.futures.Executor`` that is used here; submitit has it too."""
+
+    def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
+        """Start the call, or put it in the queue."""
+
+
+class LocalExecutor:
+    """Runs calls on this machine, each in a new process.
+
+    A new process for each call, so that its peak memory is the peak memory of the run. Threads
+    start the processes: a process pool prefetches one task that cannot be cancelled.
+
+    Args:
+        jobs: calls at a time.
+
+    Raises:
+        ConfigError: when ``jobs`` is below 1.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        if jobs < 1:
+            raise ConfigError(f"--jobs: expected 1 or more, got {jobs}")
+        self.threads = ThreadPoolExecutor(jobs)
+        self.over = False
+
+    def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
+        """Start the call, or put it in the queue."""
+        return self.threads.submit(self._run, function, *arguments)
+
+    def _run(self, function: Callable[..., str], *arguments: Any) -> str:
+        if self.over:
+            raise Interrupted("cancelled before it began")
+        try:
+            return _in_own_process(function, *arguments)
+        except (Interrupted, KeyboardInterrupt):
+            # A signal to all processes can end a run before this process receives it.
+            self.over = True
+            raise
+
+    def cancel(self) -> None:
+        """Start nothing more and stop what runs: a training saves its state after its step."""
+        self.over = True
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+        self.threads.shutdown()
+
+
+def _in_own_process(function: Callable[..., str], *arguments: Any) -> str:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, keep_freed_memory) as process:
+        return process.submit(function, *arguments).result()
+
+
+def cluster_executor(cluster: str, folder: Path, options: Mapping[str, Any]) -> Executor:
+    """Submits jobs to a cluster through submitit.
+
+    Args:
+        cluster: "slurm", or "local" to try it without a cluster.
+        folder: where submitit keeps its files and the jobs' logs.
+        options: submitit's parameters (``timeout_min``, ``slurm_partition``, ``cpus_per_task``).
+
+    Raises:
+        ConfigError: when submitit is not installed or does not know the cluster or an option.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError(
+            "--cluster needs submitit: pip install 'cure-at[cluster]', or use --jobs"
+        ) from None
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(**{"timeout_min": 24 * 60, **options})
+    except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
+        raise ConfigError(f"--cluster {cluster}: {str(error).splitlines()[0]}") from None
+    return executor
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into KeyboardInterrupt, also where a shell ignores them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
