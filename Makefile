@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # --no-deps: its metadata pins a requests release from 2020; what it needs is in the dev extra.
 TORCHATTACKS ?= torchattacks==3.5.1
 
-.PHONY: setup demo test check bench mini table ablation third-party clean
+.PHONY: setup demo test check index bench mini table ablation third-party clean
 
 setup: $(VENV)/.ready
 
@@ -31,6 +31,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# What `cure list` prints, from the registries, after a method, model, attack or setting changed.
+index: setup
+	$(BIN)/python -m cure.cli.listing
 
 # What a step costs against the straightforward one; wants a quiet machine, about 15 minutes.
 bench: setup

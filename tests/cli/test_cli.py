@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from typer.main import get_command
 
 from cure.attacks.registry import known_attacks
+from cure.cli import listing
 from cure.cli.main import app
 from cure.config import DataConfig
 from cure.data import ImageSet, load
@@ -131,6 +132,34 @@ def test_a_command_that_does_not_parse_ends_with_two(
     assert ended.status == 2
     assert "Traceback" not in ended.err
     assert "Usage" in ended.err
+
+
+def test_the_index_of_lists_equals_the_registries() -> None:
+    stored = json.loads(listing.INDEX.read_text(encoding="utf-8"))
+    assert stored == listing.make_index(), "`make index` writes it again"
+
+
+@pytest.mark.parametrize("kind", ["settings", "attacks", "methods", "models", "studies"])
+def test_lists_do_not_wait_for_pytorch(kind: str) -> None:
+    code = (
+        "import sys\n"
+        "from cure.cli.main import main\n"
+        f"sys.argv = ['cure', 'list', '{kind}']\n"
+        "try:\n    main()\nexcept SystemExit as ended:\n    assert not ended.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) > 5
+
+
+def test_what_was_added_to_a_folder_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that does not know a module is not used."""
+    index = listing.make_index() | {"attacks": [["of the registry", "yes"]]}
+    monkeypatch.setattr(listing, "make_index", lambda: index)
+    assert listing.listing("attacks")[0][0] == "natural"
+    monkeypatch.setattr(listing, "_modules", lambda: [*index["modules"], ["attacks", "mine"]])
+    assert listing.listing("attacks") == [("of the registry", "yes")]
 
 
 # Training.

@@ -1,19 +1,26 @@
-"""What can be named, with a line on each."""
+"""What can be named in a recipe or on the command line, with a line on each.
+
+Registries import PyTorch, which takes seconds, so ``listing.json`` holds what they contain.
+``python -m cure.cli.listing`` (``make index``) writes it again, and a test compares it with the
+registries.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
+from typing import Any
 
-from cure.analysis.study import STUDIES
-from cure.attacks.registry import known_attacks
 from cure.config import MethodConfig, RunConfig, Section
-from cure.data import known_sources
-from cure.evaluation.corruptions.operations import CORRUPTIONS
-from cure.methods import METHODS
-from cure.models import MODELS
 from cure.recipe import read_recipe, recipe_names
+from cure.utils.io import write_text
 
 Rows = list[tuple[str, str]]
+
+INDEX = Path(__file__).with_name("listing.json")
+PLUG_INS = ("analysis", "attacks", "methods", "models")
+"""Folders whose modules register what is listed."""
 
 
 def listing(kind: str) -> Rows:
@@ -23,33 +30,53 @@ def listing(kind: str) -> Rows:
         kind: "methods", "models", "recipes", "attacks", "corruptions", "data", "studies", or
             "settings" (keys of a recipe with their defaults).
     """
-    if kind == "methods":
-        return [(name, _first_line(METHODS[name])) for name in METHODS.names()]
-    if kind == "models":
-        own = [(name, _first_line(MODELS[name])) for name in MODELS.names()]
-        return [
-            *own,
+    if kind == "recipes":
+        return [(name, str(read_recipe(name).get("description", ""))) for name in recipe_names()]
+    if kind == "data":
+        from cure.data import known_sources
+
+        return known_sources()
+    index = json.loads(INDEX.read_text(encoding="utf-8"))
+    if index["modules"] != _modules():
+        # Somebody added a method, model, attack or study.
+        index = make_index()
+    return [(name, text) for name, text in index[kind]]
+
+
+def make_index() -> dict[str, Any]:
+    """The content of ``listing.json``, from the registries."""
+    from cure.attacks.registry import known_attacks
+    from cure.evaluation.corruptions.operations import CORRUPTIONS
+    from cure.registry import METHODS, MODELS, STUDIES
+
+    settings = [row for row in _settings(RunConfig, "") if row[0] != "method"]
+    for name in METHODS.names():
+        settings += _settings(METHODS[name].Config, "method.", f"{name}: ")
+    rows = {
+        "methods": [(name, _first_line(METHODS[name])) for name in METHODS.names()],
+        "models": [
+            *((name, _first_line(MODELS[name])) for name in MODELS.names()),
             ("package.module:callable", "your own function or class that returns a network"),
             ("hf:NAME_OR_FOLDER", "an image classifier of transformers (pip install cure-at[hub])"),
             ("timm:NAME", "a network of timm, where timm is installed"),
-        ]
-    if kind == "recipes":
-        return [(name, str(read_recipe(name).get("description", ""))) for name in recipe_names()]
-    if kind == "settings":
-        rows = [row for row in _settings(RunConfig, "") if row[0] != "method"]
-        for name in METHODS.names():
-            rows += _settings(METHODS[name].Config, "method.", f"{name}: ")
-        return rows
-    if kind == "attacks":
-        return list(known_attacks().items())
-    if kind == "corruptions":
-        return [
+        ],
+        "attacks": list(known_attacks().items()),
+        "corruptions": [
             (name, f"{corruption.group}: {_first_line(corruption.apply)}")
             for name, corruption in CORRUPTIONS.items()
-        ]
-    if kind == "studies":
-        return [(name, STUDIES[name].question) for name in STUDIES.names()]
-    return known_sources()
+        ],
+        "studies": [(name, STUDIES[name].question) for name in STUDIES.names()],
+        "settings": settings,
+    }
+    return {"modules": _modules()} | {kind: [list(row) for row in rows[kind]] for kind in rows}
+
+
+def _modules() -> list[list[str]]:
+    """Folders and names of the modules that register something."""
+    package = Path(__file__).parents[1]
+    return [
+        [name, file.stem] for name in PLUG_INS for file in sorted((package / name).glob("*.py"))
+    ]
 
 
 def _first_line(thing: object) -> str:
@@ -80,3 +107,16 @@ def _shown(default: object) -> str:
     if isinstance(default, bool) or default is None:
         return str(default).lower().replace("none", "null")
     return str(list(default)) if isinstance(default, tuple) else str(default)
+
+
+def write_index() -> None:
+    """Write ``listing.json``, a row a line."""
+    blocks = []
+    for kind, content in make_index().items():
+        rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in content)
+        blocks.append(f"{json.dumps(kind)}: [\n{rows}\n]")
+    write_text(INDEX, "{\n" + ",\n".join(blocks) + "\n}\n")
+
+
+if __name__ == "__main__":
+    write_index()
