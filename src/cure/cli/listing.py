@@ -73,10 +73,9 @@ def make_index() -> dict[str, Any]:
 
 def _modules() -> list[list[str]]:
     """Folders and names of the modules that register something."""
-    package = Path(__file__).parents[1]
-    return [
-        [name, file.stem] for name in PLUG_INS for file in sorted((package / name).glob("*.py"))
-    ]
+    folders = [Path(__file__).parents[1] / name for name in PLUG_INS]
+    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    return [[file.parent.name, file.stem] for file in files]
 
 
 def _first_line(thing: object) -> str:

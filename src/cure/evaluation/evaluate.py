@@ -23,6 +23,7 @@ from cure.evaluation.options import TargetKeywords
 from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, no_progress
 from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
+from cure.runs.records import EvaluationRecord
 from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
@@ -240,7 +241,7 @@ def _record(
     """Write the files that were asked for; a finished result goes to its run as well."""
     writes, folder = this.engine.rank == 0, this.target.folder
     if output is not None and writes:
-        write_json(Path(output), result)
+        EvaluationRecord.parse(result, output).write(Path(output))
     if "unfinished" in result:
         return
     if this.kept is not None and adversarial is not None:

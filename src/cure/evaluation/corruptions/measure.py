@@ -33,9 +33,10 @@ from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
 from cure.models.checks import check_outputs
+from cure.runs.records import CorruptionRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import check_free, write_json
+from cure.utils.io import check_free
 from cure.utils.launcher import launched
 from cure.utils.stats import wilson
 
@@ -146,7 +147,7 @@ def corruptions(
         first = images.image[0].permute(1, 2, 0).contiguous().numpy() if natural else None
         write_sheet(Path(sheet), first, lambda name, s: give(name, s, 0, 1)[0], names, severities)
     if output is not None:
-        write_json(Path(output), result)
+        CorruptionRecord.parse(result, output).write(Path(output))
     if chosen.folder is not None:
         chosen.folder.keep("corruptions", result)
     return result

@@ -11,9 +11,10 @@ from cure.evaluation.options import TargetKeywords
 from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike
 from cure.models import describe
+from cure.runs.records import DiagnosisRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import check_free, write_json
+from cure.utils.io import check_free
 
 
 def diagnose(
@@ -78,7 +79,7 @@ def diagnose(
         "environment": environment(),
     }
     if output is not None:
-        write_json(Path(output), result)
+        DiagnosisRecord.parse(result, output).write(Path(output))
     if chosen.folder is not None:
         chosen.folder.keep("diagnoses", result)
     return result
