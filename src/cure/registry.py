@@ -1,4 +1,4 @@
-"""Names for things that users choose: methods, models.
+"""Registries of what users choose by name: methods, models, attacks, trackers, studies.
 
 A package of plug-ins (``cure.methods``) is imported file by file on the first look-up, so a new
 method is one new file: nothing else lists it.
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of named things that fills itself from the modules of one package.
+    """A table of named entries, filled by importing the modules of one package.
 
     Args:
         kind: what one entry is, in the singular, for messages ("method").
@@ -31,7 +31,7 @@ class Registry(Generic[T]):
         self._loaded = False
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files what it decorates under ``name``.
+        """Decorator that registers an entry under ``name``.
 
         Raises:
             ValueError: when the name is taken by something else.

@@ -23,7 +23,7 @@ Color = Literal["keep", "rgb", "grey"]
 Pixels = NDArray[np.uint8]
 
 # Only formats that hold one still picture; this also keeps Pillow from handing a file to
-# Ghostscript, and spares it from asking every other plugin about each of 50,000 images.
+# Ghostscript, and saves time: not every plugin is tried on each of 50,000 images.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset(
     [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"]
@@ -117,7 +117,7 @@ def decode(cells: Iterable[Cell], count: int, color: Color, resize: int | None) 
     position = 0
     iterator = iter(cells)
     with ThreadPoolExecutor(threads) as pool:
-        # One round of chunks at a time: pool.map takes all it is offered at once.
+        # One round of chunks at a time: pool.map submits all its input at once.
         while chunks := [c for c in (_take(iterator) for _ in range(threads)) if c]:
             for chunk, decoded in zip(chunks, pool.map(decode_chunk, chunks), strict=True):
                 for cell, one in zip(chunk, decoded, strict=True):

@@ -1,4 +1,4 @@
-"""The two shapes data takes: a whole set of images at rest, and one batch on its way."""
+"""Image sets and batches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ImageSet:
     split: str
 
     def __post_init__(self) -> None:
-        # Shapes and types only: values may lie on a device that should not be waited for.
+        # Shapes and types only: reading values could wait for the device.
         image, label = self.image, self.label
         fits = image.dim() == 4 and image.shape[1] in (1, 3) and image.dtype == torch.uint8
         if not fits:

@@ -193,7 +193,7 @@ def _read_torch(path: Path) -> object:
     with open(path, "rb") as file:
         archive = file.read(4) == b"PK\x03\x04"
     if archive:
-        # PyTorch writes checksums into its archives and does not look at them when it reads.
+        # PyTorch writes checksums into its archives and does not check them when it reads.
         try:
             with zipfile.ZipFile(path) as parts:
                 bad = parts.testzip()
@@ -213,11 +213,11 @@ def _read_torch(path: Path) -> object:
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Of plain pickles the safe reader knows only version 2, so its words do not tell.
+        # The safe reader knows only version 2 of plain pickles, so its message does not help.
         plain = isinstance(error, pickle.UnpicklingError) and not archive and _names_code(path)
         if plain or _WANTS_CODE.search(str(error)):
             raise CheckpointError(_refused(path)) from None
-        # What PyTorch says of bytes that are no pickle is advice to read them unsafely.
+        # For bytes that are no pickle, PyTorch's message advises unsafe loading.
         reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
         raise CheckpointError(f"{damaged}{reason}; copy it again") from None
 

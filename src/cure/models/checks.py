@@ -9,7 +9,7 @@ from cure.errors import ModelError
 
 
 def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
-    """Refuse what attacks would silently misread.
+    """Refuse outputs that attacks would misinterpret without an error.
 
     Args:
         model: in evaluation mode.

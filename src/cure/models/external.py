@@ -1,4 +1,4 @@
-"""Networks from elsewhere: your own function, transformers, timm.
+"""Networks from outside the package: user functions, transformers, timm.
 
 Each is tried once on blank images, so that one that does not behave as a classifier of the right
 size is refused before training starts.

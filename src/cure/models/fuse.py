@@ -110,7 +110,7 @@ def _pairs(model: nn.Module) -> list[Pair]:
         return []
     modules = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    # A module that is called twice, or known by two names, is not any one call's to change.
+    # A module that is called twice, or has two names, must not be changed for one call.
     times = Counter(id(modules[str(node.target)]) for node in calls)
     found = []
     for node in calls:

@@ -1,4 +1,4 @@
-"""Gradients while a run trains: how large, how many move, which are held back again and again.
+"""Records sizes of gradients, and which weights a mask conserves, while a run trains.
 
 On at ``training.record_gradients``: every N steps a line of ``gradients.jsonl``, and how often each
 weight was conserved in ``gradients.safetensors``.  It listens: nothing that trains depends on it,

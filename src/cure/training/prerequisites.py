@@ -158,7 +158,7 @@ def _train(folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool
 
 
 def _draw_layers(network: nn.Module, config: RunConfig) -> None:
-    """Draw anew what the configuration says, once, before the first step."""
+    """Reinitialise the layers that the configuration names, before the first step."""
     layers = config.layers
     if layers.reinitialise != "none":
         names = chosen(network, layers.update or blocks(network))

@@ -62,7 +62,7 @@ def train(
         override(raw, "data.source", str(data))
     config = check(raw, f"recipe {recipe}")
     images = data if isinstance(data, ImageSet) else None
-    # Everything that can be wrong is found before the folder is made.
+    # All mistakes are found before the folder is made.
     prepared = prepare(config, images, model)
     config = settle(config, prepared)
     engine = prepared.engine

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of how far the run is: nothing to store, nothing to restore."""
+"""Learning rate as a pure function of the progress of the run, without stored state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def learning_rate(training: TrainingConfig, progress: float) -> float:
 
 
 def rate_factor(schedule: ScheduleConfig, progress: float) -> float:
-    """What the peak learning rate is multiplied with.
+    """Factor on the peak learning rate.
 
     Args:
         schedule: the schedule.

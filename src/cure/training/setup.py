@@ -129,7 +129,7 @@ def _prepared(
 
 
 def _choose_layers(network: nn.Module, config: RunConfig) -> None:
-    """Freeze what does not learn."""
+    """Freeze the layers that are not trained."""
     layers = config.layers
     if layers.update:
         names = chosen(network, layers.update)
@@ -275,7 +275,7 @@ def teacher_config(place: str, source: TeacherConfig, config: RunConfig) -> RunC
         override(raw, "tracking", list(config.tracking))
         for key, value in source.settings.items():
             override(raw, key, value)
-        # The same validation images, or the student's would not be new to its teacher.
+        # The same split: the teacher must not be trained on validation images of the student.
         raw["data"] = config.data.model_dump(mode="json")
         return check(raw, f"recipe {source.recipe}")
     except ConfigError as error:
@@ -318,7 +318,7 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
         ),
         two_step=two_step_attack(config, engine),
         attack_objective=CROSS_ENTROPY if config.attack.objective == "cross_entropy" else None,
-        # Two steps in a row, so that their masks can be compared.
+        # Two consecutive steps, so that their masks can be compared.
         observed=lambda step: every is not None and engine.rank == 0 and step % every < 2,
     )
     method: Method = METHODS[config.method.name](prepared.network, config.method, context)

@@ -1,4 +1,4 @@
-"""The training loop.  It knows no method by name: it is handed gradients, or a loss.
+"""The training loop.  It knows no method by name: a method returns gradients, or a loss.
 
 One step is :meth:`Trainer.train_step`; everything else is about stopping, resuming and measuring.
 """
@@ -41,7 +41,7 @@ from cure.training.validation import validate
 from cure.utils.engine import Engine
 from cure.utils.random import derive
 
-# Steps between two looks at the loss: each look waits for the device.
+# Steps between two checks of the loss: each check waits for the device.
 GUARD_EVERY = 50
 
 SHOW_EVERY = 5.0
@@ -53,7 +53,7 @@ class Interrupted(CureError):
 
 
 class Trainer:
-    """Trains one method in one run folder, from wherever the folder is."""
+    """Trains one method in one run folder; goes on from the folder's state if it has one."""
 
     def __init__(
         self,
@@ -102,14 +102,14 @@ class Trainer:
         """
         if self.folder.state.exists():
             self.restore()
-        # The same start everywhere, also for a network whose builder draws without a seed.
+        # Ranks may differ where the builder of a network draws without a seed.
         self.engine.spread(self.method.state_dict().values())
         if self.detector is not None and not self.folder.state.exists():
             self.save()  # A state to go back to already in the first epoch.
         self.folder.rewind(self.done // self.steps_per_epoch, self.done)
         if self.recorder is not None:
             self.recorder.start()
-        # What was told before a run was stopped is not told again.
+        # A resumed run does not repeat a warning.
         self.alarmed = robust_overfitting(self.folder.metrics(), len(self.validation)) is not None
         self._measure_start()
         for tracker in self.trackers:
@@ -130,7 +130,7 @@ class Trainer:
             for tracker in self.trackers:
                 tracker.close()
         self.folder.set_status("finished", step=self.done, steps=self.total_steps, best=self.best)
-        # What the first rank wrote may be read by the others from here on.
+        # Barrier: the other ranks may read what the first rank wrote.
         self.engine.any(False)
 
     def _train_epoch(self, number: int) -> None:
@@ -165,7 +165,7 @@ class Trainer:
         self.method.after_epoch(number)
         seconds = {
             "seconds": time.perf_counter() - began[0],
-            # All threads together: unlike the wall's, hardly changed by other work on the machine.
+            # Of all threads; unlike wall time, hardly affected by other work on the machine.
             "processor_seconds": time.process_time() - began[1],
         }
         images = (self.done - before) * settings.batch_size
@@ -195,10 +195,10 @@ class Trainer:
             )
 
     def train_step(self, batch: Batch) -> Metrics:
-        """The method's gradients, the optimiser's step, the method's averages."""
+        """One optimiser step: gradients of the method, clipping, step, moving averages."""
         batch = replace(batch, image=self.engine.arrange(batch.image))
-        # For dropout and its like inside the network, which draw from PyTorch's own generator.
-        # Ranks draw differently, or the same units would be dropped in all their parts of a batch.
+        # For dropout and similar layers, which draw from PyTorch's global generator.
+        # Each rank has its own seed; otherwise all ranks would drop the same units.
         of_rank = (self.engine.rank,) if self.engine.rank else ()
         torch.manual_seed(derive(self.config.seed, "network", batch.step, *of_rank))
         self._set_learning_rate(batch.step)
@@ -277,7 +277,7 @@ class Trainer:
             self._interrupt()
 
     def _maybe_warn(self) -> None:
-        """Tell once when the run overfits."""
+        """Warn once when the run overfits."""
         if self.alarmed or not self.trackers:
             return
         sentence = robust_overfitting(self.folder.metrics(), len(self.validation))
@@ -331,7 +331,7 @@ class Trainer:
         return MeasuredAccuracies(**found, n=len(self.validation), steps=steps)
 
     def _check_finite(self) -> None:
-        """Stop when a loss since the last look was not finite, or the weights are not."""
+        """Stop when a loss since the last check, or a weight, is not finite."""
         bad = self.totals.first_bad()
         weights: list[Tensor] = list(self.parameters.values())
         if bad is None and torch.stack(torch._foreach_norm(weights)).sum().isfinite():
@@ -355,10 +355,10 @@ class Trainer:
         if validation is None:
             return not fallen
         chance = 1 / len(self.training.classes)
-        # Two standard deviations above what guessing scores on so many images.
+        # Two standard deviations above the accuracy of guessing on so many images.
         limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
         natural = validation["natural"] / 100
-        # A fifth of the way from guessing to perfection: noise does not carry a network there.
+        # A fifth of the way from guessing to 100 %, which chance does not reach.
         self.risen |= natural > limit + 0.2 * (1 - limit)
         self.at_chance = self.at_chance + 1 if natural <= limit else 0
         fallen = self.risen and self.at_chance > 0
@@ -425,11 +425,11 @@ class Trainer:
         self.method.context.fallback = state.get("fallback", False)
         if self.recorder is not None and "gradients" in state:
             self.recorder.restore(state["gradients"], self.engine.device)
-        # A state of a version that knew no ranks has none.
+        # States of early versions do not hold the number of ranks.
         self._warn_of_ranks(state.get("ranks", 1))
 
     def _warn_of_ranks(self, before: int) -> None:
-        """Say what another number of ranks changes about a run that goes on."""
+        """Warn that a resumed run has another number of ranks, and say what that changes."""
         now, batch = self.engine.world, self.config.training.batch_size
         if before == now:
             return
@@ -468,7 +468,7 @@ class Trainer:
 
     def _maybe_save_inside(self, every: int | None) -> None:
         due = every is not None and self.done % every == 0
-        # Signals reach ranks at different steps: when one has got one, all stop after this step.
+        # Signals reach ranks at different steps: all stop after the step at which one has a signal.
         stopping = self.engine.any(self._stop_asked)
         if not (due or stopping):
             return
@@ -485,7 +485,7 @@ class Trainer:
         )
 
     def _own_chance(self) -> AbstractContextManager[None]:
-        """Give PyTorch's generators back as they were: each step seeds them."""
+        """Restore PyTorch's global generators afterwards: each step seeds them."""
         device = self.engine.device
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 

@@ -29,10 +29,10 @@ PATIENCE_WITH_ATTACKS = timedelta(days=1)
 
 @dataclass
 class Traffic:
-    """What this process handed to the others so far.
+    """Number and size of the exchanges of this process so far.
 
     Attributes:
-        calls: exchanges of tensors.
+        calls: number of exchanges of tensors.
         bytes: size of these tensors; a ring of N processes sends 2 (N - 1) / N times as much.
     """
 
@@ -42,7 +42,7 @@ class Traffic:
 
 @contextmanager
 def _contact(rank: int) -> Iterator[None]:
-    """Say in a sentence that another rank is gone."""
+    """Turn an error of a collective operation into one sentence: another rank is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -53,7 +53,7 @@ def _contact(rank: int) -> Iterator[None]:
 
 
 def join(device: torch.device, launch: Launch, patience: timedelta = PATIENCE) -> None:
-    """Meet the other ranks: gloo on processors, NCCL on GPUs.
+    """Join the process group: gloo on processors, NCCL on GPUs.
 
     Args:
         device: of this rank.
@@ -76,7 +76,7 @@ def join(device: torch.device, launch: Launch, patience: timedelta = PATIENCE) -
 
 
 def leave() -> None:
-    """Part from the other ranks, when there are any, after the last of them has come here."""
+    """Leave the process group, if there is one; blocks until every rank has called it."""
     if dist.is_initialized():
         with _contact(dist.get_rank()):
             dist.all_reduce(torch.zeros(1))
@@ -183,7 +183,7 @@ class Ranks:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """When a rank raises a :class:`CureError` inside, every rank raises it at the end.
+        """Raise a :class:`CureError` that one rank raises inside on every rank at the end.
 
         Without it, the others would wait for a rank that has ended.  Not for what itself waits for
         other ranks.
@@ -208,7 +208,7 @@ class Ranks:
             raise kind(text)
 
     def gather(self, here: Value) -> list[Value]:
-        """The plain value that each rank gives, in their order.
+        """The values of all ranks, in the order of the ranks.
 
         Raises:
             RanksLost: when a rank is gone.
@@ -221,7 +221,7 @@ class Ranks:
         return values
 
     def first(self, make: Callable[[], Value]) -> Value:
-        """What ``make`` returns on the first rank, on every rank; only there it is called.
+        """Call ``make`` on the first rank only, and return its result on every rank.
 
         Raises:
             CureError: on every rank, what ``make`` raised.

@@ -1,4 +1,4 @@
-"""What a launcher such as ``torchrun`` told this process: which of how many it is.
+"""Rank and world size, as a launcher such as ``torchrun`` sets them in the environment.
 
 Read from the environment alone, so that a command can know it without importing PyTorch.
 """
@@ -29,7 +29,7 @@ class Launch:
 
 
 def launched() -> Launch:
-    """This process as its launcher describes it; alone when there was none.
+    """Rank and world size of this process; rank 0 of 1 without a launcher.
 
     Raises:
         ConfigError: when the description is incomplete or makes no sense.

@@ -1,4 +1,4 @@
-"""Chance without state: every draw is keyed by what it is for and when it happens.
+"""Random numbers without stored state: each draw has a key of seed, purpose and step.
 
 A generator made from (seed, purpose, step) gives the same numbers whether the run reached that
 step in one go or was killed and resumed, so no generator state is ever stored.

@@ -1,4 +1,4 @@
-"""Who is told how a run goes: the terminal, and by ``tracking: [...]`` others, one file each."""
+"""Experiment trackers, one file each: the terminal, and those that ``tracking`` names."""
 
 from cure.training.tracking.base import TRACKERS, Tracker, check_trackers, trackers_of
 from cure.training.tracking.terminal import TerminalTracker

@@ -1,4 +1,4 @@
-"""The contract of a tracker, and what keeps a run from depending on one."""
+"""The interface of a tracker, and the isolation of a run from trackers that fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cure.runs.records import TrackingIds
 
 
 class Tracker(Protocol):
-    """Listens to a run; tells it nothing."""
+    """Receives the progress of a run; cannot influence it."""
 
     def start(self, steps: int, done: int) -> None:
         """The run has ``steps`` optimiser steps, ``done`` of them behind it."""
@@ -61,7 +61,7 @@ class EpochTracker:
         """Numbers go by epoch."""
 
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
-        """Hand on the epoch's numbers."""
+        """Log the epoch's numbers."""
         self.log(record["epoch"], scalars(record, timing))
 
     @abstractmethod
@@ -121,7 +121,7 @@ def trackers_of(folder: Path, config: RunConfig, tell: Callable[[str], None]) ->
 
 
 class Isolated:
-    """A tracker whose first failure is said and is its last: training goes on without it."""
+    """Wraps a tracker: after its first failure a warning is printed and it is not called again."""
 
     def __init__(
         self, name: str, folder: Path, config: RunConfig, tell: Callable[[str], None]
@@ -146,42 +146,42 @@ class Isolated:
             )
 
     def start(self, steps: int, done: int) -> None:
-        """Pass on."""
+        """See :class:`Tracker`."""
         if (inner := self.inner) is not None:
             self._guard(lambda: inner.start(steps, done))
 
     def step(self, images: int, metrics: Metrics) -> None:
-        """Pass on."""
+        """See :class:`Tracker`."""
         if (inner := self.inner) is not None:
             self._guard(lambda: inner.step(images, metrics))
 
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
-        """Pass on."""
+        """See :class:`Tracker`."""
         if (inner := self.inner) is not None:
             self._guard(lambda: inner.epoch(record, timing))
 
     def say(self, sentence: str) -> None:
-        """Pass on."""
+        """See :class:`Tracker`."""
         if (inner := self.inner) is not None:
             self._guard(lambda: inner.say(sentence))
 
     def warn(self, sentence: str) -> None:
-        """Pass on."""
+        """See :class:`Tracker`."""
         if (inner := self.inner) is not None:
             self._guard(lambda: inner.warn(sentence))
 
     def close(self) -> None:
-        """Pass on."""
+        """See :class:`Tracker`."""
         if (inner := self.inner) is not None:
             self._guard(inner.close)
 
 
 def known_identity(folder: Path, name: str) -> str | None:
-    """What the tracker called this run when it first saw it."""
+    """The identity of this run at a tracker, from ``tracking.json``."""
     return TrackingIds.read(folder / "tracking.json").root.get(name)
 
 
 def keep_identity(folder: Path, name: str, identity: str) -> None:
-    """Keep what the tracker calls this run, so that a resumed run goes on there."""
+    """Store the identity of this run at a tracker, so that a resumed run continues there."""
     path = folder / "tracking.json"
     TrackingIds(TrackingIds.read(path).root | {name: identity}).write(path)

@@ -1,4 +1,4 @@
-"""MLflow: where it keeps its runs is the library's own affair.
+"""MLflow; its own environment variables say where runs are stored.
 
 ``MLFLOW_TRACKING_URI`` (a server, ``file:.``, ``sqlite:///...``; by default MLflow writes in the
 working folder), ``MLFLOW_EXPERIMENT_NAME`` (by default "cure") and the others do what MLflow says.

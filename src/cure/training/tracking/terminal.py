@@ -1,4 +1,4 @@
-"""The terminal, which every run that is not quiet tells how it goes."""
+"""Progress of a run in the terminal."""
 
 from __future__ import annotations
 
@@ -123,5 +123,5 @@ class TerminalTracker:
         )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self.progress.stop()

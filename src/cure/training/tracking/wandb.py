@@ -1,4 +1,4 @@
-"""Weights & Biases: where and whether anything is sent is the library's own affair.
+"""Weights & Biases; its own environment variables say whether and where data is sent.
 
 ``WANDB_MODE=offline`` sends nothing and keeps files in ``RUN/wandb`` for ``wandb sync``;
 ``WANDB_PROJECT`` (by default "cure"), ``WANDB_ENTITY``, ``WANDB_API_KEY`` and the others do what
