@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import cure
 from cure.config import Ratio, RunConfig
 from cure.errors import ConfigError
 from cure.recipe import check, dump, load_recipe, parse_override, read_recipe, recipe_names
+from cure.registry import METHODS
+from cure.training.setup import training_attack
+from cure.utils.engine import Engine
 
 # What a recipe for the user's own model leaves to the user.
 _DIGITS = ["data.source=digits", "model.name=small_cnn", "start=scratch"]
@@ -162,3 +166,40 @@ def test_a_bare_name_stands_for_a_section() -> None:
     )
     assert (config.method.name, config.method.beta) == ("trades", 3)  # type: ignore[attr-defined]
     assert (config.model.name, config.training.schedule.name) == ("resnet10", "constant")
+
+
+@pytest.mark.parametrize("words", [["method.name=trades"], ["method=trades"]])
+def test_another_method_has_none_of_the_settings_of_the_one_before(words, caplog) -> None:
+    """CURE's beta is 1, and TRADES has its own 6."""
+    config = load_recipe("cifar10-resnet18-cure", words)
+    assert config.method == METHODS["trades"].Config()
+    if words == ["method.name=trades"]:
+        assert caplog.messages == [
+            "method.name=trades drops the settings of cure: percent, alpha, gamma, revision"
+        ]
+
+
+def test_the_same_method_keeps_its_settings_and_later_words_count(caplog) -> None:
+    config = load_recipe("cifar10-resnet18-cure", ["method.name=cure", "method.alpha=0.2"])
+    assert (config.method.percent, config.method.alpha) == (30, 0.2)
+    assert not caplog.messages
+    changed = load_recipe("digits", ["method.name=trades", "method.beta=2"])
+    assert changed.method.beta == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "alpha", "epochs", "decay"),
+    [
+        ("cifar10-resnet18-cure-released", 0.5, 200, 5e-4),
+        ("cifar10-resnet18-cure-released-readme", 0.1, 120, 7e-4),
+    ],
+)
+def test_released_recipes(name, alpha, epochs, decay) -> None:
+    """Defaults of the released code, and the values of its README; neither clamps the start."""
+    config = load_recipe(name)
+    assert (config.method.alpha, config.training.epochs) == (alpha, epochs)
+    assert config.training.optimizer.weight_decay == decay
+    assert config.method.mask.layers == "conv1"
+    attack = training_attack(config, Engine(torch.device("cpu")))
+    assert not attack.clamp_start
+    assert training_attack(load_recipe("digits"), Engine(torch.device("cpu"))).clamp_start

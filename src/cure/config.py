@@ -239,6 +239,9 @@ class AttackConfig(Section):
     start: Literal["gaussian", "uniform", "none"] = "gaussian"
     """``gaussian``: image + 0.001 N(0, 1) (TRADES, CURE); ``uniform`` in the ball (Madry);
     ``none``: the image itself."""
+    clamp_start: bool = True
+    """Keep the starting point in [0, 1].  The released codes of TRADES, MART, CURE, HAT, ACT,
+    ST-AT, ARD, IAD and LAS-TRADES do not, and take the first gradient beyond it (``false``)."""
     mode: Literal["eval", "train"] = "eval"
     """Mode of the network while it is attacked.  In ``train`` mode BatchNorm uses the batch's
     statistics; its running statistics are put back afterwards."""
@@ -333,9 +336,11 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over the run; times are shares of the run, so a shorter run keeps the shape."""
 
-    name: Literal["constant", "piecewise", "cosine", "one_cycle"] = "piecewise"
+    name: Literal["constant", "piecewise", "cosine", "one_cycle", "one_cycle_cosine"] = "piecewise"
     """``piecewise`` drops at the milestones; ``cosine`` falls to 0; ``one_cycle`` rises linearly
-    to the peak, then falls linearly to 0."""
+    to the peak, then falls linearly to 0; ``one_cycle_cosine`` rises by a cosine from a 25th of the
+    peak and falls by a cosine to a 250,000th, while the momentum falls from 0.95 to 0.85 and rises
+    again (PyTorch's ``OneCycleLR``; HAT)."""
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
     """Shares of the run at which ``piecewise`` drops (0.5 and 0.75: epochs 100 and 150 of 200)."""
     factor: float = Field(default=0.1, gt=0, lt=1)
@@ -343,7 +348,7 @@ class ScheduleConfig(Section):
     warmup: float = Field(default=0.0, ge=0, lt=1)
     """Share of the run over which the rate rises linearly from 0 (all schedules)."""
     peak: float = Field(default=0.25, gt=0, lt=1)
-    """Share of the run at which ``one_cycle`` is highest."""
+    """Share of the run at which ``one_cycle`` and ``one_cycle_cosine`` are highest."""
 
     @field_validator("milestones")
     @classmethod

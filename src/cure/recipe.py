@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -139,6 +140,9 @@ def parse_override(word: str) -> tuple[str, object]:
 def override(raw: Raw, key: str, value: object) -> None:
     """Set one value in a recipe, in place: ``override(raw, "training.epochs", 10)``.
 
+    Another ``method.name`` drops the settings of the method before, as ``method=NAME`` does, and
+    logs which: settings of the same name mean other things in other methods.
+
     Raises:
         ConfigError: when the place lies inside a plain value.
     """
@@ -153,6 +157,16 @@ def override(raw: Raw, key: str, value: object) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"{key}: '{section}' is a value, not a section with keys")
         raw = inner
+    if key == "method.name" and raw.get("name") not in (None, value):
+        dropped = [name for name in raw if name != "name"]
+        if dropped:
+            logging.getLogger("cure").warning(
+                "method.name=%s drops the settings of %s: %s",
+                value,
+                raw["name"],
+                ", ".join(dropped),
+            )
+        raw.clear()
     raw[last] = copy.deepcopy(value)  # A later override inside it must not reach the giver's.
 
 

@@ -551,10 +551,10 @@ def test_a_short_gradient_is_not_stretched():
     method = las("at", strategy={"learning_rate": 1.0, "clip_norm": 5.0})
     weight = method.strategy.trunk.linear.bias
     before = weight.detach().clone()
-    method._descend((torch.linspace(0, 0.01, len(weight)).double() * weight).sum())
+    method._descend((torch.linspace(0, 0.01, len(weight)).double() * weight).sum(), 0)
     change = before - weight.detach()
     torch.testing.assert_close(change, torch.linspace(0, 0.01, len(weight)).double())
-    method._descend((torch.full((len(weight),), 100.0).double() * weight).sum())
+    method._descend((torch.full((len(weight),), 100.0).double() * weight).sum(), 0)
     longer = before - change - weight.detach()
     assert longer.norm().item() == pytest.approx(5, rel=1e-6)
 
@@ -809,3 +809,20 @@ def test_las_awp_is_weight_perturbation_around_it():
 def test_values_out_of_range_are_errors(wrong):
     with pytest.raises(ValidationError):
         LasAtConfig(**wrong)
+
+
+def test_the_strategy_s_rate_drops_at_three_quarters_and_nine_tenths_of_the_run():
+    """Released code for LAS-TRADES: 1e-4, 1e-5 and 1e-6; 40 steps here."""
+    config = LasAtConfig(form="trades").strategy
+    found = [config.learning_rate_at(step / 40) for step in (0, 29, 30, 35, 36, 39)]
+    assert found == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5, 1e-6, 1e-6])
+    assert LasAtConfig().strategy.learning_rate_at(0.99) == 1e-4
+    quick = {"learning_rate": 1.0, "clip_norm": 1.0, "drops": [0.5], "momentum": 0.0}
+    changes = []
+    for step in (19, 20):
+        method = las("at", strategy=quick)
+        weight = method.strategy.trunk.linear.bias
+        before = weight.detach().clone()
+        method._descend((100.0 * weight).sum(), step)
+        changes.append((before - weight.detach()).norm().item())
+    assert changes[1] == pytest.approx(0.1 * changes[0], rel=1e-9)

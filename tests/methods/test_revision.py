@@ -106,6 +106,16 @@ def test_ramp(decay, kept):
         assert weight_of(revision) == pytest.approx(share, abs=1e-6)
 
 
+def test_the_ramp_counts_from_the_end_of_the_warm_up():
+    config = RevisionConfig(rate=1.0, decay=0.999, ramp=True)
+    for step, share in enumerate([1 / 2, 2 / 3, 3 / 4]):
+        revision = RevisionModel(single(1.0), config, context(), first=20)
+        revision.maybe_update(single(0.0), 20 + step)
+        assert weight_of(revision) == pytest.approx(share, abs=1e-6)
+    method = build("cure", warmup=0.5, revision={"ramp": True})
+    assert method.revision.first == method.warmup_steps == 20
+
+
 def test_frequency_of_updates_and_repetition_by_seed():
     """2,000 draws at rate .2: 400 +- 5 standard deviations of sqrt(2000 * .2 * .8) = 17.9."""
 
@@ -148,8 +158,7 @@ def test_the_rate_is_halved_at_every_step_of_the_second_part():
         model = single(1.0)
         counts += [revision.maybe_update(model, step) for step in range(40)]
     assert (counts[:20] == seeds).all()
-    # Whether step 20 is the last whole one or the first halved one is a matter of counting.
-    first = 20 if counts[20] < seeds else 21
+    first = 20
     for late in range(6):
         rate = 0.5 ** (late + 1)
         bound = 5 * (seeds * rate * (1 - rate)) ** 0.5

@@ -18,7 +18,10 @@ from cure.methods.common.teacher import Teacher
 
 
 class ArdConfig(MethodConfig):
-    """Settings of ARD; the defaults are those of its released code."""
+    """Settings of ARD; alpha and temperature are the defaults of its released code.
+
+    The released script trains a MobileNetV2; the network, schedule and attack are the recipe's.
+    """
 
     name: Literal["ard"] = "ard"
     """Adversarially robust distillation."""

@@ -234,7 +234,7 @@ class CURE(Method):
         self.warmup_steps = round(config.warmup * context.epochs) * context.steps_per_epoch
         self.revision: RevisionModel | None = None
         if config.gamma:
-            self.revision = RevisionModel(self.model, config.revision, context)
+            self.revision = RevisionModel(self.model, config.revision, context, self.warmup_steps)
         self.objective = KL if config.attack_loss == "kl" else with_cross_entropy(config.alpha)
         self.masked = self._masked_names()
 

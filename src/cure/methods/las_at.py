@@ -69,13 +69,20 @@ class StrategyConfig(Section):
     """Update from the images that the step trains on, which is cheaper, not from images made for
     the update by actions that are drawn in training mode (released code)."""
     learning_rate: PositiveFloat = 1e-4
-    """Its learning rate, the same throughout the run."""
+    """Its learning rate."""
+    drops: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of the run at which its learning rate is divided by 10 (form ``trades``: 0.75, 0.9;
+    in form ``at`` the released drops lie beyond the last update)."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
     """Its momentum (form ``trades``: 0.9)."""
     weight_decay: NonNegativeFloat = 0.0
     """Its L2 penalty (form ``trades``: 0.0005)."""
     clip_norm: PositiveFloat = 1.0
     """Its gradient is scaled down to this Euclidean norm when it is longer."""
+
+    def learning_rate_at(self, progress: float) -> float:
+        """The learning rate when a share ``progress`` of the run's steps is done."""
+        return self.learning_rate * 0.1 ** sum(progress >= share for share in self.drops)
 
     @field_validator("model", mode="before")
     @classmethod
@@ -107,6 +114,7 @@ TRADES_DEFAULTS: dict[str, dict[str, Any]] = {
         "steps": (7, 14),
         "step_size": (2, 4),
         "interval": 1,
+        "drops": (0.75, 0.9),
         "momentum": 0.9,
         "weight_decay": 5e-4,
     },
@@ -129,6 +137,10 @@ class LasAtConfig(MethodConfig):
     """The strategy network."""
     reward: RewardConfig = RewardConfig()
     """Its reward."""
+
+    def needs_length(self) -> bool:
+        """Whether the strategy network's learning rate drops."""
+        return bool(self.strategy.drops)
 
     @model_validator(mode="before")
     @classmethod
@@ -374,7 +386,7 @@ class LASAT(Method[LasAtBatch]):
             + weights.robust * parts["reward_robust"]
             + weights.natural * parts["reward_natural"]
         )
-        self._descend(-reward * self.strategy.log_likelihood(logits, actions))
+        self._descend(-reward * self.strategy.log_likelihood(logits, actions), batch.step)
         return {"reward": reward, **parts}
 
     def _reward_parts(self, batch: Batch, made: LasAtBatch) -> dict[str, Tensor]:
@@ -431,9 +443,10 @@ class LASAT(Method[LasAtBatch]):
         return self.context.engine.logits(model, image).argmax(dim=1) == label
 
     @torch.no_grad()
-    def _descend(self, loss: Tensor) -> None:
-        """One step of stochastic gradient descent of the strategy network."""
+    def _descend(self, loss: Tensor, step: int) -> None:
+        """One step of stochastic gradient descent of the strategy network, at a step of the run."""
         config = self.config.strategy
+        rate = config.learning_rate_at(step / self.context.total_steps)
         parameters = dict(self.strategy.named_parameters())
         gradients = self.context.engine.gradients(loss, parameters)
         change = torch.cat([gradient.flatten() for gradient in gradients.values()])
@@ -445,7 +458,7 @@ class LASAT(Method[LasAtBatch]):
             change = self.velocity.mul_(config.momentum).add_(change)
         sizes = [parameter.numel() for parameter in parameters.values()]
         for parameter, part in zip(parameters.values(), torch.split(change, sizes), strict=True):
-            parameter.sub_(config.learning_rate * part.view(parameter.shape))
+            parameter.sub_(rate * part.view(parameter.shape))
 
     # -- the network learns ---------------------------------------------------------------------
 

@@ -348,6 +348,7 @@ def training_attack(config: RunConfig, engine: Engine) -> PGD:
     }
     if attack.name == "n-fgsm":
         return NFGSM(threat, noise=attack.noise, **common)
+    common["clamp_start"] = attack.clamp_start
     return PGD(threat, attack.steps, attack.step_size, attack.start, **common)
 
 

@@ -34,7 +34,7 @@ from cure.training.gradient_logger import GradientRecorder
 from cure.training.optimizer import build_optimizer
 from cure.training.outcome import FINAL_STEPS, judge, start_warnings
 from cure.training.overfitting_detector import robust_overfitting
-from cure.training.schedule import learning_rate
+from cure.training.schedule import learning_rate, momentum
 from cure.training.totals import Totals
 from cure.training.tracking import Tracker
 from cure.training.validation import validate
@@ -231,6 +231,8 @@ class Trainer:
 
     def _set_learning_rate(self, step: int) -> None:
         for group in self.optimizer.param_groups:
+            if "momentum" in group:
+                group["momentum"] = momentum(self.config.training, step / self.total_steps)
             group["lr"] = group.get("rate_factor", 1.0) * learning_rate(
                 self.config.training, step / self.total_steps
             )

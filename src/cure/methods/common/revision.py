@@ -36,7 +36,8 @@ class RevisionConfig(Section):
     update: Literal["before_losses", "after_step"] = "before_losses"
     """When the update happens: Algorithm 1, or the released code."""
     ramp: bool = False
-    """Released code: decay ``min(1 - 1/(t + 1), d)`` at step t, counted from 1."""
+    """Released code: decay ``min(1 - 1/(t + 1), d)`` at step t, counted from 1 at the first step
+    after a natural warm-up."""
     batch_norm: Literal["batch", "copied"] = "batch"
     """Statistics of its BatchNorm: the batch's own (released code), or copied from the network."""
     halve_rate_after: float | None = Field(default=None, ge=0, lt=1)
@@ -80,6 +81,12 @@ class RevisionConfig(Section):
 class RevisionModel(nn.Module):
     """``theta_rev <- d * theta_rev + (1 - d) * theta`` with probability r (CURE, Eq. 7).
 
+    Args:
+        model: what it is a copy of.
+        config: how it remembers.
+        context: seed and length of the run.
+        first: the first step after a natural warm-up.
+
     Only parameters are averaged.  With ``batch_norm: batch`` its BatchNorm normalises by the batch
     at hand, because running statistics do not fit averaged weights; nothing else about it is in
     training mode.
@@ -87,11 +94,14 @@ class RevisionModel(nn.Module):
     Differs from the released code: built without an autograd graph.
     """
 
-    def __init__(self, model: nn.Module, config: RevisionConfig, context: Context) -> None:
+    def __init__(
+        self, model: nn.Module, config: RevisionConfig, context: Context, first: int = 0
+    ) -> None:
         super().__init__()
         self.network = copy.deepcopy(model).requires_grad_(False)
         self.config = config
         self.context = context
+        self.first = first
         self.decay = config.decay_for(context.total_steps)
         self.train(False)
 
@@ -111,7 +121,8 @@ class RevisionModel(nn.Module):
     def _drawn(self, step: int) -> bool:
         rate = self.config.rate
         if self.config.halve_rate_after is not None:
-            late = step - int(self.config.halve_rate_after * self.context.total_steps)
+            # The first step of the part has half the rate.
+            late = step + 1 - int(self.config.halve_rate_after * self.context.total_steps)
             rate *= 0.5 ** max(0, late)
         # Drawn on the host, so that the device is not waited for.
         draws = generator("cpu", self.context.seed, "revision", step)
@@ -122,7 +133,8 @@ class RevisionModel(nn.Module):
         """Draw once for ``step`` and move towards ``model`` if the draw says so."""
         if not self._drawn(step):
             return False
-        decay = min(1 - 1 / (step + 2), self.decay) if self.config.ramp else self.decay
+        steps = step - self.first
+        decay = min(1 - 1 / (steps + 2), self.decay) if self.config.ramp else self.decay
         averages: list[Tensor] = list(self.network.parameters())
         weights: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, weights, 1 - decay)
