@@ -144,9 +144,9 @@ import os, signal, sys
 from cure.cli.main import main
 from cure.runs.folder import RunFolder
 append = RunFolder.append
-def dying(self, name, record):
-    append(self, name, record)
-    if self.path.name == "trial-0001" and name == "timing.jsonl":
+def dying(self, line):
+    append(self, line)
+    if self.path.name == "trial-0001" and line.file == "timing.jsonl":
         os.kill(os.getpid(), signal.SIGKILL)
 RunFolder.append = dying
 sys.argv = {words!r}
@@ -275,21 +275,21 @@ def test_a_trial_held_by_a_living_worker_is_left_to_it(
         "digits", tuple(SCRATCH), (read_varied("method.beta=1,6"),), 1, 0, 0, None, Path("out")
     )
     sweep.begin(planned)
-    study, storage = sweep.open_study(planned)
+    study = sweep.open_study(planned)
     home = json.loads(Path("out/sweep.json").read_text())["home"]
-    first = sweep._take(planned, study, storage, home)
-    second = sweep._take(planned, study, storage, home)
+    first = sweep._take(planned, study, home)
+    second = sweep._take(planned, study, home)
     assert first is not None
     assert second is not None
     assert [first[0].number, second[0].number] == [0, 1]
-    assert sweep._take(planned, study, storage, home) is None
+    assert sweep._take(planned, study, home) is None
     first[1].close()  # As when its process ends, however that ends.
-    third = sweep._take(planned, study, storage, home)
+    third = sweep._take(planned, study, home)
     assert third is not None
-    assert third[0].number == 0
-    assert sweep._take(planned, study, storage, "another folder") is None
+    assert sweep.run_of(third[0]) == 0
+    assert sweep._take(planned, study, "another folder") is None
     second[1].close()
-    assert sweep._take(planned, study, storage, "another folder") is None
+    assert sweep._take(planned, study, "another folder") is None
 
 
 def test_ctrl_c_stops_all_workers_and_says_so(
@@ -307,7 +307,7 @@ def test_ctrl_c_stops_all_workers_and_says_so(
         def result(self) -> str:
             raise KeyboardInterrupt
 
-        def call_off(self) -> None:
+        def cancel(self) -> None:
             called_off.append(True)
 
     monkeypatch.setattr("cure.analysis.sensitivity.LocalExecutor", Stopped)

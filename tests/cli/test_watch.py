@@ -14,7 +14,7 @@ from rich.console import Console, RenderableType
 from safetensors.torch import save_file
 
 import cure.cli.watch
-from cure.cli.watch import curve, overview, read, span, view
+from cure.cli.watch import overview, read, span, sparkline, view
 from cure.data.images import ImageKind
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
@@ -96,18 +96,10 @@ epoch   loss  natural %  robust %  images/s  seconds
     1  2.000       50.0      10.0     1,234     60.0
     2  1.000       60.0      22.0     1,234     60.0
     3  0.000       70.0      20.0     1,234     60.0
-robust accuracy, from 10 to 22 %, last 20 %
-22    ███▄▄▄
-      ██████
-10 ▁▁▁██████
-natural accuracy, from 50 to 70 %, last 70 %
-70       ███
-      ▅▅▅███
-50 ▁▁▁██████
-loss, from 0 to 2, last 0
-2 ███
-  ███▅▅▅
-0 ██████▁▁▁"""
+
+robust %   ▁█▇  10 to 22
+natural %  ▁▅█  50 to 70
+loss       █▅▁  0 to 2"""
     )
 
 
@@ -131,20 +123,10 @@ epoch 2 of 4 #########--------- 50 %
 epoch   loss  natural %  robust %
     1  2.000       50.0      10.0
     2  1.000       70.0      20.0
-robust accuracy, from 10 to 20 %, last
-20 %
-20    ###
-      ###
-10 ...###
-natural accuracy, from 50 to 70 %, last
-70 %
-70    ###
-      ###
-50 ...###
-loss, from 1 to 2, last 1
-2 ###
-  ###
-1 ###..."""
+
+robust %   07  10 to 20
+natural %  07  50 to 70
+loss       70  1 to 2"""
     )
 
 
@@ -158,30 +140,26 @@ def test_a_long_run_fills_120_columns_and_shows_its_last_epochs(
     assert rows[0] == "run: finished"
     assert rows[4] == "1,234 images/s, 1:10 an epoch, 5:50:00 spent"
     assert [row.split()[0] for row in rows[7:12]] == ["296", "297", "298", "299", "300"]
-    start = rows.index("robust accuracy, from 0 to 29.9 %, last 29.9 %")
-    drawn = rows[start + 1 : start + 4]
-    assert [row[:5] for row in drawn] == ["29.9 ", "     ", "   0 "]
-    assert all(len(row) <= 119 for row in rows)
-    assert len(drawn[2]) == 119
-    # A straight line rises by 23 steps over 114 columns and leaves the lowest row after a third.
-    assert drawn[2].count("█") == pytest.approx(114 * 2 / 3 + 2.5, abs=2.5)
+    name, percent, drawn, *ends = rows[13].split()
+    assert (name, percent, ends) == ("robust", "%", ["0", "to", "29.9"])
+    assert len(drawn) == 40
+    assert "".join(sorted(drawn)) == drawn, "a straight line never falls"
+    assert all(4 <= drawn.count(sign) <= 7 for sign in "▂▃▄▅▆▇")
 
 
 @pytest.mark.parametrize(
-    ("values", "width", "rows"),
+    ("values", "width", "expected"),
     [
-        # 23 steps above the least: a half is 11.5, rounded to the even 12.
-        ([0.0, 1.0], 4, ["1  █", "   █", "0 ▁█"]),
-        ([0.0, 0.5, 1.0], 5, ["1   █", "   ▅█", "0 ▁██"]),
-        # Means of neighbours: 0.5 and 2.5, of a scale from 0 to 3.
-        ([0.0, 1.0, 2.0, 3.0], 4, ["3  ▄", "   █", "0 ▅█"]),
-        ([2.0, 2.0], 4, ["2", "", "2 ▁▁"]),
+        ([0.0, 1.0], 4, "▁█"),
+        # Seven steps above the least: a half is 3.5, rounded to the even 4.
+        ([0.0, 0.5, 1.0], 5, "▁▅█"),
+        # Means of neighbours: 0.5 and 2.5.
+        ([0.0, 1.0, 2.0, 3.0], 2, "▁█"),
+        ([2.0, 2.0], 4, "▁▁"),
     ],
 )
-def test_a_curve_by_hand(values: list[float], width: int, rows: list[str]) -> None:
-    heading, *drawn = curve("loss", "", values, width, unicode=True)
-    assert heading == f"loss, from {values[0]:g} to {max(values):g}, last {values[-1]:g}"
-    assert [row.rstrip() for row in drawn] == rows
+def test_a_sparkline_by_hand(values: list[float], width: int, expected: str) -> None:
+    assert sparkline(values, width) == expected
 
 
 def test_durations() -> None:

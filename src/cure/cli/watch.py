@@ -1,8 +1,4 @@
-"""A run as the terminal shows it while it trains, or after: only read, never touched.
-
-:func:`read` takes from a folder what there is at that moment; :func:`view` and :func:`overview`
-make of it what is shown, and depend on nothing else.
-"""
+"""What ``cure watch`` shows of runs, from their records; it reads and never writes."""
 
 from __future__ import annotations
 
@@ -11,127 +7,111 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
+from cure.config import RunConfig
 from cure.runs.folder import RunFolder
-from cure.runs.records import EpochMetrics
+from cure.runs.records import Accuracies, EpochMetrics, EpochTiming, Status
 from cure.training.overfitting_detector import robust_overfitting
 
 LAST = 5
 """Epochs in the table."""
 RECENT = 3
-"""Epochs that the time left is reckoned from."""
-ROWS = 3
-"""Lines of a curve."""
-WIDEST = 3
-"""Columns of an epoch in a curve, at most."""
+"""Epochs from which the time left is estimated."""
 NARROW = 60
-"""Columns below which the table has accuracies only."""
-SILENT = 3
-"""So many times the length of an epoch without one are worth a word."""
-
-BLOCKS = " ▁▂▃▄▅▆▇█"
-PLAIN = " ..::||##"
-
-Record = dict[str, Any]
+"""Columns of the terminal below which the table shows accuracies only."""
+OVERDUE = 3
+"""A warning comes after this many times the length of an epoch without the end of one."""
+BAR = 40
+"""Columns of the progress bar and of a curve, at most."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a run's folder held at one moment.
+class RunSnapshot:
+    """A run folder at one moment.
 
     Attributes:
         path: as the user named it.
-        facts: method, recipe, seed, data, network.
-        state: "new", "running", "stopped", "failed", "finished".
-        reason: why it failed.
+        config: of the run.
+        status: of the run.
         phases: what is trained inside it now ("natural start"), the outermost first; none for the
             run itself.
-        epochs: of that phase.
-        validation: images that accuracies in training are measured on.
-        records: lines of ``metrics.jsonl`` of that phase.
-        timing: lines of ``timing.jsonl`` by epoch.
-        best: epoch of its best weights, once written.
-        since: time (seconds since 1970) of the last line, or of the beginning.
-        held: whether a process of this machine trains it; None where that is not known.
+        active: the configuration of what is trained now.
+        metrics: epochs of what is trained now.
+        timing: their times by epoch.
+        best: epoch of the best weights, once they are written.
+        since: time of the last epoch, or of the beginning, in seconds since 1970.
+        held: whether a process of this machine trains the run; None where that is not known.
     """
 
     path: str
-    facts: str
-    state: str
-    reason: str | None
+    config: RunConfig
+    status: Status
     phases: tuple[str, ...]
-    epochs: int
-    validation: int
-    records: Sequence[Record]
-    timing: dict[int, Record]
+    active: RunConfig
+    metrics: Sequence[EpochMetrics]
+    timing: dict[int, EpochTiming]
     best: int | None
     since: float
     held: bool | None
 
     @property
+    def epochs(self) -> int:
+        """Epochs of what is trained now."""
+        return self.active.training.epochs
+
+    @property
+    def state(self) -> str:
+        """State in words, with the phase."""
+        state = {"new": "not begun"}.get(self.status.state, self.status.state)
+        return f"{state} ({', '.join(self.phases)})" if self.phases else state
+
+    @property
     def epoch_seconds(self) -> float | None:
-        """Length of an epoch with its validation, of the last few."""
-        last = [self.timing[r["epoch"]] for r in self.records if r["epoch"] in self.timing]
-        if not last:
-            return None
-        seconds = [line["seconds"] + line["validation_seconds"] for line in last[-RECENT:]]
-        return float(sum(seconds) / len(seconds))
+        """Mean seconds of the last epochs, validation included."""
+        times = [self.timing[line.epoch] for line in self.metrics if line.epoch in self.timing]
+        seconds = [line.total_seconds for line in times[-RECENT:]]
+        return sum(seconds) / len(seconds) if seconds else None
 
     def left(self, now: float) -> float | None:
         """Seconds to the end of this phase, if it is running and has an epoch behind it."""
         each = self.epoch_seconds
-        if each is None or self.state != "running":
+        if each is None or self.status.state != "running":
             return None
-        return max(0.0, (self.epochs - len(self.records)) * each - min(now - self.since, each))
+        return max(0.0, (self.epochs - len(self.metrics)) * each - min(now - self.since, each))
 
 
-# -- reading -------------------------------------------------------------------------------------
-
-
-def read(path: str | Path) -> Seen:
-    """What the folder of a run holds now.
+def read(path: str | Path) -> RunSnapshot:
+    """The run folder at this moment.
 
     Raises:
-        CheckpointError: when there is no run.
+        CheckpointError: when there is no run, or a file of it is damaged.
     """
-    outer = RunFolder.open(path)
-    config, status = outer.config, outer.status()
-    folder, phases = _active(outer)
-    inner = folder.config
-    files = [folder.path / name for name in ("metrics.jsonl", "status.json", "config.yaml")]
-    return Seen(
-        path=str(path),
-        facts=f"{config.method.name}, recipe {config.name}, seed {config.seed}, "
-        f"{config.data.source}, {config.model.name}",
-        state=status.state,
-        reason=status.reason,
-        phases=phases,
-        epochs=inner.training.epochs,
-        validation=int(inner.data.validation),
-        records=[line.content() for line in folder.metrics()],
-        timing={line.epoch: line.content() for line in folder.timing()},
-        best=_best(folder),
-        since=max(file.stat().st_mtime for file in files if file.exists()),
-        held=_held(outer.path / ".lock"),
-    )
-
-
-def _active(folder: RunFolder) -> tuple[RunFolder, tuple[str, ...]]:
-    """The run that is trained at the moment: itself, its natural start, or a teacher."""
-    phases: tuple[str, ...] = ()
-    while phase := folder.status().phase:
-        kind, _, role = str(phase).partition(" ")
-        path = folder.path / ("natural" if kind == "natural" else f"teachers/{role}")
-        if not (path / "config.yaml").is_file():
+    folder = RunFolder.open(path)
+    active, phases = folder, tuple[str, ...]()
+    while phase := active.status().phase:
+        kind, _, role = phase.partition(" ")
+        inner = active.path / ("natural" if kind == "natural" else f"teachers/{role}")
+        if not (inner / "config.yaml").is_file():
             break
-        folder, phases = RunFolder(path), (*phases, str(phase))
-    return folder, phases
+        active, phases = RunFolder(inner), (*phases, phase)
+    files = [active.path / name for name in ("metrics.jsonl", "status.json", "config.yaml")]
+    return RunSnapshot(
+        path=str(path),
+        config=folder.config,
+        status=folder.status(),
+        phases=phases,
+        active=active.config,
+        metrics=active.metrics(),
+        timing={line.epoch: line for line in active.timing()},
+        best=_best(active),
+        since=max(file.stat().st_mtime for file in files if file.exists()),
+        held=_held(folder.path / ".lock"),
+    )
 
 
 def _best(folder: RunFolder) -> int | None:
@@ -143,9 +123,9 @@ def _best(folder: RunFolder) -> int | None:
 
 
 def _held(lock: Path) -> bool | None:
-    """Whether a process of this machine holds the lock.
+    """Whether a process of this machine holds the lock, from the list that Linux keeps.
 
-    Linux has a list.  To try the lock would hold it for a moment, in which a run could not begin.
+    Trying the lock would hold it for a moment, in which a run could not begin.
     """
     try:
         inode = lock.stat().st_ino
@@ -155,186 +135,161 @@ def _held(lock: Path) -> bool | None:
     return any(word.endswith(f":{inode}") for line in lines for word in line.split())
 
 
-# -- showing -------------------------------------------------------------------------------------
-
-
-def view(seen: Seen, now: float, width: int, unicode: bool = True) -> Group:
-    """One run: how far it is, its warnings, its last epochs, its curves.
+def view(run: RunSnapshot, now: float, width: int, unicode: bool = True) -> Group:
+    """One run: progress, warnings, last epochs, curves.
 
     Args:
-        seen: from :func:`read`.
+        run: from :func:`read`.
         now: seconds since 1970.
         width: columns of the terminal.
-        unicode: False where the terminal has letters and signs of ASCII only.
+        unicode: False where the terminal shows ASCII only.
     """
-
-    def line(text: str, style: str = "") -> Text:
-        return Text(_printable(text, unicode), style=style)
-
-    parts: list[Text | Table] = [
-        line(f"{seen.path}: {_state(seen)}", "bold"),
-        line(seen.facts),
-        line(_bar(seen, width, unicode)),
-        *(line(text) for text in _told(seen, now)),
-        *(line(f"warning: {text}", "yellow") for text in warnings(seen, now)),
+    config = run.config
+    facts = f"{config.method.name}, recipe {config.name}, seed {config.seed}"
+    lines = [
+        (f"{run.path}: {run.state}", "bold"),
+        (f"{facts}, {config.data.source}, {config.model.name}", ""),
+        (_bar(run, width, unicode), ""),
+        *((text, "") for text in _progress(run, now)),
+        *((f"warning: {text}", "yellow") for text in warnings(run, now)),
     ]
-    if seen.records:
-        parts += [line(""), _epochs(seen, width)]
-    for name, unit, values in _curves(seen):
-        # One cell is left free, so that no terminal wraps.
-        parts += [line(text) for text in curve(name, unit, values, width - 1, unicode)]
+    parts: list[RenderableType] = [Text(_printable(text, unicode), style) for text, style in lines]
+    if run.metrics:
+        parts += [Text(""), _epochs(run, width), Text(""), _curves(run, unicode)]
     return Group(*parts)
 
 
-def overview(several: Sequence[Seen], now: float, unicode: bool = True) -> Table:
+def overview(runs: Sequence[RunSnapshot], now: float, unicode: bool = True) -> Table:
     """Several runs, a line each; arguments as for :func:`view`."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
     for heading in ("state", "epoch", "natural %", "robust %", "left"):
         table.add_column(heading, justify="left" if heading == "state" else "right")
-    for seen in several:
-        last: Record = next((r for r in reversed(seen.records) if r.get("validation")), {})
-        left = seen.left(now)
-        words = (
-            seen.path,
-            _state(seen),
-            f"{len(seen.records)}/{seen.epochs}",
-            *_accuracies(last),
+    for run in runs:
+        measured = [line.validation for line in run.metrics if line.validation is not None]
+        left = run.left(now)
+        cells = (
+            *(run.path, run.state, f"{len(run.metrics)}/{run.epochs}"),
+            *_percent(measured[-1] if measured else None),
             "" if left is None else span(left),
         )
-        table.add_row(*(Text(_printable(word, unicode)) for word in words))
+        table.add_row(*(Text(_printable(cell, unicode)) for cell in cells))
     return table
 
 
-def warnings(seen: Seen, now: float) -> Iterator[str]:
-    """What a user should look at."""
-    if seen.reason is not None:
-        yield seen.reason
-    overfits = robust_overfitting(
-        [EpochMetrics.model_validate(r) for r in seen.records], seen.validation
-    )
+def warnings(run: RunSnapshot, now: float) -> Iterator[str]:
+    """Sentences about what a user should look at."""
+    if run.status.reason is not None:
+        yield run.status.reason
+    validation = run.active.data.validation
+    overfits = robust_overfitting(run.metrics, int(validation))
     if overfits is not None:
         yield overfits
-    if seen.state != "running":
+    if run.status.state != "running":
         return
-    if seen.held is False:
+    if run.held is False:
         yield (
             "no process of this machine trains it; if none of another does, it was killed: "
-            f"`cure resume {seen.path}` goes on"
+            f"`cure resume {run.path}` goes on"
         )
-    each = seen.epoch_seconds
-    if each is not None and now - seen.since > SILENT * each:
-        yield f"no epoch ended for {span(now - seen.since)}; one takes {span(each)}"
+    each = run.epoch_seconds
+    if each is not None and now - run.since > OVERDUE * each:
+        yield f"no epoch ended for {span(now - run.since)}; one takes {span(each)}"
 
 
-def _state(seen: Seen) -> str:
-    if not seen.phases:
-        return {"new": "not begun"}.get(seen.state, seen.state)
-    return f"{seen.state} ({', '.join(seen.phases)})"
-
-
-def _bar(seen: Seen, width: int, unicode: bool) -> str:
-    done = len(seen.records)
-    words = f"epoch {done} of {seen.epochs}"
-    room = max(5, min(40, width - len(words) - 10))
-    full = min(room, room * done // seen.epochs)
+def _bar(run: RunSnapshot, width: int, unicode: bool) -> str:
+    done = len(run.metrics)
+    words = f"epoch {done} of {run.epochs}"
+    room = max(5, min(BAR, width - len(words) - 10))
+    full = min(room, room * done // run.epochs)
     signs = "━─" if unicode else "#-"
-    return f"{words} {signs[0] * full}{signs[1] * (room - full)} {100 * done // seen.epochs} %"
+    return f"{words} {signs[0] * full}{signs[1] * (room - full)} {100 * done // run.epochs} %"
 
 
-def _told(seen: Seen, now: float) -> Iterator[str]:
-    """Best epoch, speed, time."""
-    record = next((r for r in seen.records if r["epoch"] == seen.best), None)
-    if record is not None:
-        natural, robust = _accuracies(record)
-        yield f"best epoch {seen.best}: natural {natural} %, robust {robust} %"
-    each = seen.epoch_seconds
+def _progress(run: RunSnapshot, now: float) -> Iterator[str]:
+    """Best epoch, speed, time left."""
+    best = next((line for line in run.metrics if line.epoch == run.best), None)
+    if best is not None:
+        natural, robust = _percent(best.validation)
+        yield f"best epoch {run.best}: natural {natural} %, robust {robust} %"
+    each = run.epoch_seconds
     if each is None:
-        yield f"no epoch yet, {span(now - seen.since)} since it began"
+        yield f"no epoch yet, {span(now - run.since)} since it began"
         return
-    speed = seen.timing[max(seen.timing)]["images_per_second"]
-    left = seen.left(now)
+    left = run.left(now)
     if left is not None:
-        of_phase = " of this part" if seen.phases else ""
-        time = f"about {span(left)} left{of_phase}"
+        time = f"about {span(left)} left{' of this part' if run.phases else ''}"
     else:
-        spent = [line["seconds"] + line["validation_seconds"] for line in seen.timing.values()]
-        time = f"{span(sum(spent))} spent"
+        time = f"{span(sum(line.total_seconds for line in run.timing.values()))} spent"
+    speed = run.timing[max(run.timing)].images_per_second or 0
     yield f"{speed:,.0f} images/s, {span(each)} an epoch, {time}"
 
 
-def _epochs(seen: Seen, width: int) -> Table:
+def _epochs(run: RunSnapshot, width: int) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     names = ["epoch", "loss", "natural %", "robust %"]
     names += ["images/s", "seconds"] if width >= NARROW else []
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
-    for record in seen.records[-LAST:]:
-        timing = seen.timing.get(record["epoch"])
-        cells = [str(record["epoch"]), f"{record['train']['loss']:.3f}", *_accuracies(record)]
-        if timing is None:
-            cells += ["-", "-"]
-        else:
-            cells += [f"{timing['images_per_second']:,.0f}", f"{timing['seconds']:.1f}"]
+    for line in run.metrics[-LAST:]:
+        timing = run.timing.get(line.epoch)
+        cells = [str(line.epoch), f"{line.train['loss']:.3f}", *_percent(line.validation)]
+        cells += (
+            ["-", "-"]
+            if timing is None
+            else [f"{timing.images_per_second or 0:,.0f}", f"{timing.seconds or 0:.1f}"]
+        )
         table.add_row(*cells[: len(names)])
     return table
 
 
-def _accuracies(record: Record) -> tuple[str, str]:
-    measured = record.get("validation")
-    if not measured:
-        return "-", "-"
-    return f"{measured['natural']:.1f}", f"{measured['robust']:.1f}"
+def _curves(run: RunSnapshot, unicode: bool) -> Table:
+    """Accuracies on validation images and loss over the epochs, a line each."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    measured = [line.validation for line in run.metrics if line.validation is not None]
+    for name, values in (
+        ("robust %", [accuracies.robust for accuracies in measured]),
+        ("natural %", [accuracies.natural for accuracies in measured]),
+        ("loss", [line.train["loss"] for line in run.metrics]),
+    ):
+        values = [value for value in values if math.isfinite(value)]
+        if len(values) > 1:
+            ends = f"{min(values):.4g} to {max(values):.4g}"
+            table.add_row(name, sparkline(values, BAR, unicode), ends)
+    return table
 
 
-def _curves(seen: Seen) -> Iterator[tuple[str, str, list[float]]]:
-    measured = [r["validation"] for r in seen.records if r.get("validation")]
-    series = (
-        ("robust accuracy", " %", [float(v["robust"]) for v in measured]),
-        ("natural accuracy", " %", [float(v["natural"]) for v in measured]),
-        ("loss", "", [float(r["train"]["loss"]) for r in seen.records]),
-    )
-    for name, unit, values in series:
-        finite = [value for value in values if math.isfinite(value)]
-        if len(finite) > 1:
-            yield name, unit, finite
-
-
-def curve(name: str, unit: str, values: Sequence[float], width: int, unicode: bool) -> list[str]:
-    """A heading and :data:`ROWS` lines of columns, from the least value to the largest.
+def sparkline(values: Sequence[float], width: int, unicode: bool = True) -> str:
+    """Bars of one character between the least value and the largest.
 
     Args:
-        name: what is drawn.
-        unit: after a number.
-        values: one an epoch; where there are more than columns, means of neighbours.
-        width: columns.
-        unicode: whether eighths of a block can be drawn.
+        values: one or more; where there are more than columns, means of neighbours are drawn.
+        width: columns, at most.
+        unicode: whether eighths of a block can be shown; otherwise the digits 0 to 7.
+
+    >>> sparkline([0, 1, 2, 7], 4)
+    '▁▂▃█'
     """
+    if len(values) > width:
+        edges = [len(values) * place // width for place in range(width + 1)]
+        values = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, high = min(values), max(values)
-    labels = [f"{high:.4g}", *[""] * (ROWS - 2), f"{low:.4g}"]
-    margin = max(map(len, labels)) + 1
-    room = max(1, width - margin)
-    if len(values) > room:
-        edges = [len(values) * place // room for place in range(room + 1)]
-        means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-        each = 1
-    else:
-        means, each = list(values), min(WIDEST, room // len(values))
-    signs = BLOCKS if unicode else PLAIN
-    steps = len(signs) - 1
-    # The least value is one step high, or it could not be told from no value.
-    whole = ROWS * steps - 1
-    heights = [1 + round(whole * (m - low) / (high - low)) if high > low else 1 for m in means]
-    drawn = [f"{name}, from {low:.4g} to {high:.4g}{unit}, last {values[-1]:.4g}{unit}"]
-    for row in range(ROWS):
-        below = steps * (ROWS - 1 - row)
-        cells = "".join(signs[min(max(h - below, 0), steps)] * each for h in heights)
-        drawn.append(f"{labels[row]:>{margin - 1}} {cells}".rstrip())
-    return drawn
+    signs = "▁▂▃▄▅▆▇█" if unicode else "01234567"
+    return "".join(signs[round(7 * (v - low) / (high - low)) if high > low else 0] for v in values)
+
+
+def _percent(accuracies: Accuracies | None) -> tuple[str, str]:
+    if accuracies is None:
+        return "-", "-"
+    return f"{accuracies.natural:.1f}", f"{accuracies.robust:.1f}"
 
 
 def span(seconds: float) -> str:
-    """A duration: "8.4 s", "2:05", "3:10:00"."""
+    """A duration.
+
+    >>> span(8.44), span(125), span(11400)
+    ('8.4 s', '2:05', '3:10:00')
+    """
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -343,24 +298,21 @@ def span(seconds: float) -> str:
 
 
 def _printable(text: str, unicode: bool) -> str:
-    """The text without what a terminal would obey, and without what it cannot show."""
+    """The text without control characters, and without what the terminal cannot show."""
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return text if unicode else text.encode("ascii", "replace").decode("ascii")
 
 
-# -- watching ------------------------------------------------------------------------------------
-
-
-def over(several: Sequence[Seen]) -> bool:
-    """Whether nothing will change by itself any more."""
-    return all(seen.state in ("stopped", "failed", "finished") for seen in several)
+def over(runs: Sequence[RunSnapshot]) -> bool:
+    """Whether no run will change by itself any more."""
+    return all(run.status.state in ("stopped", "failed", "finished") for run in runs)
 
 
 def shown(
     paths: Sequence[str | Path], now: float, width: int, unicode: bool
-) -> tuple[Group | Table, bool]:
-    """What to show of these runs now, and whether that is the last word."""
-    several = [read(path) for path in paths]
-    if len(several) == 1:
-        return view(several[0], now, width, unicode), over(several)
-    return overview(several, now, unicode), over(several)
+) -> tuple[RenderableType, bool]:
+    """What to show of these runs now, and whether that is final."""
+    runs = [read(path) for path in paths]
+    if len(runs) == 1:
+        return view(runs[0], now, width, unicode), over(runs)
+    return overview(runs, now, unicode), over(runs)

@@ -1,8 +1,8 @@
-"""Many runs of one recipe with settings that vary: what is tried, by whom, and what came of it.
+"""Sweeps: many runs of one recipe with settings that vary.
 
-Optuna's storage holds the trials, so that workers on one or several machines share them.  A trial
-is a run in ``OUTPUT/runs``: one that was interrupted is taken up again where it was, by whoever
-comes next to the same folder.
+Optuna's storage holds the trials, so workers on one or several machines share them. A trial is a
+run in ``OUTPUT/runs``; the next worker in the same folder continues one that was interrupted.
+``OUTPUT/sweep.json`` says which sweep the folder belongs to.
 """
 
 from __future__ import annotations
@@ -24,29 +24,32 @@ from typing import IO, TYPE_CHECKING, Any
 import yaml
 
 from cure.config import NATURAL, Ratio, RunConfig
-from cure.errors import ConfigError, ModelError, TrainingStopped
+from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, no_progress
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
-from cure.training.prerequisites import carry_out, natural_config
+from cure.training.prerequisites import natural_config
 from cure.training.run import resume, train
 from cure.training.setup import prepare
 from cure.training.trainer import Interrupted
-from cure.utils.io import write_json
+from cure.utils.io import read_json, write_json
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.storages import BaseStorage
-    from optuna.trial import FrozenTrial
+    from optuna.trial import FrozenTrial, Trial
 
 FORMAT = "cure-sweep-1"
 
 RULERS = ("data", "threat", "attack.step_size", "training.validation_steps", "training.precision")
 """Settings that accuracies on the validation images are measured by, so that none may vary."""
 
+PLANNED = "planned"
+"""Attribute of trials whose settings were given, not drawn."""
+
 ORPHANED = 60
-"""Seconds after which a trial that nobody put a name to was left by a worker that was killed."""
+"""Seconds after which a running trial without a worker's name is given up."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ def begin(sweep: Sweep) -> None:
         )
     here = {**sweep.identity(), "storage": hashlib.sha256(repr(sweep.storage).encode()).hexdigest()}
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = _read_file(sweep)
         for name, value in here.items():
             if kept.get(name) != value:
                 raise ConfigError(
@@ -279,9 +282,19 @@ def begin(sweep: Sweep) -> None:
         if not path.exists():
             write_json(path, {"format": FORMAT, "home": uuid.uuid4().hex, **here})
         _natural_start(sweep)
-        study, _ = open_study(sweep)
+        study = open_study(sweep)
         for settings in sweep.combinations():
-            study.enqueue_trial(settings, skip_if_exists=True)
+            study.enqueue_trial(settings, user_attrs={PLANNED: True}, skip_if_exists=True)
+
+
+def _read_file(sweep: Sweep) -> dict[str, Any]:
+    """What ``sweep.json`` says: which sweep the folder belongs to."""
+    content = read_json(sweep.output / "sweep.json")
+    if not isinstance(content, dict) or "home" not in content:
+        raise CheckpointError(
+            f"{sweep.output / 'sweep.json'} is damaged; name another folder with --output"
+        )
+    return content
 
 
 def _natural_path(sweep: Sweep) -> Path | None:
@@ -294,12 +307,10 @@ def _natural_start(sweep: Sweep) -> None:
     path = _natural_path(sweep)
     if path is None:
         return
-    config = natural_config(sweep.config)
     if not path.exists():
+        config = natural_config(sweep.config)
         RunFolder.create(path, config, prepare(config, None, None).training.kind)
-    folder = RunFolder.open(path)
-    if not folder.status().finished:
-        carry_out(folder, config, prepare(config, None, None, folder), quiet=True)
+    resume(path, quiet=True)
 
 
 def _optuna() -> Any:
@@ -310,8 +321,8 @@ def _optuna() -> Any:
     return optuna
 
 
-def open_study(sweep: Sweep) -> tuple[Study, BaseStorage]:
-    """Optuna's study, and the storage that holds it.
+def open_study(sweep: Sweep) -> Study:
+    """Optuna's study of this sweep.
 
     Raises:
         ConfigError: when Optuna is not installed or cannot use the storage.
@@ -330,7 +341,7 @@ def open_study(sweep: Sweep) -> tuple[Study, BaseStorage]:
             # Lines of JSON; a journal in a file keeps no pickled copies, as one in Redis does.
             file = sweep.storage or str(sweep.output / "trials.journal")
             storage = JournalStorage(JournalFileBackend(file))
-        study = optuna.create_study(
+        study: Study = optuna.create_study(
             study_name=f"cure-{name[:16]}",
             storage=storage,
             directions=["maximize", "maximize"],
@@ -338,62 +349,84 @@ def open_study(sweep: Sweep) -> tuple[Study, BaseStorage]:
         )
     except Exception as error:  # Whatever databases, their drivers and file systems raise.
         raise ConfigError(f"storage: Optuna cannot use it: {str(error).splitlines()[0]}") from None
-    return study, storage
+    return study
 
 
 # -- working -------------------------------------------------------------------------------------
+#
+# A trial whose worker was interrupted or killed is given up in Optuna's storage, and a new trial of
+# the same settings is put in the queue that continues the same run: what Optuna's
+# RetryFailedTrialCallback does for trials without a heartbeat, which a journal cannot record. That
+# a worker lives is known by its lock on a file beside the run.
 
 
 def work(sweep: Sweep, progress: Progress = no_progress) -> str:
     """Do trials until none is left to begin.
 
     Raises:
-        Interrupted: after Ctrl-C; the trial is taken up again by the next worker in this folder.
+        Interrupted: after Ctrl-C; the next worker in this folder continues the trial.
     """
-    home = str(json.loads((sweep.output / "sweep.json").read_text(encoding="utf-8"))["home"])
-    study, storage = open_study(sweep)
+    home = str(_read_file(sweep)["home"])
+    study = open_study(sweep)
     wanted = len(sweep.combinations()) or sweep.trials
-    while (taken := _take(sweep, study, storage, home)) is not None:
+    while (taken := _take(sweep, study, home)) is not None:
         trial, claim = taken
         with claim:
-            _carry_out(sweep, study, storage, trial)
+            _carry_out(sweep, study, trial)
         done = sum(known["state"] in ("finished", "failed") for known in trials(sweep))
         progress("trials", min(done, wanted), wanted)
     return "done"
 
 
-def _take(
-    sweep: Sweep, study: Study, storage: BaseStorage, home: str
-) -> tuple[FrozenTrial, IO[str]] | None:
-    """A trial that is this worker's alone, and the open file that says so; None when all is begun.
-
-    First those that an interrupted worker of this folder left, then new ones.
-    """
+def _take(sweep: Sweep, study: Study, home: str) -> tuple[Trial, IO[str]] | None:
+    """A trial for this worker alone, and the locked file; None when all trials are begun."""
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
     with sweep.alone():
-        known = study.get_trials(deepcopy=False)
-        for trial in known:
-            left = trial.state == TrialState.RUNNING and _is_ours(trial, home)
-            if left and (claim := _claim(sweep, trial.number)) is not None:
-                storage.set_trial_user_attr(trial._trial_id, "home", home)
-                return trial, claim
-        waiting = any(trial.state == TrialState.WAITING for trial in known)
+        for trial in _latest(study).values():
+            if trial.state == TrialState.RUNNING and _is_ours(trial, home):
+                _requeue(sweep, study, trial)
+        known = _latest(study)
+        waiting = any(trial.state == TrialState.WAITING for trial in known.values())
         if not waiting and (sweep.grid is not None or len(known) >= sweep.trials):
             return None
         # Two workers never begin at the same number, so that no two draw alike.
         study.sampler = TPESampler(seed=sweep.seed + len(known))
-        number = study.ask({one.key: one.distribution() for one in sweep.varied}).number
-        trial = study.get_trials(deepcopy=False)[number]
-        if sweep.grid is not None and "fixed_params" not in trial.system_attrs:
+        asked = study.ask({one.key: one.distribution() for one in sweep.varied})
+        if sweep.grid is not None and not asked.user_attrs.get(PLANNED):
             # A worker on another machine has taken the last of the grid in this moment.
-            study.tell(number, state=TrialState.FAIL)
+            study.tell(asked, state=TrialState.FAIL)
             return None
-        storage.set_trial_user_attr(trial._trial_id, "home", home)
-        claim = _claim(sweep, number)
+        asked.set_user_attr("home", home)
+        claim = _claim(sweep, run_of(asked))
         assert claim is not None, "only a worker that holds the folder's lock claims"
-        return trial, claim
+        return asked, claim
+
+
+def run_of(trial: Trial | FrozenTrial) -> int:
+    """Number of the run that a trial trains: its own, or that of the trial it continues."""
+    return int(trial.user_attrs.get("run", trial.number))
+
+
+def _latest(study: Study) -> dict[int, FrozenTrial]:
+    """The newest trial of each run, by number of the run."""
+    every = study.get_trials(deepcopy=False)
+    return {run_of(trial): trial for trial in sorted(every, key=lambda t: (run_of(t), t.number))}
+
+
+def _requeue(sweep: Sweep, study: Study, trial: FrozenTrial) -> None:
+    """Put the settings of a trial in the queue again if no process works on it."""
+    from optuna.trial import TrialState
+
+    claim = _claim(sweep, run_of(trial))
+    if claim is None:
+        return
+    with claim:
+        study.tell(trial.number, state=TrialState.FAIL)
+        settings = _settings(sweep, trial)
+        if settings is not None:
+            study.enqueue_trial(settings, user_attrs={"run": run_of(trial), PLANNED: True})
 
 
 def _is_ours(trial: FrozenTrial, home: str) -> bool:
@@ -405,7 +438,7 @@ def _is_ours(trial: FrozenTrial, home: str) -> bool:
 
 
 def _claim(sweep: Sweep, number: int) -> IO[str] | None:
-    """A lock that ends with its process, however that ends."""
+    """A lock that ends with its process, however that ends; None while another process has it."""
     path = sweep.folder(number)
     file = path.with_name(f".{path.name}.lock").open("w")
     try:
@@ -417,27 +450,26 @@ def _claim(sweep: Sweep, number: int) -> IO[str] | None:
 
 
 def _settings(sweep: Sweep, trial: FrozenTrial) -> dict[str, Any] | None:
-    """What a trial tries; None for one whose worker was killed before that was settled."""
+    """What a trial tries; None when its worker was killed before that was settled."""
     settled = trial.system_attrs.get("fixed_params", {}) | trial.params
     keys = [one.key for one in sweep.varied]
     return {key: settled[key] for key in keys} if settled.keys() >= set(keys) else None
 
 
-def _carry_out(sweep: Sweep, study: Study, storage: BaseStorage, trial: FrozenTrial) -> None:
-    """Train a trial, from wherever it is, and tell what came of it."""
+def _carry_out(sweep: Sweep, study: Study, trial: Trial) -> None:
+    """Start or resume the run of a trial and tell Optuna the result."""
     from optuna.trial import TrialState
 
     def fail(reason: str) -> None:
-        storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-        study.tell(trial.number, state=TrialState.FAIL)
+        trial.set_user_attr("reason", reason)
+        study.tell(trial, state=TrialState.FAIL)
 
-    settings = _settings(sweep, trial)
-    if settings is None:
-        return fail("interrupted before its settings were known")
-    for other in study.get_trials(deepcopy=False):
-        if other.number < trial.number and _settings(sweep, other) == settings:
-            return fail(f"the same settings as trial {other.number}")
-    path, natural = sweep.folder(trial.number), _natural_path(sweep)
+    settings = {one.key: trial.params[one.key] for one in sweep.varied}
+    run = run_of(trial)
+    for number, other in _latest(study).items():
+        if number < run and _settings(sweep, other) == settings:
+            return fail(f"the same settings as trial {number}")
+    path, natural = sweep.folder(run), _natural_path(sweep)
     start = {} if natural is None else {"start": str(natural)}
     name = {"name": f"{sweep.config.name}-{path.name}"}
     try:
@@ -448,7 +480,7 @@ def _carry_out(sweep: Sweep, study: Study, storage: BaseStorage, trial: FrozenTr
             train(sweep.recipe, changes, run=path, quiet=True)
     except Interrupted:
         raise Interrupted(
-            f"stopped in trial {trial.number}; the same command goes on where it was"
+            f"stopped in trial {run}; the same command goes on where it was"
         ) from None
     except (TrainingStopped, ConfigError, ModelError) as error:
         return fail(str(error))
@@ -457,8 +489,8 @@ def _carry_out(sweep: Sweep, study: Study, storage: BaseStorage, trial: FrozenTr
     assert best is not None, "a finished run has a best epoch"
     assert best.validation is not None, "its accuracies are written with it"
     seconds = sum(line.total_seconds for line in folder.timing())
-    storage.set_trial_user_attr(trial._trial_id, "facts", {"epoch": best.epoch, "seconds": seconds})
-    study.tell(trial.number, [best.validation.natural, best.validation.robust])
+    trial.set_user_attr("facts", {"epoch": best.epoch, "seconds": seconds})
+    study.tell(trial, [best.validation.natural, best.validation.robust])
     return None
 
 
@@ -470,21 +502,24 @@ def trials(sweep: Sweep) -> list[dict[str, Any]]:
     from optuna.trial import TrialState
 
     names = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed"}
-    study, _ = open_study(sweep)
     found = []
-    for trial in study.get_trials(deepcopy=False):
+    for number, trial in _latest(open_study(sweep)).items():
         natural, robust = trial.values or (None, None)
         settings = _settings(sweep, trial)
+        reason = trial.user_attrs.get("reason")
+        if reason is None and settings is None and trial.state == TrialState.FAIL:
+            reason = "interrupted before its settings were known"
+        facts = trial.user_attrs.get("facts", {})
         found.append(
             {
-                "number": trial.number,
+                "number": number,
                 "settings": settings or {},
                 "state": names.get(trial.state, trial.state.name.lower()),
-                "reason": trial.user_attrs.get("reason"),
+                "reason": reason,
                 "natural": natural,
                 "robust": robust,
-                "epoch": trial.user_attrs.get("facts", {}).get("epoch"),
-                "seconds": trial.user_attrs.get("facts", {}).get("seconds"),
+                "epoch": facts.get("epoch"),
+                "seconds": facts.get("seconds"),
                 "command": sweep.command(settings or {}),
             }
         )
