@@ -154,7 +154,7 @@ def test_the_study_says_what_its_runs_say(study):
         assert row["robust"]["accuracy"] == final[0]["attacks"]["pgd2"]["accuracy"]
         assert row["validation_robust"] == last.validation.robust
         if row["set"] is not None:
-            assert row["training_robust"] == 100 * last["train"]["robust_accuracy"]
+            assert row["training_robust"] == 100 * last.train["robust_accuracy"]
     start = folder / "training" / "natural-seed0"
     assert moved(folder / "training" / "U-34-reinitialised-seed0", start) == {"layer3", "layer4"}
     kept = {key: value for key, value in result.items() if key != "file"}

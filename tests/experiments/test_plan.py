@@ -360,8 +360,10 @@ def test_a_plan_of_last_checkpoints_evaluates_the_last_one_also_where_it_is_the_
 ):
     from cure.training.trainer import Trainer
 
-    robust = iter([10.0, 20.0 if best == 2 else 5.0])
-    monkeypatch.setattr(Trainer, "validate", lambda self: {"natural": 50.0, "robust": next(robust)})
+    accuracies = iter([10.0, 20.0 if best == 2 else 5.0])
+    monkeypatch.setattr(
+        Trainer, "validate", lambda self: dict.fromkeys(("natural", "robust"), next(accuracies))
+    )
     only_last = [{"attacks": ["pgd2"], "limit": 20, "checkpoints": ["last"]}]
     rows = {"natural": PLAN["rows"]["natural"]}
     plan = read_plan(written(evaluations=only_last, rows=rows))
