@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cure.attacks.registry import attack_label, attack_order
 from cure.errors import ConfigError
 from cure.evaluation.diagnosis import CHECKS
 from cure.experiments.compare.rows import (
@@ -15,7 +15,6 @@ from cure.experiments.compare.rows import (
     alike,
     check_alike,
     rows_of,
-    strength,
 )
 from cure.report.components import (
     NO_BREAK,
@@ -60,21 +59,12 @@ def measure(entries: Iterable[Entry]) -> Measured:
 
 def attack_name(name: str) -> str:
     """An attack as papers write it."""
-    known = {"cw": "C&W", "fgsm": "FGSM", "fmn": "FMN", "ddn": "DDN", "deepfool": "DeepFool"}
-    known |= {"natural": "natural", "cw-l2": "C&W (L2)", "square": "Square"}
-    name = name.replace("autoattack", "AutoAttack")
-    name, *options = name.split(":")
-    steps = re.fullmatch(r"pgd(\d+)", name)
-    shown = f"PGD-{steps[1]}" if steps else known.get(name, name)
-    return shown + (f" ({', '.join(options)})" if options else "")
+    return attack_label(name)
 
 
 def measured_attacks(row: TableRow) -> list[str]:
     """The attacks of a row, the weakest first."""
-    names = sorted(row["attack_settings"], key=strength)
-    return sorted(
-        names, key=lambda name: (name not in _BLIND, name != "fgsm" and name not in _BLIND)
-    )
+    return sorted(row["attack_settings"], key=attack_order)
 
 
 def strongest(row: TableRow) -> str | None:

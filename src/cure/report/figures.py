@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from cure.experiments.compare.rows import TableRow, strength
+from cure.experiments.compare.rows import TableRow
 from cure.methods import METHODS
 from cure.report.accuracies import attack_name, measured_attacks
 from cure.report.components import Cell, Figure, Grid, between, label, percent, written
@@ -208,7 +208,7 @@ def by_attack(rows: Sequence[TableRow], place: Place) -> Figure | None:
 
 
 def _in_order(attacks: set[str]) -> list[str]:
-    return measured_attacks({"attack_settings": dict.fromkeys(sorted(attacks, key=strength))})
+    return measured_attacks({"attack_settings": dict.fromkeys(attacks)})
 
 
 def trade_off(rows: Sequence[TableRow], place: Place) -> tuple[Figure, str] | None:
