@@ -43,7 +43,7 @@ def pair_margin(logits: Tensor, pair: Tensor) -> Tensor:
 
 
 @check("gradient_direction", cheap=True)
-def gradient_direction(this: CheckContext) -> Finding | str:
+def gradient_direction(context: CheckContext) -> Finding | str:
     """A step along the gradient raises what it should raise, and about as much.
 
     The difference of two logits ahead of the image and behind it, ``f(x + s) - f(x - s)``, against
@@ -53,24 +53,24 @@ def gradient_direction(this: CheckContext) -> Finding | str:
     same is true for a step of one grey level (1/255), below which no image file differs.
     Source: Athalye et al., ICML 2018 (shattered gradients).
     """
-    right = this.right
+    right = context.right
     if not right.any():
         return "no image is classified right"
-    other = this.natural.scatter(1, this.label[:, None], -torch.inf).argmax(dim=1)
-    pair = torch.stack([this.label, other], dim=1)
-    gradient = this.gradient(pair_margin, pair)
-    direction = this.threat.steepest(gradient)
+    other = context.natural.scatter(1, context.label[:, None], -torch.inf).argmax(dim=1)
+    pair = torch.stack([context.label, other], dim=1)
+    gradient = context.gradient(pair_margin, pair)
+    direction = context.threat.steepest(gradient)
 
     def follow(length: float) -> tuple[Tensor, float]:
-        ahead = (this.image + length * direction).clamp(0, 1)
-        behind = (this.image - length * direction).clamp(0, 1)
-        rise = pair_margin(this.logits(ahead), pair) - pair_margin(this.logits(behind), pair)
+        ahead = (context.image + length * direction).clamp(0, 1)
+        behind = (context.image - length * direction).clamp(0, 1)
+        rise = pair_margin(context.logits(ahead), pair) - pair_margin(context.logits(behind), pair)
         predicted = (gradient * (ahead - behind)).flatten(1).sum(dim=1)
         known = right & (predicted > 0)
         return rise, float((rise / predicted)[known].median()) if known.any() else 0.0
 
-    step = this.threat.epsilon / 4
-    width = 1.0 if this.threat.norm == "Linf" else math.sqrt(this.image[0].numel())
+    step = context.threat.epsilon / 4
+    width = 1.0 if context.threat.norm == "Linf" else math.sqrt(context.image[0].numel())
     rise, at_step = follow(step)
     _, at_level = follow(min(step, width / 255))
     wrong, count = int((right & (rise <= 0)).sum()), int(right.sum())
@@ -94,13 +94,13 @@ def gradient_direction(this: CheckContext) -> Finding | str:
 
 
 @check("single_step")
-def single_step(this: CheckContext) -> Finding:
+def single_step(context: CheckContext) -> Finding:
     """Many steps find what one step finds.  Source: Carlini et al., 2019."""
-    one = this.withstand(this.after_pgd20, this.pgd("one step", 1, 1, random=False))
-    only = this.after_pgd20 & ~one
+    one = context.withstand(context.after_pgd20, context.pgd("one step", 1, 1, random=False))
+    only = context.after_pgd20 & ~one
     return judged(
-        beyond(int(only.sum()), this.count),
-        this.points(only),
+        beyond(int(only.sum()), context.count),
+        context.points(only),
         "One step finds nothing that twenty steps have not found.",
         "One step (FGSM) fools images that twenty steps (PGD-20) do not: the loss is too rough for "
         "the steps, as where gradients are masked. Use smaller steps, keep the worst of all steps, "
@@ -109,25 +109,25 @@ def single_step(this: CheckContext) -> Finding:
 
 
 @check("convergence")
-def convergence(this: CheckContext) -> Finding:
+def convergence(context: CheckContext) -> Finding:
     """More steps and restarts come to an end.  Source: Carlini et al., 2019.
 
     What the last restart still finds is judged by the usual limits; what all of them find beyond
     PGD-20 by those of ``families``, which say how far PGD-20 is from AutoAttack on sound networks.
     """
-    stages = [this.after_pgd20, *this.restarts]
+    stages = [context.after_pgd20, *context.restarts]
     last, more = stages[-2] & ~stages[-1], stages[0] & ~stages[-1]
-    accuracies = [short(100 * int(stage.sum()) / this.count) for stage in stages]
+    accuracies = [short(100 * int(stage.sum()) / context.count) for stage in stages]
     names = ["pgd20", *(f"pgd100x{restart + 1}" for restart in range(RESTARTS))]
     measured = {
         "accuracy": dict(zip(names, accuracies, strict=True)),
-        **this.points(more),
+        **context.points(more),
         "images_by_last_restart": int(last.sum()),
     }
     return judged(
         worst(
-            beyond(int(last.sum()), this.count),
-            beyond(int(more.sum()), this.count, *SOUND_GAP),
+            beyond(int(last.sum()), context.count),
+            beyond(int(more.sum()), context.count, *SOUND_GAP),
         ),
         measured,
         "More steps and restarts come to an end near the accuracy of PGD-20.",
@@ -137,16 +137,16 @@ def convergence(this: CheckContext) -> Finding:
 
 
 @check("families")
-def families(this: CheckContext) -> Finding:
+def families(context: CheckContext) -> Finding:
     """Other losses and steps find hardly more than cross-entropy; the limits are ``SOUND_GAP``."""
-    found = {name: this.after_restarts & ~left for name, left in this.after_families.items()}
-    more = this.after_restarts & ~this.after_white_box
+    found = {name: context.after_restarts & ~left for name, left in context.after_families.items()}
+    more = context.after_restarts & ~context.after_white_box
     measured = {
-        **this.points(more),
+        **context.points(more),
         **{f"images_by_{name}": int(fooled.sum()) for name, fooled in found.items()},
     }
     return judged(
-        beyond(int(more.sum()), this.count, *SOUND_GAP),
+        beyond(int(more.sum()), context.count, *SOUND_GAP),
         measured,
         "Attacks on other losses find hardly more than attacks on cross-entropy.",
         "Attacks on the margin of the logits, or with other steps, fool many images that attacks "
@@ -156,33 +156,33 @@ def families(this: CheckContext) -> Finding:
 
 
 @check("precision")
-def precision(this: CheckContext) -> Finding:
+def precision(context: CheckContext) -> Finding:
     """Dividing large logits, which changes no decision, finds nothing more.
 
     Each image's logits are divided so that its margin is at most ``SOFT_MARGIN``; an image
     whose margin is smaller is attacked as it was.
     Source: Carlini and Wagner, S&P 2017 (defensive distillation).
     """
-    top = this.natural.topk(2, dim=1).values
+    top = context.natural.topk(2, dim=1).values
     excess = (top[:, 0] - top[:, 1]) / SOFT_MARGIN
     large = excess > 1
 
-    def craft(image: Tensor, label: Tensor, number: int) -> Tensor:
+    def run(image: Tensor, label: Tensor, number: int) -> Tensor:
         with torch.no_grad():
-            highest = this.model(image).topk(2, dim=1).values
+            highest = context.model(image).topk(2, dim=1).values
         scale = ((highest[:, 0] - highest[:, 1]) / SOFT_MARGIN).clamp_min(1)[:, None]
         softened = Objective(lambda logits, label, _: cross_entropy(logits / scale, label))
-        return this.pgd("softened", 20, 1 / 4, softened)(image, label, number)
+        return context.pgd("softened", 20, 1 / 4, softened)(image, label, number)
 
-    tried = this.after_pgd20 & large
-    more = tried & ~this.withstand(tried, craft)
+    tried = context.after_pgd20 & large
+    more = tried & ~context.withstand(tried, run)
     measured = {
-        **this.points(more),
-        "images_with_large_margin": int((large & this.right).sum()),
+        **context.points(more),
+        "images_with_large_margin": int((large & context.right).sum()),
         "median_margin": short((top[:, 0] - top[:, 1]).median()),
     }
     return judged(
-        beyond(int(more.sum()), this.count),
+        beyond(int(more.sum()), context.count),
         measured,
         "Logits are small enough for float32: dividing them finds nothing more.",
         "The same attack on divided logits fools more: logits are so large that the softmax "
@@ -192,7 +192,7 @@ def precision(this: CheckContext) -> Finding:
 
 
 @check("smoothed_gradient")
-def smoothed_gradient(this: CheckContext) -> Finding:
+def smoothed_gradient(context: CheckContext) -> Finding:
     """A gradient that is smoothed by differences finds nothing more than the one at a point.
 
     ``sum_k (z(x + u_k) - z(x - u_k)) u_k`` over random directions ``u_k`` half as long as epsilon
@@ -200,19 +200,19 @@ def smoothed_gradient(this: CheckContext) -> Finding:
     attack is levelled, and no derivative is asked for.
     Source: Athalye et al., ICML 2018; Ilyas et al., ICML 2018 (finite differences).
     """
-    radius = this.threat.epsilon / 2
+    radius = context.threat.epsilon / 2
 
-    def craft(image: Tensor, label: Tensor, number: int) -> Tensor:
-        draws = this.draws("smoothed", number)
+    def run(image: Tensor, label: Tensor, number: int) -> Tensor:
+        draws = context.draws("smoothed", number)
 
         def forward(x: Tensor) -> Tensor:
             with torch.no_grad():
                 many = x.repeat(DIRECTIONS, 1, 1, 1)
                 normal = torch.randn(many.shape, generator=draws, device=many.device)
-                direction = this.threat.steepest(normal)
+                direction = context.threat.steepest(normal)
                 ahead, behind = many + radius * direction, many - radius * direction
-                difference = this.model(ahead) - this.model(behind)
-                logits: Tensor = this.model(x)
+                difference = context.model(ahead) - context.model(behind)
+                logits: Tensor = context.model(x)
             # Adds nothing to the value; its derivative by x is the sum above.
             moved = (x - x.detach()).repeat(DIRECTIONS, 1, 1, 1)
             along = (direction * moved).flatten(1).sum(dim=1, keepdim=True)
@@ -223,17 +223,17 @@ def smoothed_gradient(this: CheckContext) -> Finding:
             forward,
             lambda logits: MARGIN(logits, label, None),
             image,
-            this.threat,
+            context.threat,
             steps=20,
-            step_size=this.threat.epsilon / 4,
+            step_size=context.threat.epsilon / 4,
             start="uniform",
             generator=draws,
         )
 
-    more = this.after_white_box & ~this.withstand(this.after_white_box, craft, DIRECTIONS)
+    more = context.after_white_box & ~context.withstand(context.after_white_box, run, DIRECTIONS)
     return judged(
-        beyond(int(more.sum()), this.count),
-        {**this.points(more), "directions": DIRECTIONS},
+        beyond(int(more.sum()), context.count),
+        {**context.points(more), "directions": DIRECTIONS},
         "A gradient smoothed over the ball finds nothing more.",
         "A gradient smoothed over the ball fools images that the one at a point does not, which is "
         "zero or shattered. Report an attack that averages gradients over noise, a differentiable "
@@ -242,24 +242,24 @@ def smoothed_gradient(this: CheckContext) -> Finding:
 
 
 @check("noise")
-def noise(this: CheckContext) -> Finding:
+def noise(context: CheckContext) -> Finding:
     """Random changes of the same size find nothing more than the attack."""
-    draws = this.draws("noise")
+    draws = context.draws("noise")
 
     def inside(image: Tensor, *_: object) -> Tensor:
-        return (image + this.threat.sample(image, draws)).clamp(0, 1)
+        return (image + context.threat.sample(image, draws)).clamp(0, 1)
 
     def at_the_edge(image: Tensor, *_: object) -> Tensor:
         direction = torch.randn(image.shape, generator=draws, device=image.device)
-        return (image + this.threat.epsilon * this.threat.steepest(direction)).clamp(0, 1)
+        return (image + context.threat.epsilon * context.threat.steepest(direction)).clamp(0, 1)
 
-    standing = this.after_pgd20
+    standing = context.after_pgd20
     for draw in range(NOISES):
-        standing = this.withstand(standing, at_the_edge if draw % 2 else inside)
-    found = this.after_pgd20 & ~standing
+        standing = context.withstand(standing, at_the_edge if draw % 2 else inside)
+    found = context.after_pgd20 & ~standing
     return judged(
-        beyond(int(found.sum()), this.count),
-        {**this.points(found), "draws": NOISES},
+        beyond(int(found.sum()), context.count),
+        {**context.points(found), "draws": NOISES},
         "Random noise finds nothing that PGD-20 has not found.",
         "Random noise of the same size fools images that PGD-20 does not: the attack goes astray. "
         "See what the other checks say of gradients.",
@@ -267,31 +267,31 @@ def noise(this: CheckContext) -> Finding:
 
 
 @check("black_box")
-def black_box(this: CheckContext) -> Finding:
+def black_box(context: CheckContext) -> Finding:
     """An attack without gradients finds nothing more than those with gradients.
 
     Source: Carlini et al., 2019; Square: Andriushchenko et al., ECCV 2020.
     """
 
-    def craft(image: Tensor, label: Tensor, number: int) -> Tensor:
+    def run(image: Tensor, label: Tensor, number: int) -> Tensor:
         from pyautoattack.square import SquareAttack
 
         square = SquareAttack(
-            this.model,
-            norm=this.threat.norm,
-            eps=this.threat.epsilon,
+            context.model,
+            norm=context.threat.norm,
+            eps=context.threat.epsilon,
             n_queries=QUERIES,
-            seed=derive(this.seed, "diagnosis", "square", number) % 2**31,
+            seed=derive(context.seed, "diagnosis", "square", number) % 2**31,
             device=image.device,
         )
         with torch.no_grad():
             found: Tensor = square.perturb(image.contiguous(), label)
         return found
 
-    more = this.after_white_box & ~this.withstand(this.after_white_box, craft)
+    more = context.after_white_box & ~context.withstand(context.after_white_box, run)
     return judged(
-        beyond(int(more.sum()), this.count),
-        {**this.points(more), "queries": QUERIES},
+        beyond(int(more.sum()), context.count),
+        {**context.points(more), "queries": QUERIES},
         f"Square with {QUERIES} queries finds hardly more than attacks that see the gradient.",
         "Square, which sees no gradient, fools images that attacks with gradients do not: "
         "gradients are masked and their accuracy is too high. Report AutoAttack or Square with "
@@ -300,18 +300,18 @@ def black_box(this: CheckContext) -> Finding:
 
 
 @check("transfer")
-def transfer(this: CheckContext) -> Finding | str:
+def transfer(context: CheckContext) -> Finding | str:
     """Images made on another network fool no more.  Source: Carlini et al., 2019."""
-    if this.other is None:
+    if context.other is None:
         return "no other network was given (--transfer)"
-    left = this.after_white_box
+    left = context.after_white_box
     for objective in (cross_entropy, MARGIN.function):
-        craft = this.pgd("transfer", 20, 1 / 4, Objective(objective), model=this.other)
-        left = this.withstand(left, craft)
-    more = this.after_white_box & ~left
+        run = context.pgd("transfer", 20, 1 / 4, Objective(objective), model=context.other)
+        left = context.withstand(left, run)
+    more = context.after_white_box & ~left
     return judged(
-        beyond(int(more.sum()), this.count),
-        this.points(more),
+        beyond(int(more.sum()), context.count),
+        context.points(more),
         "Images made on the other network find hardly more than attacks on this one.",
         "Images made on the other network fool this one where attacks on itself do not: gradients "
         "are masked. Report the worst case over both, and an attack made for this network.",
@@ -319,17 +319,17 @@ def transfer(this: CheckContext) -> Finding | str:
 
 
 @check("growing_epsilon")
-def growing_epsilon(this: CheckContext) -> Finding:
+def growing_epsilon(context: CheckContext) -> Finding:
     """Accuracy falls to 0 when the ball grows until it holds every image.
 
     An image that is fooled in a ball is fooled in every larger one, and is not attacked again.
     Source: Carlini et al., 2019 (unbounded attacks reach 0).
     """
-    threat, standing = this.threat, this.after_white_box
+    threat, standing = context.threat, context.after_white_box
     # Linf: the difference of black and white.  L2: that of all values.
-    whole = 1.0 if threat.norm == "Linf" else math.sqrt(this.image[0].numel())
+    whole = 1.0 if threat.norm == "Linf" else math.sqrt(context.image[0].numel())
     epsilon = threat.epsilon
-    curve = {f"{epsilon:.4g}": short(100 * int(standing.sum()) / this.count)}
+    curve = {f"{epsilon:.4g}": short(100 * int(standing.sum()) / context.count)}
     while epsilon < whole:
         epsilon = min(2 * epsilon, whole)
         ball = type(threat)(threat.norm, epsilon)
@@ -337,12 +337,12 @@ def growing_epsilon(this: CheckContext) -> Finding:
             name = f"epsilon {epsilon}"
             attack = Objective(objective)
             # From the image itself: in such a ball a random start alone would fool many.
-            craft = this.pgd(name, 40, 1 / 10, attack, threat=ball, random=False)
-            standing = this.withstand(standing, craft)
-        curve[f"{epsilon:.4g}"] = short(100 * int(standing.sum()) / this.count)
+            run = context.pgd(name, 40, 1 / 10, attack, threat=ball, random=False)
+            standing = context.withstand(standing, run)
+        curve[f"{epsilon:.4g}"] = short(100 * int(standing.sum()) / context.count)
     return judged(
-        beyond(int(standing.sum()), this.count),
-        {"accuracy_by_epsilon": curve, **this.points(standing)},
+        beyond(int(standing.sum()), context.count),
+        {"accuracy_by_epsilon": curve, **context.points(standing)},
         "Accuracy reaches 0 when the attack may change everything.",
         "Images withstand an attack that may turn them into any image: the attack fails, not the "
         "image withstands. See what the other checks say of gradients.",
@@ -350,31 +350,31 @@ def growing_epsilon(this: CheckContext) -> Finding:
 
 
 @check("training_mode")
-def training_mode(this: CheckContext) -> Finding:
+def training_mode(context: CheckContext) -> Finding:
     """Nothing that defends works in training mode only, which no evaluation sees.
 
     PyTorch's own modules stay in evaluation mode: dropout and BatchNorm differ by design.  It warns
     when more than 5 points of adversarial images are right in training mode, where dropout that is
     written as a function may move some.  It never fails: the number is that of evaluation mode.
     """
-    fooled = this.right & ~this.after_pgd20
+    fooled = context.right & ~context.after_pgd20
     own = [
         (module, module.training)
-        for module in this.given.modules()
+        for module in context.given.modules()
         if not isinstance(module, (_NormBase, _DropoutNd))
         and not type(module).__module__.startswith("torch.nn")
     ]
     try:
         for module, _ in own:
             module.training = True
-        restored = fooled & this.correct(this.pgd20_images)
-        changed = this.logits(this.image).argmax(dim=1) != this.natural.argmax(dim=1)
+        restored = fooled & context.correct(context.pgd20_images)
+        changed = context.logits(context.image).argmax(dim=1) != context.natural.argmax(dim=1)
     finally:
         for module, training in own:
             module.training = training
     return judged(
-        beyond(int(restored.sum()), this.count, 0.05, 1.0),
-        {**this.points(restored), "natural_predictions_changed": int(changed.sum())},
+        beyond(int(restored.sum()), context.count, 0.05, 1.0),
+        {**context.points(restored), "natural_predictions_changed": int(changed.sum())},
         "In training mode the network withstands no more than in evaluation mode.",
         "In training mode the network withstands images that fool it in evaluation mode, which is "
         "what is measured: a defence that acts in training mode only. Let it act in evaluation "

@@ -1,4 +1,4 @@
-"""A network lent to the checks: what it answers, and which images withstand which attacks."""
+"""Cached logits, gradients and attack results shared by checks."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from cure.models.checks import check_outputs
 from cure.utils.engine import Engine
 from cure.utils.random import generator
 
-Craft = Callable[[Tensor, Tensor, int], Tensor]
+RunAttack = Callable[[Tensor, Tensor, int], Tensor]
 """(images [B, C, H, W], labels [B], number of the batch) to changed images."""
 
 RESTARTS = 3
 
 
-class _Lent(nn.Module):
-    """The network on copies of its images, joined to them by a gradient, if need be of zero.
+class _AlwaysDifferentiable(nn.Module):
+    """The network on copies of its images, with a gradient by the images, if need be of zeros.
 
-    Copies, so that a network that changes its input in place spoils nothing.  Joined, because
-    autograd raises where no gradient reaches the image: attacks then find zeros, and the check of
-    gradients says what is the matter.
+    Copies, because a network may change its input in place.  With a gradient, because autograd
+    raises where none reaches the image: attacks then find zeros, and the check of gradients reports
+    the cause.
 
     Attributes:
-        connected: whether autograd finds a way from the logits to the image.
-        error: what was raised when it was asked to.
+        connected: whether autograd finds a path from the logits to the image.
+        error: what autograd raised, if it did.
     """
 
     def __init__(self, network: nn.Module, image: Tensor) -> None:
@@ -62,8 +62,8 @@ class _Lent(nn.Module):
         return joined
 
 
-class _Shape(nn.Module):
-    """Zeros for logits: a wrong shape is a mistake to refuse, strange values are to be reported."""
+class _ZeroLogits(nn.Module):
+    """Zeros for logits, to check their shape: values that are not finite are left to the checks."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ class _Shape(nn.Module):
 class OtherSteps(Threat):
     """The same ball climbed along the other norm's direction.
 
-    An Linf ball along the gradient itself, an L2 ball along its signs: a gradient that is spoilt in
-    its signs only, or in few large entries, gives itself away by the difference.
+    An Linf ball along the gradient itself, an L2 ball along its signs: the results differ where a
+    gradient is wrong in its signs only, or in a few large entries.
     """
 
     def steepest(self, gradient: Tensor) -> Tensor:
@@ -104,15 +104,15 @@ def logit_ratio(logits: Tensor, label: Tensor, natural: Tensor | None = None) ->
 
 
 class CheckContext:
-    """A network, in evaluation mode, its images, and which of them withstand which attacks.
+    """Cached logits, gradients and attack results of one network and some images.
 
-    Use it inside :meth:`lent`.  What several checks ask for is computed once, when it is asked for.
+    Use it inside :meth:`evaluating`.  What several checks need is computed when it is first needed.
 
     Args:
         model: images [B, C, H, W] in [0, 1] to logits [B, K], on the engine's device.
-        images: what to look at.
-        threat: the ball; in L1, where there is no ascent of ours, the L2 ball of the same radius is
-            taken, which holds it.
+        images: the images.
+        threat: the ball; for L1, which has no gradient ascent here, the L2 ball of the same radius,
+            which contains it.
         engine: device and memory layout.
         seed: of all draws.
         batch_size: images at once.
@@ -141,8 +141,8 @@ class CheckContext:
         self.image, self.label = to_unit(self.images.image), self.images.label
 
     @contextmanager
-    def lent(self) -> Iterator[CheckContext]:
-        """Borrow the network: evaluation mode; modes, buffers and global generators come back.
+    def evaluating(self) -> Iterator[CheckContext]:
+        """Set evaluation mode; restore modes, buffers and global generators at the end.
 
         Raises:
             ModelError: when its output has not the shape of logits.
@@ -154,8 +154,8 @@ class CheckContext:
             torch.manual_seed(self.seed)
             try:
                 first = self.engine.arrange(self.image[:2])
-                check_outputs(_Shape(self.given), first, self.classes)
-                self.model = _Lent(self.given, first)
+                check_outputs(_ZeroLogits(self.given), first, self.classes)
+                self.model = _AlwaysDifferentiable(self.given, first)
                 yield self
             finally:
                 with torch.no_grad():
@@ -222,7 +222,7 @@ class CheckContext:
         threat: Threat | None = None,
         model: nn.Module | None = None,
         random: bool = True,
-    ) -> Craft:
+    ) -> RunAttack:
         """PGD as evaluation runs it.
 
         Args:
@@ -230,22 +230,22 @@ class CheckContext:
             steps: how many.
             step: length as a share of epsilon.
             objective: what to climb.
-            threat: the ball; by default the context's.
+            threat: the ball; by default that of the context.
             model: whose gradients; by default the network's.
             random: start anywhere in the ball, else at the image.
         """
         ball = threat or self.threat
         attack = Attack(ball, steps, step * ball.epsilon, start="uniform" if random else "none")
 
-        def craft(image: Tensor, label: Tensor, number: int) -> Tensor:
+        def run(image: Tensor, label: Tensor, number: int) -> Tensor:
             return attack(model or self.model, image, label, objective, self.draws(name, number))
 
-        return craft
+        return run
 
-    def attacked(self, standing: Tensor, craft: Craft, share: int = 1) -> Tensor:
-        """All images [N, C, H, W], those that are ``standing`` [N] changed by ``craft``.
+    def attacked(self, standing: Tensor, run: RunAttack, share: int = 1) -> Tensor:
+        """All images [N, C, H, W], those that are ``standing`` [N] changed by ``run``.
 
-        ``share``: how many images ``craft`` makes of each at a time, so that they fit in memory.
+        ``share``: how many images ``run`` makes of each at a time, so that they fit in memory.
         """
         changed = self.image.clone()
         size = max(1, self.batch_size // share)
@@ -253,15 +253,15 @@ class CheckContext:
         for number, start in enumerate(range(0, len(index), size)):
             part = index[start : start + size]
             image = self.engine.arrange(self.image[part])
-            changed[part] = craft(image, self.label[part], number)
+            changed[part] = run(image, self.label[part], number)
         return changed
 
-    def withstand(self, standing: Tensor, craft: Craft, share: int = 1) -> Tensor:
-        """Which of the images that are ``standing`` [N] are still right after ``craft``, [N]."""
+    def withstand(self, standing: Tensor, run: RunAttack, share: int = 1) -> Tensor:
+        """Which of the images that are ``standing`` [N] are still right after ``run``, [N]."""
         index = standing.nonzero().flatten()
         left = standing.clone()
         if len(index):
-            changed = self.attacked(standing, craft, share)[index]
+            changed = self.attacked(standing, run, share)[index]
             left[index] = self.logits(changed).argmax(dim=1) == self.label[index]
         return left
 
@@ -280,8 +280,8 @@ class CheckContext:
         """Which of these withstand 100 shorter steps, too, after each of several starts, [N]."""
         stages = [self.after_pgd20]
         for restart in range(RESTARTS):
-            craft = self.pgd(f"restart {restart}", 100, 1 / 10)
-            stages.append(self.withstand(stages[-1], craft))
+            run = self.pgd(f"restart {restart}", 100, 1 / 10)
+            stages.append(self.withstand(stages[-1], run))
         return stages[1:]
 
     @property

@@ -34,15 +34,15 @@ def difference(one: Tensor, other: Tensor, spread: Tensor) -> float:
 
 
 @check("input", cheap=True, attacks=False)
-def input_range(this: CheckContext) -> Finding:
+def input_range(context: CheckContext) -> Finding:
     """Images that fill [0, 1], and weights that are not in half precision."""
-    types = {str(p.dtype).removeprefix("torch.") for p in this.given.parameters()}
+    types = {str(p.dtype).removeprefix("torch.") for p in context.given.parameters()}
     half = sorted(types & {"float16", "bfloat16"})
-    low, high = float(this.image.min()), float(this.image.max())
+    low, high = float(context.image.min()), float(context.image.max())
     measured = {
         "lowest": short(low),
         "highest": short(high),
-        "mean": short(this.image.mean()),
+        "mean": short(context.image.mean()),
         "weights": sorted(types),
     }
     if high < 1.5 / 255:
@@ -70,20 +70,20 @@ def input_range(this: CheckContext) -> Finding:
 
 
 @check("finite", cheap=True, attacks=False)
-def finite(this: CheckContext) -> Finding:
+def finite(context: CheckContext) -> Finding:
     """No NaN and no infinity, in outputs and gradients, on images, extremes and noise."""
     noise = torch.rand(
-        this.image.shape, generator=this.draws("noise images"), device=this.image.device
+        context.image.shape, generator=context.draws("noise images"), device=context.image.device
     )
-    extremes = [torch.zeros_like(this.image[:1]), torch.ones_like(this.image[:1]), noise]
-    strange = ~this.logits(torch.cat(extremes)).isfinite().all(dim=1)
-    outputs = ~this.natural.isfinite().all(dim=1)
-    gradients = ~this.loss_gradient.flatten(1).isfinite().all(dim=1)
+    extremes = [torch.zeros_like(context.image[:1]), torch.ones_like(context.image[:1]), noise]
+    strange = ~context.logits(torch.cat(extremes)).isfinite().all(dim=1)
+    outputs = ~context.natural.isfinite().all(dim=1)
+    gradients = ~context.loss_gradient.flatten(1).isfinite().all(dim=1)
     measured = {
         "images_with_infinite_logits": int(outputs.sum()),
         "images_with_infinite_gradient": int(gradients.sum()),
         "extreme_or_noise_images_with_infinite_logits": int(strange.sum()),
-        "of": this.count,
+        "of": context.count,
     }
     if outputs.any() or gradients.any():
         return Finding(
@@ -103,9 +103,9 @@ def finite(this: CheckContext) -> Finding:
 
 
 @check("logits", cheap=True, attacks=False)
-def logits(this: CheckContext) -> Finding:
+def logits(context: CheckContext) -> Finding:
     """Neither probabilities nor decisions, through which gradients vanish."""
-    values = this.natural
+    values = context.natural
     sums = values.sum(dim=1)
     measured = {
         "lowest": short(values.min()),
@@ -115,7 +115,7 @@ def logits(this: CheckContext) -> Finding:
         "different_values": len(torch.unique(values)),
     }
     inside = bool(((values >= 0) & (values <= 1)).all())
-    if measured["different_values"] <= this.classes:
+    if measured["different_values"] <= context.classes:
         return Finding(
             "fail",
             measured,
@@ -139,10 +139,12 @@ def logits(this: CheckContext) -> Finding:
 
 
 @check("evaluation_mode", cheap=True, attacks=False)
-def evaluation_mode(this: CheckContext) -> Finding:
+def evaluation_mode(context: CheckContext) -> Finding:
     """After ``model.eval()`` and a forward pass no module is in training mode."""
-    this.logits(this.image[:2])
-    left = [name or "the network" for name, module in this.given.named_modules() if module.training]
+    context.logits(context.image[:2])
+    left = [
+        name or "the network" for name, module in context.given.named_modules() if module.training
+    ]
     return judged(
         "fail" if left else "pass",
         {"modules_in_training_mode": len(left), "first": left[:5]},
@@ -154,13 +156,13 @@ def evaluation_mode(this: CheckContext) -> Finding:
 
 
 @check("determinism", cheap=True, attacks=False)
-def determinism(this: CheckContext) -> Finding:
+def determinism(context: CheckContext) -> Finding:
     """The same input gives the same logits, and is not changed."""
-    image = this.engine.arrange(this.image[: this.batch_size])
+    image = context.engine.arrange(context.image[: context.batch_size])
     with torch.no_grad():
-        calls = [this.model(image) for _ in range(REPEATS)]
+        calls = [context.model(image) for _ in range(REPEATS)]
         shown = image.clone()
-        this.given(shown)
+        context.given(shown)
     changed = not torch.equal(shown, image)
     largest = max(difference(calls[0], other, calls[0]) for other in calls[1:])
     decisions = torch.stack([call.argmax(dim=1) for call in calls])
@@ -189,13 +191,13 @@ def determinism(this: CheckContext) -> Finding:
 
 
 @check("batch_dependence", cheap=True, attacks=False)
-def batch_dependence(this: CheckContext) -> Finding:
+def batch_dependence(context: CheckContext) -> Finding:
     """An image has the same logits alone, in a batch, and in another order."""
-    image = this.image[: this.batch_size]
-    together = this.natural[: len(image)]
-    backwards = this.logits(image.flip(0)).flip(0)
-    alone = torch.cat([this.logits(one[None]) for one in image[:ALONE]])
-    spread = this.natural
+    image = context.image[: context.batch_size]
+    together = context.natural[: len(image)]
+    backwards = context.logits(image.flip(0)).flip(0)
+    alone = torch.cat([context.logits(one[None]) for one in image[:ALONE]])
+    spread = context.natural
     measured = {
         "difference_alone": difference(alone, together[:ALONE], spread),
         "difference_in_another_order": difference(backwards, together, spread),
@@ -213,26 +215,26 @@ def batch_dependence(this: CheckContext) -> Finding:
 
 
 @check("normalisation", cheap=True, attacks=False)
-def normalisation(this: CheckContext) -> Finding:
+def normalisation(context: CheckContext) -> Finding:
     """No usual way to standardise, or to undo it, makes the network better.
 
     By the exact test of McNemar, on the images that only one of the two gets right; the level is
     shared by the candidates.
     """
-    mean = this.image.mean(dim=(0, 2, 3), keepdim=True)
-    std = this.image.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)
+    mean = context.image.mean(dim=(0, 2, 3), keepdim=True)
+    std = context.image.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)
     candidates = {
-        "standardised": (this.image - mean) / std,
-        "standardising_undone": this.image * std + mean,
-        "from_0_to_255": this.image * 255,
-        "from_-1_to_1": this.image * 2 - 1,
+        "standardised": (context.image - mean) / std,
+        "standardising_undone": context.image * std + mean,
+        "from_0_to_255": context.image * 255,
+        "from_-1_to_1": context.image * 2 - 1,
     }
-    measured = {"as_it_is": 100 * float(this.right.float().mean())}
+    measured = {"as_it_is": 100 * float(context.right.float().mean())}
     better: dict[str, float] = {}
     for name, image in candidates.items():
-        right = this.correct(image)
+        right = context.correct(image)
         measured[name] = 100 * float(right.float().mean())
-        gained, lost = int((right & ~this.right).sum()), int((this.right & ~right).sum())
+        gained, lost = int((right & ~context.right).sum()), int((context.right & ~right).sum())
         if at_least(gained, gained + lost, 0.5) < LEVEL / len(candidates):
             better[name] = measured[name]
     measured = {name: short(value) for name, value in measured.items()}
@@ -243,7 +245,7 @@ def normalisation(this: CheckContext) -> Finding:
         "from_0_to_255": "It expects values from 0 to 255: give mean 0 and std 1/255.",
         "from_-1_to_1": "It expects values from -1 to 1: give mean 0.5 and std 0.5.",
     }
-    times = sum(isinstance(module, Normalised) for module in this.given.modules())
+    times = sum(isinstance(module, Normalised) for module in context.given.modules())
     if better:
         best = max(better, key=lambda name: better[name])
         return Finding(
@@ -262,28 +264,28 @@ def normalisation(this: CheckContext) -> Finding:
 
 
 @check("natural_accuracy", cheap=True, attacks=False)
-def natural_accuracy(this: CheckContext) -> Finding:
+def natural_accuracy(context: CheckContext) -> Finding:
     """Better than guessing, and not far below what is known of the network."""
-    right = int(this.right.sum())
+    right = int(context.right.sum())
     measured = {
-        "accuracy": short(100 * right / this.count),
-        "interval": [short(limit) for limit in wilson(right, this.count)],
-        "of": this.count,
-        "expected": this.expected,
+        "accuracy": short(100 * right / context.count),
+        "interval": [short(limit) for limit in wilson(right, context.count)],
+        "of": context.count,
+        "expected": context.expected,
     }
     # With one class among the images, always naming it would be right always: nothing to compare.
-    several = len(torch.unique(this.label)) > 1
-    if several and at_least(right, this.count, 1 / this.classes) > LEVEL:
+    several = len(torch.unique(context.label)) > 1
+    if several and at_least(right, context.count, 1 / context.classes) > LEVEL:
         return Finding(
             "fail",
             measured,
             "The network is not better than guessing on these images. Compare the order of the "
             "classes, the weights and the standardisation with those it was trained with.",
         )
-    if this.expected is None:
+    if context.expected is None:
         return Finding("pass", measured, "Better than guessing; no other accuracy is known of it.")
-    least = max(0.0, (this.expected - OPTIMISM) / 100)
-    low = 1 - at_least(right + 1, this.count, least) < LEVEL
+    least = max(0.0, (context.expected - OPTIMISM) / 100)
+    low = 1 - at_least(right + 1, context.count, least) < LEVEL
     return judged(
         "fail" if low else "pass",
         measured,
@@ -294,25 +296,25 @@ def natural_accuracy(this: CheckContext) -> Finding:
 
 
 @check("gradients", cheap=True)
-def gradients(this: CheckContext) -> Finding:
+def gradients(context: CheckContext) -> Finding:
     """Images from which cross-entropy has no gradient: there an attack on it goes nowhere.
 
     As many points of accuracy as there are such images are not attacked at all.
     """
-    gradient = this.loss_gradient[this.right].flatten(1)
+    gradient = context.loss_gradient[context.right].flatten(1)
     if not len(gradient):
         return Finding("pass", {"of": 0}, "No image is classified right, so none is attacked.")
     zero = (gradient == 0).all(dim=1)
     measured = {
-        **this.points(zero),
+        **context.points(zero),
         "images_right": len(zero),
         "zero_entries": short((gradient == 0).float().mean()),
         "median_length": short(gradient.norm(dim=1).median()),
-        "connected": this.model.connected,
-        "error": this.model.error,
+        "connected": context.model.connected,
+        "error": context.model.error,
     }
     status: Status = beyond(int(zero.sum()), len(zero))
-    if not this.model.connected:
+    if not context.model.connected:
         return Finding(
             "fail",
             measured,

@@ -29,7 +29,7 @@ def run_checks(
     Args:
         context: the network, its images and the threat.
         names: which checks; by default all.
-        progress: told (check, images done, images in all).
+        progress: called with (check, images done, images in all).
 
     Returns:
         {"verdict": the worst status, "checks": [{"name", "status", "measured", "meaning"}],
@@ -42,7 +42,7 @@ def run_checks(
     found: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     count, astray = context.count, False
-    with context.lent():
+    with context.evaluating():
         for row in CHECKS.values():
             if row.name not in chosen:
                 continue

@@ -34,7 +34,7 @@ class Finding:
     """What one check found.
 
     Attributes:
-        status: "pass", "warn" (the number may be off) or "fail" (the number means nothing).
+        status: "pass", "warn" (the number may be off) or "fail" (the number cannot be used).
         measured: numbers by name, for the result file.
         meaning: what it means and, unless it passed, what to do.
     """
@@ -53,9 +53,9 @@ class Check:
 
     Attributes:
         name: as in result files.
-        run: looks at an context and returns a finding, or a sentence that says why there is
-            nothing to look at.
-        cheap: a few passes: ``evaluate`` runs it always.
+        run: takes a context and returns a finding, or a sentence that says why the check does not
+            apply.
+        cheap: it needs a few passes only, so ``evaluate`` always runs it.
         attacks: needs finite outputs and gradients.
     """
 
@@ -72,7 +72,7 @@ CHECKS: dict[str, Check] = {}
 def check(
     name: str, *, cheap: bool = False, attacks: bool = True
 ) -> Callable[[Function], Function]:
-    """Decorator that enters a function into ``CHECKS``; the words are those of :class:`Check`."""
+    """Decorator that adds a function to ``CHECKS``; for its arguments see :class:`Check`."""
 
     def enter(function: Function) -> Function:
         if name in CHECKS:
@@ -105,5 +105,5 @@ def judged(status: Status, measured: dict[str, Any], sound: str, unsound: str) -
 
 
 def short(value: float | Tensor) -> float:
-    """Four digits: no one reads more."""
+    """Round to four significant digits."""
     return float(f"{float(value):.4g}")
