@@ -96,6 +96,38 @@ def test_total_loss_of_two_samples_and_three_classes(beta, gamma, term, kind):
     assert metrics["robust_accuracy"].item() == 0.0
 
 
+@pytest.mark.parametrize("kind", ["prominence", "none"])
+@pytest.mark.parametrize("term", ["kl", "ce"])
+def test_natural_weight_and_natural_target(kind, term):
+    """L = w CE(x) + 2 [KL or CE(x_adv)] + 0.5 [KL(rev(x) || p(x)) + KL(rev(x) || p(x_adv))]."""
+    settings = {"natural_weight": 0.25, "revision_target": "natural"}
+    method, given = table_cure(
+        beta=2.0, gamma=0.5, adversarial_term=term, mask={"kind": kind}, percent=0, **settings
+    )
+    step = method.step(given)
+    natural = mean_ce(NATURAL, LABELS)
+    other = mean_kl(NATURAL, ADVERSARIAL) if term == "kl" else mean_ce(ADVERSARIAL, LABELS)
+    consistency = mean_kl(REVISION_NATURAL, NATURAL) + mean_kl(REVISION_NATURAL, ADVERSARIAL)
+    total = 0.25 * natural + 2 * other + 0.5 * consistency
+    assert step.metrics["loss"].item() == pytest.approx(total, abs=1e-12)
+
+    # The gradient that is composed of parts is that of the whole loss.
+    logits = torch.tensor([*NATURAL, *ADVERSARIAL], dtype=torch.float64).requires_grad_()
+    targets = torch.tensor(REVISION_NATURAL, dtype=torch.float64)
+    pair = logits[:2], logits[2:]
+    adversarial = (
+        kl_divergence(*pair)
+        if term == "kl"
+        else torch.nn.functional.cross_entropy(pair[1], torch.tensor(LABELS))
+    )
+    loss = 0.25 * torch.nn.functional.cross_entropy(pair[0], torch.tensor(LABELS))
+    loss = loss + 2 * adversarial
+    loss = loss + 0.5 * sum(kl_divergence(targets, side) for side in pair)
+    loss.backward()
+    (found,) = gradients_of(method, step).values()
+    torch.testing.assert_close(found, logits.grad.T, rtol=1e-10, atol=1e-12)
+
+
 def test_total_loss_as_numbers():
     """The same at the defaults, as numbers: CE 0.6092, KL 0.6076, L_CR 0.9106."""
     method, given = table_cure()

@@ -170,6 +170,11 @@ class CureConfig(MethodConfig):
     """Weight of the adversarial term of the loss (paper: 1; released code: 5)."""
     gamma: NonNegativeFloat = 1.0
     """Weight of the consistency with the revision model; 0 leaves the revision model out."""
+    natural_weight: NonNegativeFloat = 1.0
+    """Weight of the natural cross-entropy in the loss (paper: 1); the score does not change."""
+    revision_target: Literal["adversarial", "natural"] = "adversarial"
+    """Image for which the revision model predicts the target of an adversarial image: the same
+    image (Eq. 8), or the natural image, of which a naturally trained revision model knows more."""
     adversarial_term: Literal["kl", "ce"] = "kl"
     """KL to the natural prediction (Eq. 5), or cross-entropy on the adversarial image (released
     mode ``rgp``)."""
@@ -301,7 +306,7 @@ class CURE(Method):
             "kl": kl_divergence(natural, adversarial),
             "consistency": self._consistency(image, attacked.image, natural, adversarial),
         }
-        weights = {"natural": 1.0, config.adversarial_term: config.beta}
+        weights = {"natural": config.natural_weight, config.adversarial_term: config.beta}
         weights["consistency"] = config.gamma
         gradients, scores = self._gradients(losses, weights, batch)
         masks = rgp_mask(scores, config.percent, config.mask.scope)
@@ -331,11 +336,14 @@ class CURE(Method):
     def _consistency(
         self, image: Tensor, adversarial_image: Tensor, natural: Tensor, adversarial: Tensor
     ) -> Tensor:
-        """L_CR (Eq. 8)."""
+        """L_CR (Eq. 8), or its form with ``revision_target: natural``."""
         if self.revision is None:
             return natural.new_zeros(())
-        targets = self.revision.logits(self.model, image, adversarial_image)
-        return kl_divergence(targets[0], natural) + kl_divergence(targets[1], adversarial)
+        images = [image]
+        if self.config.revision_target == "adversarial":
+            images.append(adversarial_image)
+        targets = self.revision.logits(self.model, *images)
+        return kl_divergence(targets[0], natural) + kl_divergence(targets[-1], adversarial)
 
     def _gradients(
         self, losses: Mapping[str, Tensor], weights: Mapping[str, float], batch: Batch
@@ -357,6 +365,8 @@ class CURE(Method):
         done = {"natural", mask.adversarial_loss} if weight else {"natural"}
         rest = weighted_sum(losses, {k: v for k, v in weights.items() if k not in done})
         total = by_natural
+        if weights["natural"] != 1:
+            total = {name: weights["natural"] * by_natural[name] for name in parameters}
         if rest.requires_grad:
             by_rest = engine.gradients(rest, parameters)
             total = {name: total[name] + by_rest[name] for name in parameters}
