@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 run=${1:-runs/table/natural-seed0}
 limit=${2:-2000}
 everything=$(cure list corruptions | cut -d ' ' -f 1 | paste -sd ,)
-mkdir -p src/cure/corruption/baselines
+mkdir -p src/cure/evaluation/corruptions/baselines
 cure corruptions "$run" --limit "$limit" --only "$everything" \
-  --output src/cure/corruption/baselines/cifar10-mini-natural.json
+  --output src/cure/evaluation/corruptions/baselines/cifar10-mini-natural.json

@@ -547,6 +547,15 @@ def test_records_of_a_plan_are_rows_by_its_labels(make_run: MakeRun, tmp_path: P
     assert labels(again) == ["mine (beta=2)", "mine (beta=6)"]
 
 
+def test_the_published_records_of_a_plan_are_its_table(command: Command) -> None:
+    folder = MINI.parent / "ablation"
+    ended = command("compare", folder / "records.jsonl")
+    assert ended.status == 0, ended.err
+    shown = (folder / "table.md").read_text()
+    for line in compare([folder / "records.jsonl"]).cells():
+        assert f"| {' | '.join(line[:5])} |" in shown
+
+
 @pytest.mark.parametrize(
     "change", [{"evaluations": []}, {"config": None}, {"timing": None}, {"evaluations": [{}]}]
 )

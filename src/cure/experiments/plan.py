@@ -258,14 +258,24 @@ def is_done(
     path = str(result_path(output, entry))
     # Read as a configuration, so that settings which are newer than the result have their defaults.
     theirs = check_kept(record.config, path)
-    _check_same(_comparable(theirs), _comparable(entry.config), path)
-    best = record.best_epoch
-    return all(_found(record.evaluations, wanted) for wanted in _wanted(plan, entry, best))
+    _check_same(theirs, _settled(entry.config, theirs), path)
+    last_is_best = record.best_epoch == theirs.training.epochs
+    return all(_found(record.evaluations, wanted) for wanted in _wanted(plan, entry, last_is_best))
 
 
-def _check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], place: str) -> None:
+def _settled(config: RunConfig, run: RunConfig) -> RunConfig:
+    """The plan's configuration with the numbers that a run fixed for a share or a budget."""
+    data, training = config.data, config.training
+    if data.validation < 1:
+        data = data.model_copy(update={"validation": run.data.validation})
+    if training.minutes is not None:
+        training = training.model_copy(update={"epochs": run.training.epochs})
+    return config.model_copy(update={"data": data, "training": training})
+
+
+def _check_same(theirs: RunConfig, ours: RunConfig, place: str) -> None:
     """Refuse a run made with other settings, naming the first that differs."""
-    before, now = dict(_flat(theirs)), dict(_flat(ours))
+    before, now = dict(_flat(_comparable(theirs))), dict(_flat(_comparable(ours)))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ConfigError(
@@ -291,8 +301,7 @@ class Wanted:
     limit: int | None
 
 
-def _wanted(plan: Plan, entry: Entry, best_epoch: int | None) -> list[Wanted]:
-    last_is_best = best_epoch == entry.config.training.epochs
+def _wanted(plan: Plan, entry: Entry, last_is_best: bool) -> list[Wanted]:
     return [
         Wanted(checkpoint, tuple(name for name in m.attacks if name != "natural"), m.limit)
         for m in plan.evaluations
@@ -329,8 +338,9 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
         return _referring(value, lambda label: str(runs / f"{label}-seed{entry.seed}"))
 
     if path.exists():
-        config = check(placed(entry.config.model_dump(mode="json")), entry.name)
-        _check_same(_comparable(RunFolder.open(path).config), _comparable(config), str(path))
+        theirs = RunFolder.open(path).config
+        ours = check(placed(entry.config.model_dump(mode="json")), entry.name)
+        _check_same(theirs, _settled(ours, theirs), str(path))
         resume(path, quiet=True)
     else:
         train(plan.recipe, placed(entry.settings), run=path, quiet=True)
@@ -338,9 +348,10 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder = RunFolder.open(path)
+    config = _settled(entry.config, folder.config)
     best = folder.status().best
     best_epoch = None if best is None else best.epoch
-    for wanted in _wanted(plan, entry, best_epoch):
+    for wanted in _wanted(plan, entry, best_epoch == config.training.epochs):
         if not _found(folder.evaluations(), wanted):
             evaluate(
                 path,
@@ -355,7 +366,7 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
         label=entry.label,
         seed=entry.seed,
         note=plan.rows[entry.label].note,
-        config=entry.config.model_dump(mode="json"),
+        config=config.model_dump(mode="json"),
         best_epoch=best_epoch,
         environment=folder.environment(),
         metrics=folder.metrics(),

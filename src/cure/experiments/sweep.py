@@ -28,6 +28,7 @@ from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStoppe
 from cure.evaluation.runner import Progress, no_progress
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
+from cure.training.budget import settle
 from cure.training.prerequisites import natural_config
 from cure.training.run import resume, train
 from cure.training.setup import prepare
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial
 
-FORMAT = "cure-sweep-1"
+SWEEP_FORMAT = "cure-sweep-1"
 
 RULERS = ("data", "threat", "attack.step_size", "training.validation_steps", "training.precision")
 """Settings that accuracies on the validation images are measured by, so that none may vary."""
@@ -280,7 +281,7 @@ def begin(sweep: Sweep) -> None:
     (sweep.output / "runs").mkdir(parents=True, exist_ok=True)
     with sweep.alone():
         if not path.exists():
-            write_json(path, {"format": FORMAT, "home": uuid.uuid4().hex, **here})
+            write_json(path, {"format": SWEEP_FORMAT, "home": uuid.uuid4().hex, **here})
         _natural_start(sweep)
         study = open_study(sweep)
         for settings in sweep.combinations():
@@ -309,7 +310,8 @@ def _natural_start(sweep: Sweep) -> None:
         return
     if not path.exists():
         config = natural_config(sweep.config)
-        RunFolder.create(path, config, prepare(config, None, None).training.kind)
+        prepared = prepare(config, None, None)
+        RunFolder.create(path, settle(config, prepared), prepared.training.kind)
     resume(path, quiet=True)
 
 

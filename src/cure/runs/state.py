@@ -1,8 +1,8 @@
-"""State on disk: tensors and plain values in one file, written whole or not at all, never pickled.
+"""State of a run on disk: tensors and plain values in one file, without pickle.
 
 A state is a tree of dictionaries and lists whose leaves are tensors, numbers, texts, booleans or
-None.  The tensors go into a safetensors file, the tree into its header as JSON, so loading cannot
-run code; a digest over both finds a file that was cut short or altered.
+None. The tensors go into a safetensors file, the tree into its header as JSON, so loading cannot
+run code. A digest over both detects a file that is cut short or altered.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from cure.errors import CheckpointError
 from cure.models.checkpoint import digest
 from cure.utils.io import write_atomically
 
-FORMAT = "cure-state-1"
+STATE_FORMAT = "cure-state-1"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` to ``path``; whatever was there before stays until the new file is whole.
+    """Write ``state`` to ``path``; the old file stays until the new one is complete.
 
     Raises:
         CheckpointError: when the disk is full or not writable; nothing that existed is lost.
@@ -32,7 +32,12 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(state, "", tensors))
-    header = {"format": FORMAT, "tree": tree, "sha256": digest(tensors), "tree_sha256": _sum(tree)}
+    header = {
+        "format": STATE_FORMAT,
+        "tree": tree,
+        "sha256": digest(tensors),
+        "tree_sha256": _sum(tree),
+    }
     content: bytes = safetensors.torch.save(tensors, metadata=header)
     write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
@@ -53,8 +58,8 @@ def load_state(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is cut short or is no checkpoint ({error}); restore it from a copy"
         ) from None
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no run state of this project; expected {FORMAT}")
+    if header.get("format") != STATE_FORMAT:
+        raise CheckpointError(f"{path} is no run state of this project; expected {STATE_FORMAT}")
     tree = header.get("tree", "")
     if header.get("sha256") != digest(tensors) or header.get("tree_sha256") != _sum(tree):
         raise CheckpointError(f"{path} was altered after it was written; restore it from a copy")

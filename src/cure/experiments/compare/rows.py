@@ -19,6 +19,7 @@ from cure.runs.records import (
     EvaluationRecord,
     RunRecord,
     oldest_first,
+    read_packed,
 )
 from cure.utils.io import read_json
 
@@ -31,7 +32,7 @@ TableRow = dict[str, Any]
 Images = tuple[Any, ...]
 """Values of :data:`IMAGES`: on what and against what was evaluated."""
 
-FORMAT = "cure-comparison-1"
+COMPARISON_FORMAT = "cure-comparison-1"
 USUAL = ("pgd20", "cw", "autoattack")
 """Attacks that every row has a place for, measured or not."""
 RATIOS = ("cw", "autoattack")
@@ -201,9 +202,13 @@ def read_rows(runs: Iterable[str | Path | Run], split: str | None = None) -> lis
         if not path.is_file():
             sources.append(Source.of_folder(path))
             continue
+        if path.suffix == ".jsonl":
+            records = read_packed(path).items()
+            sources += [Source.of_record(record, name, str(path)) for name, record in records]
+            continue
         content = read_json(path)
         kind = content.get("format") if isinstance(content, dict) else None
-        if kind == FORMAT:
+        if kind == COMPARISON_FORMAT:
             rows += _checked_rows(content.get("rows"), path)
         elif kind == "cure-run-1":
             record = RunRecord.parse(content, path)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cure.errors import ConfigError, unknown
 from cure.experiments.compare.rows import (
+    COMPARISON_FORMAT,
     COSTS,
-    FORMAT,
     NESTED,
     RATIOS,
     SETTINGS,
@@ -113,7 +113,7 @@ class ResultTable:
     def json(self) -> str:
         """Everything: all columns of all rows and groups."""
         content = {
-            "format": FORMAT,
+            "format": COMPARISON_FORMAT,
             "caption": self.caption,
             "rows": self.rows,
             "groups": self.groups,
