@@ -112,6 +112,14 @@ class ACT(Method[ActBatch]):
     Source: Arani, Sarfraz, Zonooz, BMVC 2020, in the form of the released code.
     Differs from the released code: that starts the two networks from weights of their own unless
     it is told to use the same; a random start is projected on the ball.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.ACT(model)
+    >>> step = method(images, labels)
+    >>> step.metrics["loss"].shape
+    torch.Size([])
     """
 
     Config = ActConfig

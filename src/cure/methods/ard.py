@@ -57,6 +57,15 @@ class ARD(Method[ArdBatch]):
     Differs from the released code: the KL term is a mean over the samples, there also over the
     classes (``divide_by_classes``); with alpha = 1 no forward pass of the natural images, which
     there moves the BatchNorm statistics and nothing else.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.ARD(model, teacher=teacher)
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['distillation', 'loss', 'robust_accuracy']
     """
 
     Config = ArdConfig

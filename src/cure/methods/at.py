@@ -33,6 +33,14 @@ class AT(Method):
     Source: Madry et al., ICLR 2018, Eq. 2.1; recipe of Rice et al., ICML 2020.
     Differs from the released code (of Rice et al.): two more forward passes in training mode, of
     the attack's last image and of the natural image, move its BatchNorm statistics.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.AT(model)
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['loss', 'robust_accuracy']
     """
 
     Config = AdversarialConfig

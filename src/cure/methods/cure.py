@@ -228,6 +228,14 @@ class CURE(Method):
 
     Source: CURE, ICLR 2024, Eqs. 4-8 and Algorithm 1.
     Differs from the released code: docs/methods/cure.md has the list.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.CURE(model, steps=10_000)
+    >>> step = method(images, labels)
+    >>> step.metrics["loss"].shape
+    torch.Size([])
     """
 
     Config = CureConfig

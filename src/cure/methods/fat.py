@@ -118,6 +118,14 @@ class FAT(Method):
     in the forms ``ce`` and ``mart``, whose attack does not compare with it; natural before
     adversarial images in the form ``mart``; noise after the steps (``omega``) by setting; a random
     start is projected on the ball.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.FAT(model, steps=1000)
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['loss', 'robust_accuracy']
     """
 
     Config = FatConfig

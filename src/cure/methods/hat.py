@@ -62,6 +62,15 @@ class HAT(Method[HatBatch]):
 
     Source: Rade and Moosavi-Dezfooli, ICLR 2022.
     Differs from the released code: a random start is projected on the ball.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.HAT(model, natural_teacher=teacher)
+    >>> step = method(images, labels)
+    >>> step.metrics["loss"].shape
+    torch.Size([])
     """
 
     Config = HatConfig

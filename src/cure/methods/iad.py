@@ -125,6 +125,15 @@ class IAD(Method[IadBatch]):
     Differs from the released code: passes whose result it does not use or has already are left out,
     so that BatchNorm sees x_adv once and x once, and x not before introspection begins unless the
     cross-entropy needs it.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.IAD(model, teacher=teacher, steps=1000)
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['distillation', 'loss', 'robust_accuracy']
     """
 
     Config = IadConfig

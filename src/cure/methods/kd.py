@@ -61,6 +61,15 @@ class KD(Method[KdBatch]):
     teacher.
 
     Source: Chen et al., ICLR 2021; the form and weights are those of its released code.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.KD(model, teacher=teacher, natural_teacher=teacher)
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['adversarial_loss', 'distillation', 'loss', 'natural_distillation', 'robust_accuracy']
     """
 
     Config = KdConfig

@@ -295,6 +295,14 @@ class LASAT(Method[LasAtBatch]):
 
     Source: Jia et al., CVPR 2022.
     Differs from the released code: docs/methods/las-at.md has the list.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.LASAT(model, images=[images], strategy={"model": "small_cnn"})
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['epsilon', 'loss', 'robust_accuracy', 'step_size', 'steps']
     """
 
     Config = LasAtConfig

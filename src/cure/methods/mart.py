@@ -53,6 +53,14 @@ class MART(Method):
 
     Source: Wang et al., ICLR 2020.
     Differs from the released code: its constants are the setting ``constants``.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.MART(model, beta=5.0)
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['accuracy', 'boosted_loss', 'loss', 'robust_accuracy', 'weighted_kl']
     """
 
     Config = MartConfig

@@ -25,6 +25,14 @@ class Natural(Method):
 
     Costs one forward and one backward pass a step.  Source: CURE, ICLR 2024, Sec. 3 (standard
     training).
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.Natural(model)
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['accuracy', 'loss']
     """
 
     Config = NaturalConfig

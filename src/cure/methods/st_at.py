@@ -165,6 +165,14 @@ class STAT(Method[StAtBatch]):
     in which some sample needs its gradient (up to 34 forward passes), and leaves out its backward
     pass in the others, which with common batch sizes are few; a random start is projected on the
     ball.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.STAT(model)
+    >>> step = method(images, labels)
+    >>> step.metrics["loss"].shape
+    torch.Size([])
     """
 
     Config = StAtConfig

@@ -53,6 +53,14 @@ class TRADES(Method):
     Source: Zhang et al., ICML 2019, Algorithm 1.
     Differs from the released code: that computes the natural logits again at every attack step
     (23 forward passes) and twice in the loss, so that BatchNorm sees x twice and x_adv once.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method = cure.methods.TRADES(model, beta=6.0)
+    >>> step = method(images, labels)
+    >>> sorted(step.metrics)
+    ['accuracy', 'adversarial_loss', 'loss', 'natural_loss', 'robust_accuracy']
     """
 
     Config = TradesConfig

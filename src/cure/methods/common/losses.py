@@ -1,13 +1,4 @@
-"""Losses as pure functions of logits, means over the samples; ``cure.losses`` for users.
-
->>> import cure
->>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
->>> label = torch.tensor([0])
->>> round(cure.losses.trades(natural, adversarial, label, beta=6.0).item(), 4)
-2.0938
->>> round(cure.losses.mart(natural, adversarial, label, beta=5.0).item(), 4)
-1.5817
-"""
+"""Losses as pure functions of logits, means over the samples; ``cure.losses`` for users."""
 
 from __future__ import annotations
 
@@ -22,6 +13,10 @@ def kl_divergence(target: Tensor, logits: Tensor) -> Tensor:
     """Batch mean of KL(softmax(target) || softmax(logits)), both [B, K]; gradient through both.
 
     ``mean_i sum_k p_ik (log p_ik - log q_ik)``; detach ``target`` where it is to be fixed.
+
+    >>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    >>> round(kl_divergence(natural, adversarial).item(), 4)
+    0.3278
     """
     return kl_divergence_per_sample(target, logits).mean()
 
@@ -44,6 +39,10 @@ def boosted_cross_entropy(logits: Tensor, label: Tensor, *, constants: bool = Fa
             computed from logits, so it neither rounds to 0 nor needs a bound.
 
     Source: Wang et al. (MART), ICLR 2020.
+
+    >>> adversarial, label = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
+    >>> round(boosted_cross_entropy(adversarial, label).item(), 4)
+    1.3863
     """
     rival = logits.scatter(1, label[:, None], -torch.inf).argmax(dim=1, keepdim=True)
     if constants:
@@ -70,6 +69,11 @@ def weighted_kl(
         constants: as in the released code, ``1.0000001 - p_iy`` and ``log(p_i(x_adv) + 1e-12)``.
 
     Source: Wang et al. (MART), ICLR 2020.
+
+    >>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    >>> label = torch.tensor([0])
+    >>> round(weighted_kl(natural, adversarial, label).item(), 4)
+    0.0391
     """
     if constants:
         chances = F.softmax(natural, dim=1)
@@ -94,6 +98,10 @@ def distillation(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
         temperature: T above 0; 1 leaves the predictions as they are.
 
     Source: Hinton et al., 2015, Sec. 2.
+
+    >>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    >>> round(distillation(natural, adversarial, 2.0).item(), 4)
+    0.4438
     """
     return temperature**2 * kl_divergence_per_sample(target / temperature, logits / temperature)
 
@@ -110,6 +118,10 @@ def smoothed_cross_entropy(logits: Tensor, label: Tensor, true_mass: float) -> T
             parts.  (In PyTorch's label smoothing the true class has a part of the rest, too.)
 
     Source: Jia et al. (LAS-AT), CVPR 2022, released code.
+
+    >>> natural, label = torch.tensor([[2.0, 0.0]]), torch.tensor([0])
+    >>> round(smoothed_cross_entropy(natural, label, 0.7).item(), 4)
+    0.7269
     """
     rest = (1 - true_mass) / (logits.shape[1] - 1)
     target = torch.full_like(logits, rest).scatter(1, label[:, None], true_mass)
@@ -125,6 +137,10 @@ def soft_cross_entropy(target: Tensor, logits: Tensor, temperature: float) -> Te
         temperature: T above 0.
 
     Source: Chen et al., ICLR 2021, released code.
+
+    >>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    >>> round(soft_cross_entropy(natural, adversarial, 2.0).item(), 4)
+    2.7726
     """
     chances = F.softmax(target / temperature, dim=1)
     return temperature**2 * F.cross_entropy(logits / temperature, chances)
@@ -137,6 +153,10 @@ def symmetric_kl(first: Tensor, second: Tensor) -> Tensor:
     ``(p - q) / 2`` for ``first`` and ``(q - p) / 2`` for ``second``.
 
     Source: released code of ST-AT.
+
+    >>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    >>> round(symmetric_kl(natural, adversarial).item(), 4)
+    0.3808
     """
     towards_first = kl_divergence_per_sample(first.detach(), second)
     towards_second = kl_divergence_per_sample(second.detach(), first)
@@ -178,6 +198,11 @@ def trades(natural: Tensor, adversarial: Tensor, label: Tensor, beta: float = 6.
         beta: weight of the KL term, whose gradient flows through both predictions.
 
     Source: Zhang et al. (TRADES), ICML 2019 (beta is its 1 / lambda).
+
+    >>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    >>> label = torch.tensor([0])
+    >>> round(trades(natural, adversarial, label, beta=6.0).item(), 4)
+    2.0938
     """
     return trades_terms(natural, adversarial, label, beta)["loss"]
 
@@ -209,5 +234,10 @@ def mart(
         constants: put the released code's constants into the logarithms and the weight.
 
     Source: Wang et al. (MART), ICLR 2020.
+
+    >>> natural, adversarial = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    >>> label = torch.tensor([0])
+    >>> round(mart(natural, adversarial, label, beta=5.0).item(), 4)
+    1.5817
     """
     return mart_terms(natural, adversarial, label, beta, constants=constants)["loss"]

@@ -26,6 +26,17 @@ class Averaging(Wrapper):
     ``cure.methods.Averaging(method, decay=0.999)`` with the settings of ``training.averaging``.
 
     Source: Izmailov et al., UAI 2018 (equal weights, SWA); Rebuffi et al., 2021 (exponential).
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> method = cure.methods.Averaging(cure.methods.AT(model), decay=0.99)
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method(images, labels).backward()
+    >>> optimizer.step()
+    >>> metrics = method.update()
+    >>> method.inference_model() is model
+    False
     """
 
     Settings = AveragingConfig

@@ -55,6 +55,17 @@ class AWP(Wrapper):
     Source: Wu et al., NeurIPS 2020, Algorithm 1.
     Differs from the released code: v comes from the gradient itself, not from a step of a copy of
     the network, whose learning rate cancels.
+
+    >>> import torch, cure
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    >>> method = cure.methods.AWP(cure.methods.TRADES(model), gamma=0.005)
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    >>> images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> method(images, labels).backward()
+    >>> optimizer.step()
+    >>> metrics = method.update()
+    >>> method.inference_model() is model
+    True
     """
 
     Settings = WeightPerturbationConfig
