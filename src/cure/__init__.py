@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cure.evaluation.diagnosis.api import diagnose
     from cure.evaluation.evaluate import evaluate, verify
     from cure.experiments.compare import compare
+    from cure.experiments.tradeoff import tradeoff
     from cure.methods.common import losses
     from cure.recipe import load_recipe
     from cure.report.page import write_report
@@ -42,6 +43,7 @@ __all__ = [
     "losses",
     "methods",
     "resume",
+    "tradeoff",
     "train",
     "verify",
     "write_report",

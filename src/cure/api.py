@@ -20,6 +20,7 @@ HOMES = {
     "evaluate": "cure.evaluation.evaluate",
     "load_recipe": "cure.recipe",
     "resume": "cure.training.run",
+    "tradeoff": "cure.experiments.tradeoff",
     "train": "cure.training.run",
     "verify": "cure.evaluation.evaluate",
     "write_report": "cure.report.page",

@@ -37,6 +37,7 @@ from cure.cli.printing import (
     print_verification,
     say,
     show_progress,
+    warn,
 )
 from cure.errors import ConfigError, CureError, RanksLost, TrainingStopped
 from cure.utils.launcher import launched
@@ -338,6 +339,54 @@ def table_(
         print_table(shown)
     if failures:
         raise TrainingStopped(f"{len(failures)} of the plan's runs failed: " + "; ".join(failures))
+
+
+@app.command()
+def tradeoff(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Robust runs of one network and data.")
+    ],
+    natural_at_least: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Keep the most robust point with this accuracy."),
+    ] = None,
+    robust_at_least: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Keep the most accurate point that is so robust."),
+    ] = None,
+    points: Annotated[int, typer.Option(help="Points on each line, with its ends.")] = 9,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the run to write the chosen network to.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+) -> None:
+    """Choose natural against robust accuracy after training, between weights that exist."""
+    from cure.experiments.tradeoff import tradeoff as walk
+
+    found = walk(
+        runs,
+        natural_at_least=natural_at_least,
+        robust_at_least=robust_at_least,
+        points=points,
+        output=output,
+        device=device,
+        say=say,
+    )
+    for sentence in found.barriers:
+        warn(sentence)
+    if found.chosen is None:
+        return
+    asked = (
+        f"natural accuracy of {natural_at_least:g} %"
+        if natural_at_least is not None
+        else f"robust accuracy of {robust_at_least:g} %"
+    )
+    reached = f"natural {found.chosen.natural:.1f} %, robust {found.chosen.robust:.1f} %"
+    if not found.met:
+        warn(f"no point has a {asked}; the nearest has {reached}")
+        raise typer.Exit(UNFINISHED)
+    say(f"chosen: {reached} of {found.chosen.n:,} validation images")
+    _print_ended(Path(str(found.run)))
 
 
 @app.command()

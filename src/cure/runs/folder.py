@@ -8,12 +8,14 @@ What a folder holds:
 - ``gradients.jsonl``, ``gradients.safetensors``: what ``training.record_gradients`` records.
 - ``status.json``: how far the run came; ``outcome.json``: what it gained.
 - ``checkpoints/{last,best}.safetensors``: weights.
+- ``checkpoints/start.safetensors``: weights that a run with ``start: model`` began with.
 - ``checkpoints/epoch-0005.safetensors``: weights that ``training.keep_every`` keeps.
 - ``checkpoints/state.safetensors``: everything that resuming needs.
 - ``evaluations/``: results of ``cure evaluate``, and journals of unfinished ones.
 - ``corruptions/``, ``diagnoses/``: results of ``cure corruptions`` and ``cure diagnose``.
 - ``studies/``: results of ``cure analyse`` and their pictures.
 - ``natural/``, ``teachers/ROLE/``: runs that this run needed first.
+- ``tradeoff.json``: of a run that `cure tradeoff` made, the points that it was chosen from.
 - ``tracking.json``: identities at W&B and MLflow; ``tensorboard/``, ``wandb/``: their files.
 
 The formats of the JSON files are in :mod:`cure.runs.records`.

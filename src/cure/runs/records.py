@@ -154,6 +154,35 @@ class Outcome(FileRecord):
         ]
 
 
+class TradeoffPoint(Accuracies):
+    """A network between trained ones, with its accuracies on the validation images."""
+
+    shares: list[float]
+    """Weight of each end, in their order."""
+    natural_interval: Interval
+    robust_interval: Interval
+    n: int
+    """Validation images."""
+
+
+class TradeoffRecord(FileRecord):
+    """Networks on lines between trained weights (``tradeoff.json``)."""
+
+    ends: list[str]
+    """What the shares are of."""
+    steps: int
+    """Steps of PGD."""
+    points: list[TradeoffPoint]
+    barriers: list[str] = []
+    """Sentences on points that are worse than both ends."""
+    chosen: TradeoffPoint | None = None
+    """The point that was asked for, or the nearest to it."""
+    met: bool | None = None
+    """Whether the chosen point meets the requirement; None without one."""
+    run: str | None = None
+    """Folder of the run that holds the chosen network."""
+
+
 class BestEpoch(Record):
     """The epoch whose weights are the best checkpoint."""
 

@@ -301,6 +301,9 @@ class Trainer:
             return
         if self.engine.first(lambda: self.folder.outcome() is not None):
             return
+        if self.config.start == "model":
+            # Nothing else keeps these weights, which `cure tradeoff` goes back towards.
+            self._write(self.method.model, "start", {"run": self.config.name, "epoch": "0"})
         start = self._measured(self.validate(), self.config.training.validation_steps)
         self.folder.set_outcome(Outcome(start=start))
         for tracker in self.trackers:

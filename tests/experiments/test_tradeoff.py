@@ -1,0 +1,152 @@
+"""Lines between trained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import cure
+from cure.errors import CureError
+from cure.experiments.tradeoff import barriers, choose, combinations
+from cure.runs.folder import RunFolder
+from cure.runs.records import TradeoffPoint
+from helpers import Command, bright_or_dark
+
+SETTINGS = {
+    "natural.epochs": 3,
+    "method": "at",
+    "threat.epsilon": 0.32,
+    "attack.step_size": 0.1,
+    "attack.steps": 3,
+    "data.validation": 64,
+    "training.epochs": 4,
+    "training.batch_size": 32,
+    "training.threads": 1,
+}
+
+
+def point(natural: float, robust: float, *shares: float) -> TradeoffPoint:
+    return TradeoffPoint(
+        natural=natural,
+        robust=robust,
+        shares=list(shares),
+        natural_interval=[0.0, 100.0],
+        robust_interval=[0.0, 100.0],
+        n=100,
+    )
+
+
+LINE = [point(90.0, 0.0, 1.0, 0.0), point(86.0, 30.0, 0.5, 0.5), point(70.0, 45.0, 0.0, 1.0)]
+
+
+def test_points_on_lines_and_triangles() -> None:
+    assert combinations(2, 5)[1] == (0.75, 0.25)
+    triangle = combinations(3, 5)
+    # (n + 2 choose 2) points of a triangular grid with n steps.
+    assert len(set(triangle)) == len(triangle) == 15
+    assert all(sum(shares) == pytest.approx(1) for shares in triangle)
+    pairs = combinations(4, 3)
+    # Four ends and the middles of six pairs.
+    assert len(pairs) == 10
+    assert all(sum(share > 0 for share in shares) <= 2 for shares in pairs)
+
+
+def test_the_choice_meets_the_requirement_or_comes_nearest() -> None:
+    assert choose(LINE, 80.0, None) is LINE[1]
+    assert choose(LINE, 60.0, None) is LINE[2]
+    assert choose(LINE, None, 20.0) is LINE[1]
+    assert choose(LINE, 95.0, None) is LINE[0]
+    assert choose(LINE, None, 99.0) is LINE[2]
+
+
+def test_a_barrier_is_a_point_below_both_ends() -> None:
+    assert barriers(LINE) == []
+    (sentence,) = barriers([LINE[0], point(60.0, 20.0, 0.5, 0.5), LINE[2]])
+    assert "60.0 % at shares 0.50, 0.50, below 70.0 %" in sentence
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("tradeoff")
+    source = place / "images.npz"
+    images = bright_or_dark(256)
+    import numpy as np
+
+    test = bright_or_dark(64, "test")
+    np.savez(
+        source,
+        x_train=images.image.permute(0, 2, 3, 1).numpy(),
+        y_train=images.label.numpy(),
+        x_test=test.image.permute(0, 2, 3, 1).numpy(),
+        y_test=test.label.numpy(),
+    )
+    settings = SETTINGS | {"data.source": str(source)}
+    cure.train("digits", settings, run=place / "at", quiet=True)
+    cure.train(
+        "digits", settings | {"seed": 1, "training.epochs": 2}, run=place / "other", quiet=True
+    )
+    return place
+
+
+def test_the_ends_are_the_start_and_the_run_and_the_choice_is_a_run(
+    runs: Path, tmp_path: Path
+) -> None:
+    found = cure.tradeoff(runs / "at", natural_at_least=0, points=3, output=tmp_path / "chosen")
+    assert found.ends == ["natural start", "at"]
+    outcome = RunFolder.open(runs / "at").outcome()
+    assert outcome is not None
+    assert outcome.end is not None
+    assert found.points[0].natural == outcome.start.natural
+    assert (found.points[-1].natural, found.points[-1].robust) == (
+        outcome.end.natural,
+        outcome.end.robust,
+    )
+    assert found.met
+    assert found.chosen == max(found.points, key=lambda p: p.robust)
+    assert found.run == str(tmp_path / "chosen")
+    evaluated = cure.evaluate(found.run, split="validation", attacks=["natural"])
+    assert evaluated["natural"]["accuracy"] == pytest.approx(found.chosen.natural)
+
+
+def test_the_middle_is_the_mean_of_the_weights(runs: Path, tmp_path: Path) -> None:
+    found = cure.tradeoff(runs / "at", robust_at_least=0, points=3, output=tmp_path / "any")
+    start = cure.Run(runs / "at" / "natural").model().state_dict()
+    end = cure.Run(runs / "at").model().state_dict()
+    came = cure.Run(tmp_path / "any").model().state_dict()
+    assert found.chosen is not None
+    share = found.chosen.shares[1]
+    for name, value in came.items():
+        if "running" in name or not value.is_floating_point():
+            continue
+        torch.testing.assert_close(value, (1 - share) * start[name] + share * end[name])
+
+
+def test_a_requirement_that_no_point_meets(runs: Path, command: Command) -> None:
+    ended = command("tradeoff", runs / "at", "--robust-at-least", 100, "--points", 2)
+    assert ended.status == 3, ended
+    assert "no point has a robust accuracy of 100 %; the nearest has" in ended.err
+
+
+def test_what_does_not_fit_together_is_one_sentence(runs: Path, tmp_path: Path) -> None:
+    for options, word in (
+        ({"natural_at_least": 120}, "percentage"),
+        ({"natural_at_least": 50, "robust_at_least": 50}, "give one of the two"),
+        ({"points": 1}, "2 or more"),
+    ):
+        with pytest.raises(CureError, match=word):
+            cure.tradeoff(runs / "at", **options)
+    source = f"{runs}/images.npz"
+    settings = SETTINGS | {"data.source": source, "training.epochs": 1, "threat.epsilon": 0.1}
+    cure.train("digits", settings, run=tmp_path / "near", quiet=True)
+    with pytest.raises(CureError, match="differ in their threat"):
+        cure.tradeoff([runs / "at", tmp_path / "near"])
+
+
+def test_three_ends_make_a_triangle(runs: Path) -> None:
+    found = cure.tradeoff([runs / "at", runs / "other"], points=3)
+    assert found.ends == ["natural start", "at", "other"]
+    assert len(found.points) == 6
+    assert found.chosen is None
