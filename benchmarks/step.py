@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.config import ModelConfig
 from cure.data import Batch
 from cure.methods import METHODS, AdversarialBatch, Context, Method
@@ -107,7 +107,7 @@ class Ours:
         device = torch.device(net.device)
         self.watched = device.type == "cpu"
         engine = Engine(device, precision, channels_last=True)
-        attack = Attack(
+        attack = PGD(
             Threat("Linf", 8 / 255),
             10,
             2 / 255,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.config import ModelConfig, Section, TeacherConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, Context, Method
@@ -99,7 +99,7 @@ def context(
     *, steps: int = 2, epsilon: float = 0.1, seed: int = 0, attack: Any = None, **changes: Any
 ) -> Context:
     """A run of 4 epochs of 10 steps, with a short attack."""
-    plain = Attack(Threat("Linf", epsilon), steps, epsilon / 2, "gaussian")
+    plain = PGD(Threat("Linf", epsilon), steps, epsilon / 2, "gaussian")
     whole = Context(
         engine=Engine(torch.device("cpu")),
         attack=plain if attack is None else attack,

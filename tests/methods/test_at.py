@@ -24,7 +24,7 @@ from method_bench import (
 from pydantic import ValidationError
 from torch import nn
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.methods.common.losses import accuracy
 
@@ -61,7 +61,7 @@ def test_gradient_in_closed_form():
 @pytest.mark.parametrize("start", ["uniform", "gaussian", "none"])
 def test_gradient_equals_a_plain_loop(start):
     """PGD written out, from the start that the run's generator draws."""
-    attack = Attack(Threat("Linf", 0.1), 4, 0.03, start)
+    attack = PGD(Threat("Linf", 0.1), 4, 0.03, start)
     method = build("at", tiny_network(1, torch.float64), context(attack=attack))
     given = batch(step=7, count=9, dtype=torch.float64)
     network = copy.deepcopy(method.model)
@@ -93,7 +93,7 @@ def test_passes_of_a_step():
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_batch_norm_counts_the_adversarial_images_only(mode):
     """Also when the network is attacked in training mode, as Rice et al. do."""
-    attack = Attack(Threat("Linf", 0.1), 3, 0.05, "uniform", mode)
+    attack = PGD(Threat("Linf", 0.1), 3, 0.05, "uniform", mode)
     method = build("at", within=context(attack=attack))
     method.step(batch())
     assert int(method.model.bn1.num_batches_tracked) == 1

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 from test_mart import bce, weighted
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.methods.fat import FatConfig
 from cure.recipe import load_recipe
@@ -124,7 +124,7 @@ def friendly(
 class Watched:
     """An attack that keeps what it was asked and what it answered."""
 
-    def __init__(self, attack: Attack) -> None:
+    def __init__(self, attack: PGD) -> None:
         self.attack = attack
 
     def __call__(self, *given: Any, **options: Any) -> Tensor:
@@ -149,7 +149,7 @@ def learnt() -> nn.Module:
 @pytest.mark.parametrize("epoch", [0, 2, 3])
 def test_each_image_stops_where_it_must_and_keeps_its_place(form, epoch):
     """Against a loop over single images; tau is 0, 1 and 2."""
-    attack = Attack(Threat("Linf", 0.3), 8, 0.05, "uniform" if form == "ce" else "gaussian")
+    attack = PGD(Threat("Linf", 0.3), 8, 0.05, "uniform" if form == "ce" else "gaussian")
     watched = Watched(attack)
     method = build(
         "fat", learnt(), context(attack=watched), form=form, beta=2.0, tau_rises=[0.5, 0.75]
@@ -195,7 +195,7 @@ def test_each_image_stops_where_it_must_and_keeps_its_place(form, epoch):
 
 
 def test_a_batch_that_is_all_wrong_is_left_as_it_is_by_tau_0():
-    attack = Watched(Attack(Threat("Linf", 0.3), 8, 0.05, "none"))
+    attack = Watched(PGD(Threat("Linf", 0.3), 8, 0.05, "none"))
     method = build("fat", learnt(), context(attack=attack))
     given = batch(dtype=torch.float64)
     with torch.no_grad():

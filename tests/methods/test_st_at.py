@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from test_fat import learnt
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.attacks.pgd import starting_point
 from cure.data.images import Batch
 from cure.errors import ConfigError
@@ -231,7 +231,7 @@ def reference(
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_the_attack_against_a_loop_over_samples(mode):
-    attack = Attack(Threat("Linf", 0.3), 5, 0.05, "gaussian")
+    attack = PGD(Threat("Linf", 0.3), 5, 0.05, "gaussian")
     model = tiny_network(1, torch.float64)
     method = build("st-at", model, context(attack=attack), attack_mode=mode)
     given = batch(step=3, dtype=torch.float64)
@@ -250,7 +250,7 @@ def test_the_attack_against_a_loop_over_samples(mode):
 @pytest.mark.parametrize("start", ["gaussian", "uniform"])
 def test_both_images_stay_in_the_ball_and_in_range(norm, start):
     radius = {"Linf": 0.1, "L2": 0.4}[norm]
-    attack = Attack(Threat(norm, radius), 6, radius / 2, start)
+    attack = PGD(Threat(norm, radius), 6, radius / 2, start)
     given = batch(dtype=torch.float64)
     given.image[0, 0, 0] = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.02, 0.98])
     attacked = build(
@@ -266,7 +266,7 @@ def test_both_images_stay_in_the_ball_and_in_range(norm, start):
 
 
 def test_the_attack_finds_a_worse_and_a_better_point():
-    attack = Attack(Threat("Linf", 0.1), 10, 0.02, "gaussian")
+    attack = PGD(Threat("Linf", 0.1), 10, 0.02, "gaussian")
     method = build("st-at", learnt(), context(attack=attack), attack_mode="eval")
     given = batch(dtype=torch.float64)
     attacked = method.make_adversarial(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.config import ModelConfig
 from cure.data import Batch
 from cure.methods import METHODS, Context
@@ -25,7 +25,7 @@ SMALLEST: dict[str, dict[str, object]] = {
 def test_a_cure_step_reaches_every_weight_and_stays_in_the_ball(name: str) -> None:
     config = ModelConfig(name=name, options=SMALLEST.get(name, {}))
     model = build_model(config, classes=5, channels=3, size=(32, 32), seed=0)
-    attack = Attack(Threat("Linf", 8 / 255), steps=1, step_size=2 / 255)
+    attack = PGD(Threat("Linf", 8 / 255), steps=1, step_size=2 / 255)
     engine = Engine(torch.device("cpu"), channels_last=True)
     context = Context(engine, attack, 0, 5, 10, 10, 10)
     method = METHODS["cure"](engine.place(model), CureConfig(), context)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from cure.attacks import OBJECTIVES, Attack, Threat
+from cure.attacks import OBJECTIVES, PGD, Threat
 from cure.config import ModelConfig
 from cure.models import build_model
 from cure.models.fuse import Folded, _known, folded, folded_copy
@@ -215,7 +215,7 @@ def test_the_attack_is_the_same(name):
     model, x = network("resnet10"), image(5)
     label = model(x).argmax(dim=1)
     came = [
-        Attack(Threat("L2", 1.0), 5, 0.3, "uniform", fold=fold)(
+        PGD(Threat("L2", 1.0), 5, 0.3, "uniform", fold=fold)(
             model.requires_grad_(True), x, label, OBJECTIVES[name], torch.Generator().manual_seed(0)
         )
         for fold in (False, True)
@@ -228,7 +228,7 @@ def test_in_training_mode_nothing_is_folded():
     model, x = network("resnet10").train(), image(5)
     label = torch.zeros(5, dtype=torch.long)
     draws = torch.Generator().manual_seed(0)
-    attack = Attack(Threat("Linf", 0.1), 1, 0.1, mode="train", fold=True)
+    attack = PGD(Threat("Linf", 0.1), 1, 0.1, mode="train", fold=True)
     _known.clear()
     attack(model, x, label, OBJECTIVES["cross_entropy"], draws)
     assert model not in _known

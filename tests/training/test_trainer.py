@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cure
 from cure import data
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.config import AveragingConfig, MethodConfig, RunConfig
 from cure.data import Batch, carve
 from cure.errors import TrainingStopped
@@ -96,7 +96,7 @@ def network(classes: int = 2) -> nn.Module:
 
 def context_of(config: RunConfig, steps_per_epoch: int = 4) -> Context:
     engine = Engine(torch.device("cpu"), config.training.precision)
-    attack = Attack(Threat("Linf", 0.1), steps=2, step_size=0.05)
+    attack = PGD(Threat("Linf", 0.1), steps=2, step_size=0.05)
     return Context(engine, attack, config.seed, steps_per_epoch, config.training.epochs)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.analysis.study import STUDIES, Rows, Study, keep, unique
-from cure.attacks import Attack
+from cure.attacks import PGD
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import ImageSet, batches
@@ -45,7 +45,7 @@ Verdicts = dict[str, Tensor]
 
 @torch.no_grad()
 def verdicts(
-    model: nn.Module, images: ImageSet, attack: Attack, engine: Engine, batch_size: int
+    model: nn.Module, images: ImageSet, attack: PGD, engine: Engine, batch_size: int
 ) -> Verdicts:
     """Which images a network has right as they are and under the attack of the validation split.
 

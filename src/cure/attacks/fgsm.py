@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from cure.attacks.losses import CROSS_ENTROPY
-from cure.attacks.pgd import Attack
+from cure.attacks.pgd import PGD
 from cure.attacks.registry import register
 from cure.attacks.threat import Threat
 
@@ -26,5 +26,5 @@ def fgsm(
     number: int,  # noqa: ARG001
 ) -> Tensor:
     """Adversarial images [B, C, H, W].  Source: Goodfellow et al., ICLR 2015."""
-    attack = Attack(threat, 1, threat.epsilon, start="none")
+    attack = PGD(threat, 1, threat.epsilon, start="none")
     return attack(model, image, label, CROSS_ENTROPY, None)

@@ -329,8 +329,6 @@ class PGD:
             return best
 
 
-Attack = PGD
-
 _networks: WeakKeyDictionary[nn.Module, Callable[[Tensor], Tensor]] = WeakKeyDictionary()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cure.attacks.losses import CROSS_ENTROPY, MARGIN, Objective
-from cure.attacks.pgd import Attack, Start
+from cure.attacks.pgd import PGD, Start
 from cure.attacks.registry import AttackFamily, EvaluationAttack, Part, Run
 from cure.attacks.threat import Threat
 from cure.config import Ratio
@@ -38,7 +38,7 @@ def ascent(
     ) -> Tensor:
         length = threat.epsilon / 4 if step_size is None else step_size
         draws = generator(image.device, seed, key, number)
-        return Attack(threat, steps, length, start=start)(model, image, label, objective, draws)
+        return PGD(threat, steps, length, start=start)(model, image, label, objective, draws)
 
     return run
 

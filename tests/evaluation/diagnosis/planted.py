@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.data import ImageSet
 
@@ -31,7 +31,7 @@ def digits(start: int, stop: int) -> ImageSet:
     return ImageSet(image[start:stop], label[start:stop], names, "digits", "test")
 
 
-def train(model: nn.Module, epochs: int, attack: Attack | None) -> nn.Module:
+def train(model: nn.Module, epochs: int, attack: PGD | None) -> nn.Module:
     """Train on digits, or on adversarial images of them."""
     images = digits(0, 1500)
     image, label = images.image / 255, images.label

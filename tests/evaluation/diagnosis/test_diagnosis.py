@@ -18,7 +18,7 @@ from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
 import cure
-from cure.attacks import Attack, Threat
+from cure.attacks import PGD, Threat
 from cure.data import ImageSet
 from cure.errors import ConfigError, DataError, ModelError
 from cure.evaluation.diagnosis import CHECKS, CheckContext, cheap_checks, run_checks
@@ -68,7 +68,7 @@ def trained() -> dict[str, nn.Module]:
         torch.manual_seed(0)
         plain = Normalised(MODELS["small_cnn"](10, 1, (8, 8)), [MEAN], [STD])
         plain = planted.train(plain, 5, None)
-        robust = planted.train(copy.deepcopy(plain), 5, Attack(THREAT, 3, 0.08, "uniform"))
+        robust = planted.train(copy.deepcopy(plain), 5, PGD(THREAT, 3, 0.08, "uniform"))
     return {"plain": plain, "robust": robust}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure.attacks import Attack, Objective, Threat, attack_mode
+from cure.attacks import PGD, Objective, Threat, attack_mode
 from cure.attacks.losses import CROSS_ENTROPY, MARGIN, cross_entropy
 from cure.data import ImageSet, to_unit
 from cure.models.checks import check_outputs
@@ -235,7 +235,7 @@ class CheckContext:
             random: start anywhere in the ball, else at the image.
         """
         ball = threat or self.threat
-        attack = Attack(ball, steps, step * ball.epsilon, start="uniform" if random else "none")
+        attack = PGD(ball, steps, step * ball.epsilon, start="uniform" if random else "none")
 
         def run(image: Tensor, label: Tensor, number: int) -> Tensor:
             return attack(model or self.model, image, label, objective, self.draws(name, number))
