@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_help_does_not_wait_for_pytorch(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
+
+
+def test_shell_completion_offers_every_command() -> None:
+    code = "import sys; sys.argv = ['cure']; from cure.cli.main import main; main()"
+    asked = {"_CURE_COMPLETE": "complete_bash", "COMP_WORDS": "cure ", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
+    )
+    names = set(done.stdout.split())
+    assert {"train", "resume", "evaluate", "corruptions", "diagnose", "compare"} <= names
+    assert names == set(get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def test_commands_offer_every_option_of_a_target() -> None:

@@ -799,6 +799,12 @@ def test_limit_takes_the_first_images() -> None:
     assert whole["natural"]["n"] == len(images)
 
 
+def test_a_keyword_that_does_not_exist_is_refused() -> None:
+    model, images, _, _ = linear_case(2, 0.05)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'limt'"):
+        evaluate(model, data=images, limt=3)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("how", [{"limit": 0}, {"limit": -1}, {"batch_size": 0}])
 def test_counts_below_one_are_refused(how: dict[str, int]) -> None:
     model, images, _, _ = linear_case(2, 0.05)

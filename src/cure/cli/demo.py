@@ -1,4 +1,4 @@
-"""The demonstration: handwritten digits, from nothing to a page that shows what came of it."""
+"""The demonstration: train on handwritten digits, evaluate, study, and write a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cure.runs.run import Run
 from cure.training.run import train
 
 SETTINGS = ("training.keep_every=8", "training.record_gradients=20")
-"""What the studies need of a run."""
+"""What a run must record for the studies."""
 
 
 def begin(path: str | Path | None = None) -> Run:
@@ -35,7 +35,7 @@ def examine(run: Run, progress: Progress = no_progress) -> tuple[list[Result], P
 
     Args:
         run: from :func:`begin`.
-        progress: told how far attacks and studies are.
+        progress: called with (attack or study, images done, images in all).
 
     Returns:
         The evaluations of both, the start's first; the report.

@@ -47,7 +47,7 @@ FAILED_CHECK = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
 UNFINISHED = 3
-# Seconds in which the launcher ends the other ranks of a run once the first one has spoken.
+# Seconds in which the launcher ends the other ranks of a run after the first one has ended.
 SECONDS_FOR_THE_FIRST = 15
 
 TOGETHER = ("train", "resume", "evaluate")
@@ -55,7 +55,6 @@ TOGETHER = ("train", "resume", "evaluate")
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Make an image classifier withstand adversarial changes and keep its natural accuracy.",
 )
@@ -95,7 +94,7 @@ def resume(
     run: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the run is.")] = False,
 ) -> None:
-    """Continue a run that was stopped or killed, to the bits it would have ended with."""
+    """Continue a run that was stopped or killed; the end is bit-identical to an unstopped run."""
     from cure.runs.folder import RunFolder
     from cure.training.run import resume as go_on
 
@@ -120,7 +119,7 @@ def evaluate(
         Precision, typer.Option(help="bf16_attack: less time; what fools is verified in fp32.")
     ] = Precision.fp32,
     transfer: Annotated[
-        str | None, typer.Option(help="Run that the attack transfer crafts on.")
+        str | None, typer.Option(help="Run on which the attack transfer makes its images.")
     ] = None,
     curve: Annotated[
         str | None, typer.Option(help="Also accuracy over epsilon, by this attack: pgd20.")
@@ -267,7 +266,7 @@ def compare(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="File to write: .md, .csv or .json.")] = None,
 ) -> None:
-    """Set evaluated runs side by side, seeds of one method together, like against like."""
+    """Compare evaluated runs in a table; seeds of one method share a row."""
     from cure.experiments.compare import compare as side_by_side
 
     done = side_by_side(
@@ -291,7 +290,7 @@ def report(
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading (default: names of the runs).")] = None,
 ) -> None:
-    """Write one page that shows what runs are and how well they do; it needs only a browser."""
+    """Write one HTML page with the settings and results of runs."""
     from cure.report.page import write_report
 
     made = write_report(runs, output=output, title=title)
@@ -332,7 +331,7 @@ def table_(
         executor,
         only=words(only),
         seeds=whole_numbers("seeds", seeds),
-        tell=lambda line: say(line),
+        tell=say,
     )
     shown = write_tables(made, folder)
     if shown is not None:
@@ -392,9 +391,9 @@ def tradeoff(
 @app.command()
 def watch(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders.")],
-    once: Annotated[bool, typer.Option("--once", help="Show it as it is now, and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
     interval: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Time between two looks.")
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Time between two updates.")
     ] = 2.0,
 ) -> None:
     """Show runs while they train, or as they ended: epochs, curves, speed, time left."""
@@ -409,7 +408,7 @@ def watch(
 
     drawn, ended = look()
     if once or not out.is_terminal:
-        say(drawn)
+        out.print(drawn)
         return
     with Live(drawn, console=out, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while not ended:
@@ -443,7 +442,7 @@ def show(
 
 @app.command()
 def demo(run: RunOption = None) -> None:
-    """Handwritten digits: train naturally, make robust with CURE, study both, write a page."""
+    """Train on handwritten digits naturally and with CURE, study both, write a page."""
     from cure.cli.demo import begin, examine
 
     done = begin(run)
@@ -462,8 +461,8 @@ def _print_ended(path: Path) -> None:
 def _say(word: str, error: CureError) -> None:
     """One message on stderr, whichever of the ranks of a run the error is on.
 
-    What ends all ranks is the first one's to say: the launcher ends the others meanwhile.  What one
-    of the others has to say then is its own.
+    An error on all ranks is printed by the first one, and the launcher ends the others while they
+    wait.  A rank that is still there after that has an error of its own.
     """
     if not QUIET:
         err.print(f"{word}: {error}", markup=False, highlight=False, soft_wrap=True, style="bold")
@@ -501,8 +500,8 @@ def main() -> None:
         _say("stopped" if stopped else "error", error)
         status = INTERRUPTED if stopped else USER_MISTAKE
         if SEVERAL:
-            # At once: the launcher looks for the first rank that ended, and gloo's threads, whose
-            # other ends are going away, can abort an interpreter that takes its time to end.
+            # At once: the launcher reports the first rank that ended, and gloo's threads can abort
+            # an interpreter that ends slowly while other ranks close their connections.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
