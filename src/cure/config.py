@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -151,6 +152,15 @@ class AugmentConfig(Section):
         return bool(self.mixup or self.cutmix or self.label_smoothing)
 
 
+def _count_or_share(value: int | float) -> int | float:
+    """One message for both kinds of number, where a union would give one each."""
+    if 0 < value < 1 or (value >= 1 and value == int(value)):
+        return value if value < 1 else int(value)
+    raise PydanticCustomError(
+        "count_or_share", "expected a number of images, or a share of them such as 0.1"
+    )
+
+
 class DataConfig(Section):
     """Where images come from and how they are split."""
 
@@ -171,7 +181,7 @@ class DataConfig(Section):
     """Convert every image; needed when grey and RGB images are mixed."""
     limit: PositiveInt | None = None
     """Use only the first so many images of the training split (before the validation split)."""
-    validation: PositiveInt | Annotated[float, Field(gt=0, lt=1)] = 1000
+    validation: Annotated[int | float, AfterValidator(_count_or_share)] = 1000
     """Images carved from the training split, as a number or as a share (0.1); every choice of a
     checkpoint uses them alone."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
