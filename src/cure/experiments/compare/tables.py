@@ -1,4 +1,4 @@
-"""Rows of runs as groups of seeds, in a table; differences between groups."""
+"""Tables of rows grouped by label over seeds, and differences between groups."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class ResultTable:
         return [
             [
                 group["label"],
-                _text(group["n_seeds"], "{:d}"),
+                str(group["n_seeds"] or "-"),
                 *(_cell(group, column, self.rows) for column in self.columns),
             ]
             for group in self.groups
@@ -153,11 +153,12 @@ def compare(
     split: str | None = None,
     output: str | Path | None = None,
 ) -> ResultTable:
-    """Set runs side by side: accuracies with intervals over images or seeds, and what they cost.
+    """Compare runs in one table: accuracies with intervals over images or seeds, and costs.
 
     Args:
         runs: run folders, result files of ``cure evaluate --output``, records that a plan keeps
-            of its runs, or tables of this function in JSON.  Results of the same run make one row.
+            of its runs (also ``records.jsonl``), or tables of this function in JSON.  Results of
+            the same run make one row.
         columns: of the table, as a list or as "natural,pgd20"; by default what was measured.
         sort: column to sort by, largest first; by default the NRR of the strongest attack that
             all have.
@@ -316,7 +317,7 @@ def _group(rows: list[TableRow], columns: Sequence[str]) -> TableRow:
 
 
 def _once(rows: Sequence[TableRow]) -> None:
-    """Refuse a seed that comes twice: its runs are no two draws."""
+    """Refuse a seed that comes twice: its runs are not independent."""
     seen: dict[Any, TableRow] = {}
     for row in rows:
         other = seen.setdefault(row["seed"], row)
@@ -329,7 +330,7 @@ def _once(rows: Sequence[TableRow]) -> None:
 
 
 def difference(rows_a: Sequence[TableRow], rows_b: Sequence[TableRow], column: str) -> Difference:
-    """By how much ``column`` is higher in a than in b, paired by seed.
+    """Mean difference of ``column`` between two kinds of runs (a - b), paired by seed.
 
     Args:
         rows_a: runs of one kind, each with another seed.
@@ -366,25 +367,15 @@ def difference(rows_a: Sequence[TableRow], rows_b: Sequence[TableRow], column: s
 
 
 def _heading(column: str, rows: Sequence[TableRow]) -> str:
-    heading = column
-    for prefix, words in (
-        ("nrr_", "NRR "),
-        ("best_minus_last_", "best - last "),
-        ("last_", "last "),
-    ):
-        heading = re.sub(f"^{prefix}", words, heading)
+    heading = re.sub("^best_minus_last_", "best - last ", re.sub("^nrr_", "NRR ", column))
     counts = _counts([row for row in rows if row.get(column) is not None], column)
     if len(counts) == 1 and counts[0] != rows[0]["n"]:
         heading += f" (n = {counts[0]:,})"
     return heading.replace("_", " ").replace("mib", "MiB")
 
 
-def _text(value: Any, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
 def _cell(group: TableRow, column: str, rows: Sequence[TableRow]) -> str:
-    """``68.2 (67.3-69.1)``, with what is unlike the rest of its column or its group."""
+    """``68.2 (67.3-69.1)``; with its seeds or images where they differ from the rest."""
     value, interval = group[column], group[f"{column}_interval"]
     if value is None:
         return "-"
@@ -404,7 +395,7 @@ def _cell(group: TableRow, column: str, rows: Sequence[TableRow]) -> str:
 def _caption(
     rows: list[TableRow], groups: list[TableRow], columns: Sequence[str], sort: str
 ) -> str:
-    """What the numbers are of, what their intervals mean, what made them."""
+    """Images and threat, meaning of the intervals, seeds, hardware and versions."""
     first = rows[0]
     fewer = [
         f"{name}: {' or '.join(f'{count:,}' for count in _counts(rows, name))}"
@@ -442,16 +433,12 @@ def _caption(
     stopped = [row["run"] for row in rows if row.get("finished") is False]
     if stopped:
         sentences.append(f"Not trained to the end: {', '.join(stopped)}")
-    hardware = _distinct(_hardware(row["environment"]) for row in rows)
+    hardware = list(dict.fromkeys(_hardware(row["environment"]) for row in rows))
     if len(hardware) > 1 and any("seconds" in column for column in columns):
         sentences.append("Times of different hardware do not compare")
     sentences.append(f"Hardware: {'; '.join(hardware)}")
-    sentences.append("; ".join(_distinct(_versions(row["environment"]) for row in rows)))
+    sentences.append("; ".join(dict.fromkeys(_versions(row["environment"]) for row in rows)))
     return ". ".join(sentences) + "."
-
-
-def _distinct(words: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(words))
 
 
 def _hardware(environment: Mapping[str, Any]) -> str:
@@ -467,7 +454,7 @@ def _versions(environment: Mapping[str, Any]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Text that stays in its cell and is shown as it is."""
+    """Text with the characters escaped that Markdown or HTML would interpret."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     text = text.replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\|`*\[\]])", r"\\\1", text)
