@@ -191,7 +191,7 @@ def test_training_tells_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert images == 100
         return f"epoch {len(records)}" if len(records) >= 2 else None
 
-    monkeypatch.setattr("cure.training.setup.TerminalTracker", Listener)
+    monkeypatch.setattr("cure.training.prerequisites.TerminalTracker", Listener)
     monkeypatch.setattr("cure.training.trainer.robust_overfitting", alarm)
     cure.train("digits", [*SETTINGS, "training.epochs=4"], run=tmp_path / "run")
     assert told == ["epoch 2"]

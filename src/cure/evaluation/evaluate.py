@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from cure.attacks import Threat
 from cure.attacks.registry import evaluation_attack
 from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
-from cure.errors import ConfigError
+from cure.errors import CheckpointError, ConfigError
 from cure.evaluation.diagnosis import cheap_checks
 from cure.evaluation.export import check_claim, read_claim, robustbench_record, save_adversarial
 from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
@@ -356,11 +355,6 @@ def _unfinished(output: Path) -> bool:
     if not partial_of(output).is_file():
         return False
     try:
-        content = json.loads(output.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(EvaluationRecord.read(output).unfinished)
+    except CheckpointError:
         return False
-    return (
-        isinstance(content, dict)
-        and content.get("format") == EVALUATION_FORMAT
-        and bool(content.get("unfinished"))
-    )

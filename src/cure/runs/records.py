@@ -535,6 +535,8 @@ class CorruptionSettings(Record):
     """How images were corrupted."""
 
     severities: list[int]
+    source: str | None = None
+    """"generated", or the name of the published files."""
 
 
 class CorruptionRecord(ResultRecord):

@@ -276,9 +276,11 @@ def test_baselines_must_be_alike(tmp_path: Path) -> None:
     complains("is no file", "none-such")
     complains("is no file", tmp_path / "none.json")
     other = tmp_path / "other.json"
-    for text in ("{}", "nonsense", "[]"):
+    for text in ("{}", "[]"):
         other.write_text(text)
-        complains("got another file", other)
+        complains("no whole result", other)
+    other.write_text("nonsense")
+    complains("cannot be read as JSON", other)
     other.write_text(json.dumps({"format": "cure-corruptions-1", "data": 3}))
     complains("no whole result", other)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cure.data import ImageSet, to_unit
-from cure.errors import ConfigError, DataError, unknown
+from cure.errors import CheckpointError, ConfigError, DataError, unknown
 from cure.evaluation.corruptions.constants import CIFAR_SIDE, IMAGENET_SIDE, SEVERITIES
 from cure.evaluation.corruptions.operations import (
     CORRUPTIONS,
@@ -414,37 +413,25 @@ def _read_baseline(given: str | Path) -> Result:
             )
         path = BASELINES / f"{given}.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or content.get("format") != CORRUPTIONS_FORMAT:
-        raise ConfigError(
-            "baseline: expected a result of `cure corruptions --output FILE` "
-            f"({CORRUPTIONS_FORMAT}) in {path}, got another file"
-        )
-    return content
+        return CorruptionRecord.read(path).content()
+    except CheckpointError as error:
+        raise ConfigError(f"baseline: {error}") from None
 
 
 def _check_baseline(
     baseline: Result, names: Sequence[str], severities: Sequence[int], data: Result, source: str
 ) -> None:
     """Like against like: the same data set, split, size and kind of images, and enough of it."""
-    try:
-        pairs = {
-            "data": (baseline["data"]["name"], data["name"]),
-            "split": (baseline["data"]["split"], data["split"]),
-            "size": (baseline["data"]["size"], data["size"]),
-            "images": (baseline["settings"]["source"], source),
-        }
-        measured = {
-            name: {int(s): float(c["accuracy"]) for s, c in cell["severities"].items()}
-            for name, cell in baseline["corruptions"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"baseline: the file is no whole result of `cure corruptions` ({error!r}); make it "
-            "again"
-        ) from None
+    pairs = {
+        "data": (baseline["data"]["name"], data["name"]),
+        "split": (baseline["data"]["split"], data["split"]),
+        "size": (baseline["data"]["size"], data["size"]),
+        "images": (baseline["settings"]["source"], source),
+    }
+    measured = {
+        name: {int(s): float(c["accuracy"]) for s, c in cell["severities"].items()}
+        for name, cell in baseline["corruptions"].items()
+    }
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise ConfigError(
