@@ -303,7 +303,7 @@ def test_what_the_user_should_know_is_warned_of_at_once():
         (lambda m: cure.methods.ARD(m), "ARD: needs teacher=, a trained network"),
         (lambda m: cure.methods.ARD(m, teacher="runs/at"), r"cure.Run\(path\).model\(\)"),
         (lambda m: cure.methods.LASAT(m), "say images=loader"),
-        (lambda m: AWP(cure.methods.AT(m), start=0.5), "AWP: tell the method inside steps"),
+        (lambda m: AWP(cure.methods.AT(m), start=0.5), "AWP: give the method inside steps"),
         (lambda m: Averaging(cure.methods.AT(m), every="epoch"), "inside epochs"),
         (lambda m: Averaging(cure.methods.AT(m), dcay=0.5), "unknown setting 'dcay'"),
         (
@@ -317,6 +317,27 @@ def test_what_the_user_should_know_is_warned_of_at_once():
 def test_mistakes_are_told_in_a_sentence(build_it, sentence):
     with pytest.raises(ConfigError, match=sentence):
         build_it(tiny_network())
+
+
+@pytest.mark.parametrize("wrap", [lambda method: method, lambda method: AWP(method, gamma=0.1)])
+def test_forgetting_to_update_is_an_error(wrap):
+    given, model = batch(count=SIZE), tiny_network()
+    method = wrap(cure.methods.AT(model))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    method(given.image, given.label).backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match=r"say method.update\(\) after each"):
+        method(given.image, given.label)
+
+
+def test_an_optimiser_without_the_second_network_of_act_is_an_error():
+    given, model = batch(count=SIZE), tiny_network()
+    method = cure.methods.ACT(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    method(given.image, given.label).backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match=r"give it method.trainable\(\)"):
+        method.update()
 
 
 def test_images_that_are_standardised_are_refused():

@@ -1,4 +1,4 @@
-"""The one gradient-ascent loop, and the state of the network while it runs."""
+"""Projected gradient descent: the ascent loop, its hooks, and the state of the network."""
 
 from __future__ import annotations
 
@@ -291,12 +291,12 @@ class PGD:
                 return network(x).to(image.dtype)
 
         # In training mode BatchNorm depends on the batch: nothing is constant.
-        lent = (
+        constants = (
             folded(model, image, self.precision)
             if self.fold and self.mode == "eval"
             else nullcontext()
         )
-        with attack_mode(model, self.mode), lent:
+        with attack_mode(model, self.mode), constants:
             natural = None
             if objective.needs_natural:
                 with torch.no_grad():

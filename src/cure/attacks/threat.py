@@ -1,4 +1,4 @@
-"""The ball an adversary may move in, and the three things a norm decides about it."""
+"""Threat models: the ball of allowed changes, and projection and steepest ascent in its norm."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ class Threat:
 
     Attributes:
         norm: "Linf" (largest change of a value), "L2" (Euclidean length of the change) or "L1" (sum
-            of all changes), in which attacks of other packages can be measured; ours climb in the
-            other two.
+            of all changes), for evaluation by other packages; PGD has the other two.
         epsilon: radius, for images in [0, 1]; a number, or text such as ``8/255``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""ACT: a robust and a natural network that learn at the same time, each also from the other."""
+"""ACT: a robust and a natural network, trained together; each imitates the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cure.attacks.losses import Objective, cross_entropy, kl_divergence_per_sample
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.errors import ConfigError
+from cure.methods.base import METHODS, AdversarialBatch, Method, Metrics, StepOutput
 from cure.methods.common.losses import accuracy, distillation
 from cure.models.batch_norm import untracked
 
@@ -27,7 +28,7 @@ def concurrent_loss(
 
     Args:
         logits: [B, K] of the network that learns.
-        other: logits [B, K] of the network that it learns from, taken as a constant.
+        other: logits [B, K] of the network that it imitates, a constant.
         label: [B].
         alpha: weight of the KL term, in [0, 1].
         temperature: T, by which both logits are divided in the KL term.
@@ -111,7 +112,9 @@ class ACT(Method[ActBatch]):
 
     Source: Arani, Sarfraz, Zonooz, BMVC 2020, in the form of the released code.
     Differs from the released code: that starts the two networks from weights of their own unless
-    it is told to use the same; a random start is projected on the ball.
+    told otherwise by an option; a random start is projected on the ball.
+
+    In a loop of one's own the optimiser takes ``method.trainable().values()``: the weights of both.
 
     >>> import torch, cure
     >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
@@ -127,6 +130,7 @@ class ACT(Method[ActBatch]):
     def setup(self) -> None:
         """G, a copy of F."""
         self.natural = copy.deepcopy(self.model)
+        self._before = self._versions()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The weights of F by their names in the model, those of G by theirs after ``natural/``."""
@@ -137,11 +141,27 @@ class ACT(Method[ActBatch]):
         }
         return super().trainable() | others
 
+    def after_step(self, step: int) -> Metrics:  # noqa: ARG002
+        """Check that the optimiser moved both networks."""
+        moved = [now != before for now, before in zip(self._versions(), self._before, strict=True)]
+        if moved == [True, False]:
+            raise ConfigError(
+                "ACT trains two networks and the optimiser moved one; give it "
+                "method.trainable().values()"
+            )
+        return {}
+
+    def _versions(self) -> list[int]:
+        """How often the first parameter of each network was changed."""
+        networks = (self.model, self.natural)
+        return [next(p._version for p in network.parameters()) for network in networks]
+
     def _natural_logits(self, image: Tensor) -> Tensor:
         return self.context.engine.logits(self.natural, image)
 
     def make_adversarial(self, batch: Batch) -> ActBatch:
         """Adversarial images for F, and the logits of G with their graph."""
+        self._before = self._versions()
         natural, config = self._natural_logits(batch.image), self.config
         objective = concurrent_objective(
             natural.detach(),

@@ -1,4 +1,4 @@
-"""ARD: imitate on adversarial images what a robust teacher says of the natural ones."""
+"""ARD: match on adversarial images the prediction of a robust teacher for the natural ones."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ARD(Method[ArdBatch]):
         self.teacher = Teacher(self.context, "teacher")
 
     def make_adversarial(self, batch: Batch) -> ArdBatch:
-        """Images that climb the cross-entropy, and what the teacher says of the natural ones."""
+        """Images that climb the cross-entropy; the teacher's prediction for natural ones."""
         return ArdBatch(self.attack(batch, CROSS_ENTROPY), self.teacher.logits(batch.image))
 
     def compute_loss(self, batch: Batch, attacked: ArdBatch) -> StepOutput:

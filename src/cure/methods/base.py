@@ -1,4 +1,4 @@
-"""The contract of a training method: one batch in, a loss or finished gradients out.
+"""The interface of a training method: a batch in, a loss or gradients out.
 
 A step has two halves.  ``make_adversarial`` computes the adversarial images and whatever else the
 loss needs; a method changes its own state only there.  ``compute_loss`` turns the result into a
@@ -51,7 +51,7 @@ Attacked = TypeVar("Attacked", bound=AdversarialBatch, default=Any)
 
 @dataclass
 class Context:
-    """What a method may use besides its batch; nothing is global.
+    """Everything that a method uses besides its batch.
 
     Attributes:
         engine: gradients, device, precision, keyed generators.
@@ -64,8 +64,8 @@ class Context:
         learning_rate: the optimiser's rate at a step.
         weight_decay: the optimiser's L2 penalty.
         natural_images: all training images as they are, batch by batch [B, C, H, W].
-        observed: whether someone listens to a step: then a method that holds weights back says
-            which (:class:`Masking`).
+        observed: whether the gradient logger records a step; a method with a mask then returns its
+            :class:`Masking`.
         attack_share: share of the radius and of the step size of :attr:`attack` at a step
             (``attack.warmup``).
         has_epochs: without a run: whether the caller counts epochs; None in a run.
@@ -147,7 +147,7 @@ class StepOutput:
         grads: finished gradients by parameter name, as the engine gives them: averaged over ranks.
         frozen: by parameter name, True where the optimiser must not move a weight at all, neither
             by the gradient nor by momentum or weight decay.
-        masking: what was held back, of a step that :attr:`Context.observed` asks for.
+        masking: the mask, at the steps that :attr:`Context.observed` selects.
         metrics: detached 0-dim tensors, ``loss`` among them; averaged over the epoch and read only
             when it ends.
         adversarial: the adversarial images [B, C, H, W] of the step.
@@ -226,11 +226,13 @@ class Progress:
         done: optimiser steps done.
         part: batches seen since the last of them.
         frozen: by parameter name, True where every one of these batches freezes a weight.
+        version: of the first parameter after the last of these batches, which every change raises.
     """
 
     done: int = 0
     part: int = 0
     frozen: dict[str, Tensor] = field(default_factory=dict)
+    version: int = 0
 
     def hold(self, frozen: Mapping[str, Tensor]) -> None:
         """Add what one more batch freezes."""
@@ -278,7 +280,7 @@ def _moments(
 
 
 class Method(nn.Module, Generic[Attacked]):
-    """A way to train ``model``, in the trainer of this package or in a loop of one's own:
+    """A training method for ``model``, in the trainer of this package or in your own loop:
 
     .. code-block:: python
 
@@ -306,7 +308,7 @@ class Method(nn.Module, Generic[Attacked]):
               methods with a schedule;
             - ``epochs``: how many epochs these are; by default schedules may change at any step;
             - ``seed``: of every random draw, which depends on it, its purpose and the step alone;
-            - ``images``: training images, or batches of images and labels, for methods that look at
+            - ``images``: training images, or batches of images and labels, for methods that need
               them (LASAT, averaging with recomputed BatchNorm);
             - ``learning_rate`` (a number, or a function of the step) and ``weight_decay`` of the
               optimiser, which LASAT simulates.
@@ -351,7 +353,7 @@ class Method(nn.Module, Generic[Attacked]):
     # -- in a training loop --------------------------------------------------------------------
 
     def forward(self, images: Tensor, labels: Tensor) -> Step:
-        """One step's adversarial images, loss and gradients, for a training loop of one's own.
+        """One step's adversarial images, loss and gradients, for your own training loop.
 
         Args:
             images: [B, C, H, W] in [0, 1]; standardise them inside the model (see
@@ -359,10 +361,16 @@ class Method(nn.Module, Generic[Attacked]):
             labels: classes [B] int64, or probabilities [B, K] for methods that take soft labels.
 
         Raises:
-            ConfigError: when images lie outside [0, 1] (looked at in the first call only), or the
-                method takes no soft labels.
+            ConfigError: when images lie outside [0, 1] (checked in the first call only), the method
+                takes no soft labels, or :meth:`update` was forgotten.
         """
         progress = self.progress
+        weight = next(iter(self.trainable().values()))
+        if progress.part and weight._version != progress.version:
+            raise ConfigError(
+                "the weights changed since the last batch: say method.update() after each "
+                "optimizer.step()"
+            )
         if progress.done == progress.part == 0 and not 0 <= images.min() <= images.max() <= 1:
             raise ConfigError(
                 f"expected images in [0, 1], got values from {images.min():.3g} to "
@@ -375,7 +383,7 @@ class Method(nn.Module, Generic[Attacked]):
         label = labels if soft is None else labels.argmax(dim=1)
         index = torch.arange(len(images), device=images.device)
         step = self.take_step(Batch(images, label, index, progress.done, soft, progress.part))
-        progress.part += 1
+        progress.part, progress.version = progress.part + 1, weight._version
         return step
 
     def take_step(self, batch: Batch) -> Step:

@@ -185,7 +185,7 @@ class CureConfig(MethodConfig):
     mask: MaskConfig = MaskConfig()
     """Which gradients are masked."""
     revision: RevisionConfig = RevisionConfig()
-    """How the revision model remembers."""
+    """The revision model."""
 
     def needs_length(self) -> bool:
         """The revision model's memory must fit the training."""

@@ -104,8 +104,8 @@ class EarlyStop(Hooks):
 class FAT(Method):
     """Friendly adversarial training (FAT): AT, TRADES or MART with an attack that stops early.
 
-    Before each attack step the network looks at each image: one that is misclassified stops for
-    good when it has no step left, else it has one less left and goes on like one that is right.
+    Before each attack step each image is classified: one that is misclassified stops
+    for good when it has no step left, else it has one less left and goes on like one that is right.
     Tau, the number left at the start, grows over the run; tau at the number of attack steps is the
     plain method.
 

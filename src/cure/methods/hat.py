@@ -1,4 +1,4 @@
-"""HAT: TRADES and helper images beyond the ball, against a margin larger than robustness needs."""
+"""HAT: TRADES with helper images beyond the ball, which reduce an excessive margin."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class HatBatch(AdversarialBatch):
 class HAT(Method[HatBatch]):
     """``min CE(x, y) + beta KL(p(x) || p(x_adv)) + gamma CE(x_h, y_h)``: HAT.
 
-    ``x_h = x + h (x_adv - x)`` lies beyond the adversarial image, and ``y_h`` is what a frozen
-    network of standard training says to x_adv.  x_adv climbs the KL term.
+    ``x_h = x + h (x_adv - x)`` lies beyond the adversarial image, and ``y_h`` is the
+    prediction of a frozen, naturally trained network for x_adv.  x_adv climbs the KL term.
 
     Costs 14 forward and 13 backward passes with 10 attack steps, and 1 forward pass of the
     teacher: the natural logits that the attack compares with 1, its steps 10, the loss's three

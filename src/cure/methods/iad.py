@@ -1,4 +1,4 @@
-"""IAD: trust a robust teacher as far as it is right, and oneself for the rest."""
+"""IAD: distillation from a robust teacher, weighted by how reliable its prediction is."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class IadBatch(AdversarialBatch):
 class IAD(Method[IadBatch]):
     """Introspective adversarial distillation (IAD), x_adv climbing CE.
 
-    ``A_i = p_T(y_i | x_adv_i)^beta``, a constant, says how far the robust teacher T is trusted; 1
+    ``A_i = p_T(y_i | x_adv_i)^beta``, a constant, is the reliability of the robust teacher T; 1
     until introspection begins.  With ``I = mean_i (1 - A_i) KL(p(x_i) || p(x_adv_i))``, whose
     gradient flows through both predictions, S the natural teacher, a and b the weights of the
     teachers, and ``KL_t`` the KL divergence at temperature t times t^2:
@@ -146,31 +146,31 @@ class IAD(Method[IadBatch]):
         )
 
     def make_adversarial(self, batch: Batch) -> IadBatch:
-        """Images that climb the cross-entropy, and what the teachers say."""
+        """Images that climb the cross-entropy, and the predictions of the teachers."""
         image = self.attack(batch, CROSS_ENTROPY)
         epoch = batch.step // self.context.steps_per_epoch
         introspects = self.config.introspects(epoch, self.context.epochs)
-        trust = None
+        reliable = None
         if self.natural_teacher is None:
             teacher = self.teacher.logits(batch.image)
             if introspects:
-                trust = reliability(self.teacher.logits(image), batch.label, self.config.beta)
-            return IadBatch(image, teacher, None, trust)
+                reliable = reliability(self.teacher.logits(image), batch.label, self.config.beta)
+            return IadBatch(image, teacher, None, reliable)
         teacher = self.teacher.logits(image)
         natural = self.natural_teacher.logits(image)
         if introspects:
-            trust = reliability(teacher, batch.label, self.config.beta)
-        return IadBatch(image, teacher, natural, trust)
+            reliable = reliability(teacher, batch.label, self.config.beta)
+        return IadBatch(image, teacher, natural, reliable)
 
     def compute_loss(self, batch: Batch, attacked: IadBatch) -> StepOutput:
         """The form's loss."""
         config, label = self.config, batch.label
         alpha, temperature = config.distillation_weight, config.temperature
-        trust = attacked.reliability
+        reliable = attacked.reliability
         adversarial = self.logits(attacked.image)
         distilled = distillation(attacked.teacher_logits, adversarial, temperature)
-        if trust is not None and (config.form == "II" or config.weight_teacher):
-            distilled = trust * distilled
+        if reliable is not None and (config.form == "II" or config.weight_teacher):
+            distilled = reliable * distilled
         total = distilled.mean()
         metrics = {
             "distillation": total.detach(),
@@ -178,13 +178,13 @@ class IAD(Method[IadBatch]):
         }
 
         natural = None
-        if trust is not None or (config.form == "I" and alpha < 1):
+        if reliable is not None or (config.form == "I" and alpha < 1):
             natural = self.logits(batch.image)
             metrics["accuracy"] = accuracy(natural, label)
-        if trust is not None and natural is not None:
-            own = ((1 - trust) * kl_divergence_per_sample(natural, adversarial)).mean()
+        if reliable is not None and natural is not None:
+            own = ((1 - reliable) * kl_divergence_per_sample(natural, adversarial)).mean()
             total = total + (own if config.form == "I" else temperature**2 * own)
-            metrics |= {"introspection": own.detach(), "reliability": trust.mean()}
+            metrics |= {"introspection": own.detach(), "reliability": reliable.mean()}
 
         loss = alpha * total
         if attacked.natural_teacher_logits is not None:

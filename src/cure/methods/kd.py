@@ -1,4 +1,4 @@
-"""KD: adversarial training smoothed by what a natural and a robust teacher say."""
+"""KD: adversarial training with soft labels of a natural and a robust teacher."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class KD(Method[KdBatch]):
         self.natural_teacher = Teacher(self.context, "natural_teacher")
 
     def make_adversarial(self, batch: Batch) -> KdBatch:
-        """Images that climb the cross-entropy, and what both teachers say of them."""
+        """Images that climb the cross-entropy, and the predictions of both teachers."""
         image = self.attack(batch, CROSS_ENTROPY)
         return KdBatch(image, self.teacher.logits(image), self.natural_teacher.logits(image))
 

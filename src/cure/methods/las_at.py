@@ -1,4 +1,4 @@
-"""LAS-AT: a second network learns how each image should be attacked."""
+"""LAS-AT: a second network chooses the attack of each image and is trained by reinforcement."""
 
 from __future__ import annotations
 
@@ -276,8 +276,8 @@ class LASAT(Method[LasAtBatch]):
     """Learnable attack strategy (LAS-AT): a second network chooses each image's attack.
 
     The strategy network draws a radius, a number of steps and a step size for each image, in the
-    form ``trades`` also the weight beta_i of its KL term; the network in training learns from the
-    images so made.  At every ``strategy.interval``-th step, before that, the strategy network
+    form ``trades`` also the weight beta_i of its KL term; the network is trained on
+    the images made so.  At every ``strategy.interval``-th step, before that, the strategy network
     learns by REINFORCE without baseline: it draws actions a, and descends
 
         ``- R sum_heads mean_i log pi(a_i|x_i)``,  ``R = w1 R1 + w2 R2 + w3 R3``
@@ -346,21 +346,21 @@ class LASAT(Method[LasAtBatch]):
         due = batch.part == 0 and (batch.step + 1) % config.interval == 0
         reward: dict[str, Tensor] = {}
         if due and not config.reuse:
-            logits = self._outlook(batch.image)
+            logits = self._logits_of_strategy(batch.image)
             draws = self.generator("strategy update", batch)
             actions = self.strategy.draw(logits, draws)
             made = self._attacked(batch, actions, "strategy update attack")
             reward = self._improve(batch, logits, actions, made)
         with attack_mode(self.strategy), torch.no_grad():
             drawn = self.strategy.draw(
-                self._outlook(batch.image), self.generator("strategy", batch)
+                self._logits_of_strategy(batch.image), self.generator("strategy", batch)
             )
         attacked = self._attacked(batch, drawn, "attack")
         if due and config.reuse:
-            reward = self._improve(batch, self._outlook(batch.image), drawn, attacked)
+            reward = self._improve(batch, self._logits_of_strategy(batch.image), drawn, attacked)
         return replace(attacked, reward=reward)
 
-    def _outlook(self, image: Tensor) -> Tensor:
+    def _logits_of_strategy(self, image: Tensor) -> Tensor:
         """Logits of the strategy network, in its present mode."""
         return self.context.engine.logits(self.strategy, image)
 

@@ -1,4 +1,4 @@
-"""MART: adversarial training that minds the images the network already gets wrong."""
+"""MART: adversarial training with more weight on images that the network misclassifies."""
 
 from __future__ import annotations
 

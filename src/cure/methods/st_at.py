@@ -1,4 +1,4 @@
-"""ST-AT: squeeze the gap between the worst and the best prediction inside the ball."""
+"""ST-AT: penalise the divergence of the worst and the best prediction inside the ball."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class StAtConfig(MethodConfig):
     unlabelled images, to 6; the paper's value could not be checked."""
     attack_mode: Literal["train", "eval"] = "train"
     """Mode of the network while it is attacked, in the place of the run's ``attack.mode``.  In
-    ``train`` (released code) BatchNorm uses the batch's statistics and remembers none."""
+    ``train`` (released code) BatchNorm uses the batch's statistics and updates no running ones."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class STAT(Method[StAtBatch]):
     """``min CE(f(x), y) + beta symKL``, between the worst and the best prediction found: ST-AT.
 
     The attack moves two points, see :func:`squeezing_pair`; the loss looks for worst and best among
-    x, x_col and x_adv once more, see :func:`squeeze`.  BatchNorm remembers x and x_adv.
+    x, x_col and x_adv once more, see :func:`squeeze`.  BatchNorm's running statistics see x
+    and x_adv.
 
     Costs 24 forward and 33 backward passes with 10 attack steps: the attack's 21 and 30, the loss's
     three images 3 and 3.

@@ -20,7 +20,7 @@ PAPER_DECAY = 0.999
 
 
 class RevisionConfig(Section):
-    """How the revision model remembers (CURE, Eq. 7).
+    """Settings of the revision model (CURE, Eq. 7).
 
     Its memory is ``1 / (rate * (1 - decay))`` steps: 5,000 in the paper, 6 % of its 78,200.
     """
@@ -83,7 +83,7 @@ class RevisionModel(nn.Module):
 
     Args:
         model: what it is a copy of.
-        config: how it remembers.
+        config: its settings.
         context: seed and length of the run.
         first: the first step after a natural warm-up.
 
@@ -130,7 +130,7 @@ class RevisionModel(nn.Module):
 
     @torch.no_grad()
     def maybe_update(self, model: nn.Module, step: int) -> bool:
-        """Draw once for ``step`` and move towards ``model`` if the draw says so."""
+        """Draw once for ``step`` and move towards ``model`` with probability r."""
         if not self._drawn(step):
             return False
         steps = step - self.first

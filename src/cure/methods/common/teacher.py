@@ -1,4 +1,4 @@
-"""A teacher: a trained network that a method asks and never changes."""
+"""A teacher: a trained network whose predictions a method imitates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cure.methods.base import Context
 
 
 class Teacher(nn.Module):
-    """The trained network of one role, frozen, in evaluation mode whatever its owner does.
+    """The trained network of one role, frozen, always in evaluation mode.
 
     Args:
         context: holds the network.

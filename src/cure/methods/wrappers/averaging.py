@@ -1,4 +1,4 @@
-"""Weight averaging, for any method: what is evaluated is an average of its weights over time."""
+"""Weight averaging around any method: the average of its weights over time is evaluated."""
 
 from __future__ import annotations
 

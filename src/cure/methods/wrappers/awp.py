@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation, for any method: learn where the weights themselves are worst."""
+"""Adversarial weight perturbation (AWP) around any method."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def perturbation(weights: Mapping[str, Tensor], gradients: Grads, gamma: float) 
 class AWP(Wrapper):
     """Gradients at ``theta + v``, where v makes the method's own loss larger: AWP.
 
-    After the attack on theta, the method learns once at theta, which gives v, and once at
+    After the attack on theta, the loss is computed once at theta, which gives v, and once at
     theta + v, which gives the gradients.  The optimiser's step, weight decay included, happens at
     theta + v, then v is taken back: with a step of length 0 the weights are what they were, to
     the bit.
@@ -130,7 +130,7 @@ class AWP(Wrapper):
 
 @contextmanager
 def keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Put every buffer back as it was: a look at a loss must not move BatchNorm statistics."""
+    """Restore every buffer at the end: a loss computed inside leaves BatchNorm statistics alone."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
         yield

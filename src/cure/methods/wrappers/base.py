@@ -1,4 +1,4 @@
-"""What goes around a method: it does as the method does, but for what a wrapper overrides."""
+"""Base of wrappers: every call goes to the method inside unless a wrapper overrides it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Wrapper(Method):
             needs.append("epochs, at whose ends it takes the weights")
         if needs:
             name = type(self).__name__
-            raise ConfigError(f"{name}: tell the method inside {' and '.join(needs)}")
+            raise ConfigError(f"{name}: give the method inside {' and '.join(needs)}")
 
     def step(self, batch: Batch) -> StepOutput:
         """The method's own step."""
