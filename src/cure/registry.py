@@ -89,3 +89,6 @@ TRACKERS: Registry[Any] = Registry("tracker", "cure.training.tracking")
 
 STUDIES: Registry[Any] = Registry("study", "cure.analysis")
 """Studies of trained networks."""
+
+RENAMED_STUDIES = {"conserved": "prediction-flips", "perturbation": "minimal-perturbation"}
+"""Names of studies in version 0.1, and their names now."""

@@ -405,26 +405,26 @@ def test_networks_of_other_depth_and_features_that_do_not_vary() -> None:
     assert [len(result["maps"][0]["matrix"]), len(result["maps"][0]["matrix"][0])] == [3, 4]
     assert result["maps"][0]["matrix"][2] == [None] * 4
     json.dumps(result, allow_nan=False)
-    told = STUDIES["cka"]
-    said = " ".join(told.findings(result))
-    assert "most similar layer of Sequential" in said
-    assert "do not vary" in said
-    assert told.tables(result)[0].cells[0][2:] == ["-"] * 3
-    assert [drawn.name for drawn in told.pictures(result)] == ["cka-map-1", "cka-map-2"]
+    view = STUDIES["cka"].view(result)
+    assert "Small and Sequential, natural - (most similar layers)" in view.finding
+    assert view.tables[0].rows[0][2:] == ["-"] * 3
+    pictures = view.pictures()
+    assert [drawn.name for drawn in pictures] == ["cka-map-1", "cka-map-2"]
+    assert "blank cells are not defined" in pictures[0].description
 
 
 def test_names_of_a_result_cannot_draw_or_inject() -> None:
     result = cka(Small(0), data=IMAGES, limit=20, batch_size=10)
     text = json.dumps(result).replace('"Small"', '"$\\\\frac{a}$ <script>alert(1)</script>"')
     hostile = json.loads(text.replace('"conv"', '"$x^2$<b>"'))
-    told = STUDIES["cka"]
-    for drawn in told.pictures(hostile):
+    view = STUDIES["cka"].view(hostile)
+    curves, heat = view.pictures()
+    for drawn in (curves, heat):
         assert "<script" not in drawn.svg
         assert "<b>" not in drawn.svg
-    curves, _ = told.pictures(hostile)
     assert "$x^2$&lt;b&gt;" in curves.svg
     assert "$\\frac{a}$" in curves.svg
-    assert len(told.findings(hostile)) == 2
+    assert "$\\frac{a}$" in view.finding
 
 
 def test_deep_networks_are_drawn_with_joined_layers() -> None:
@@ -435,7 +435,10 @@ def test_deep_networks_are_drawn_with_joined_layers() -> None:
     ends = {"model": "deep", "input": "natural"}, {"model": "deep", "input": "adversarial"}
     deep = {"first": ends[0], "second": ends[1], "layers": [layers] * 2}
     result = {"maps": [deep | {"matrix": matrix, "thirds": thirds}], "n": 10}
-    _, drawn = STUDIES["cka"].pictures(result)
+    result["threat"] = {"norm": "Linf", "epsilon_text": "8/255"}
+    view = STUDIES["cka"].view(result)
+    assert [map_.rows[1] for map_ in view.figures[1].maps] == ["layer 7"]
+    _, drawn = view.pictures()
     assert "up to 7 x 7 layers" in drawn.description
     assert len(drawn.svg) < 160_000
 
@@ -451,7 +454,7 @@ def test_what_cannot_be_studied_is_said() -> None:
         cka(Small(0), data=IMAGES, limit=3)
     with pytest.raises(ConfigError, match="batches of at least 4"):
         cka(Small(0), data=IMAGES, batch_size=3)
-    with pytest.raises(ConfigError, match="besides the other"):
+    with pytest.raises(ConfigError, match="to compare"):
         cka(other=Small(0), data=IMAGES)
     with pytest.raises(ConfigError, match="pgd20 is an attack in Linf or L2"):
         cka(Small(0), data=IMAGES, norm="L1")
@@ -468,7 +471,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command(run: Path, command: Command, tmp_path: Path) -> None:
     ended = command("analyse", "cka", run, "--limit", 40, "--batch-size", 20)
     assert ended.status == 0, ended.err
-    assert "tiny: features of an image and of its adversarial version are alike to" in ended.out
+    assert "Linear CKA of late layers" in ended.out
     kept = json.loads((run / "studies" / "cka-1.json").read_text())
     assert kept["n"] == 40
     assert kept["format"] == "cure-study-1"

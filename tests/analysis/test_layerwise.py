@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import cure
-from cure.analysis.layerwise import findings, layerwise, pictures, tables
-from cure.cli.analyse import layerwise as of_command
+from cure.analysis.layerwise import layerwise, view
 from cure.errors import ConfigError
 from cure.experiments.executors import Job
 from cure.models.blocks import blocks
@@ -206,14 +205,18 @@ def test_how_it_is_told():
         "data": {"name": "some"},
         "threat": {"norm": "Linf", "epsilon_text": "8/255"},
     }
-    told = " ".join(findings(result))
-    assert "natural accuracy is highest for U-23 (85.0 %" in told
-    assert "lowest for U-1 (45.0 %" in told
-    assert "robust): U-23." in told
-    assert "smallest for U-1 (+1.0 points) and largest for U-all (+20.0)" in told
-    assert [cells[0] for cells in tables(result)[0].cells] == ["start", "U-1", "U-23", "U-all"]
-    (drawn,) = pictures(result)
-    assert "U-23 kept: 85.0 natural, 50.0 robust" in drawn.svg
+    shown = view(result)
+    assert "kept blocks from U-1 20.0 (0.0-100.0) to U-23 50.0 (0.0-100.0)" in shown.finding
+    assert "one seed, 500 test images" in shown.finding
+    (table,) = shown.tables
+    assert [row[0] for row in table.rows] == ["start", "U-1", "U-23", "U-all"]
+    assert [row[-1] for row in table.rows] == ["+0.0", "+1.0", "+6.0", "+20.0"]
+    assert table.rows[2][2] == "85.0 (0.0-100.0)"
+    natural, robust = shown.figures[0].panels
+    assert [list(each.y) for each in natural.series] == [[45, 85, 80], [95, 95]]
+    assert [list(each.y) for each in robust.series] == [[20, 50, 45], [0, 0]]
+    (drawn,) = shown.pictures()
+    assert ">U-23<" in drawn.svg
 
 
 @pytest.mark.parametrize(
@@ -250,7 +253,6 @@ def test_the_command(command: Command, study):
     )
     assert ended.status == 0, ended.err
     assert "U-34" in ended.out
-    assert "natural accuracy is highest for" in ended.out
-    assert of_command.layerwise.__doc__
+    assert "Robust accuracy (pgd2" in ended.out
     network = cure.Run(folder / "training" / "U-1-reinitialised-seed0").model("last")
     assert "B4" in blocks(network)

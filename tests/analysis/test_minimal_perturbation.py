@@ -1,4 +1,4 @@
-"""The study ``perturbation``: closed forms, foolbox, medians by hand, and what is drawn."""
+"""The study ``minimal-perturbation``: closed forms, foolbox, medians by hand, and what is drawn."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cure
-from cure.analysis import perturbation as study
-from cure.analysis.minimal_perturbation import least_change, median, perturbation
+from cure.analysis import minimal_perturbation as study
+from cure.analysis.minimal_perturbation import least_change, median, minimal_perturbation
 from cure.analysis.study import STUDIES
 from cure.attacks import Threat
 from cure.data import ImageSet
@@ -170,7 +170,7 @@ def test_who_alone_needs_the_largest_change() -> None:
 def test_two_networks_that_decide_alike() -> None:
     images = two_classes()
     told: list[tuple[str, int, int]] = []
-    result = perturbation(
+    result = minimal_perturbation(
         Linear(3),
         Linear(3, scale=5.0),
         data=images,
@@ -202,7 +202,7 @@ def decoded(text: str) -> np.ndarray:
 
 def test_the_grid_holds_images_and_changes_on_one_scale() -> None:
     images = two_classes()
-    result = perturbation(Linear(3), data=images, shown=2, norm="Linf")
+    result = minimal_perturbation(Linear(3), data=images, shown=2, norm="Linf")
     scale = result["shown"]["scale"]
     largest = 0.0
     for row in result["shown"]["rows"]:
@@ -215,9 +215,9 @@ def test_the_grid_holds_images_and_changes_on_one_scale() -> None:
         np.testing.assert_allclose(added / 255, change, atol=scale / 100 + 1 / 255)
         largest = max(largest, of["distance"])
     assert scale == pytest.approx(largest, rel=1e-5)
-    grid, curve = STUDIES["perturbation"].pictures(result)
+    grid, curve = STUDIES["minimal-perturbation"].view(result).pictures()
     assert grid.svg.count("<image ") == 6
-    assert grid.svg.count("image-rendering: pixelated") == 6
+    assert grid.svg.count("image-rendering:pixelated") == 6
     assert "$x$" in json.dumps(result)
     for drawn in (grid, curve):
         assert "<script>" not in drawn.svg
@@ -232,18 +232,18 @@ def test_large_images_are_made_small_and_other_text_is_no_image(
 
     monkeypatch.setattr(study, "BUDGET", 540)
     images = two_classes(6, 32)
-    result = perturbation(Corner(3), data=images, shown=2, batch_size=6)
+    result = minimal_perturbation(Corner(3), data=images, shown=2, batch_size=6)
     assert result["shown"]["smaller"]
     # Six files of one channel: 540 / (6 * 1.4) is 8 pixels a side.
     row = result["shown"]["rows"][0]
     np.testing.assert_array_equal(
         decoded(row["image"]), images.image[row["index"], 0, ::4, ::4].numpy()
     )
-    grid, _ = STUDIES["perturbation"].pictures(result)
-    assert "Of larger images" in grid.description
+    view = STUDIES["minimal-perturbation"].view
+    assert "Of larger images" in view(result).figures[0].description
     result["shown"]["rows"][0]["image"] = '"/><script>alert(1)</script>'
-    grid, _ = STUDIES["perturbation"].pictures(result)
-    assert "alert" not in grid.svg
+    with pytest.raises(ValueError, match="is no PNG"):
+        view(result).pictures()
 
 
 def test_findings_say_what_was_not_found_and_no_grid_without_images() -> None:
@@ -252,23 +252,24 @@ def test_findings_say_what_was_not_found_and_no_grid_without_images() -> None:
             return torch.tensor([[1.0, 0.0, -1.0]]).expand(len(image), -1) + 0 * image.sum()
 
     images, right = replace(two_classes(8), label=torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])), 3
-    result = perturbation(Deaf(), data=images, shown=2)
+    result = minimal_perturbation(Deaf(), data=images, shown=2)
     of = result["networks"]["Deaf"]
     assert (of["wrong"], of["not_found"]) == (8 - right, right)
-    said = " ".join(STUDIES["perturbation"].findings(result))
+    view = STUDIES["minimal-perturbation"].view
+    said = view(result).finding
     assert f"{right} images of Deaf" in said
     assert "cure diagnose" in said
     result["shown"]["rows"] = []
-    assert len(STUDIES["perturbation"].pictures(result)) == 1
+    assert len(view(result).pictures()) == 1
 
 
 def test_what_cannot_be_studied_is_said() -> None:
     with pytest.raises(ConfigError, match="Linf or L2, the threat is in L1"):
-        perturbation(Linear(3), data=two_classes(), norm="L1")
+        minimal_perturbation(Linear(3), data=two_classes(), norm="L1")
     with pytest.raises(ConfigError, match="0 to 8 images to show, got 9"):
-        perturbation(Linear(3), data=two_classes(), shown=9)
+        minimal_perturbation(Linear(3), data=two_classes(), shown=9)
     with pytest.raises(ModelError, match="2 logits but the data has 3 classes"):
-        perturbation(Linear(2), data=two_classes())
+        minimal_perturbation(Linear(2), data=two_classes())
 
 
 @pytest.fixture(scope="module")
@@ -280,18 +281,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command(run: Path, command: Command, tmp_path: Path) -> None:
-    ended = command("analyse", "perturbation", run, "--limit", 12, "--shown", 2)
+    ended = command("analyse", "minimal-perturbation", run, "--limit", 12, "--shown", 2)
     assert ended.status == 0, ended.err
-    assert "tiny: half of the 12 images are misclassified after a change of at most" in ended.out
-    kept = json.loads((run / "studies" / "perturbation-1.json").read_text())
+    assert (
+        "Half of the 12 images are misclassified after a Linf change (1/255) of at most: tiny"
+        in ended.out
+    )
+    kept = json.loads((run / "studies" / "minimal-perturbation-1.json").read_text())
     assert kept["networks"]["tiny"]["n"] == 12
     assert sorted(path.name for path in (run / "studies").iterdir()) == [
-        "perturbation-1-curve.svg",
-        "perturbation-1-images.svg",
-        "perturbation-1.json",
+        "minimal-perturbation-1-curve.svg",
+        "minimal-perturbation-1-images.svg",
+        "minimal-perturbation-1.json",
     ]
     out = tmp_path / "out.json"
-    refused(command("analyse", "perturbation", run, "--norm", "L1", "--output", out), "L1")
-    refused(command("analyse", "perturbation", run, "--shown", 9, "--output", out), "0 to 8")
-    refused(command("analyse", "perturbation", run, "--limit", 0, "--output", out), "limit")
+    refused(command("analyse", "minimal-perturbation", run, "--norm", "L1", "--output", out), "L1")
+    refused(
+        command("analyse", "minimal-perturbation", run, "--shown", 9, "--output", out), "0 to 8"
+    )
+    refused(command("analyse", "minimal-perturbation", run, "--limit", 0, "--output", out), "limit")
     assert not out.exists()

@@ -226,15 +226,15 @@ def test_what_is_measured_on_validation_images_is_what_training_recorded(
 
 
 def test_it_is_told_in_words_tables_and_pictures(studied: dict[str, Any]) -> None:
-    study = STUDIES["overfitting"]
-    said = " ".join(study.findings(studied))
-    assert "run: robust accuracy (pgd3) on 359 test images" in said or "no gap" in said
-    assert "choose nothing" in said
-    assert [rows.title for rows in study.tables(studied)] == [
-        "Best against last, test images",
+    view = STUDIES["overfitting"].view(studied)
+    (this,) = studied["runs"]
+    assert "Robust accuracy (pgd3, 359 test images): run " in view.finding
+    assert f"at its best epoch, {this['best']}, and" in view.finding
+    assert [table.title for table in view.tables] == [
+        "Best against last checkpoint, test images",
         "Accuracy over epochs, %, run",
     ]
-    (picture,) = study.pictures(studied)
+    (picture,) = view.pictures()
     assert "epoch" in picture.svg
 
 

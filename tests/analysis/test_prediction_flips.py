@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import cure
-from cure.analysis.prediction_flips import conserved, kept, moved
+from cure.analysis.prediction_flips import flips, moved, prediction_flips
 from cure.analysis.study import STUDIES
 from cure.data import ImageSet
 from cure.errors import ConfigError
@@ -57,12 +57,12 @@ def check_by_hand(found: dict[str, Any]) -> None:
 
 
 def test_images_are_counted_as_by_hand() -> None:
-    check_by_hand(kept(torch.tensor(FIRST), torch.tensor(SECOND), torch.tensor(TRUE), CLASSES))
+    check_by_hand(flips(torch.tensor(FIRST), torch.tensor(SECOND), torch.tensor(TRUE), CLASSES))
 
 
 def test_a_class_without_images_is_left_out() -> None:
     label = torch.tensor([0, 0, 2])
-    assert [row["name"] for row in kept(label, label, label, CLASSES)["classes"]] == [
+    assert [row["name"] for row in flips(label, label, label, CLASSES)["classes"]] == [
         "plain",
         "<b>bold</b>",
     ]
@@ -116,19 +116,20 @@ def test_other_parameters_are_no_distance() -> None:
 
 def test_the_study_of_two_networks(written: ImageSet, tmp_path: Path) -> None:
     output = tmp_path / "kept.json"
-    result = conserved(Reads(1), Reads(0), data=written, output=output, batch_size=4)
+    result = prediction_flips(Reads(1), natural=Reads(0), data=written, output=output, batch_size=4)
     (this,) = result["comparisons"]
     check_by_hand(this)
     assert result["accuracy"][this["natural"]]["correct"] == 7
     assert this["weights"]["distance"] == 0
     loaded = json.loads(output.read_text())
     assert loaded == {key: value for key, value in result.items() if key != "file"}
-    study = STUDIES["conserved"]
-    said = " ".join(study.findings(loaded))
-    assert "has 7 right and Reads 5" in said
-    assert "chance alone explains" in said
-    assert "loses 3 of the 7" in said
-    assert "gains 1 of the 3" in said
+    view = STUDIES["prediction-flips"].view(loaded)
+    assert "loses 3 images that Reads-2 classifies correctly and gains 1 of 10" in view.finding
+    assert "which chance can explain" in view.finding
+    assert view.tables[0].rows[0][2:7] == ["10", "4", "3", "1", "2"]
+    assert [row[1:4] for row in view.tables[1].rows] == [
+        *(["3", "2", "0"], ["4", "1", "1"], ["3", "0", "0"]),
+    ]
     drawn = (tmp_path / "kept-classes-1.svg").read_text()
     assert ">$10$ bill<" in drawn, "a name is no formula"
     assert "&lt;b&gt;bold" in drawn
@@ -145,30 +146,32 @@ class Otherwise(Reads):
 def test_of_another_architecture_the_predictions_are_compared(
     written: ImageSet, tmp_path: Path
 ) -> None:
-    result = conserved([Otherwise(1)], Reads(0), data=written, output=tmp_path / "kept.json")
+    result = prediction_flips(
+        [Otherwise(1)], natural=Reads(0), data=written, output=tmp_path / "kept.json"
+    )
     (this,) = result["comparisons"]
     check_by_hand(this)
     assert "weights" not in this
     assert "'more'" in this["no_weights"]
-    study = STUDIES["conserved"]
-    assert any("'more'" in sentence for sentence in study.findings(result))
-    assert [picture.name for picture in study.pictures(result)] == ["conserved-classes-1"]
-    assert study.tables(result)[0].cells[0][-1] == "-"
+    view = STUDIES["prediction-flips"].view(result)
+    assert "'more'" in view.finding
+    assert [picture.name for picture in view.pictures()] == ["prediction-flips-classes-1"]
+    assert view.tables[0].rows[0][-1] == "-"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ["data.limit=300", "data.validation=60", "natural.epochs=2", "training.epochs=1"]
     settings += ["attack.steps=1", "method=at"]
-    path = tmp_path_factory.mktemp("conserved") / "run"
+    path = tmp_path_factory.mktemp("flips") / "run"
     return cure.train("digits", settings, run=path, quiet=True).path
 
 
 def test_the_command_finds_the_natural_start(run: Path, command: Command) -> None:
-    ended = command("analyse", "conserved", run, "--limit", 100, "--device", "cpu")
+    ended = command("analyse", "prediction-flips", run, "--limit", 100, "--device", "cpu")
     assert ended.status == 0, ended
-    assert "Of 100 test images natural has" in ended.out
-    kept_in = run / "studies" / "conserved-1.json"
+    assert "run loses" in ended.out
+    kept_in = run / "studies" / "prediction-flips-1.json"
     result = json.loads(kept_in.read_text())
     (this,) = result["comparisons"]
     assert (this["natural"], this["robust"]) == ("natural", "run")
@@ -188,7 +191,7 @@ def test_a_run_that_started_from_another_run(run: Path, tmp_path: Path) -> None:
     settings = [f"start={run / 'natural'}", "data.limit=300", "data.validation=60", "method=at"]
     settings += ["training.epochs=1", "attack.steps=1"]
     second = cure.train("digits", settings, run=tmp_path / "second", quiet=True).path
-    result = conserved([run, second], limit=50, device="cpu", output=tmp_path / "kept.json")
+    result = prediction_flips([run, second], limit=50, device="cpu", output=tmp_path / "kept.json")
     pairs = [(this["natural"], this["robust"]) for this in result["comparisons"]]
     assert pairs == [("natural", "run"), ("natural", "second")]
     assert list(result["models"]) == ["run", "second", "natural"], "loaded once"
@@ -196,16 +199,20 @@ def test_a_run_that_started_from_another_run(run: Path, tmp_path: Path) -> None:
 
 def test_bad_input_is_one_sentence(run: Path, command: Command, tmp_path: Path) -> None:
     before = sorted(run.rglob("*"))
-    refused(command("analyse", "conserved", run / "natural"), "no natural start", "--natural")
-    refused(command("analyse", "conserved", "small_cnn"), "small_cnn", "--natural")
-    refused(command("analyse", "conserved", run, "--tolerance", -1), "tolerance", "-1")
-    refused(command("analyse", "conserved", run, "--limit", 0), "limit")
+    refused(
+        command("analyse", "prediction-flips", run / "natural"), "no natural start", "--natural"
+    )
+    refused(command("analyse", "prediction-flips", "small_cnn"), "small_cnn", "--natural")
+    refused(command("analyse", "prediction-flips", run, "--tolerance", -1), "tolerance", "-1")
+    refused(command("analyse", "prediction-flips", run, "--limit", 0), "limit")
     (tmp_path / "there.json").write_text("mine")
-    refused(command("analyse", "conserved", run, "--output", tmp_path / "there.json"), "exists")
+    refused(
+        command("analyse", "prediction-flips", run, "--output", tmp_path / "there.json"), "exists"
+    )
     assert (tmp_path / "there.json").read_text() == "mine"
     assert sorted(run.rglob("*")) == before
 
 
 def test_a_network_in_python_needs_to_be_told_its_start(written: ImageSet) -> None:
     with pytest.raises(ConfigError, match="Reads is no run"):
-        conserved(Reads(0), data=written)
+        prediction_flips(Reads(0), data=written)

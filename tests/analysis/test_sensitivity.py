@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 import cure
 from cure import data
-from cure.analysis.sensitivity import findings, front, pictures, tables
+from cure.analysis.sensitivity import front, view
 from cure.errors import ConfigError
 from cure.experiments import sweep
 from cure.experiments.sweep import Varied, fitting, read_varied
@@ -406,31 +406,32 @@ def test_findings_of_a_planted_front() -> None:
         {"number": 4, "settings": {"method.$k$": 1.0}, "state": "failed", "reason": "it fell"}
         | {"natural": None, "robust": None, "front": False, "command": "", "epoch": None}
     )
-    said = findings(result)
-    assert said[0].startswith("4 trials finished, 1 failed. 3 of them form the front")
-    assert said[1:4] == [
-        "trial 0: natural 80.0 (75.0-85.0), robust 30.0 (25.0-35.0): cure train x 0",
-        "trial 1: natural 70.0 (65.0-75.0), robust 40.0 (35.0-45.0): cure train x 1",
-        "trial 3: natural 60.0 (55.0-65.0), robust 50.0 (45.0-55.0): cure train x 3",
+    shown = view(result)
+    assert shown.finding.startswith("4 trials finished, 1 failed; 3 form the Pareto front")
+    assert "method.$k$ lowers natural accuracy" in shown.finding
+    best, commands, everything, correlations = shown.tables
+    assert [row[0] for row in best.rows] == ["0", "1", "3"]
+    assert best.rows[0][2:4] == ["80.0 (75.0-85.0)", "30.0 (25.0-35.0)"]
+    assert commands.rows == [
+        ["0", "cure train x 0"],
+        ["1", "cure train x 1"],
+        ["3", "cure train x 3"],
     ]
-    assert "The larger method.$k$, the lower natural accuracy: rank correlation -0.90" in said[4]
-    best, everything, correlations = tables(result)
-    assert [row[0] for row in best.cells] == ["0", "1", "3"]
-    assert everything.cells[-1][-1] == "failed: it fell"
-    assert correlations.cells == [["method.$k$", *["-0.90 (-0.99 to -0.50), n = 4"] * 2]]
-    drawn = pictures(result)
+    assert everything.rows[-1][-1] == "failed: it fell"
+    assert correlations.rows == [["method.$k$", *["-0.90 (-0.99 to -0.50), n = 4"] * 2]]
+    drawn = shown.pictures()
     assert "trial 3: natural 60.0 %, robust 50.0 %" in drawn[0].description
     assert "method.$k$" in drawn[1].svg, "a name is text and no formula"
 
 
 def test_names_for_values_and_nothing_at_all() -> None:
-    drawn = pictures(made_up([(80.0, 30.0), (70.0, 40.0)], ["$\\frac$", "<b>"]))
+    drawn = view(made_up([(80.0, 30.0), (70.0, 40.0)], ["$\\frac$", "<b>"])).pictures()
     assert "$\\frac$" in drawn[1].svg
     assert "<b>" not in drawn[1].svg
-    empty = made_up([])
-    assert findings(empty) == ["No trial has finished yet."]
-    assert pictures(empty) == []
-    assert tables(empty)[0].cells == []
+    empty = view(made_up([]))
+    assert empty.finding == "No trial has finished yet."
+    assert empty.pictures() == []
+    assert empty.tables[0].rows == []
 
 
 def test_the_function_says_what_it_wrote(tmp_path: Path) -> None:

@@ -12,25 +12,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise, product
-from pathlib import Path
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
+from cure.analysis.render import MISSING, StudyTable, View, listed, number, with_interval
+from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
 from cure.attacks.registry import evaluation_attack
-from cure.data import ImageSet, batches
+from cure.data import batches
 from cure.errors import ConfigError, DataError
-from cure.evaluation.options import Split
-from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import TargetLike
 from cure.models import core
 from cure.models.checks import check_outputs
-from cure.utils import plotting as drawing
-from cure.utils.io import check_free
-from cure.utils.plotting import Picture
+from cure.utils.plotting import Chart, Figures, HeatMap, HeatMaps, Panel, Series
 from cure.utils.stats import jackknife_interval
 
 NAME = "cka"
@@ -39,10 +36,7 @@ FEWEST = 4
 """Images a batch must have: the unbiased estimator divides by n - 3."""
 
 CELLS = 32
-"""Rows and columns of a drawn map at most; of deeper networks neighbouring layers are averaged."""
-
-NUMBERS = 144
-"""Cells of a drawn map that has its numbers written into them, at most."""
+"""Rows and columns of a map at most; of deeper networks neighbouring layers are averaged."""
 
 _COLUMNS = 2**16
 _THIRDS = ("early", "middle", "late")
@@ -255,7 +249,7 @@ def chosen_modules(model: nn.Module, layers: Sequence[str] | None = None) -> dic
     """The modules whose outputs are layers, by name.
 
     Args:
-        model: any network; wrappers around it are looked through.
+        model: any network; wrappers around it are inputs through.
         layers: patterns of names with ``*`` and ``?`` (``layer?.?`` for the blocks of a ResNet);
             by default every module that has no modules inside, and attention blocks of PyTorch,
             but not what hands on its input in evaluation mode (dropout, flatten, identity).
@@ -359,107 +353,77 @@ def layers_of(model: nn.Module, image: Tensor, layers: Sequence[str] | None = No
 # -- the study -------------------------------------------------------------------------------------
 
 
-def cka(
-    *targets: TargetLike,
-    other: TargetLike | None = None,
-    layers: Sequence[str] | None = None,
-    data: str | Path | ImageSet | None = None,
-    split: Split = "test",
-    limit: int | None = 1000,
-    epsilon: str | float | None = None,
-    norm: str | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    weights: str | Path | None = None,
-    batch_size: int | None = 100,
-    device: str = "auto",
-    seed: int = 0,
-    output: str | Path | None = None,
-    progress: Progress = no_progress,
-) -> Result:
-    """How alike features are: of natural and adversarial images, or of two networks.
+@dataclass(frozen=True, kw_only=True)
+class CkaOptions(NetworkStudyOptions):
+    """Options of the study.
 
-    Costs 23 forward and 20 backward passes an image and network, and ``8 layers batch_size^2``
-    bytes for each input.
+    Attributes:
+        other: compare each target with this network: natural images in both, and adversarial
+            images, each network's own. By default each target is compared with itself: all its
+            layers on natural images with all its layers on adversarial images.
+        layers: patterns of module names; see :func:`chosen_modules`.
+        batch_size: images over which similarity is estimated; a last batch of fewer than four
+            images is left out.
+    """
 
-    Args:
-        targets: runs, names of networks, networks.  Each is compared with itself: all its layers
-            on natural images with all its layers on adversarial images (PGD-20, the run's threat,
-            uniform start, made on that network).
-        other: compare each target with this network instead: natural images in both, and
-            adversarial images, each network's own.
-        layers: patterns of names of modules; see :func:`chosen_modules`.
-        data: images; by default those of the first run.
-        split: which images.
-        limit: only the first so many; all with None.
-        epsilon: radius; by default that of the first run.
-        norm: as ``epsilon``.
-        checkpoint: which weights of runs.
-        weights: weights file of a single network.
-        batch_size: images of which similarity is estimated at once; a last batch of fewer than
-            four is left out.
-        device: "auto", "cpu", "cuda".
-        seed: of the attack's random starts.
-        output: JSON file.
-        progress: told (what, images done, images in all).
+    other: Annotated[TargetLike | None, "Compare each with this run instead of with itself."] = None
+    layers: Annotated[
+        Sequence[str] | None,
+        "Names of modules, with * and ?: 'layer?.?,linear' (default: leaves).",
+    ] = None
+    limit: Annotated[int | None, "Only the first so many images."] = 1000
+    batch_size: Annotated[int | None, "Images compared at once."] = 100
+
+
+def compute(targets: Sequence[TargetLike], options: CkaOptions, progress: Progress) -> Result:
+    """CKA of natural and adversarial images, or of two networks, between all layers.
+
+    Adversarial images are made by PGD-20 on the network itself.  Costs 23 forward and 20 backward
+    passes for each image and network, and ``8 layers batch_size^2`` bytes for each input.
 
     Returns:
         ``maps``: for each pair ``first``, ``second`` {"model", "input"}, ``layers`` of both,
         ``matrix`` [L1][L2] (null where features do not vary), ``thirds`` of the diagonal where the
         layers are the same.
-
-    Raises:
-        CureError: for every mistake a user can mend; nothing is written then.
     """
-    check_free(output)
-    looked = look(
-        [*targets, *([] if other is None else [other])],
-        data=data,
-        split=split,
-        limit=limit,
-        epsilon=epsilon,
-        norm=norm,
-        checkpoint=checkpoint,
-        weights=weights,
-        batch_size=batch_size,
-        device=device,
-        seed=seed,
-    )
+    other, layers = options.other, options.layers
     if not targets:
-        raise ConfigError("expected a run or network besides the other")
-    used = len(looked.images) // looked.batch_size * looked.batch_size
-    rest = len(looked.images) - used
+        raise ConfigError("expected a run or network to compare")
+    inputs = StudyInputs.load([*targets, *([] if other is None else [other])], options)
+    used = len(inputs.images) // inputs.batch_size * inputs.batch_size
+    rest = len(inputs.images) - used
     used += rest if rest >= FEWEST else 0
     if not used:
         raise ConfigError(
             f"expected at least {FEWEST} images and batches of at least {FEWEST}, got "
-            f"{len(looked.images)} images in batches of {looked.batch_size}; raise --limit or "
+            f"{len(inputs.images)} images in batches of {inputs.batch_size}; raise --limit or "
             "--batch-size"
         )
-    if looked.batch_size < FEWEST:
+    if inputs.batch_size < FEWEST:
         raise ConfigError(
-            f"expected batches of at least {FEWEST} images, got {looked.batch_size}; raise "
+            f"expected batches of at least {FEWEST} images, got {inputs.batch_size}; raise "
             "--batch-size"
         )
-    names = list(looked.networks)
+    names = list(inputs.networks)
     reference = names.pop() if other is not None else None
-    found = _layers(looked, layers)
+    found = _layers(inputs, layers)
     pairs = {pair: Similarity() for name in names for pair in _pairs(name, reference)}
     done = 0
-    for number, (natural, label) in enumerate(_batches(looked, used)):
-        inputs: dict[tuple[str, str], list[Tensor]] = {}
+    for place, (natural, label) in enumerate(_batches(inputs, used)):
+        grams: dict[tuple[str, str], list[Tensor]] = {}
         for name in [*([] if reference is None else [reference]), *names]:
-            adversarial = _adversarial(looked, name, natural, label, number)
-            inputs[name, "natural"] = found[name].grams(natural)
-            inputs[name, "adversarial"] = found[name].grams(adversarial)
+            adversarial = _adversarial(inputs, name, natural, label, place)
+            grams[name, "natural"] = found[name].grams(natural)
+            grams[name, "adversarial"] = found[name].grams(adversarial)
             for (first, second), similarity in pairs.items():
                 if first[0] == name:
-                    similarity.add(inputs[first], inputs[second])
+                    similarity.add(grams[first], grams[second])
             if name != reference:
-                del inputs[name, "natural"], inputs[name, "adversarial"]
+                del grams[name, "natural"], grams[name, "adversarial"]
         done += len(natural)
         progress(NAME, done, used)
     body = {
-        **looked.described(),
+        **inputs.described(),
         "n": used,
         "attack": {"name": ATTACK} | evaluation_attack(ATTACK).settings,
         "estimator": "unbiased HSIC, averaged over batches by images, then normalised",
@@ -477,7 +441,7 @@ def cka(
             for (first, second), similarity in pairs.items()
         ],
     }
-    return keep(NAME, body, folder=looked.folder, output=output)
+    return save_result(NAME, body, folder=inputs.folder, output=options.output)
 
 
 def _pairs(name: str, reference: str | None) -> list[tuple[tuple[str, str], tuple[str, str]]]:
@@ -486,235 +450,133 @@ def _pairs(name: str, reference: str | None) -> list[tuple[tuple[str, str], tupl
     return [((name, kind), (reference, kind)) for kind in ("natural", "adversarial")]
 
 
-def _layers(looked: Looked, layers: Sequence[str] | None) -> dict[str, Layers]:
+def _layers(inputs: StudyInputs, layers: Sequence[str] | None) -> dict[str, Layers]:
     """The layers of each network, once each was seen to return logits."""
-    image, _ = next(_batches(looked, FEWEST))
-    for network in looked.networks.values():
-        check_outputs(network, image, len(looked.images.classes))
-    evaluation_attack(ATTACK).defined(len(looked.images.classes), looked.threat)
-    return {name: layers_of(network, image, layers) for name, network in looked.networks.items()}
+    image, _ = next(_batches(inputs, FEWEST))
+    for network in inputs.networks.values():
+        check_outputs(network, image, len(inputs.images.classes))
+    evaluation_attack(ATTACK).defined(len(inputs.images.classes), inputs.threat)
+    return {name: layers_of(network, image, layers) for name, network in inputs.networks.items()}
 
 
-def _batches(looked: Looked, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    images = looked.images.checked().to(looked.engine.device)
-    for batch in batches(images, looked.batch_size, count):
-        yield looked.engine.arrange(batch.image), batch.label
+def _batches(inputs: StudyInputs, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    images = inputs.images.checked().to(inputs.engine.device)
+    for batch in batches(images, inputs.batch_size, count):
+        yield inputs.engine.arrange(batch.image), batch.label
 
 
-def _adversarial(looked: Looked, name: str, image: Tensor, label: Tensor, number: int) -> Tensor:
+def _adversarial(
+    inputs: StudyInputs, name: str, image: Tensor, label: Tensor, place: int
+) -> Tensor:
     part = evaluation_attack(ATTACK).parts[ATTACK]
-    made = part.run(looked.networks[name], image, label, looked.threat, looked.seed, number)
-    return looked.engine.arrange(made)
+    made = part.run(inputs.networks[name], image, label, inputs.threat, inputs.seed, place)
+    return inputs.engine.arrange(made)
 
 
 def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# -- how it is told --------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+def view(result: Result) -> View:
+    """CKA by thirds of the layers, layer by layer, and as maps."""
+    maps = result["maps"]
+    thirds = [
+        [
+            *(_label(one[end]) for end in ("first", "second")),
+            *(
+                [with_interval(third["mean"], third["interval"], 3) for third in one["thirds"]]
+                if one["thirds"]
+                else [MISSING] * 3
+            ),
+        ]
+        for one in maps
+    ]
+    title = "Linear CKA of each layer with itself, mean over thirds of the layers (95 % interval)"
+    tables = [StudyTable(title, ["features of", "and of", *_THIRDS], thirds)]
+    figures: list[Figures] = []
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for one in maps:
+        if one["layers"][0] == one["layers"][1]:
+            groups.setdefault(tuple(one["layers"][0]), []).append(one)
+    for serial, (layers, group) in enumerate(groups.items(), 1):
+        values = {_pair(one): [one["matrix"][n][n] for n in range(len(layers))] for one in group}
+        rows = [
+            [layer, *(number(of[place], 3) for of in values.values())]
+            for place, layer in enumerate(layers)
+        ]
+        tables.append(StudyTable("Linear CKA of each layer with itself", ["layer", *values], rows))
+        if len(layers) > 1:
+            figures.append(_curves(f"cka-layers-{serial}", layers, values, result))
+    figures += [_map(f"cka-map-{place}", one, result) for place, one in enumerate(maps, 1)]
+    late = listed(f"{_pair(one)} {_late(one)}" for one in maps)
+    finding = (
+        f"Linear CKA of late layers (1: equal features, 0: unrelated): {late}; n = {result['n']:,} "
+        f"images, PGD-20 at {result['threat']['norm']} {result['threat']['epsilon_text']}."
+    )
+    return View(finding, tables, figures)
 
 
 def _label(end: Mapping[str, str]) -> str:
     return f"{end['model']}, {end['input']} images"
 
 
-def _three(value: float | None, interval: Sequence[float] | None = None) -> str:
-    if value is None:
-        return "not defined"
-    limits = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-    return f"{value:.3f}{limits}"
-
-
-def _threat(result: Result) -> str:
-    return f"{result['threat']['norm']} {result['threat']['epsilon_text']}"
-
-
-def findings(result: Result) -> list[str]:
-    """What was found, in sentences."""
-    said = []
-    for drawn in result["maps"]:
-        first, second = drawn["first"], drawn["second"]
-        if first["model"] == second["model"]:
-            what = f"{first['model']}: features of an image and of its adversarial version"
-        else:
-            what = (
-                f"{first['model']} and {second['model']}: features of the same "
-                f"{first['input']} images"
-            )
-        if drawn["thirds"]:
-            early, middle, late = (
-                _three(third["mean"], third["interval"]) for third in drawn["thirds"]
-            )
-            said.append(
-                f"{what} are alike to {early} in the early third of the layers, {middle} in the "
-                f"middle and {late} in the late one."
-            )
-        else:
-            best = [max((v for v in row if v is not None), default=None) for row in drawn["matrix"]]
-            known = [value for value in best if value is not None]
-            mean = math.fsum(known) / len(known) if known else None
-            said.append(
-                f"{what}: a layer of {first['model']} is alike to its most similar layer of "
-                f"{second['model']} to {_three(mean)}, mean over layers."
-            )
-    ranked = [
-        (drawn["thirds"][2]["mean"], drawn["first"]["model"])
-        for drawn in result["maps"]
-        if drawn["thirds"] and drawn["first"]["model"] == drawn["second"]["model"]
-        if drawn["thirds"][2]["mean"] is not None
-    ]
-    if len(ranked) > 1:
-        order = ", ".join(f"{name} {value:.3f}" for value, name in sorted(ranked, reverse=True))
-        said.append(f"In the late third, from the most to the least alike: {order}.")
-    said.append(
-        f"Alike is linear CKA: 1 for the same features up to rotation and scale, 0 for unrelated "
-        f"ones; n = {result['n']:,} images in batches of {result['batch_size']}, adversarial "
-        f"images by PGD-20, {_threat(result)}; in brackets 95 % intervals (jackknife over "
-        "batches). A network whose features hardly move under attack need not classify better: "
-        "read this beside its accuracy."
-    )
-    if any(value is None for drawn in result["maps"] for row in drawn["matrix"] for value in row):
-        said.append(
-            "Where nothing is given, the features of a layer do not vary over the images by more "
-            "than the estimate's own noise."
-        )
-    return said
-
-
-def tables(result: Result) -> list[Rows]:
-    """Means by third, and the diagonals layer by layer."""
-    thirds = [
-        [
-            _label(drawn["first"]),
-            _label(drawn["second"]),
-            *(
-                [_three(third["mean"], third["interval"]) for third in drawn["thirds"]]
-                if drawn["thirds"]
-                else ["-"] * 3
-            ),
-        ]
-        for drawn in result["maps"]
-    ]
-    made = [
-        Rows(
-            "Linear CKA of each layer with itself, mean over thirds of the layers (95 % interval)",
-            ["features of", "and of", *_THIRDS],
-            thirds,
-        )
-    ]
-    for layers, drawn in _by_layers(result):
-        made.append(
-            Rows(
-                "Linear CKA of each layer with itself",
-                ["layer", *(f"{_label(m['first'])} / {_label(m['second'])}" for m in drawn)],
-                [
-                    [layer, *(_three(m["matrix"][place][place]) for m in drawn)]
-                    for place, layer in enumerate(layers)
-                ],
-            )
-        )
-    return made
-
-
-def _by_layers(result: Result) -> list[tuple[list[str], list[dict[str, Any]]]]:
-    """Maps whose two sides have the same layers, by these layers."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for drawn in result["maps"]:
-        if drawn["layers"][0] == drawn["layers"][1]:
-            groups.setdefault(tuple(drawn["layers"][0]), []).append(drawn)
-    return [(list(layers), drawn) for layers, drawn in groups.items()]
-
-
-def pictures(result: Result) -> list[Picture]:
-    """The diagonals as curves, and a map for each pair."""
-    made = []
-    for number, (layers, drawn) in enumerate(_by_layers(result)):
-        if len(layers) > 1:
-            made.append(_curves(f"cka-layers-{number + 1}", layers, drawn, result))
-    for number, one in enumerate(result["maps"]):
-        made.append(_map(f"cka-map-{number + 1}", one, result))
-    return made
-
-
-def _curves(
-    name: str, layers: list[str], maps: Sequence[Mapping[str, Any]], result: Result
-) -> Picture:
-    figure, (axes, change) = drawing.canvas(2, height=5.8, sharex=True)
-    same = all(one["first"]["model"] == one["second"]["model"] for one in maps)
-    for number, one in enumerate(maps):
-        values = [one["matrix"][place][place] for place in range(len(layers))]
-        points = [(place, value) for place, value in enumerate(values) if value is not None]
-        style = drawing.series(number)
-        axes.plot(*_columns(points), label=drawing.plain(_pair(one)), **style)
-        # What the estimate's noise puts at 1 or above has no place on a logarithmic scale.
-        change.plot(*_columns([(place, 1 - v) for place, v in points if v < 1]), **style)
-    axes.set_ylabel("linear CKA (1: the same)")
-    axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.02)
-    change.set_yscale("log")
-    change.set_ylabel("1 - CKA, logarithmic")
-    change.set_xlabel("layer, in the order of computation")
-    _name_ticks(change.xaxis, [[layer] for layer in layers], rotation=90)
-    drawing.legend(axes)
-    what = "an image and its adversarial version" if same else "two networks"
-    title = f"How alike features of {what} are, layer by layer"
-    spoken = "; ".join(
-        f"{_pair(one)}: " + ", ".join(f"{t['name']} {_three(t['mean'])}" for t in one["thirds"])
-        for one in maps
-    )
-    return drawing.picture(
-        figure,
-        name,
-        title,
-        f"Mean over thirds of the layers. {spoken}. n = {result['n']:,} images.",
-    )
-
-
-def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
-
-
 def _pair(one: Mapping[str, Any]) -> str:
     first, second = one["first"], one["second"]
     if first["model"] == second["model"]:
-        return str(first["model"])
+        return f"{first['model']}, natural and adversarial"
     return f"{first['model']} and {second['model']}, {first['input']}"
 
 
-def _map(name: str, one: Mapping[str, Any], result: Result) -> Picture:
+def _late(one: Mapping[str, Any]) -> str:
+    """CKA of the late third; of networks with other layers, of each layer with its most similar."""
+    if one["thirds"]:
+        return with_interval(one["thirds"][2]["mean"], one["thirds"][2]["interval"], 3)
+    rows = one["matrix"][-math.ceil(len(one["matrix"]) / 3) :]
+    best = [max(known) for row in rows if (known := [v for v in row if v is not None])]
+    mean = math.fsum(best) / len(best) if best else None
+    return f"{number(mean, 3)} (most similar layers)"
+
+
+def _curves(
+    name: str, layers: Sequence[str], values: Mapping[str, Sequence[float | None]], result: Result
+) -> Chart:
+    places = range(len(layers))
+    # The noise of the estimate can put a value at 1 or above, which has no logarithm.
+    change = {pair: [1 - v if v and v < 1 else None for v in of] for pair, of in values.items()}
+    panels = [
+        Panel(
+            [Series(pair, places, curve) for pair, curve in of.items()],
+            "" if what == "linear CKA" else "layer, in the order of computation",
+            what,
+            categories=layers,
+            log="" if what == "linear CKA" else "y",
+        )
+        for what, of in (("linear CKA", values), ("1 - CKA", change))
+    ]
+    said = f"{listed(values)}, from the first layer to the last; n = {result['n']:,} images."
+    return Chart(name, "Linear CKA layer by layer", said, panels, height=3.0)
+
+
+def _map(name: str, one: Mapping[str, Any], result: Result) -> HeatMaps:
     rows, columns = (_groups(layers) for layers in one["layers"])
     cells = [[_mean_cell(one["matrix"], row, column) for column in columns] for row in rows]
-    figure, (axes,) = drawing.canvas(width=6.4, height=5.6)
-    mesh = drawing.heat_map(axes, cells, low=0.0, high=1.0)
-    _name_ticks(axes.yaxis, [[one["layers"][0][p] for p in row] for row in rows], shift=0.5)
-    _name_ticks(
-        axes.xaxis, [[one["layers"][1][p] for p in row] for row in columns], shift=0.5, rotation=90
-    )
-    axes.set_aspect("equal")
-    axes.set_ylabel(f"layer: {_label(one['first'])}", parse_math=False)
-    axes.set_xlabel(f"layer: {_label(one['second'])}", parse_math=False)
-    drawing.colour_bar(figure, axes, mesh, "linear CKA")
-    if len(rows) * len(columns) <= NUMBERS:
-        light = drawing.contrast(cells, 0.0, 1.0)
-        for r, c in product(range(len(rows)), range(len(columns))):
-            if math.isfinite(cells[r][c]):
-                colour = "#ffffff" if (r, c) in light else "#111111"
-                axes.text(
-                    c + 0.5,
-                    r + 0.5,
-                    f"{cells[r][c]:.2f}",
-                    color=colour,
-                    fontsize=7,
-                    ha="center",
-                    va="center",
-                )
-    figures = [value for row in cells for value in row if math.isfinite(value)]
+    known = [value for row in cells for value in row if math.isfinite(value)]
     joined = max(len(group) for group in (*rows, *columns))
-    note = f" Each cell is the mean of up to {joined} x {joined} layers." if joined > 1 else ""
-    title = f"Linear CKA of all layers: {_label(one['first'])}, and {_label(one['second'])}"
-    description = f"n = {result['n']:,} images. Blank cells are not defined.{note}"
-    if figures:
-        description = f"From {min(figures):.2f} to {max(figures):.2f}. {description}"
-    return drawing.picture(figure, name, title, description)
+    said = f"n = {result['n']:,} images; blank cells are not defined."
+    if known:
+        said = f"From {min(known):.2f} to {max(known):.2f}; {said}"
+    if joined > 1:
+        said += f" Each cell is the mean of up to {joined} x {joined} layers."
+    names = [
+        [layers[group[0]] for group in groups]
+        for layers, groups in zip(one["layers"], (rows, columns), strict=True)
+    ]
+    first, second = _label(one["first"]), _label(one["second"])
+    drawn = HeatMap(cells, names[0], names[1], f"layer: {second}", f"layer: {first}", "linear CKA")
+    return HeatMaps(name, f"Linear CKA of all layers: {first}, and {second}", said, [drawn], 5.6)
 
 
 def _groups(layers: Sequence[str]) -> list[range]:
@@ -724,35 +586,19 @@ def _groups(layers: Sequence[str]) -> list[range]:
 
 
 def _mean_cell(matrix: Sequence[Sequence[float | None]], rows: range, columns: range) -> float:
-    known = [matrix[r][c] for r in rows for c in columns]
-    numbers = [value for value in known if value is not None]
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+    known = [value for r in rows for c in columns if (value := matrix[r][c]) is not None]
+    return math.fsum(known) / len(known) if known else math.nan
 
 
-def _name_ticks(
-    axis: Any, groups: Sequence[Sequence[str]], shift: float = 0.0, rotation: int = 0
-) -> None:
-    """Names of layers along an axis, as many as can be read."""
-    every = math.ceil(len(groups) / 30)
-    places = range(0, len(groups), every)
-    axis.set_ticks(
-        [place + shift for place in places],
-        labels=[groups[place][0] for place in places],
-        fontsize=7,
-        rotation=rotation,
-        parse_math=False,
-    )
-
-
-STUDIES.register(NAME)(
+cka: Study = STUDIES.register(NAME)(
     Study(
         NAME,
         "Similarity of features (CKA)",
-        "How much do the features of a layer change when an image is attacked, or from one network "
-        "to another?",
+        "How much do the features of each layer change when images are attacked, or between two "
+        "networks?",
         "cure analyse cka RUN RUN ...",
-        findings,
-        tables,
-        pictures,
+        CkaOptions,
+        compute,
+        view,
     )
 )

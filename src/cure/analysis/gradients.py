@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor
 
-from cure.analysis.study import STUDIES, Rows, Study, keep, unique
+from cure.analysis.render import MISSING, StudyTable, View, listed, number
+from cure.analysis.study import STUDIES, RunStudyOptions, Study, open_runs, save_result
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.runner import Progress, Result
 from cure.runs.folder import RunFolder
 from cure.runs.records import GradientLine
-from cure.runs.run import Run
 from cure.training.gradient_logger import COUNTS
-from cure.utils import plotting as drawing
-from cure.utils.io import check_free
-from cure.utils.plotting import Picture
+from cure.utils.plotting import Chart, Panel, Series
 
+NAME = "gradients"
 BINS = 40
 """Stretches of a run over which sizes are averaged."""
 
@@ -127,48 +126,29 @@ def overlap(
     }
 
 
-def gradients(
-    runs: str | Path | Run | Sequence[str | Path | Run],
-    *,
-    output: str | Path | None = None,
-    progress: Progress = no_progress,
-) -> Result:
-    """Sizes of gradients, shares of weights that move, and what masks conserve, from records.
-
-    Args:
-        runs: runs, or their folders, trained with ``training.record_gradients``.
-        output: a JSON file in the place of the first run's ``studies/``.
-        progress: told (run, 1, 1).
+def compute(targets: Sequence[Any], options: RunStudyOptions, progress: Progress) -> Result:
+    """Sizes of gradients, shares of weights that move, and what masks hold back, from records.
 
     Returns:
         ``runs``: for each ``tensors`` and ``shapes``; ``sizes``: mean \\|gradient\\| by tensor,
         ``before`` and ``after`` the mask, averaged over stretches of the run that begin at
         ``steps``; ``phases``, "first" and "last": percent of the weights of each tensor that the
-        optimiser is given a gradient for (``moved``), that a threshold a tensor (``layer``) and one
-        for the network (``global``) leave free to move, and whose gradient is larger than fixed
-        sizes (``above``); of a method with a mask also ``frequency`` (:func:`frequencies`, of all
-        weights and by tensor, and :func:`by_chance`) and ``overlap`` (:func:`overlap`, with the
+        optimiser is given a gradient for (``moved``), that a threshold for each tensor (``layer``)
+        and one for the network (``global``) leave free to move, and whose gradient is larger than
+        fixed sizes (``above``); of a method with a mask also ``frequency`` (:func:`frequencies`, of
+        all weights and by tensor, and :func:`by_chance`) and ``overlap`` (:func:`overlap`, with the
         record before, ``every`` steps, and with the step before).
 
-    Raises:
-        CureError: for every mistake a user can mend; nothing is written then.
-
-    Source: CURE, ICLR 2024, Figs. 6 and 10.  With one threshold a tensor the share that moves is
-    100 - p percent in every tensor at all times, so the shares of Figs. 6b and 10, which differ by
-    layer, can only come from one threshold for the network or from a fixed size.
+    Source: CURE, ICLR 2024, Figs. 6 and 10.  With one threshold for each tensor the share that
+    moves is 100 - p percent in every tensor at all times, so the shares of Figs. 6b and 10, which
+    differ by layer, can only come from one threshold for the network or from a fixed size.
     """
-    check_free(output)
-    targets = [runs] if isinstance(runs, str | Path | Run) else list(runs)
-    if not targets:
-        raise ConfigError("expected one or more runs")
-    folders = [RunFolder.open(run.path if isinstance(run, Run) else run) for run in targets]
-    body: Result = {"runs": []}
-    names: list[str] = []
-    for folder in folders:
-        names.append(unique(folder.path.name, names))
-        body["runs"].append(_studied(names[-1], folder))
-        progress(names[-1], 1, 1)
-    return keep("gradients", body, folder=folders[0], output=output)
+    runs = []
+    opened = open_runs(targets)
+    for name, folder in opened:
+        runs.append(_studied(name, folder))
+        progress(name, 1, 1)
+    return save_result(NAME, {"runs": runs}, folder=opened[0][1], output=options.output)
 
 
 def _studied(name: str, folder: RunFolder) -> Result:
@@ -180,7 +160,7 @@ def _studied(name: str, folder: RunFolder) -> Result:
             "which records every 20 steps"
         )
     try:
-        return _told(name, folder, lines[0], full, [line for line in lines if "again" in line])
+        return _body(name, folder, lines[0], full, [line for line in lines if "again" in line])
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{folder.path / GradientLine.file} is damaged ({type(error).__name__}: {error}); "
@@ -188,7 +168,7 @@ def _studied(name: str, folder: RunFolder) -> Result:
         ) from None
 
 
-def _told(
+def _body(
     name: str, folder: RunFolder, header: Result, full: list[Result], repeated: list[Result]
 ) -> Result:
     shapes = header["shapes"]
@@ -302,11 +282,44 @@ def _frequency(folder: RunFolder, names: Sequence[str]) -> Result | None:
     return body
 
 
-# What is told of a result.
+# What is shown of a result.
 
 
-def _ago(steps: int) -> str:
-    return "the step before" if steps == 1 else f"{steps:,} steps before"
+def view(result: Result) -> View:
+    """Sizes first and last, how often masks hold back the same weights, and all tensors."""
+    runs = result["runs"]
+    header = ["run", "method", "records", "mean |gradient| first", "last", "after mask, last"]
+    header += [f"above {FIXED} last, %", "held back again, %", "by chance, %"]
+    rows, said = [], []
+    for run in runs:
+        first, last = run["phases"]["first"], run["phases"]["last"]
+        found = run.get("overlap", {}).get("record_before", ())
+        again, chance = (
+            number(_over_pairs(found, key)) if found else MISSING for key in ("again", "chance")
+        )
+        start, end = (f"{_total(run, phase['before']):.2g}" for phase in (first, last))
+        row = [run["name"], run["method"], f"{run['records']:,}", start, end]
+        row += [f"{_total(run, last['after']):.2g}", number(_total(run, last["above"][FIXED]))]
+        rows.append([*row, again, chance])
+        mask = (
+            f", {again} % of the weights held back are held back again after "
+            f"{run['every']:,} steps ({chance} % by chance)"
+            if found
+            else ""
+        )
+        said.append(f"{run['name']} {start} to {end} in {run['records']:,} records{mask}")
+    tables = [StudyTable("Gradients", header, rows), *map(_by_tensor, runs)]
+    figures = [_sizes(runs)] if _shown(runs) else []
+    for serial, run in enumerate(runs, 1):
+        figures.append(_moved(run, serial))
+        if run.get("frequency") is not None:
+            figures.append(_often(run, serial))
+        if run.get("overlap", {}).get("record_before"):
+            figures.append(_again(run, serial))
+    finding = (
+        f"Mean |gradient| of a weight in the first and last tenth of training: {listed(said)}."
+    )
+    return View(finding, tables, figures)
 
 
 def _shown(runs: Sequence[Result], most: int = 4) -> list[str]:
@@ -329,320 +342,143 @@ def _total(run: Result, values: Sequence[float]) -> float:
     return float(total / sum(sizes))
 
 
-def _over_pairs(points: Sequence[Result], key: str) -> float:
+def _over_pairs(parts: Sequence[Result], key: str) -> float:
     """Mean over all pairs of masks."""
-    return float(
-        sum(point[key] * point["pairs"] for point in points)
-        / sum(point["pairs"] for point in points)
-    )
+    total = sum(part[key] * part["pairs"] for part in parts)
+    return float(total / sum(part["pairs"] for part in parts))
 
 
-def _range(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{min(known):.1f} to {max(known):.1f} %" if known else "-"
-
-
-def _findings(result: Result) -> list[str]:
-    told = []
-    for run in result["runs"]:
-        name, first, last = run["name"], run["phases"]["first"], run["phases"]["last"]
-        start, end = (_total(run, phase["before"]) for phase in (first, last))
-        told.append(
-            f"{name} ({run['method']}): the mean |gradient| of a weight goes from {start:.2g} in "
-            f"the first tenth of the run to {end:.2g} in the last, before a mask "
-            f"({run['records']:,} records, one every {run['every']:,} steps)."
-        )
-        beyond = [_total(run, phase["above"][FIXED]) for phase in (first, last)]
-        told.append(
-            f"{name}: {beyond[0]:.0f} % of the weights have a gradient larger than {FIXED} at "
-            f"first and {beyond[1]:.0f} % at last."
-        )
-        if "layer" not in last:
-            told.append(f"{name} holds no weight back: all weights move at every step.")
-            continue
-        after = [_total(run, phase["after"]) for phase in (first, last)]
-        told.append(
-            f"{name}: what it holds back leaves {100 * after[0] / start if start else 0:.0f} % of "
-            f"the mean |gradient| at first and {100 * after[1] / end if end else 0:.0f} % at last."
-        )
-        at_first = f"{_range(first['global'])} at first and " if "global" in first else ""
-        told.append(
-            f"{name}: with a threshold a tensor, {_range(last['layer'])} of every tensor may move, "
-            "at all times and by construction; with one threshold for the network, on the same "
-            f"scores, by tensor {at_first}{_range(last['global'])} at last. Shares that differ by "
-            "layer can only come from the second."
-        )
-        often = run["frequency"]
-        if often is not None:
-            told.append(
-                f"{name}: over {often['records']:,} records {often['all']['never']:.1f} % of the "
-                f"weights were never conserved and {often['all']['always']:.1f} % always; one is "
-                f"conserved in {often['all']['mean']:.0f} % of the records on average."
-            )
-        for what, words in (
-            ("step_before", "the step before"),
-            ("record_before", _ago(run["every"])),
-        ):
-            found = run["overlap"][what]
-            if not found or (what == "step_before" and run["every"] == 1):
-                continue
-            again, chance = (_over_pairs(found, key) for key in ("again", "chance"))
-            pairs = sum(point["pairs"] for point in found)
-            told.append(
-                f"{name}: of the weights conserved {words} "
-                f"{again:.1f} % are conserved again; masks drawn anew would give {chance:.1f} % "
-                f"(means of {pairs:,} pairs of masks)."
-            )
-    return told
-
-
-def _tables(result: Result) -> list[Rows]:
-    header = ["run", "method", "records", "mean |gradient| first", "last", "after mask, last"]
-    header += [f"beyond {FIXED} last, %", "conserved again, %", "by chance, %"]
-    cells = []
-    for run in result["runs"]:
-        first, last = run["phases"]["first"], run["phases"]["last"]
-        found = run.get("overlap", {}).get("record_before", ())
-        cells.append(
-            [
-                *(run["name"], run["method"], f"{run['records']:,}"),
-                *(f"{_total(run, phase['before']):.2g}" for phase in (first, last)),
-                f"{_total(run, last['after']):.2g}",
-                f"{_total(run, last['above'][FIXED]):.1f}",
-                *(
-                    f"{_over_pairs(found, key):.1f}" if found else "-"
-                    for key in ("again", "chance")
-                ),
-            ]
-        )
-    tables = [Rows("Gradients", header, cells)]
-    for run in result["runs"]:
-        first, last = run["phases"]["first"], run["phases"]["last"]
-        columns: list[tuple[str, Sequence[float | None]]] = [
-            ("mean |gradient| first", first["before"]),
-            ("last", last["before"]),
-            (f"beyond {FIXED} first, %", first["above"][FIXED]),
-            ("last, %", last["above"][FIXED]),
+def _by_tensor(run: Result) -> StudyTable:
+    phases = run["phases"]
+    columns: list[tuple[str, Sequence[float | None]]] = [
+        (f"mean |gradient| {phase}", of["before"]) for phase, of in phases.items()
+    ]
+    columns += [(f"above {FIXED} {phase}, %", of["above"][FIXED]) for phase, of in phases.items()]
+    columns += [
+        (f"{scope} threshold moves {phase}, %", of[scope])
+        for scope in ("layer", "global")
+        for phase, of in phases.items()
+        if scope in of
+    ]
+    rows = [
+        [
+            name,
+            "x".join(map(str, run["shapes"][place])),
+            *(f"{values[place]:.2g}" for _, values in columns[:2]),
+            *(number(values[place]) for _, values in columns[2:]),
         ]
-        for scope in ("layer", "global"):
-            if scope in last and scope in first:
-                columns += [
-                    (f"{scope} threshold moves first, %", first[scope]),
-                    ("last, %", last[scope]),
-                ]
-        rows = [
-            [
-                name,
-                "x".join(map(str, run["shapes"][place])),
-                *(
-                    "-"
-                    if values[place] is None
-                    else f"{values[place]:{'.2g' if place_of < 2 else '.1f'}}"
-                    for place_of, (_, values) in enumerate(columns)
-                ),
-            ]
-            for place, name in enumerate(run["tensors"])
-        ]
-        head = ["tensor", "shape", *(label for label, _ in columns)]
-        tables.append(Rows(f"Gradients by tensor, {run['name']}", head, rows))
-    return tables
+        for place, name in enumerate(run["tensors"])
+    ]
+    head = ["tensor", "shape", *(label for label, _ in columns)]
+    return StudyTable(f"Gradients by tensor, {run['name']}", head, rows)
 
 
-def _pictures(result: Result) -> list[Picture]:
-    runs = result["runs"]
-    pictures = [_sizes_picture(runs)] if _shown(runs) else []
-    for number, run in enumerate(runs, 1):
-        pictures.append(_moved_picture(run, number))
-        if run.get("frequency") is not None:
-            pictures.append(_frequency_picture(run, number))
-        if run.get("overlap", {}).get("record_before"):
-            pictures.append(_overlap_picture(run, number))
-    return pictures
-
-
-def _sizes_picture(runs: Sequence[Result]) -> Picture:
-    shown = _shown(runs)
-    rows = -(-len(shown) // 2)
-    figure, panels = drawing.canvas(rows, 2, width=8.4, height=2.7 * rows, sharex=True)
-    for axes, name in zip(panels, shown, strict=False):
-        number = 0
+def _sizes(runs: Sequence[Result]) -> Chart:
+    panels = []
+    for name in _shown(runs):
+        series = []
         for run in runs:
-            place = run["tensors"].index(name)
-            masked = "mask" if "overlap" in run else None
+            masked = "overlap" in run
             for when in ("before", "after") if masked else ("before",):
-                label = run["name"] + (f", {when} the mask" if masked else "")
-                sizes = [row[place] for row in run["sizes"][when]]
-                axes.plot(
-                    run["sizes"]["steps"],
-                    sizes,
-                    label=drawing.plain(label),
-                    markevery=max(1, len(sizes) // 8),
-                    **drawing.series(number),
-                )
-                number += 1
-        axes.set_title(drawing.plain(name))
-        axes.set_ylim(bottom=0)
-        axes.ticklabel_format(axis="y", style="plain", useOffset=False)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    for axes in panels[len(shown) :]:
-        axes.set_visible(False)
-    for axes in panels[-2:]:
-        axes.set_xlabel("step")
-    for axes in panels[::2]:
-        axes.set_ylabel("mean |gradient|")
-    drawing.legend(panels[0], fontsize=8)
-    ends = "; ".join(
-        f"{run['name']} from {_total(run, run['phases']['first']['before']):.2g} to "
-        f"{_total(run, run['phases']['last']['before']):.2g}"
-        for run in runs
-    )
-    return drawing.picture(
-        figure,
+                sizes = [row[run["tensors"].index(name)] for row in run["sizes"][when]]
+                label = run["name"] + (f", {when} mask" if masked else "")
+                series.append(Series(label, run["sizes"]["steps"], sizes))
+        panels.append(Panel(series, "step", "mean |gradient|", name, limits=(0, None)))
+    return Chart(
         "gradients-sizes",
         "Mean size of gradients over training",
-        f"A panel for each of {len(shown)} weight tensors, from the input to the output; curves "
-        f"are means over stretches of the run. Over all weights and before a mask: {ends}.",
+        f"A panel for each of {len(panels)} weight tensors, from the input to the output; curves "
+        "are means over stretches of the run.",
+        panels,
+        columns=2,
+        width=8.4,
+        height=2.7,
     )
 
 
-def _moved_picture(run: Result, number: int) -> Picture:
-    """A dot a tensor: the share that moves, first and last phase."""
+def _moved(run: Result, serial: int) -> Chart:
+    """The share of each tensor that moves, in the first and the last phase."""
     phases = run["phases"]
-    masked = all("global" in phase for phase in phases.values())
-    matrices = [place for place, shape in enumerate(run["shapes"]) if len(shape) > 1]
-    others = [place for place, shape in enumerate(run["shapes"]) if len(shape) <= 1]
-    figure, panels = drawing.canvas(2 if masked else 1, 1, width=8.4, height=5.4 if masked else 3.4)
-    kinds = [("global", "free with one threshold\nfor the network, %")] if masked else []
-    kinds.append(("above", f"|gradient| beyond\n{FIXED}, % of weights"))
-    for axes, (kind, label) in zip(panels, kinds, strict=True):
-        for series, (phase, part) in enumerate(phases.items()):
-            values = part["above"][FIXED] if kind == "above" else part[kind]
-            for places, filled, what in (
-                (matrices, True, "matrices"),
-                (others, False, "scales and biases"),
-            ):
-                known = [place for place in places if values[place] is not None]
-                axes.plot(
-                    known,
-                    [values[place] for place in known],
-                    linestyle="none",
-                    marker=drawing.MARKS[series],
-                    color=drawing.COLOURS[series],
-                    markerfacecolor=drawing.COLOURS[series] if filled else "none",
-                    label=f"{phase} tenth, {what}",
-                )
+    kinds = [("above", f"|gradient| > {FIXED},\n% of weights")]
+    if all("global" in phase for phase in phases.values()):
+        kinds.insert(0, ("global", "free with one threshold\nfor the network, %"))
+    panels = []
+    for kind, label in kinds:
+        series = [
+            Series(
+                f"{phase} tenth",
+                range(len(run["tensors"])),
+                of["above"][FIXED] if kind == "above" else of[kind],
+                line=False,
+            )
+            for phase, of in phases.items()
+        ]
         if kind == "global":
             layer = [share for share in phases["last"]["layer"] if share is not None]
-            axes.axhline(sum(layer) / len(layer), color=drawing.INK, linestyle=":", linewidth=1)
-        axes.set_ylim(-3, 103)
-        axes.set_ylabel(label)
-        axes.set_xticks([])
-    every = -(-len(matrices) // 32) or 1
-    ticks = matrices[::every]
-    labels = [drawing.plain(run["tensors"][place].removesuffix(".weight")) for place in ticks]
-    panels[-1].set_xticks(ticks, labels, rotation=90, fontsize=8)
-    drawing.legend(panels[0], fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    line = (
-        " The dotted line is what a threshold a tensor leaves free: the same in every tensor."
-        if masked
-        else ""
-    )
-    ranges = (
-        f" From {_range(phases['first']['global'])} by tensor at first to "
-        f"{_range(phases['last']['global'])} at last."
-        if masked
-        else ""
-    )
-    return drawing.picture(
-        figure,
-        f"gradients-moved-{number}",
-        f"Which weights of {run['name']} move, by tensor, in the first and the last tenth",
-        f"A mark a tensor from the input to the output.{line}{ranges}",
+            mean, ends = sum(layer) / len(layer), [0, len(run["tensors"]) - 1]
+            series.append(Series("a threshold for each tensor", ends, [mean] * 2, reference=True))
+        names = [name.removesuffix(".weight") for name in run["tensors"]]
+        panels.append(Panel(series, y=label, categories=names, limits=(-3, 103)))
+    return Chart(
+        f"gradients-moved-{serial}",
+        f"Weights of {run['name']} that move, by tensor, in the first and the last tenth",
+        "A mark for each tensor, from the input to the output.",
+        panels,
+        width=8.4,
+        height=3.2,
     )
 
 
-def _frequency_picture(run: Result, number: int) -> Picture:
+def _often(run: Result, serial: int) -> Chart:
     often = run["frequency"]
     bars = len(often["all"]["histogram"])
     middles = [100 * (place + 0.5) / bars for place in range(bars)]
-    figure, (axes,) = drawing.canvas(width=7.2, height=3.8)
-    axes.bar(
-        middles,
-        often["all"]["histogram"],
-        width=92 / bars,
-        color=drawing.COLOURS[7],
-        alpha=0.4,
-        hatch="//",
-        edgecolor=drawing.INK,
-        linewidth=0.6,
-        label="all weights",
-    )
-    axes.plot(middles, often["chance"], color=drawing.INK, linestyle=":", label="masks drawn anew")
-    for place, name in enumerate(_shown([run])):
-        if name in often["tensors"]:
-            shares = often["tensors"][name]["histogram"]
-            axes.plot(middles, shares, label=drawing.plain(name), **drawing.series(place))
-    axes.set_xlabel(f"how often a weight is conserved, % of {often['records']:,} records")
-    axes.set_ylabel("weights, %")
-    drawing.legend(axes, fontsize=8)
-    return drawing.picture(
-        figure,
-        f"gradients-conserved-{number}",
-        f"How often weights of {run['name']} are conserved",
-        f"Bars: all weights; lines: a few tensors, and what masks drawn anew at each step would "
-        f"give. {often['all']['never']:.1f} % are never conserved, {often['all']['always']:.1f} % "
-        f"always; the mean is {often['all']['mean']:.1f} % of the records.",
+    series = [Series("all weights", middles, often["all"]["histogram"])]
+    series += [
+        Series(name, middles, often["tensors"][name]["histogram"])
+        for name in _shown([run])
+        if name in often["tensors"]
+    ]
+    series.append(Series("independent masks", middles, often["chance"], reference=True))
+    return Chart(
+        f"gradients-conserved-{serial}",
+        f"How often weights of {run['name']} are held back",
+        f"{often['all']['never']:.1f} % of the weights are never held back, "
+        f"{often['all']['always']:.1f} % always.",
+        [Panel(series, f"how often, % of {often['records']:,} records", "weights, %")],
     )
 
 
-def _overlap_picture(run: Result, number: int) -> Picture:
-    figure, (axes,) = drawing.canvas(width=7.2, height=3.6)
-    ends = []
-    for place, (what, label) in enumerate(
-        (("step_before", "the step before"), ("record_before", _ago(run["every"])))
-    ):
-        points = run["overlap"][what]
-        if not points or (what == "step_before" and run["every"] == 1):
-            continue
-        axes.plot(
-            [point["step"] for point in points],
-            [point["again"] for point in points],
-            label=f"conserved {label}",
-            markevery=max(1, len(points) // 12),
-            **drawing.series(place),
-        )
-        ends.append(f"{label} {points[0]['again']:.1f} % at first and {points[-1]['again']:.1f} %")
-    points = run["overlap"]["record_before"]
-    axes.plot(
-        [point["step"] for point in points],
-        [point["chance"] for point in points],
-        color=drawing.INK,
-        linestyle=":",
-        label="masks drawn anew",
-    )
-    axes.set_xlabel("step")
-    axes.set_ylabel("conserved again, %")
-    axes.set_ylim(0, 100)
-    drawing.legend(axes, fontsize=8)
-    return drawing.picture(
-        figure,
-        f"gradients-overlap-{number}",
-        f"How much of a mask of {run['name']} is found again",
-        "Of the weights conserved before, the share conserved again: "
-        + "; ".join(f"{words} at last" for words in ends)
-        + f". Masks drawn anew would give {points[-1]['chance']:.1f} %.",
+def _again(run: Result, serial: int) -> Chart:
+    before = run["overlap"]["record_before"]
+    kinds = [(before, f"after {run['every']:,} steps")]
+    if run["every"] > 1 and run["overlap"]["step_before"]:
+        kinds.insert(0, (run["overlap"]["step_before"], "after one step"))
+    series = [
+        Series(label, [part["step"] for part in parts], [part["again"] for part in parts])
+        for parts, label in kinds
+    ]
+    chance = [part["chance"] for part in before]
+    steps = [part["step"] for part in before]
+    series.append(Series("independent masks", steps, chance, reference=True))
+    return Chart(
+        f"gradients-overlap-{serial}",
+        f"Weights of {run['name']} that a later mask holds back again",
+        f"From {before[0]['again']:.1f} % at first to {before[-1]['again']:.1f} % at last; "
+        f"independent masks: {chance[-1]:.1f} %.",
+        [Panel(series, "step", "held back again, %", limits=(0, 100))],
     )
 
 
-STUDIES.register("gradients")(
+gradients: Study = STUDIES.register(NAME)(
     Study(
-        "gradients",
-        "Gradients and the mask",
+        NAME,
+        "Gradients and mask",
         "How large are the gradients of each layer over training, which weights move, and are the "
         "same ones held back again and again?",
         "cure train RECIPE training.record_gradients=20 --run RUN; cure analyse gradients RUN",
-        _findings,
-        _tables,
-        _pictures,
+        RunStudyOptions,
+        compute,
+        view,
     )
 )

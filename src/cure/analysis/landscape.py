@@ -10,32 +10,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
+from cure.analysis.render import (
+    MISSING,
+    StudyTable,
+    View,
+    accuracy,
+    accuracy_series,
+    listed,
+    number,
+)
+from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
 from cure.attacks import Threat, attack_mode
 from cure.attacks.registry import evaluation_attack
-from cure.data import ImageSet, batches
+from cure.data import batches
 from cure.errors import ConfigError
-from cure.evaluation.options import Split
-from cure.evaluation.runner import Curve, Progress, Result, measure, no_progress
+from cure.evaluation.runner import Curve, Progress, Result, measure
 from cure.evaluation.target import TargetLike
-from cure.utils import plotting as drawing
-from cure.utils.io import check_free
-from cure.utils.plotting import Picture
+from cure.utils.plotting import Chart, HeatMap, HeatMaps, Panel
 from cure.utils.random import generator
 
 NAME = "landscape"
 ATTACK = "pgd20"
 FAR_WEIGHTS, FAR_INPUT = 1.0, 2.0
 """Ends of the planes, in filter norms and in epsilon."""
-
-LEVELS = 12
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 
@@ -123,10 +127,10 @@ def directions_of_images(
 
 
 @torch.no_grad()
-def _measured(model: nn.Module, inputs: Batches) -> tuple[float, float]:
+def _measured(model: nn.Module, examples: Batches) -> tuple[float, float]:
     """Mean cross-entropy, and accuracy in percent."""
     loss, right, count = 0.0, 0, 0
-    for image, label in inputs:
+    for image, label in examples:
         logits = model(image).double()
         loss += float(F.cross_entropy(logits, label, reduction="sum"))
         right += int((logits.argmax(dim=1) == label).sum())
@@ -143,144 +147,110 @@ def _steps(points: int, far: float) -> list[float]:
 # -- the study -------------------------------------------------------------------------------------
 
 
-def landscape(
-    *targets: TargetLike,
-    data: str | Path | ImageSet | None = None,
-    split: Split = "test",
-    limit: int | None = 200,
-    points: int = 13,
-    recompute: bool = False,
-    epsilon: str | float | None = None,
-    norm: str | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    weights: str | Path | None = None,
-    batch_size: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    output: str | Path | None = None,
-    progress: Progress = no_progress,
-) -> Result:
+@dataclass(frozen=True, kw_only=True)
+class LandscapeOptions(NetworkStudyOptions):
+    """Options of the study.
+
+    Attributes:
+        points: of each direction: 5, 9, 13, ...
+        recompute: make adversarial images anew at each point of the plane of weights, at 40 times
+            the cost; else those made on the unmoved network are used everywhere, and the
+            adversarial loss away from it is a lower bound.
+    """
+
+    points: Annotated[int, "Points of each direction: 5, 9, 13, ..."] = 13
+    recompute: Annotated[bool, "Attack anew at each point of the weights (slow)."] = False
+    limit: Annotated[int | None, "Only the first so many images."] = 200
+
+
+def compute(targets: Sequence[TargetLike], options: LandscapeOptions, progress: Progress) -> Result:
     """The loss over a plane of weights and over a plane of images, and accuracy over epsilon.
 
     Weights: two random filter-normalised directions, from -1 to 1; BatchNorm stays in evaluation
     mode with its statistics as they are, so that away from the network they no longer fit and the
     loss is an upper bound of what recomputed ones would give.  Images: from -2 to 2 epsilon along
     the direction in which the loss rises fastest and along a random one, each image along its own;
-    changed images are clipped to [0, 1].  Costs ``3 points^2`` forward passes an image and network,
-    and PGD-20 at up to 15 radii.
-
-    Args:
-        targets: runs, names of networks, networks.
-        data: images; by default those of the first run.
-        split: which images.
-        limit: only the first so many; all with None.
-        points: of each direction: 5, 9, 13, ...
-        recompute: make adversarial images (PGD-20) anew at each point of the plane of weights, at
-            40 times the cost; else those made on the unmoved network are used everywhere, and the
-            adversarial loss away from it is a lower bound.
-        epsilon: radius; by default that of the first run.
-        norm: as ``epsilon``.
-        checkpoint: which weights of runs.
-        weights: weights file of a single network.
-        batch_size: images at once.
-        device: "auto", "cpu", "cuda".
-        seed: of directions and random starts.
-        output: JSON file.
-        progress: told (network and part, done, in all).
+    changed images are clipped to [0, 1].  Costs ``3 points^2`` forward passes for each image and
+    network, and PGD-20 at up to 15 radii.
 
     Returns:
         ``networks``: by name ``weights`` {"steps", "natural", "adversarial"} and ``input``
         {"steps", "natural"}, each of which holds ``loss`` and ``accuracy`` [second][first
         direction] (null where it is not finite), and ``natural`` and ``curve`` as in
         :func:`cure.evaluate`.
-
-    Raises:
-        CureError: for every mistake a user can mend; nothing is written then.
     """
-    check_free(output)
+    points, recompute = options.points, options.recompute
     if points < 5 or points % 4 != 1:
         raise ConfigError(
             "--points: expected 5, 9, 13 or 4 more, and so on, so that the middle and one epsilon "
             f"are among them, got {points}"
         )
-    looked = look(
-        targets,
-        data=data,
-        split=split,
-        limit=limit,
-        epsilon=epsilon,
-        norm=norm,
-        checkpoint=checkpoint,
-        weights=weights,
-        batch_size=batch_size,
-        device=device,
-        seed=seed,
-    )
+    inputs = StudyInputs.load(targets, options)
     # Refuses L1, too.
-    evaluation_attack(ATTACK).defined(len(looked.images.classes), looked.threat)
-    images = looked.images.checked().to(looked.engine.device)
+    evaluation_attack(ATTACK).defined(len(inputs.images.classes), inputs.threat)
+    images = inputs.images.checked().to(inputs.engine.device)
     networks = {}
-    for name, network in looked.networks.items():
+    for name, network in inputs.networks.items():
         # First: it refuses networks that return no logits.
         measured = measure(
             network,
             images,
             [],
-            looked.threat,
-            engine=looked.engine,
-            batch_size=looked.batch_size,
-            seed=seed,
+            inputs.threat,
+            engine=inputs.engine,
+            batch_size=inputs.batch_size,
+            seed=inputs.seed,
             progress=_named(name, progress),
             curve=Curve(ATTACK),
         )
-        inputs = [
-            (looked.engine.arrange(batch.image), batch.label)
-            for batch in batches(images, looked.batch_size)
+        examples = [
+            (inputs.engine.arrange(batch.image), batch.label)
+            for batch in batches(images, inputs.batch_size)
         ]
         networks[name] = {
             "natural": measured["natural"],
             "curve": measured["curve"],
-            "weights": _over_weights(looked, network, inputs, points, recompute, name, progress),
-            "input": _over_images(looked, network, inputs, points, name, progress),
+            "weights": _over_weights(inputs, network, examples, points, recompute, name, progress),
+            "input": _over_images(inputs, network, examples, points, name, progress),
         }
     body = {
-        **looked.described(),
+        **inputs.described(),
         "n": len(images),
         "attack": {"name": ATTACK} | evaluation_attack(ATTACK).settings,
         "recompute": recompute,
         "networks": networks,
     }
-    return keep(NAME, body, folder=looked.folder, output=output)
+    return save_result(NAME, body, folder=inputs.folder, output=options.output)
 
 
 def _named(network: str, progress: Progress) -> Progress:
     return lambda name, done, count: progress(f"{network} {name}", done, count)
 
 
-def _attacked(looked: Looked, network: nn.Module, inputs: Batches) -> Batches:
+def _attacked(inputs: StudyInputs, network: nn.Module, examples: Batches) -> Batches:
     run = evaluation_attack(ATTACK).parts[ATTACK].run
     return [
         (
-            looked.engine.arrange(run(network, image, label, looked.threat, looked.seed, number)),
+            inputs.engine.arrange(run(network, image, label, inputs.threat, inputs.seed, number)),
             label,
         )
-        for number, (image, label) in enumerate(inputs)
+        for number, (image, label) in enumerate(examples)
     ]
 
 
 def _over_weights(
-    looked: Looked,
+    inputs: StudyInputs,
     network: nn.Module,
-    inputs: Batches,
+    examples: Batches,
     points: int,
     recompute: bool,
     name: str,
     progress: Progress,
 ) -> dict[str, Any]:
     plane = [
-        filter_normalised(network, generator("cpu", looked.seed, NAME, number)) for number in (0, 1)
+        filter_normalised(network, generator("cpu", inputs.seed, NAME, number)) for number in (0, 1)
     ]
-    steps, adversarial = _steps(points, FAR_WEIGHTS), _attacked(looked, network, inputs)
+    steps, adversarial = _steps(points, FAR_WEIGHTS), _attacked(inputs, network, examples)
     found = {"natural": _empty(), "adversarial": _empty()}
     with movable(network) as move:
         for row, second in enumerate(steps):
@@ -289,20 +259,25 @@ def _over_weights(
                 of["accuracy"].append([])
             for column, first in enumerate(steps):
                 move(plane, (first, second))
-                attacked = _attacked(looked, network, inputs) if recompute else adversarial
-                for kind, shown in (("natural", inputs), ("adversarial", attacked)):
+                attacked = _attacked(inputs, network, examples) if recompute else adversarial
+                for kind, shown in (("natural", examples), ("adversarial", attacked)):
                     _note(found[kind], _measured(network, shown))
                 progress(f"{name} weights", row * points + column + 1, points**2)
     return {"steps": steps} | found
 
 
 def _over_images(
-    looked: Looked, network: nn.Module, inputs: Batches, points: int, name: str, progress: Progress
+    inputs: StudyInputs,
+    network: nn.Module,
+    examples: Batches,
+    points: int,
+    name: str,
+    progress: Progress,
 ) -> dict[str, Any]:
-    draws = generator("cpu", looked.seed, NAME, "images")
+    draws = generator("cpu", inputs.seed, NAME, "images")
     around = [
-        (image, label, *directions_of_images(network, image, label, looked.threat, draws))
-        for image, label in inputs
+        (image, label, *directions_of_images(network, image, label, inputs.threat, draws))
+        for image, label in examples
     ]
     steps, found = _steps(points, FAR_INPUT), _empty()
     for row, second in enumerate(steps):
@@ -328,23 +303,70 @@ def _note(found: dict[str, list[list[float | None]]], came: tuple[float, float])
     found["accuracy"][-1].append(accuracy)
 
 
-# -- how it is told --------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
+
+_KINDS = ("natural", "adversarial")
 
 
-def _at(of: Mapping[str, Any], kind: str, what: str, first: float, second: float) -> float | None:
-    """A value of a plane at the point nearest to two lengths."""
+def view(result: Result) -> View:
+    """Losses at a few points, accuracy over epsilon, and the two planes of each network."""
+    threat, networks = result["threat"], result["networks"]
+    rows = [
+        [
+            name,
+            *(number(_at(of["input"], *place), 2) for place in ((0, 0), (1, 0), (0, 1))),
+            *(number(_rise(of["weights"], kind), 2, sign=True) for kind in _KINDS),
+            _half_lost(of) or MISSING,
+        ]
+        for name, of in networks.items()
+    ]
+    header = ["model", "loss", "at 1 epsilon, gradient", "at 1 epsilon, random"]
+    header += ["rise in weights, natural", "rise in weights, adversarial", "half lost from epsilon"]
+    radii = {
+        point["epsilon_text"]: float(point["epsilon"])
+        for of in networks.values()
+        for point in of["curve"]["points"]
+    }
+    texts = sorted(radii, key=radii.__getitem__)
+    curves = []
+    for name, of in networks.items():
+        known = {point["epsilon_text"]: accuracy(point) for point in of["curve"]["points"]}
+        # A curve ends where no image is left.
+        curves.append([name, accuracy(of["natural"]), *(known.get(text, "0.0") for text in texts)])
+    tables = [
+        StudyTable(f"Loss around images and weights, n = {result['n']:,}", header, rows),
+        StudyTable(
+            f"Accuracy under PGD-20 over {threat['norm']} epsilon, % (95 % interval)",
+            ["model", "0", *texts],
+            curves,
+        ),
+    ]
+    finding = (
+        f"Loss at the images and one epsilon ({threat['norm']} {threat['epsilon_text']}) away "
+        "along the gradient and at random: "
+        + listed(
+            f"{row[0]} {row[1]}, {row[2]} and {row[3]}{_suspect(of, threat)}"
+            for row, of in zip(rows, networks.values(), strict=True)
+        )
+        + f"; n = {result['n']:,} images."
+    )
+    return View(finding, tables, [_over_epsilon(result), *_planes(result)])
+
+
+def _at(of: Mapping[str, Any], first: float, second: float, kind: str = "natural") -> float | None:
+    """The loss of a plane at the point nearest to two lengths."""
     steps = of["steps"]
     row, column = (
         min(range(len(steps)), key=lambda place: abs(steps[place] - length))
         for length in (second, first)
     )
-    value: float | None = of[kind][what][row][column]
+    value: float | None = of[kind]["loss"][row][column]
     return value
 
 
 def _rise(of: Mapping[str, Any], kind: str) -> float | None:
     """Mean rise of the loss over the points at most half a filter norm away, without the centre."""
-    steps, centre = of["steps"], _at(of, kind, "loss", 0, 0)
+    steps, centre = of["steps"], _at(of, 0, 0, kind)
     rises = [
         of[kind]["loss"][r][c]
         for r, second in enumerate(steps)
@@ -356,275 +378,105 @@ def _rise(of: Mapping[str, Any], kind: str) -> float | None:
     return math.fsum(rises) / len(rises) - centre
 
 
-def _number(value: float | None, sign: str = "") -> str:
-    return "not finite" if value is None else f"{value:{sign}.2f}"
+def _half_lost(of: Mapping[str, Any]) -> str | None:
+    """The first radius at which fewer than half of the naturally correct images are correct."""
+    half = of["natural"]["accuracy"] / 2
+    radii = (p["epsilon_text"] for p in of["curve"]["points"] if p["accuracy"] < half)
+    return next(radii, None)
 
 
-def _beyond_half(network: Mapping[str, Any]) -> str | None:
-    """The first radius at which fewer than half of the naturally right images are right."""
-    half = network["natural"]["accuracy"] / 2
-    for point in network["curve"]["points"]:
-        if point["accuracy"] < half:
-            return str(point["epsilon_text"])
-    return None
-
-
-def _lost(network: Mapping[str, Any]) -> str:
-    radius = _beyond_half(network)
-    if radius is None:
-        return "at least half of these images stay right at every epsilon tried"
-    return f"fewer than half of these images stay right from epsilon {radius} on"
-
-
-def findings(result: Result) -> list[str]:
-    """What was found, in sentences."""
-    said, threat = [], result["threat"]
-    for name, of in result["networks"].items():
-        centre = _at(of["input"], "natural", "loss", 0, 0)
-        steep = _at(of["input"], "natural", "loss", 1, 0)
-        random = _at(of["input"], "natural", "loss", 0, 1)
-        natural = of["natural"]
-        low, high = natural["interval"]
-        said.append(
-            f"{name}: one epsilon along the direction in which the loss rises fastest takes it "
-            f"from {_number(centre)} to {_number(steep)}, one along a random direction to "
-            f"{_number(random)}. Up to half a filter norm away in weights the natural loss differs "
-            f"by {_number(_rise(of['weights'], 'natural'), '+')} on average, the adversarial one "
-            f"by {_number(_rise(of['weights'], 'adversarial'), '+')}. Natural accuracy is "
-            f"{natural['accuracy']:.1f} % ({low:.1f} to {high:.1f}); under PGD-20 {_lost(of)}."
-        )
-        if None not in (centre, steep, random) and steep <= random and random > centre:  # type: ignore[operator]
-            said.append(
-                f"{name}: a random direction raises the loss as much as the gradient's: a sign of "
-                "masked gradients; see `cure diagnose`."
-            )
-        # Only in Linf: half of the range makes any image grey.
-        for last in of["curve"]["points"][-1:] if threat["norm"] == "Linf" else ():
-            if last["epsilon"] < 0.5 or not last["correct"]:
-                continue
-            said.append(
-                f"{name}: {last['accuracy']:.1f} % are still right at epsilon "
-                f"{last['epsilon_text']}, where any image can be made grey: attacks fail on this "
-                "network; see `cure diagnose`."
-            )
-    made = (
-        "made anew at every point"
-        if result["recompute"]
-        else "made on the unmoved network, so the adversarial loss away from it is a lower bound"
+def _suspect(of: Mapping[str, Any], threat: Mapping[str, Any]) -> str:
+    """A sign of masked gradients, if there is one."""
+    centre, steep, random = (_at(of["input"], *place) for place in ((0, 0), (1, 0), (0, 1)))
+    flat = (
+        centre is not None
+        and steep is not None
+        and random is not None
+        and steep <= random
+        and random > centre
     )
-    said.append(
-        f"n = {result['n']:,} images, epsilon {threat['norm']} {threat['epsilon_text']}; two "
-        f"random directions of weights (seed {result['seed']}), filter by filter as long as the "
-        "weights; parameters of one dimension and BatchNorm's statistics stay. Adversarial "
-        f"images: PGD-20, {made}. A flat picture in two directions of many does not prove a flat "
-        "valley."
-    )
-    return said
+    last = of["curve"]["points"][-1:]
+    # In Linf half of the range makes any image grey, on which no network can be right.
+    stays = threat["norm"] == "Linf" and any(p["epsilon"] >= 0.5 and p["correct"] for p in last)
+    return " (a sign of masked gradients: run `cure diagnose`)" if flat or stays else ""
 
 
-def tables(result: Result) -> list[Rows]:
-    """The numbers of the findings, and accuracy over epsilon."""
-    rows = []
-    for name, of in result["networks"].items():
-        rows.append(
-            [
-                name,
-                *(
-                    _number(_at(of["input"], "natural", "loss", *place))
-                    for place in ((0, 0), (1, 0), (0, 1))
-                ),
-                _number(_rise(of["weights"], "natural"), "+"),
-                _number(_rise(of["weights"], "adversarial"), "+"),
-                _beyond_half(of) or "-",
-            ]
-        )
-    radii = list(
-        dict.fromkeys(
-            point["epsilon_text"]
-            for of in result["networks"].values()
-            for point in of["curve"]["points"]
-        )
-    )
-    radii.sort(key=lambda text: _radius(result, text))
-    curves = [
-        [
-            name,
-            _accuracy(of["natural"]),
-            *(
-                next(
-                    (_accuracy(p) for p in of["curve"]["points"] if p["epsilon_text"] == text),
-                    "0.0",
-                )
-                for text in radii
-            ),
-        ]
-        for name, of in result["networks"].items()
-    ]
-    return [
-        Rows(
-            f"Loss around images and weights, n = {result['n']:,}",
-            [
-                "model",
-                "loss",
-                "1 epsilon up",
-                "1 epsilon at random",
-                "weights: natural",
-                "weights: adversarial",
-                "half lost from",
-            ],
-            rows,
-        ),
-        Rows(
-            f"Accuracy under PGD-20 over {result['threat']['norm']} epsilon, percent "
-            "(Wilson 95 % interval)",
-            ["model", "0", *radii],
-            curves,
-        ),
-    ]
-
-
-def _radius(result: Result, text: str) -> float:
-    return next(
-        float(point["epsilon"])
-        for of in result["networks"].values()
-        for point in of["curve"]["points"]
-        if point["epsilon_text"] == text
-    )
-
-
-def _accuracy(of: Mapping[str, Any]) -> str:
-    low, high = of["interval"]
-    return f"{of['accuracy']:.1f} ({low:.1f}-{high:.1f})"
-
-
-def pictures(result: Result) -> list[Picture]:
-    """Accuracy over epsilon, and for each network its two planes; scales are common to all."""
-    made = [_curves(result)]
-    networks = result["networks"]
-    in_weights = _scale([of["weights"][k] for of in networks.values() for k in _KINDS])
-    in_images = _scale([of["input"]["natural"] for of in networks.values()])
-    for number, (name, of) in enumerate(networks.items()):
-        made.append(
-            _planes(
-                f"landscape-weights-{number + 1}",
-                f"Loss around the weights of {name}",
-                of["weights"],
-                [(kind, "loss", f"{kind} loss") for kind in _KINDS],
-                in_weights,
-                ("first direction, filter norms", "second direction, filter norms"),
-                "Along two random filter-normalised directions; the network is in the middle.",
-            )
-        )
-        made.append(
-            _planes(
-                f"landscape-images-{number + 1}",
-                f"Loss and accuracy around images, {name}",
-                of["input"],
-                [("natural", "loss", "loss"), ("natural", "accuracy", "accuracy, percent")],
-                in_images,
-                ("direction of the gradient, epsilon", "random direction, epsilon"),
-                f"Epsilon is {result['threat']['norm']} {result['threat']['epsilon_text']}; the "
-                "unchanged images are in the middle.",
-            )
-        )
-    return made
-
-
-_KINDS = ("natural", "adversarial")
-
-
-def _scale(planes: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Levels of the loss in equal ratios, over all planes."""
-    values = [v for plane in planes for row in plane["loss"] for v in row if v is not None]
-    low = max(min(values, default=1.0), 1e-3)
-    high = max(max(values, default=1.0), 1.01 * low)
-    return [low * (high / low) ** (place / LEVELS) for place in range(LEVELS + 1)]
-
-
-def _planes(
-    name: str,
-    title: str,
-    of: Mapping[str, Any],
-    shown: Sequence[tuple[str, str, str]],
-    losses: list[float],
-    labels: tuple[str, str],
-    told: str,
-) -> Picture:
-    from matplotlib.colors import LogNorm, Normalize
-
-    figure, panels = drawing.canvas(1, len(shown), width=7.6, height=3.9, sharey=True)
-    for axes, (kind, what, heading) in zip(panels, shown, strict=True):
-        levels = losses if what == "loss" else [10.0 * place for place in range(11)]
-        norm = (LogNorm if what == "loss" else Normalize)(levels[0], levels[-1])
-        # What is not finite, or beyond a scale that begins above 0, stays blank or at its end.
-        values = [
-            [math.nan if v is None else min(max(v, levels[0]), levels[-1]) for v in row]
-            for row in of[kind][what]
-        ]
-        steps = of["steps"]
-        axes.contourf(steps, steps, values, levels=levels, norm=norm, cmap="cividis")
-        inner = levels[1:-1]
-        light = [1.0 if norm(level) < 0.5 else 0.0 for level in inner]
-        drawn = axes.contour(
-            steps,
-            steps,
-            values,
-            levels=inner,
-            colors=["#ffffff" if one else "#111111" for one in light],
-            linewidths=0.7,
-            linestyles="solid",
-        )
-        axes.clabel(drawn, fontsize=7, fmt=lambda level: f"{level:.3g}")
-        axes.plot([0], [0], marker="o", color="#ffffff", markeredgecolor="#111111")
-        axes.set_title(heading)
-        axes.set_aspect("equal")
-        axes.set_xlabel(labels[0])
-    panels[0].set_ylabel(labels[1])
-    ends = "; ".join(
-        f"{heading}: {_number(_at(of, kind, what, 0, 0))} in the middle, from "
-        + " to ".join(_number(end) for end in _range([v for row in of[kind][what] for v in row]))
-        for kind, what, heading in shown
-    )
-    return drawing.picture(figure, name, title, f"{told} {ends}. Lines carry their values.")
-
-
-def _range(values: Sequence[float | None]) -> tuple[float | None, float | None]:
-    known = [value for value in values if value is not None]
-    return (min(known), max(known)) if known else (None, None)
-
-
-def _curves(result: Result) -> Picture:
-    norm = result["threat"]["norm"]
+def _over_epsilon(result: Result) -> Chart:
+    norm, networks = result["threat"]["norm"], result["networks"]
     unit = 255 if norm == "Linf" else 1
-    curves, intervals = {}, {}
-    for name, of in result["networks"].items():
-        points = [{"epsilon": 0.0} | of["natural"], *of["curve"]["points"]]
-        curves[name] = [(unit * point["epsilon"], point["accuracy"]) for point in points]
-        intervals[name] = [tuple(point["interval"]) for point in points]
-    told = "; ".join(
-        f"{name}: natural {of['natural']['accuracy']:.1f} percent, {_lost(of)}"
-        for name, of in result["networks"].items()
+    series = []
+    for name, of in networks.items():
+        parts = [{"epsilon": 0.0} | of["natural"], *of["curve"]["points"]]
+        series.append(accuracy_series(name, [unit * part["epsilon"] for part in parts], parts))
+    half = listed(
+        f"{name} from epsilon {_half_lost(of) or MISSING}" for name, of in networks.items()
     )
-    return drawing.lines(
+    return Chart(
         "landscape-curve",
         "Accuracy under PGD-20 over epsilon",
-        curves,
-        x=f"{norm} epsilon" + (", of 255 levels" if norm == "Linf" else ""),
-        y="accuracy, percent",
-        description=f"{told}. Bands: Wilson 95 % intervals, n = {result['n']:,}.",
-        intervals=intervals,
+        f"Half of the images are lost: {half}. Bands: 95 % intervals, n = {result['n']:,}.",
+        [Panel(series, f"{norm} epsilon" + (" (1/255)" if unit == 255 else ""), "accuracy, %")],
     )
 
 
-STUDIES.register(NAME)(
+def _planes(result: Result) -> Iterator[HeatMaps]:
+    """For each network its two planes; scales of the loss are common to all networks."""
+    networks = result["networks"]
+    in_weights = _scale([of["weights"][kind] for of in networks.values() for kind in _KINDS])
+    made = (
+        "Adversarial images are made anew at every point."
+        if result["recompute"]
+        else "Adversarial images are those of the unmoved network, so their loss is a lower bound."
+    )
+    in_images = _scale([of["input"]["natural"] for of in networks.values()])
+    for serial, (name, of) in enumerate(networks.items(), 1):
+        axes = ("first direction, filter norms", "second direction, filter norms")
+        maps = [_plane(of["weights"], kind, "loss", in_weights, axes) for kind in _KINDS]
+        yield HeatMaps(
+            f"landscape-weights-{serial}",
+            f"Loss around the weights of {name}",
+            f"Along two random filter-normalised directions; the network is in the middle. {made}",
+            maps,
+        )
+        axes = ("direction of the gradient, epsilon", "random direction, epsilon")
+        yield HeatMaps(
+            f"landscape-images-{serial}",
+            f"Loss and accuracy around images, {name}",
+            "The unchanged images are in the middle.",
+            [
+                _plane(of["input"], "natural", "loss", in_images, axes),
+                _plane(of["input"], "natural", "accuracy", (0.0, 100.0), axes),
+            ],
+        )
+
+
+def _plane(
+    of: Mapping[str, Any], kind: str, what: str, ends: tuple[float, float], axes: tuple[str, str]
+) -> HeatMap:
+    steps = [f"{step:g}" for step in of["steps"]]
+    # The second direction rises from the bottom to the top.
+    values = of[kind][what][::-1]
+    loss = what == "loss"
+    title = f"{kind} loss" if loss else "accuracy, %"
+    return HeatMap(values, steps[::-1], steps, *axes, title, *ends, loss)
+
+
+def _scale(planes: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Ends of a logarithmic scale of the loss, over all planes."""
+    values = [v for plane in planes for row in plane["loss"] for v in row if v is not None]
+    low = max(min(values, default=1.0), 1e-3)
+    return low, max(max(values, default=1.0), 1.01 * low)
+
+
+landscape: Study = STUDIES.register(NAME)(
     Study(
         NAME,
         "Landscape of the loss",
-        "Is the loss flat around the network's weights and around images, and how does accuracy "
-        "fall as the adversary may change more?",
+        "Is the loss flat around the weights of the network and around images, and how does "
+        "accuracy fall as an attack may change more?",
         "cure analyse landscape RUN RUN ...",
-        findings,
-        tables,
-        pictures,
+        LandscapeOptions,
+        compute,
+        view,
     )
 )

@@ -9,68 +9,82 @@ Source: CURE, ICLR 2024, Section 3 and Appendix G (Figures 2, 4 and 11).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
-from cure.analysis.study import STUDIES, Rows, Study, keep
+from cure.analysis.render import StudyTable, View, accuracy, accuracy_series, listed, number
+from cure.analysis.study import STUDIES, Study, save_result
 from cure.config import RunConfig
 from cure.data import load
 from cure.errors import ConfigError, TrainingStopped
-from cure.evaluation.runner import Result
+from cure.evaluation.runner import Progress, Result
 from cure.experiments.executors import Executor, LocalExecutor
 from cure.experiments.plan import Measurement, Plan, PlanRow, carry_out_plan, results_of
 from cure.models.blocks import CLASSIFIER, STEM, blocks
 from cure.models.build import network_of
 from cure.recipe import load_recipe, parse_override
-from cure.utils.plotting import INK, Picture, canvas, legend, picture
+from cure.utils.plotting import Chart, Panel, Series
 
+NAME = "layerwise"
 SETS = ("1", "2", "3", "4", "12", "23", "34", "123", "234", "all")
 """The paper's nine sets of blocks, and all."""
 
-TOLD = {"reinitialised": "Blocks drawn anew", "kept": "Blocks kept"}
-
 VARIANTS = {"reinitialised": "weights", "kept": "none"}
-"""Whether the chosen blocks are drawn anew, and what ``layers.reinitialise`` says then."""
+"""Whether the chosen blocks are reinitialised, and what ``layers.reinitialise`` says then."""
 
-HATCHES = {"reinitialised": "", "kept": "///"}
+Learning = Literal["frozen", "updated"]
+"""Whether something changes while other parts learn."""
 
 
-def layerwise(
-    recipe: str,
-    settings: Sequence[str] = (),
-    *,
-    output: str | Path,
-    sets: Sequence[str] | None = None,
-    variants: Sequence[Literal["reinitialised", "kept"]] = ("reinitialised", "kept"),
-    stem: Literal["frozen", "updated"] = "frozen",
-    statistics: Literal["frozen", "updated"] = "frozen",
-    method: str = "at",
-    attack: str = "pgd20",
-    limit: int | None = 1000,
-    executor: Executor | None = None,
-    tell: Callable[[str], None] = lambda line: None,  # noqa: ARG005
-) -> Result:
-    """Train and evaluate the sets of blocks that are not done yet.
+@dataclass(frozen=True, kw_only=True)
+class LayerwiseOptions:
+    """Options of the study; what is trained but for the method is the recipe's.
 
-    Args:
-        recipe: what is trained but for the method: data, network, epochs.
-        settings: changes to it, ``training.epochs=5``.
+    Attributes:
         output: folder of the study; its runs are in ``runs``, each resumable, and the natural
-            network that all start from is one of them.  The same call goes on where it stopped.
+            network that all start from is one of them.  The same call continues it.
         sets: blocks that learn, as digits ("23") or "all"; by default the paper's, as far as the
             network has the blocks.
-        variants: whether the blocks are drawn anew before training.
+        variants: whether the blocks are reinitialised before training.
         stem: whether what comes before the first block learns with them (paper's text: frozen;
             released code: updated).
-        statistics: whether BatchNorm of frozen blocks goes on with its statistics (released code:
+        statistics: whether BatchNorm of frozen blocks updates its statistics (released code:
             updated).
         method: how the blocks are trained; the paper: Madry's adversarial training.
         attack: measures robust accuracy.
         limit: only the first so many test images.
-        executor: who trains; by default this machine, a run at a time.
-        tell: told a line a run.
+        jobs: runs at a time on this machine.
+        executor: who trains instead of this machine.
+        tell: receives a line for each run.
+    """
+
+    output: Annotated[str | Path, "Folder of the study; the same one continues."] = "layerwise"
+    sets: Annotated[Sequence[str] | None, "Blocks that learn: 1,23,all (default: the paper's)."] = (
+        None
+    )
+    variants: Annotated[Sequence[str], "Whether these are reinitialised first, or kept."] = (
+        "reinitialised",
+        "kept",
+    )
+    stem: Annotated[Learning, "What comes before the first block (released code: updated)."] = (
+        "frozen"
+    )
+    statistics: Annotated[Learning, "BatchNorm of frozen blocks (released code: updated)."] = (
+        "frozen"
+    )
+    method: Annotated[str, "How the blocks are trained."] = "at"
+    attack: Annotated[str, "Measures robust accuracy."] = "pgd20"
+    limit: Annotated[int | None, "Only the first so many test images."] = 1000
+    jobs: Annotated[int, "Runs at a time."] = 1
+    executor: Executor | None = None
+    tell: Callable[[str], None] = lambda line: None  # noqa: ARG005
+
+
+def compute(arguments: Sequence[str], options: LayerwiseOptions, progress: Progress) -> Result:  # noqa: ARG001
+    """Train and evaluate the sets of blocks that are not done yet.
 
     Returns:
         ``rows``: for every run its set, variant, natural and robust accuracy on test images with
@@ -78,19 +92,19 @@ def layerwise(
         (their difference is how far it overfits), and share of weights that learnt.
 
     Raises:
-        CureError: for every mistake a user can mend, and when runs fail; the others are kept.
+        CureError: for every mistake a user can correct, and when runs fail; the others are kept.
     """
-    config = load_recipe(recipe, list(settings))
+    recipe, *settings = arguments
+    config = load_recipe(recipe, settings)
     parts = _parts(config)
-    wanted = _sets(sets, parts)
-    for variant in variants:
+    wanted = _sets(options.sets, parts)
+    for variant in options.variants:
         if variant not in VARIANTS:
             raise ConfigError(f"variants: expected reinitialised or kept, got '{variant}'")
-    folder = Path(output)
-    plan = _plan(
-        recipe, settings, folder, config, wanted, variants, stem, statistics, method, attack, limit
-    )
-    failures = carry_out_plan(plan, folder, executor or LocalExecutor(1), tell=tell)
+    folder = Path(options.output)
+    plan = _plan(recipe, settings, config, wanted, options)
+    executor = options.executor or LocalExecutor(options.jobs)
+    failures = carry_out_plan(plan, folder, executor, tell=options.tell)
     done = results_of(plan, folder)
     records = {
         label: done[name].content()
@@ -99,11 +113,8 @@ def layerwise(
     }
     if failures:
         raise TrainingStopped(f"{len(failures)} of the study's runs failed: " + "; ".join(failures))
-    return keep("layerwise", _result(records, parts, plan, attack), output=_file(folder))
-
-
-def _file(folder: Path) -> Path:
-    return folder / "layerwise.json"
+    body = _result(records, parts, plan, options.attack)
+    return save_result(NAME, body, output=folder / f"{NAME}.json")
 
 
 def _parts(config: RunConfig) -> dict[str, list[str]]:
@@ -128,15 +139,9 @@ def _sets(sets: Sequence[str] | None, parts: Mapping[str, object]) -> list[str]:
 def _plan(
     recipe: str,
     settings: Sequence[str],
-    folder: Path,
     config: RunConfig,
     sets: Sequence[str],
-    variants: Sequence[str],
-    stem: str,
-    statistics: str,
-    method: str,
-    attack: str,
-    limit: int | None,
+    options: LayerwiseOptions,
 ) -> Plan:
     """The study as a plan: the natural start, and a row a set and variant."""
     change = dict(parse_override(word) for word in settings)
@@ -146,26 +151,30 @@ def _plan(
         natural[f"{group}.{key}"] = value
     given = config.start != "natural"
     rows = {} if given else {"natural": PlanRow(settings=natural)}
-    for variant in variants:
+    for variant in options.variants:
         for name in sets:
             update = [] if name == "all" else [f"B{digit}" for digit in name]
             rows[f"U-{name}-{variant}"] = PlanRow(
                 settings={
-                    "method": method,
+                    "method": options.method,
                     "start": config.start if given else "run:natural",
                     "layers.update": update,
                     "layers.reinitialise": VARIANTS[variant],
-                    "layers.stem": stem,
-                    "layers.statistics": statistics,
+                    "layers.stem": options.stem,
+                    "layers.statistics": options.statistics,
                 }
             )
     return Plan(
         name="layerwise",
         recipe=recipe,
-        runs=str(folder / "training"),
+        runs=str(Path(options.output) / "training"),
         settings=change,
         seeds=(config.seed,),
-        evaluations=(Measurement(attacks=(attack,), limit=limit, checkpoints=("best", "last")),),
+        evaluations=(
+            Measurement(
+                attacks=(options.attack,), limit=options.limit, checkpoints=("best", "last")
+            ),
+        ),
         rows=rows,
     )
 
@@ -187,9 +196,9 @@ def _result(
                 "label": label,
                 "set": None if label == "natural" else name,
                 "variant": variant or None,
-                "natural": _accuracy(last["natural"]),
-                "robust": _accuracy(last["attacks"][attack]),
-                "best_robust": _accuracy(best["attacks"][attack]),
+                "natural": _cell(last["natural"]),
+                "robust": _cell(last["attacks"][attack]),
+                "best_robust": _cell(best["attacks"][attack]),
                 "best_epoch": record["best_epoch"],
                 # On batches as they are trained on: augmented, by the training attack.
                 "training_robust": _percent(final["train"].get("robust_accuracy")),
@@ -229,162 +238,83 @@ def _evaluation(record: Mapping[str, Any], checkpoint: str) -> dict[str, Any]:
     return found
 
 
-def _accuracy(cell: Mapping[str, Any]) -> dict[str, Any]:
+def _cell(cell: Mapping[str, Any]) -> dict[str, Any]:
     return {key: cell[key] for key in ("accuracy", "interval", "n") if key in cell}
 
 
-# -- how it is told ------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
 
 
-def _of(result: Result, variant: str) -> list[dict[str, Any]]:
-    return [row for row in result["rows"] if row["variant"] == variant]
-
-
-def _variants(result: Result) -> list[str]:
-    return [variant for variant in VARIANTS if _of(result, variant)]
-
-
-def _gap(row: Mapping[str, Any]) -> float | None:
-    """By how much a run does better on what it trains on than on new images."""
-    training: float | None = row["training_robust"]
-    return None if training is None else training - float(row["validation_robust"])
-
-
-def findings(result: Result) -> list[str]:
-    """A result in sentences."""
-    count = result["rows"][0]["natural"]["n"]
-    sentences = [
-        f"{len(result['rows'])} networks, {result['epochs']} epochs, seed {result['seed']}, "
-        f"{count:,} test images of {result['data']['name']}, {result['attack']} at "
-        f"{result['threat']['norm']} {result['threat']['epsilon_text']}; one seed is an anecdote."
-    ]
-    start = next((row for row in result["rows"] if row["set"] is None), None)
-    if start is not None:
-        sentences.append(
-            f"The natural network that all start from: {start['natural']['accuracy']:.1f} % "
-            f"natural, {start['robust']['accuracy']:.1f} % robust."
-        )
-    for variant in _variants(result):
-        rows = [row for row in _of(result, variant) if row["set"] != "all"]
-        if len(rows) < 2:
-            continue
-        for what in ("natural", "robust"):
-            best = max(rows, key=lambda row: row[what]["accuracy"])
-            worst = min(rows, key=lambda row: row[what]["accuracy"])
-            sentences.append(
-                f"{TOLD[variant]}: {what} accuracy is highest for U-{best['set']} "
-                f"({_shown(best[what])}) and lowest for U-{worst['set']} ({_shown(worst[what])})."
-            )
-        everything = next((row for row in _of(result, variant) if row["set"] == "all"), None)
-        both = [
-            row["set"]
-            for row in rows
-            if everything is not None
-            and all(row[k]["accuracy"] > everything[k]["accuracy"] for k in ("natural", "robust"))
-        ]
-        if everything is not None:
-            sentences.append(
-                f"{TOLD[variant]}: better than updating all blocks in both ("
-                f"{_shown(everything['natural'])} natural; {_shown(everything['robust'])} robust): "
-                f"{', '.join(f'U-{name}' for name in both) or 'no set'}."
-            )
-        gaps = {row["set"]: gap for row in _of(result, variant) if (gap := _gap(row)) is not None}
-        if gaps:
-            least, most = min(gaps, key=gaps.__getitem__), max(gaps, key=gaps.__getitem__)
-            sentences.append(
-                f"{TOLD[variant]}: the gap of robust accuracy between training batches and "
-                f"validation images is smallest for U-{least} ({gaps[least]:+.1f} points) and "
-                f"largest for U-{most} ({gaps[most]:+.1f})."
-            )
-    return sentences
-
-
-def _shown(cell: Mapping[str, Any]) -> str:
-    low, high = cell["interval"]
-    return f"{cell['accuracy']:.1f} %, {low:.1f} to {high:.1f}"
-
-
-def tables(result: Result) -> list[Rows]:
-    """A result in tables."""
-    cells = []
+def view(result: Result) -> View:
+    """Accuracy of each set of blocks that learns."""
+    rows, said = [], []
     for row in result["rows"]:
-        gap = _gap(row)
-        cells.append(
+        gap = row["training_robust"]
+        gap = None if gap is None else gap - row["validation_robust"]
+        rows.append(
             [
                 "start" if row["set"] is None else f"U-{row['set']}",
                 row["variant"] or "",
-                *(_in_cell(row[what]) for what in ("natural", "robust", "best_robust")),
+                *(accuracy(row[what]) for what in ("natural", "robust", "best_robust")),
                 str(row["best_epoch"]),
-                "-" if gap is None else f"{gap:+.1f}",
+                number(gap, sign=True),
             ]
         )
     header = ["blocks", "variant", "natural, %", f"{result['attack']}, %"]
     header += ["at its best epoch, %", "best epoch", "training - validation, points"]
     title = f"Only some blocks learn: {result['data']['name']} test images after the last epoch"
-    return [Rows(title, header, cells)]
-
-
-def _in_cell(cell: Mapping[str, Any]) -> str:
-    low, high = cell["interval"]
-    return f"{cell['accuracy']:.1f} ({low:.1f}-{high:.1f})"
-
-
-def pictures(result: Result) -> list[Picture]:
-    """A result in drawings."""
-    names = list(dict.fromkeys(row["set"] for row in result["rows"] if row["set"] is not None))
-    start = next((row for row in result["rows"] if row["set"] is None), None)
-    variants = _variants(result)
-    figure, axes = canvas(2, 1, width=7.2, height=5.2, sharex=True)
-    for panel, what, colour in zip(
-        axes, ("natural", "robust"), ("#0072b2", "#d55e00"), strict=True
-    ):
-        width = 0.8 / len(variants)
-        for number, variant in enumerate(variants):
-            own = {row["set"]: row[what] for row in _of(result, variant)}
-            at = [names.index(name) + (number - (len(variants) - 1) / 2) * width for name in own]
-            high = [cell["accuracy"] for cell in own.values()]
-            errors = [
-                [cell["accuracy"] - cell["interval"][0] for cell in own.values()],
-                [cell["interval"][1] - cell["accuracy"] for cell in own.values()],
-            ]
-            panel.bar(
-                at,
-                high,
-                width,
-                yerr=errors,
-                color=colour,
-                alpha=0.9 if not number else 0.5,
-                hatch=HATCHES[variant],
-                label=variant,
-                error_kw={"ecolor": INK, "capsize": 2, "elinewidth": 1},
-            )
-        if start is not None:
-            level = start[what]["accuracy"]
-            panel.axhline(level, color=INK, linestyle=":", linewidth=1, label="natural start")
-        panel.set_ylabel(f"{what} accuracy, %")
-        panel.set_ylim(0, 100 if what == "natural" else None)
-        legend(panel, loc="upper right", ncols=3, fontsize=8)
-    axes[-1].set_xticks(range(len(names)), [f"U-{name}" for name in names])
-    axes[-1].set_xlabel("blocks that learn")
-    told = "; ".join(
-        f"U-{row['set']} {row['variant']}: {row['natural']['accuracy']:.1f} natural, "
-        f"{row['robust']['accuracy']:.1f} robust"
-        for row in result["rows"]
-        if row["set"] is not None
+    for variant in VARIANTS:
+        own = [row for row in result["rows"] if row["variant"] == variant]
+        best = max(own, key=lambda row: row["robust"]["accuracy"], default=None)
+        worst = min(own, key=lambda row: row["robust"]["accuracy"], default=None)
+        if best is not None and worst is not None:
+            ends = [f"U-{row['set']} {accuracy(row['robust'])}" for row in (best, worst)]
+            said.append(f"{variant} blocks from {ends[1]} to {ends[0]}")
+    finding = (
+        f"Robust accuracy ({result['attack']}, {result['threat']['norm']} "
+        f"{result['threat']['epsilon_text']}, %): {listed(said)}; {result['epochs']} epochs, one "
+        f"seed, {result['rows'][0]['natural']['n']:,} test images."
     )
-    return [
-        picture(figure, "layerwise-accuracy", "Accuracy when only some blocks learn", told + ".")
-    ]
+    return View(finding, [StudyTable(title, header, rows)], [_chart(result)])
 
 
-STUDIES.register("layerwise")(
+def _chart(result: Result) -> Chart:
+    names = list(dict.fromkeys(row["set"] for row in result["rows"] if row["set"] is not None))
+    panels = []
+    for what in ("natural", "robust"):
+        series = []
+        for variant in VARIANTS:
+            own = [row for row in result["rows"] if row["variant"] == variant]
+            if own:
+                places = [names.index(row["set"]) for row in own]
+                parts = [row[what] for row in own]
+                series.append(accuracy_series(variant, places, parts, line=False))
+        for start in (row for row in result["rows"] if row["set"] is None):
+            level = [start[what]["accuracy"]] * 2
+            series.append(Series("natural start", [0, len(names) - 1], level, reference=True))
+        panels.append(
+            Panel(
+                series,
+                "blocks that learn" if what == "robust" else "",
+                f"{what} accuracy, %",
+                categories=[f"U-{name}" for name in names],
+                limits=(0, None),
+            )
+        )
+    said = f"Sets of blocks from {names[0]} to {names[-1]}, with 95 % intervals." if names else ""
+    title = "Accuracy when only some blocks learn"
+    return Chart("layerwise-accuracy", title, said, panels, width=7.2, height=2.6)
+
+
+layerwise: Study = STUDIES.register(NAME)(
     Study(
-        "layerwise",
+        NAME,
         "Which blocks learn what",
         "What do natural and robust accuracy become when only some blocks learn to be robust?",
         "cure analyse layerwise cifar10-mini --output layerwise",
-        findings,
-        tables,
-        pictures,
+        LayerwiseOptions,
+        compute,
+        view,
+        recipe=True,
     )
 )

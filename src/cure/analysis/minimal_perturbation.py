@@ -1,4 +1,4 @@
-"""The study ``perturbation``: the least change of an image that fools each of several networks.
+"""The study ``minimal-perturbation``: the smallest change that makes a network misclassify.
 
 Source: CURE, ICLR 2024, Fig. 8; FAB: Croce & Hein, Minimally distorted adversarial examples with a
 fast adaptive boundary attack, ICML 2020.
@@ -10,30 +10,31 @@ import base64
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
+from cure.analysis.render import StudyTable, View, listed, number, with_interval
+from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
 from cure.attacks import PGD, PerSample, Threat, attack_mode
 from cure.attacks.early_exit import PlainLayout, early_exit
 from cure.attacks.losses import MARGIN
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
-from cure.evaluation.options import Split
-from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import TargetLike
 from cure.models.checks import check_outputs
-from cure.utils import plotting as drawing
-from cure.utils.io import check_free
-from cure.utils.plotting import Cell, Picture
+from cure.utils.plotting import Chart, Figures, ImageGrid, Panel, Series
 from cure.utils.random import generator
 from cure.utils.stats import median_interval, wilson
 
-NAME = "perturbation"
+NAME = "minimal-perturbation"
+_DRAWS = "perturbation"
+"""Key of the random starts, as in version 0.1: the same seed draws the same numbers."""
+
 MOST_SHOWN = 8
 """Images in the grid at most."""
 
@@ -117,7 +118,7 @@ def least_change(
         take(_fab(model, image[rows], label[rows], norm, target, iterations, seed), rows)
         done += iterations * 2
         progress(done / work)
-    draws = generator(image.device, seed, NAME, number)
+    draws = generator(image.device, seed, _DRAWS, number)
     attack = PGD(Threat(norm, 1.0), steps, 0.25, start="uniform")
     # Where FAB found nothing, the first radius is the whole cube's.
     whole = 1.0 if norm == "Linf" else math.sqrt(image[0].numel())
@@ -193,79 +194,51 @@ def _finite(value: float) -> float | None:
 # -- the study -------------------------------------------------------------------------------------
 
 
-def perturbation(
-    *targets: TargetLike,
-    data: str | Path | ImageSet | None = None,
-    split: Split = "test",
-    limit: int | None = 500,
-    norm: str | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    weights: str | Path | None = None,
-    shown: int = 6,
-    batch_size: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    output: str | Path | None = None,
-    progress: Progress = no_progress,
+@dataclass(frozen=True, kw_only=True)
+class MinimalPerturbationOptions(NetworkStudyOptions):
+    """Options of the study.
+
+    Attributes:
+        shown: images in the grid: the first of different classes that all networks classify
+            correctly.
+    """
+
+    norm: Annotated[str | None, "Linf or L2 (default: the run's)."] = None
+    shown: Annotated[int, "Images in the grid, up to 8."] = 6
+    limit: Annotated[int | None, "Only the first so many images."] = 500
+
+
+def compute(
+    targets: Sequence[TargetLike], options: MinimalPerturbationOptions, progress: Progress
 ) -> Result:
-    """The least change that fools each network, on the same images.
+    """The smallest change that makes each network misclassify, on the same images.
 
-    Costs about 280 forward and 170 backward passes an image and network.
-
-    Args:
-        targets: runs, names of networks, networks.
-        data: images; by default those of the first run.
-        split: which images.
-        limit: only the first so many; all with None.  A median of fewer than 500 is rough.
-        norm: "Linf" or "L2"; by default that of the first run.
-        checkpoint: which weights of runs.
-        weights: weights file of a single network.
-        shown: images in the grid, up to 8: the first of different classes that all networks get
-            right.
-        batch_size: images at once.
-        device: "auto", "cpu", "cuda".
-        seed: of random starts.
-        output: JSON file.
-        progress: told (network, images done, images in all).
+    Costs about 280 forward and 170 backward passes for each image and network.
 
     Returns:
-        ``networks``: by name ``n``, ``wrong`` (misclassified as they are: distance 0),
+        ``networks``: by name ``n``, ``wrong`` (misclassified without a change: distance 0),
         ``not_found`` (counted as infinite), ``all`` and ``common`` (median over the images that
-        every network gets right), ``distances`` (null: nothing found); ``common``: how many images
-        those are; ``farthest``: how many of them need their largest change in which network;
-        ``shown``: the grid.
-
-    Raises:
-        CureError: for every mistake a user can mend; nothing is written then.
+        every network classifies correctly), ``distances`` (null: nothing found); ``common``: how
+        many images those are; ``farthest``: how many of them need their largest change in which
+        network; ``shown``: the grid.
     """
-    check_free(output)
+    shown = options.shown
     if not 0 <= shown <= MOST_SHOWN:
         raise ConfigError(f"expected 0 to {MOST_SHOWN} images to show, got {shown}")
-    looked = look(
-        targets,
-        data=data,
-        split=split,
-        limit=limit,
-        norm=norm,
-        checkpoint=checkpoint,
-        weights=weights,
-        batch_size=batch_size,
-        device=device,
-        seed=seed,
-    )
-    if looked.threat.norm == "L1":
-        raise ConfigError("the least change is looked for in Linf or L2, the threat is in L1")
-    images = looked.images.checked().to(looked.engine.device)
-    right = torch.stack([_right(looked, name, images) for name in looked.networks])
+    inputs = StudyInputs.load(targets, options)
+    if inputs.threat.norm == "L1":
+        raise ConfigError("the smallest change is searched in Linf or L2, the threat is in L1")
+    images = inputs.images.checked().to(inputs.engine.device)
+    right = torch.stack([_right(inputs, name, images) for name in inputs.networks])
     common = right.all(dim=0)
     chosen = _of_different_classes(images.label, common, shown)
     found, kept = {}, {}
-    for name in looked.networks:
-        found[name], kept[name] = _distances(looked, name, images, chosen, progress)
+    for name in inputs.networks:
+        found[name], kept[name] = _distances(inputs, name, images, chosen, progress)
     together = common.nonzero().flatten().tolist()
     body = {
-        **looked.described(),
-        "norm": looked.threat.norm,
+        **inputs.described(),
+        "norm": inputs.threat.norm,
         "attack": {
             "name": "nearer of FAB and PGD with a bisected radius, bisected along the line",
             "fab": {"targets": TARGETS, "iterations": ITERATIONS},
@@ -289,16 +262,16 @@ def perturbation(
             for name, values in found.items()
         },
         "farthest": _farthest(found, together),
-        "shown": _shown(looked, images, chosen, found, kept),
+        "shown": _shown(inputs, images, chosen, found, kept),
     }
-    return keep(NAME, body, folder=looked.folder, output=output)
+    return save_result(NAME, body, folder=inputs.folder, output=options.output)
 
 
 @torch.no_grad()
-def _right(looked: Looked, name: str, images: ImageSet) -> Tensor:
-    network, arrange = looked.networks[name], looked.engine.arrange
+def _right(inputs: StudyInputs, name: str, images: ImageSet) -> Tensor:
+    network, arrange = inputs.networks[name], inputs.engine.arrange
     found: list[Tensor] = []
-    for batch in batches(images, looked.batch_size):
+    for batch in batches(images, inputs.batch_size):
         image = arrange(batch.image)
         if not found:
             check_outputs(network, image[:8], len(images.classes))
@@ -318,24 +291,24 @@ def _of_different_classes(label: Tensor, allowed: Tensor, count: int) -> list[in
 
 
 def _distances(
-    looked: Looked, name: str, images: ImageSet, chosen: Sequence[int], progress: Progress
+    inputs: StudyInputs, name: str, images: ImageSet, chosen: Sequence[int], progress: Progress
 ) -> tuple[list[float], dict[int, Tensor]]:
     """The distance of each image, and the fooling images of those that are chosen."""
     values: list[float] = []
     kept: dict[int, Tensor] = {}
-    for batch in batches(images, looked.batch_size):
+    for batch in batches(images, inputs.batch_size):
         before, size = len(values), len(batch.label)
 
         def tell(share: float, before: int = before, size: int = size) -> None:
             progress(name, min(before + int(share * size), len(images) - 1), len(images))
 
         made, distance = least_change(
-            looked.networks[name],
+            inputs.networks[name],
             batch.image,
             batch.label,
-            looked.threat.norm,  # type: ignore[arg-type]
+            inputs.threat.norm,  # type: ignore[arg-type]
             classes=len(images.classes),
-            seed=looked.seed,
+            seed=inputs.seed,
             number=batch.step,
             progress=tell,
         )
@@ -357,7 +330,7 @@ def _farthest(found: Mapping[str, Sequence[float]], together: Sequence[int]) -> 
 
 
 def _shown(
-    looked: Looked,
+    inputs: StudyInputs,
     images: ImageSet,
     chosen: Sequence[int],
     found: Mapping[str, Sequence[float]],
@@ -377,13 +350,13 @@ def _shown(
     rows = []
     for place in chosen:
         of_networks: dict[str, dict[str, Any]] = {}
-        for name, network in looked.networks.items():
+        for name, network in inputs.networks.items():
             if (name, place) not in changes:
                 of_networks[name] = {"distance": None}
                 continue
             change, made = changes[name, place], kept[name][place]
             with torch.no_grad():
-                after = int(network(looked.engine.arrange(made[None])).argmax())
+                after = int(network(inputs.engine.arrange(made[None])).argmax())
             grey = 0.5 + change / (2 * scale)
             of_networks[name] = {
                 "distance": _finite(found[name][place]),
@@ -415,140 +388,76 @@ def _png(image: Tensor, side: int) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-# -- how it is told --------------------------------------------------------------------------------
+# -- what is shown ---------------------------------------------------------------------------------
 
 
-def _size(value: float | None, norm: str, missing: str = "not found") -> str:
-    """A distance in words: of 255 in Linf, a length in L2."""
-    if value is None:
-        return missing
-    return f"{255 * value:.2f}/255" if norm == "Linf" else f"{value:.3f}"
+def view(result: Result) -> View:
+    """Medians, the share of images that withstand each size of change, and the grid of images."""
+    norm, networks, n = result["norm"], result["networks"], result["data"]["n"]
+    unit = "1/255" if norm == "Linf" else "length"
+    rows = [
+        [
+            name,
+            *(_median(of[part], norm) for part in ("all", "common")),
+            *(f"{of[part]:,}" for part in ("wrong", "not_found")),
+        ]
+        for name, of in networks.items()
+    ]
+    common = f"the {result['common']:,} images all classify correctly"
+    title = (
+        f"Smallest {norm} change that misleads ({unit}), n = {n:,} images (median, 95 % interval)"
+    )
+    table = StudyTable(title, ["model", "all images", common, "wrong", "not found"], rows)
+    found = {name: of["not_found"] for name, of in networks.items() if of["not_found"]}
+    missing = listed(f"{count:,} images of {name}" for name, count in found.items())
+    finding = (
+        f"Half of the {n:,} images are misclassified after a {norm} change ({unit}) of at most: "
+        + listed(f"{row[0]} {row[1]}" for row in rows)
+        + (f"; none was found for {missing}: check with `cure diagnose`." if found else ".")
+    )
+    figures: list[Figures] = [_grid(result)] if result["shown"]["rows"] else []
+    return View(finding, [table], [*figures, _curve(result)])
+
+
+def _size(value: float | None, norm: str) -> str:
+    """A distance: of 255 in Linf, a length in L2."""
+    return (
+        "none" if value is None else number(*((255 * value, 2) if norm == "Linf" else (value, 3)))
+    )
 
 
 def _median(of: Mapping[str, float | None], norm: str) -> str:
-    if of["median"] is None:
-        return "not known"
-    if of["low"] is None:
-        return _size(of["median"], norm)
-    # Where the upper end lies among images for which nothing was found, it is open.
+    scale, digits = (255, 2) if norm == "Linf" else (1, 3)
     middle, low, high = (
-        "unbounded" if of[key] is None else _size(of[key], norm).removesuffix("/255")
+        math.inf if of[key] is None else scale * float(of[key] or 0)
         for key in ("median", "low", "high")
     )
-    return f"{middle} ({low} to {high})" + ("/255" if norm == "Linf" else "")
+    # With few images there is no interval; an upper limit among images not misled is open.
+    return with_interval(middle, (low, high) if of["low"] is not None else None, digits)
 
 
-def findings(result: Result) -> list[str]:
-    """What was found, in sentences."""
-    norm, networks, common = result["norm"], result["networks"], result["common"]
-    n = result["data"]["n"]
-    said = [
-        f"{name}: half of the {n:,} images are misclassified after a change of at most "
-        f"{_median(of['all'], norm)}; {of['wrong']:,} of them are misclassified as they are and "
-        "count as 0."
-        for name, of in networks.items()
-    ]
-    if len(networks) > 1 and common:
-        order = sorted(networks, key=lambda name: -(networks[name]["common"]["median"] or math.inf))
-        said.append(
-            f"On the {common:,} images that all of them get right, from the hardest to fool to the "
-            "easiest, medians: "
-            + "; ".join(f"{name} {_median(networks[name]['common'], norm)}" for name in order)
-            + "."
-        )
-        name = max(result["farthest"], key=lambda name: result["farthest"][name])
-        count = result["farthest"][name]
-        low, high = wilson(count, common)
-        said.append(
-            f"{name} needs the largest change on {count:,} of them: {100 * count / common:.1f} % "
-            f"({low:.1f} to {high:.1f} %)."
-        )
-    lost = {name: of["not_found"] for name, of in networks.items() if of["not_found"]}
-    if lost:
-        said.append(
-            "No change was found, counted as infinite: "
-            + ", ".join(f"{count:,} images of {name}" for name, count in lost.items())
-            + ". A network that attacks cannot climb is not one that withstands them: see "
-            "`cure diagnose`."
-        )
-    said.append(
-        f"Sizes are {norm} distances"
-        + (" in steps of the 256 levels of a pixel" if norm == "Linf" else "")
-        + " of the nearest fooling image that FAB or PGD found, each verified: an upper bound, the "
-        "least change may be smaller. In brackets 95 % intervals over images."
-    )
-    return said
-
-
-def tables(result: Result) -> list[Rows]:
-    """Medians by network."""
-    norm = result["norm"]
-    return [
-        Rows(
-            f"Least {norm} change that fools, n = {result['data']['n']:,} images "
-            "(median, 95 % interval)",
-            [
-                "model",
-                "all images",
-                f"the {result['common']:,} all get right",
-                "wrong",
-                "not found",
-            ],
-            [
-                [
-                    name,
-                    _median(of["all"], norm),
-                    _median(of["common"], norm),
-                    f"{of['wrong']:,}",
-                    f"{of['not_found']:,}",
-                ]
-                for name, of in result["networks"].items()
-            ],
-        )
-    ]
-
-
-def pictures(result: Result) -> list[Picture]:
-    """The grid of changes, and the share of images not yet fooled over their size."""
-    curve = _curve(result)
-    return [_grid(result), curve] if result["shown"]["rows"] else [curve]
-
-
-def _grid(result: Result) -> Picture:
-    norm, names = result["norm"], list(result["networks"])
+def _grid(result: Result) -> ImageGrid:
+    norm, names, shown = result["norm"], list(result["networks"]), result["shown"]
     rows = []
-    for row in result["shown"]["rows"]:
-        cells = [Cell(row["image"], [row["label"]])]
-        for name in names:
-            of = row["networks"][name]
-            if of["distance"] is None:
-                cells += [Cell(None, ["none found"]), Cell(None)]
-            else:
-                cells.append(Cell(of["change"], [_size(of["distance"], norm)]))
-                cells.append(Cell(of["adversarial"], [f"seen: {of['after']}"]))
+    for row in shown["rows"]:
+        cells: list[tuple[str | None, str]] = [(row["image"], row["label"])]
+        for of in (row["networks"][name] for name in names):
+            cells.append((of.get("change"), _size(of["distance"], norm)))
+            cells.append((of.get("adversarial"), of.get("after", "")))
         rows.append(cells)
-    scale = result["shown"]["scale"]
-    smaller = " Of larger images every few pixels are shown." if result["shown"]["smaller"] else ""
-    sizes = "; ".join(
-        f"{name} "
-        + ", ".join(
-            _size(row["networks"][name]["distance"], norm) for row in result["shown"]["rows"]
-        )
-        for name in names
-    )
-    return drawing.image_grid(
-        "perturbation-images",
-        "The least change that fools: image, change and changed image for each network",
-        f"A row an image that all networks get right, its class below it; for each network the "
-        f"change, its {norm} size below it, and the changed image with the class it is taken for. "
-        f"All changes on one scale: grey is none, black and white are {255 * scale:.1f} of 255 "
-        f"levels.{smaller} Sizes from the first row to the last: {sizes}.",
-        [("natural", 1), *((name, 2) for name in names)],
+    smaller = " Of larger images every few pixels are shown." if shown["smaller"] else ""
+    return ImageGrid(
+        "minimal-perturbation-images",
+        "Images, the smallest change that misleads each network, and changed images",
+        "Below: the class, the size of the change, and the class of the changed image. All changes "
+        f"on one scale: grey is none, black and white are {255 * shown['scale']:.1f} of 255 "
+        f"levels.{smaller}",
+        ["natural", *(text for name in names for text in (f"change, {name}", name))],
         rows,
     )
 
 
-def _curve(result: Result) -> Picture:
+def _curve(result: Result) -> Chart:
     norm, networks = result["norm"], result["networks"]
     unit = 255 if norm == "Linf" else 1
     known = {
@@ -556,38 +465,35 @@ def _curve(result: Result) -> Picture:
         for name, of in networks.items()
     }
     finite = sorted(v for values in known.values() for v in values if math.isfinite(v))
-    end = finite[int(0.97 * (len(finite) - 1))] if finite else 0.0
-    radii = [(end or 1.0) * place / POINTS for place in range(POINTS + 1)]
-    curves, intervals = {}, {}
+    end = (finite[int(0.97 * (len(finite) - 1))] if finite else 0.0) or 1.0
+    radii = [end * place / POINTS for place in range(POINTS + 1)]
+    series = []
     for name, values in known.items():
-        standing = [sum(value > radius for value in values) for radius in radii]
         n = len(values)
-        curves[name] = [(unit * r, 100 * s / n) for r, s in zip(radii, standing, strict=True)]
-        intervals[name] = [wilson(count, n) for count in standing]
-    medians = "; ".join(
-        f"{name} {_size(of['all']['median'], norm, 'not known')}" for name, of in networks.items()
-    )
-    return drawing.lines(
-        "perturbation-curve",
-        "Images not yet fooled, by the size of the change",
-        curves,
-        x=f"{norm} size of the change" + (", of 255 levels" if norm == "Linf" else ""),
-        y="images not yet fooled, percent",
-        description=f"At 0: natural accuracy. Bands: Wilson 95 % intervals, "
-        f"n = {result['data']['n']:,}. Medians: {medians}.",
-        intervals=intervals,
+        counts = [sum(value > radius for value in values) for radius in radii]
+        shares, limits = (
+            [100 * count / n for count in counts],
+            [wilson(count, n) for count in counts],
+        )
+        series.append(Series(name, [unit * radius for radius in radii], shares, limits))
+    return Chart(
+        "minimal-perturbation-curve",
+        "Images still classified correctly, by the size of the change",
+        f"At 0: natural accuracy. Bands: 95 % intervals, n = {result['data']['n']:,}.",
+        [Panel(series, f"{norm} change" + (" (1/255)" if unit == 255 else ""), "images, %")],
     )
 
 
-STUDIES.register(NAME)(
+minimal_perturbation: Study = STUDIES.register(NAME)(
     Study(
         NAME,
-        "The least change that fools",
-        "How much must an image be changed until each network gets it wrong, and what does the "
+        "Smallest change that misleads",
+        "How much must an image be changed until each network misclassifies it, and what does the "
         "change look like?",
-        "cure analyse perturbation RUN RUN ...",
-        findings,
-        tables,
-        pictures,
+        "cure analyse minimal-perturbation RUN RUN ...",
+        MinimalPerturbationOptions,
+        compute,
+        view,
+        unused=("epsilon",),
     )
 )

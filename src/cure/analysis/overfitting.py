@@ -5,22 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Rows, Study, keep, unique
+from cure.analysis.render import (
+    MISSING,
+    StudyTable,
+    View,
+    accuracy,
+    accuracy_series,
+    listed,
+    number,
+    points,
+)
+from cure.analysis.study import STUDIES, RunStudyOptions, Study, open_runs, save_result
 from cure.attacks import PGD
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import ImageSet, batches
 from cure.data.sources import check_not_memory
-from cure.errors import CheckpointError, ConfigError
+from cure.errors import CheckpointError
 from cure.evaluation.options import check_counts
-from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import epoch_of, load_split
 from cure.models import digest, load_weights
 from cure.models.build import network_of
@@ -30,13 +40,12 @@ from cure.runs.records import EpochMetrics
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.validation import validation_attack
-from cure.utils import plotting as drawing
 from cure.utils.engine import Engine
-from cure.utils.io import check_free
-from cure.utils.plotting import Picture
+from cure.utils.plotting import Chart, Panel, Series
 from cure.utils.random import generator
 from cure.utils.stats import independent_difference, paired_difference, wilson
 
+NAME = "overfitting"
 SPLITS = ("train", "validation", "test")
 
 Verdicts = dict[str, Tensor]
@@ -62,84 +71,77 @@ def verdicts(
     return {"natural": torch.cat(natural), "robust": torch.cat(robust)}
 
 
-def overfitting(
-    runs: str | Path | Run | Sequence[str | Path | Run],
-    *,
-    limit: int | None = 1000,
-    batch_size: int | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    output: str | Path | None = None,
-    progress: Progress = no_progress,
-) -> Result:
-    """Accuracies of every kept checkpoint of runs, best against last, and the gaps between splits.
+@dataclass(frozen=True, kw_only=True)
+class OverfittingOptions(RunStudyOptions):
+    """Options of the study.
 
-    Test images are looked back at: the best checkpoint was chosen on validation images.  Robust is
-    the validation split's own attack (PGD, ``training.validation_steps``).  What was measured is
-    kept beside the result and not measured again.
-
-    Args:
-        runs: runs, or their folders, one or several.  ``training.keep_every`` is what makes them
-            keep weights; of a run without it the best and the last are measured, and the curves
-            are those of its metrics.
+    Attributes:
         limit: images of each split: the first so many for validation and test, a seeded draw for
             training (without augmentation); all with None.
         batch_size: images attacked at once; by default the run's.
         device: "auto", "cpu", "cuda".
         seed: of the draw of training images.
-        output: a JSON file in the place of the first run's ``studies/``.
-        progress: told (run and epoch, images done, images in all).
+    """
+
+    limit: Annotated[int | None, "Images of each split."] = 1000
+    batch_size: Annotated[int | None, "Images at once."] = None
+    device: Annotated[str, "auto, cpu, cuda."] = "auto"
+    seed: Annotated[int, "Seed of all draws."] = 0
+
+    def __post_init__(self) -> None:
+        check_counts(limit=self.limit, batch_size=self.batch_size)
+
+
+def compute(targets: Sequence[Any], options: OverfittingOptions, progress: Progress) -> Result:
+    """Accuracies of every kept checkpoint of runs, best against last, and the gaps between splits.
+
+    ``training.keep_every`` makes runs keep weights; of a run without it the best and the last are
+    measured, and the curves are those of its metrics.  The best checkpoint was chosen on validation
+    images; the test images choose nothing.  Robust accuracy is under the attack of the validation
+    split (PGD, ``training.validation_steps``).  What was measured is kept beside the result and not
+    measured again.
 
     Returns:
         ``runs``: for each its name, method, ``attack``, number of images a split, ``recorded``
         (epoch, validation and training figures of the metrics), ``measured`` (epoch, and for each
         split natural and robust accuracy with interval), ``best`` and ``last`` epoch, ``gap``
-        (best less last in points with its interval, :func:`paired_difference`),
-        ``generalisation`` (training less test, robust, :func:`independent_difference`), ``alarm``
+        (best minus last in points with its interval, :func:`paired_difference`),
+        ``generalisation`` (training minus test, robust, :func:`independent_difference`), ``alarm``
         (epoch and sentence of :func:`robust_overfitting`) and ``missing``: what the
         run did not keep and the setting that keeps it.
-
-    Raises:
-        CureError: for every mistake a user can mend; nothing is written then.
 
     Source: Rice, Wong, Kolter, ICML 2020; CURE, ICLR 2024, Figs. 4, 5c and Table 3, whose
     protocol says neither what chose the best checkpoint nor by which attack.
     """
-    check_free(output)
-    check_counts(limit=limit, batch_size=batch_size)
-    targets = [runs] if isinstance(runs, str | Path | Run) else list(runs)
-    if not targets:
-        raise ConfigError("expected one or more runs")
-    opened = [_Opened.of(target) for target in targets]
-    engine = Engine.for_evaluation(device)
-    if output is None:
-        journal = _Journal(opened[0].folder.path / "studies" / "overfitting-verdicts.jsonl")
+    named = open_runs(targets)
+    runs = [
+        _Opened(name, folder, folder.config, target.network if isinstance(target, Run) else None)
+        for (name, folder), target in zip(named, targets, strict=True)
+    ]
+    for run in runs:
+        run.folder.weights("last")
+    engine = Engine.for_evaluation(options.device)
+    if options.output is None:
+        journal = _Journal(runs[0].folder.path / "studies" / "overfitting-verdicts.jsonl")
     else:
-        journal = _Journal(Path(output).with_name(f"{Path(output).stem}-verdicts.jsonl"))
-    body: Result = {"seed": seed, "runs": []}
-    names: list[str] = []
-    for run in opened:
-        names.append(unique(run.folder.path.name, names))
-        splits = run.images(limit, seed)
-        size = batch_size or run.config.evaluation.batch_size
-        body["runs"].append(run.studied(names[-1], splits, size, engine, journal, progress))
-    return keep("overfitting", body, folder=opened[0].folder, output=output)
+        output = Path(options.output)
+        journal = _Journal(output.with_name(f"{output.stem}-verdicts.jsonl"))
+    body: Result = {"seed": options.seed, "runs": []}
+    for run in runs:
+        splits = run.images(options.limit, options.seed)
+        size = options.batch_size or run.config.evaluation.batch_size
+        body["runs"].append(run.studied(splits, size, engine, journal, progress))
+    return save_result(NAME, body, folder=runs[0].folder, output=options.output)
 
 
 @dataclass(frozen=True)
 class _Opened:
     """A run whose checkpoints are measured."""
 
+    name: str
     folder: RunFolder
     config: RunConfig
     network: nn.Module | None
-
-    @classmethod
-    def of(cls, target: str | Path | Run) -> _Opened:
-        path = target.path if isinstance(target, Run) else target
-        folder = RunFolder.open(path)
-        folder.weights("last")
-        return cls(folder, folder.config, target.network if isinstance(target, Run) else None)
 
     def images(self, limit: int | None, seed: int) -> dict[str, ImageSet]:
         """Some images of each split."""
@@ -156,15 +158,15 @@ class _Opened:
 
     def studied(
         self,
-        name: str,
         splits: Mapping[str, ImageSet],
         batch_size: int,
         engine: Engine,
         journal: _Journal,
         progress: Progress,
     ) -> Result:
-        """All that is told of the run."""
-        folder, config, records = self.folder, self.config, self.folder.metrics()
+        """Accuracies of all kept checkpoints, and what follows from them."""
+        name, folder, config = self.name, self.folder, self.config
+        records = folder.metrics()
         ends = {end: folder.weights(end) for end in ("best", "last")}
         epochs = {end: epoch_of(path) for end, path in ends.items()}
         kept = folder.kept()
@@ -317,218 +319,131 @@ class _Journal:
             ) from None
 
 
-# What is told of a result.
+# What is shown of a result.
 
 
-def _points(part: Result) -> str:
-    low, high = part["interval"]
-    return f"{part['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"
-
-
-def _share(part: Result) -> str:
-    low, high = part["interval"]
-    return f"{part['accuracy']:.1f} % ({low:.1f} to {high:.1f})"
+def view(result: Result) -> View:
+    """Best against last checkpoint, and accuracy over epochs."""
+    runs = result["runs"]
+    header = ["run", "best epoch", "last epoch", "robust best, %", "robust last, %"]
+    header += ["best - last, points", "train - test at the end, points", "warning"]
+    rows, said = [], []
+    for run in runs:
+        best, last = _at(run, run["best"]), _at(run, run["last"])
+        same = run["best"] == run["last"]
+        gap = "0 (same weights)" if same else points(run["gap"]["test"]["robust"])
+        warned = MISSING if run["alarm"] is None else f"epoch {run['alarm']['epoch']}"
+        ends = [accuracy(part["test"]["robust"]) for part in (best, last)]
+        between = points(run["generalisation"]["last"])
+        rows.append([run["name"], str(run["best"]), str(run["last"]), *ends, gap, between, warned])
+        said.append(
+            f"{run['name']} {ends[0]} % at its best epoch, {run['best']}, and {ends[1]} % at its "
+            f"last, {run['last']}, a difference of {gap} points"
+            + (f"; {run['missing']}" if run["missing"] is not None else "")
+        )
+    tables = [StudyTable("Best against last checkpoint, test images", header, rows)]
+    tables += [_over_epochs(run) for run in runs]
+    figures = [_curves(run, serial) for serial, run in enumerate(runs, 1)]
+    if len(runs) > 1:
+        figures.append(_together(runs))
+    finding = (
+        f"Robust accuracy ({runs[0]['attack']['name']}, {runs[0]['n']['test']:,} test images): "
+        f"{listed(said)}."
+    )
+    return View(finding, tables, figures)
 
 
 def _at(run: Result, epoch: int | None) -> Result:
     return next(point for point in run["measured"] if point["epoch"] == (epoch or 0))
 
 
-def _findings(result: Result) -> list[str]:
-    told = []
-    for run in result["runs"]:
-        name, attack = run["name"], run["attack"]["name"]
-        best, last = _at(run, run["best"]), _at(run, run["last"])
-        gap = run["gap"]["test"]["robust"]
-        low, high = gap["interval"]
-        if run["best"] == run["last"]:
-            told.append(
-                f"{name}: the last epoch, {run['last']}, is the best on validation images, so "
-                f"there is no gap; robust accuracy ({attack}) on {run['n']['test']:,} test images "
-                f"is {_share(last['test']['robust'])}."
-            )
-        else:
-            verdict = (
-                "the run overfits robustly"
-                if low > 0
-                else "the last is better"
-                if high < 0
-                else "chance alone explains it"
-            )
-            natural = run["gap"]["test"]["natural"]
-            told.append(
-                f"{name}: robust accuracy ({attack}) on {run['n']['test']:,} test images is "
-                f"{_share(best['test']['robust'])} with the weights of epoch {run['best']}, the "
-                f"best on validation images, and {_share(last['test']['robust'])} with those of "
-                f"epoch {run['last']}, the last: best less last {_points(gap)}, {verdict}. Natural "
-                f"accuracy: best less last {_points(natural)}."
-            )
-        earlier = (
-            f"; at epoch {run['best']} the gap is {_points(run['generalisation']['best'])}"
-            if run["best"] != run["last"]
-            else ""
-        )
-        told.append(
-            f"{name}: at the end {_share(last['train']['robust'])} of {run['n']['train']:,} "
-            "training images, taken without augmentation, withstand the attack, training less "
-            f"test {_points(run['generalisation']['last'])}{earlier}."
-        )
-        if run["alarm"] is not None:
-            told.append(f"{name}: the alarm came at epoch {run['alarm']['epoch']}.")
-        if run["missing"] is not None:
-            told.append(f"{run['missing']}.")
-    told.append(
-        "Test images are looked back at here and choose nothing: the best epoch was chosen on "
-        "validation images, where its lead is therefore a little too large."
-    )
-    return told
-
-
-def _tables(result: Result) -> list[Rows]:
-    header = ["run", "best epoch", "last epoch", "robust best, %", "robust last, %"]
-    header += ["best - last, points", "train - test at the end, points", "alarm"]
-    cells = []
-    for run in result["runs"]:
-        best, last = _at(run, run["best"]), _at(run, run["last"])
-        gaps = [
-            "{:+.1f} ({:+.1f} to {:+.1f})".format(gap["difference"], *gap["interval"])
-            for gap in (run["gap"]["test"]["robust"], run["generalisation"]["last"])
+def _over_epochs(run: Result) -> StudyTable:
+    columns = [(kind, split) for kind in ("natural", "robust") for split in SPLITS]
+    rows = [
+        [
+            str(point["epoch"]),
+            *(number(point[split][kind]["accuracy"]) for kind, split in columns),
         ]
-        if run["best"] == run["last"]:
-            gaps[0] = "0 (the same weights)"
-        cells.append(
-            [
-                run["name"],
-                *(str(run[key]) for key in ("best", "last")),
-                *(_share(point["test"]["robust"]) for point in (best, last)),
-                *gaps,
-                "-" if run["alarm"] is None else f"epoch {run['alarm']['epoch']}",
-            ]
-        )
-    tables = [Rows("Best against last, test images", header, cells)]
-    for run in result["runs"]:
-        head = [
+        for point in run["measured"]
+    ]
+    head = ["epoch", *(f"{kind}, {split}" for kind, split in columns)]
+    return StudyTable(f"Accuracy over epochs, %, {run['name']}", head, rows)
+
+
+def _curve(run: Result, split: str, kind: str) -> Series:
+    """The densest curve there is of a split."""
+    if not run["kept"]:
+        recorded = [record for record in run["recorded"] if record["validation"]]
+        key = {"robust": "robust_accuracy", "natural": "accuracy"}[kind]
+        trained = [record for record in run["recorded"] if key in record["train"]]
+        if split == "validation":
+            epochs = [record["epoch"] for record in recorded]
+            values = [record["validation"][kind] for record in recorded]
+            return Series("validation, as recorded", epochs, values, style=1)
+        if split == "train" and trained:
+            epochs = [record["epoch"] for record in trained]
+            values = [100 * record["train"][key] for record in trained]
+            return Series("training batches, as recorded", epochs, values, style=0)
+    measured = run["measured"]
+    return accuracy_series(
+        split if run["kept"] else f"{split}, best and last",
+        [point["epoch"] for point in measured],
+        [point[split][kind] for point in measured],
+        line=bool(run["kept"]),
+        style=SPLITS.index(split),
+    )
+
+
+def _curves(run: Result, serial: int) -> Chart:
+    panels = [
+        Panel(
+            [_curve(run, split, kind) for split in SPLITS],
             "epoch",
-            *(f"{kind}, {split}" for kind in ("natural", "robust") for split in SPLITS),
-        ]
-        rows = [
-            [
-                str(point["epoch"]),
-                *(
-                    f"{point[split][kind]['accuracy']:.1f}"
-                    for kind in ("natural", "robust")
-                    for split in SPLITS
-                ),
-            ]
-            for point in run["measured"]
-        ]
-        tables.append(Rows(f"Accuracy over epochs, %, {run['name']}", head, rows))
-    return tables
-
-
-def _curve(run: Result, split: str, kind: str) -> tuple[str, list[int], list[Result]]:
-    """The densest curve there is of a split: its label, epochs, and figures."""
-    if run["kept"]:
-        label, points = split, run["measured"]
-        return label, [point["epoch"] for point in points], [point[split][kind] for point in points]
-    recorded = [record for record in run["recorded"] if record["validation"]]
-    if split == "validation":
-        return (
-            f"{split}, as recorded",
-            [record["epoch"] for record in recorded],
-            [{"accuracy": record["validation"][kind]} for record in recorded],
+            f"accuracy under {run['attack']['name']}, %"
+            if kind == "robust"
+            else "natural accuracy, %",
+            marks=[(run["best"] or 0, "best")],
         )
-    key = {"robust": "robust_accuracy", "natural": "accuracy"}[kind]
-    known = [record for record in run["recorded"] if key in record["train"]]
-    if split == "train" and known:
-        return (
-            "training batches, as recorded",
-            [record["epoch"] for record in known],
-            [{"accuracy": 100 * record["train"][key]} for record in known],
-        )
-    points = run["measured"]
-    label = f"{split}, best and last"
-    return label, [point["epoch"] for point in points], [point[split][kind] for point in points]
-
-
-def _pictures(result: Result) -> list[Picture]:
-    pictures = [_run_picture(run, number) for number, run in enumerate(result["runs"], 1)]
-    if len(result["runs"]) > 1:
-        pictures.append(_together(result["runs"]))
-    return pictures
-
-
-def _run_picture(run: Result, number: int) -> Picture:
-    figure, panels = drawing.canvas(columns=2, width=8.4, height=3.8)
-    for axes, kind in zip(panels, ("robust", "natural"), strict=True):
-        for place, split in enumerate(SPLITS):
-            label, epochs, parts = _curve(run, split, kind)
-            alone = not run["kept"] and "recorded" not in label
-            style = drawing.series(place) | ({"linestyle": "none"} if alone else {})
-            dense = len(epochs) > 25
-            axes.plot(
-                epochs,
-                [part["accuracy"] for part in parts],
-                label=label,
-                markevery=max(1, len(epochs) // 12) if dense else 1,
-                **style,
-            )
-            if parts and "interval" in parts[0]:
-                low, high = zip(*(part["interval"] for part in parts), strict=True)
-                colour = drawing.COLOURS[place]
-                if alone:
-                    axes.vlines(epochs, low, high, color=colour, alpha=0.5)
-                else:
-                    axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.axvline(run["best"] or 0, color=drawing.INK, linestyle=":", linewidth=1)
-        axes.locator_params(axis="x", integer=True)
-        axes.set_xlabel("epoch")
-        what = f"accuracy under {run['attack']['name']}" if kind == "robust" else "natural accuracy"
-        axes.set_ylabel(f"{what}, %")
-        if kind == "natural" or not run["kept"]:
-            drawing.legend(axes, fontsize=8)
-    best, last = _at(run, run["best"]), _at(run, run["last"])
-    return drawing.picture(
-        figure,
-        f"overfitting-{number}",
+        for kind in ("robust", "natural")
+    ]
+    best, last = (_at(run, run[end])["test"]["robust"]["accuracy"] for end in ("best", "last"))
+    return Chart(
+        f"overfitting-{serial}",
         f"Accuracy over the epochs of {run['name']}",
-        f"Left under attack, right on natural images: curves of training, validation and test "
-        f"images with 95 % intervals where checkpoints were measured. The dotted line is epoch "
-        f"{run['best']}, the best on validation images. On test images robust accuracy is "
-        f"{best['test']['robust']['accuracy']:.1f} % there and "
-        f"{last['test']['robust']['accuracy']:.1f} % at the last epoch, {run['last']}.",
+        "Training, validation and test images, with 95 % intervals where checkpoints were "
+        f"measured. On test images robust accuracy is {best:.1f} % at the best epoch and "
+        f"{last:.1f} % at the last.",
+        panels,
+        columns=2,
+        width=8.4,
     )
 
 
-def _together(runs: Sequence[Result]) -> Picture:
+def _together(runs: Sequence[Result]) -> Chart:
     """Robust accuracy of all runs on test images, or on validation images where some kept none."""
     split = "test" if all(run["kept"] for run in runs) else "validation"
-    curves = {}
-    for run in runs:
-        _, epochs, parts = _curve(run, split, "robust")
-        curves[run["name"]] = [
-            (epoch, part["accuracy"]) for epoch, part in zip(epochs, parts, strict=True)
-        ]
+    series = [
+        replace(_curve(run, split, "robust"), label=run["name"], style=place)
+        for place, run in enumerate(runs)
+    ]
     attack = " or ".join(sorted({run["attack"]["name"] for run in runs}))
-    ends = ", ".join(f"{name} {points[-1][1]:.1f} %" for name, points in curves.items() if points)
-    return drawing.lines(
+    ends = listed(f"{each.label} {number(each.y[-1])} %" for each in series if each.y)
+    return Chart(
         "overfitting-runs",
         f"Robust accuracy on {split} images over epochs",
-        curves,
-        x="epoch",
-        y=f"accuracy under {attack}, %",
-        description=f"A curve a run. At the last epoch: {ends}.",
+        f"At the last epoch: {ends}.",
+        [Panel(series, "epoch", f"accuracy under {attack}, %")],
     )
 
 
-STUDIES.register("overfitting")(
+overfitting: Study = STUDIES.register(NAME)(
     Study(
-        "overfitting",
+        NAME,
         "Robust overfitting",
         "Does robust accuracy on new images fall while training goes on, and by how much?",
         "cure train RECIPE training.keep_every=5 --run RUN; cure analyse overfitting RUN",
-        _findings,
-        _tables,
-        _pictures,
+        OverfittingOptions,
+        compute,
+        view,
     )
 )

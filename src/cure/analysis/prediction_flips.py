@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
-from cure.analysis.study import STUDIES, Looked, Rows, Study, keep, look
-from cure.data import ImageSet, batches
+from cure.analysis.render import MISSING, StudyTable, View, listed, number, points
+from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
+from cure.data import batches
 from cure.errors import ConfigError
 from cure.evaluation.metrics import accuracy_of
-from cure.evaluation.options import Split
-from cure.evaluation.runner import Progress, Result, no_progress
+from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import TargetLike
 from cure.models import core
 from cure.models.checks import check_outputs
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
-from cure.utils import plotting as drawing
-from cure.utils.io import check_free
-from cure.utils.plotting import Picture
-from cure.utils.stats import holm, mcnemar, paired_difference, wilson
+from cure.utils.plotting import Chart, Figures, Panel, Series
+from cure.utils.stats import holm, mcnemar, paired_difference
 
+NAME = "prediction-flips"
 LEVEL = 0.05
 """Probability of calling a class changed that is not, over all classes together."""
 
@@ -32,7 +32,7 @@ SHOWN = 20
 """Classes in a picture."""
 
 
-def kept(natural: Tensor, robust: Tensor, label: Tensor, classes: Sequence[str]) -> Result:
+def flips(natural: Tensor, robust: Tensor, label: Tensor, classes: Sequence[str]) -> Result:
     """Images lost and gained between two networks, in all and by class.
 
     Args:
@@ -121,80 +121,57 @@ def moved(start: nn.Module, end: nn.Module, tolerance: float = 0.1) -> Result:
     }
 
 
-def conserved(
-    robust: TargetLike | Sequence[TargetLike],
-    natural: TargetLike | None = None,
-    *,
-    data: str | Path | ImageSet | None = None,
-    data_options: Mapping[str, Any] | None = None,
-    split: Split = "test",
-    limit: int | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    tolerance: float = 0.1,
-    batch_size: int | None = None,
-    device: str = "auto",
-    output: str | Path | None = None,
-    progress: Progress = no_progress,
-) -> Result:
-    """What one or several trainings kept of the natural network they are compared with.
+@dataclass(frozen=True, kw_only=True)
+class PredictionFlipsOptions(NetworkStudyOptions):
+    """Options of the study.
 
-    Args:
-        robust: runs, or networks, one or several.
+    Attributes:
         natural: the natural network, a run with its best weights; by default what each run started
             from: its own natural start, or the run that its setting ``start`` names.
-        data: images; by default those of the first run.
-        data_options: settings of the data section.
-        split: which images.
-        limit: only the first so many; all with None.
-        checkpoint: which weights of the robust runs.
         tolerance: see :func:`moved`.
-        batch_size: images at once.
-        device: "auto", "cpu", "cuda".
-        output: a JSON file in the place of the run's ``studies/``.
-        progress: told (network, images done, images in all).
+    """
+
+    natural: Annotated[
+        TargetLike | None, "The natural network (default: what each run started from)."
+    ] = None
+    tolerance: Annotated[
+        float, "A weight counts as moved beyond this share of its tensor's rms."
+    ] = 0.1
+
+
+def compute(
+    targets: Sequence[TargetLike], options: PredictionFlipsOptions, progress: Progress
+) -> Result:
+    """Predictions and weights of robust networks against those of the natural network.
 
     Returns:
-        ``accuracy`` of each network, and ``comparisons``: the names of both networks, what
-        :func:`kept` says of their predictions, and ``weights`` (:func:`moved`) or, in its place,
-        ``no_weights``: why there are none.
-
-    Raises:
-        CureError: for every mistake a user can mend; nothing is written then.
+        ``accuracy`` of each network, and ``comparisons``: the names of both networks, the counts of
+        :func:`flips`, and ``weights`` (:func:`moved`) or, in its place, ``no_weights``: why there
+        are none.
     """
-    check_free(output)
+    natural, tolerance = options.natural, options.tolerance
     if not tolerance >= 0:
         raise ConfigError(f"tolerance: expected a number from 0, got {tolerance}")
-    several = isinstance(robust, Sequence) and not isinstance(robust, str)
-    targets: list[TargetLike] = list(robust) if several else [robust]  # type: ignore[arg-type,list-item]
     starts = [start_of(target) if natural is None else natural for target in targets]
-    looked = look(
-        targets,
-        data=data,
-        data_options=data_options,
-        split=split,
-        limit=limit,
-        checkpoint=checkpoint,
-        batch_size=batch_size,
-        device=device,
-    )
-    names = list(looked.networks)
+    inputs = StudyInputs.load(targets, options)
+    names = list(inputs.networks)
     # Networks can be equal without being the same: each start is loaded once.
     added: list[tuple[TargetLike, str]] = []
     pairs = []
     for name, start in zip(names, starts, strict=True):
         known = next((other for target, other in added if _same(target, start)), None)
         if known is None:
-            known = looked.add(start)
+            known = inputs.add(start)
             added.append((start, known))
         pairs.append((known, name))
-    predicted = {name: _predict(looked, name, progress) for name in looked.networks}
-    label = looked.images.label
+    predicted = {name: _predict(inputs, name, progress) for name in inputs.networks}
+    label = inputs.images.label
     comparisons = []
     for first, second in pairs:
         body: Result = {"natural": first, "robust": second}
-        body |= kept(predicted[first], predicted[second], label, looked.images.classes)
+        body |= flips(predicted[first], predicted[second], label, inputs.images.classes)
         try:
-            body["weights"] = moved(looked.networks[first], looked.networks[second], tolerance)
+            body["weights"] = moved(inputs.networks[first], inputs.networks[second], tolerance)
         except ValueError as error:
             body["no_weights"] = (
                 f"the two networks differ in their parameters ('{error}' first), so how far "
@@ -204,10 +181,10 @@ def conserved(
     accuracy = {name: accuracy_of(predicted[name] == label, 0.0) for name in predicted}
     for part in accuracy.values():
         del part["seconds"]
-    described = looked.described()
+    described = inputs.described()
     del described["threat"], described["seed"]  # Nothing is attacked, nothing is drawn.
     result = {**described, "accuracy": accuracy, "comparisons": comparisons}
-    return keep("conserved", result, folder=looked.folder, output=output)
+    return save_result(NAME, result, folder=inputs.folder, output=options.output)
 
 
 def _same(one: TargetLike, other: TargetLike) -> bool:
@@ -236,11 +213,11 @@ def start_of(target: TargetLike) -> Path:
 
 
 @torch.no_grad()
-def _predict(looked: Looked, name: str, progress: Progress) -> Tensor:
+def _predict(inputs: StudyInputs, name: str, progress: Progress) -> Tensor:
     """Predicted labels [N] on the processor."""
-    network, engine = looked.networks[name], looked.engine
-    images, predicted, done = looked.images.to(engine.device), [], 0
-    for batch in batches(images, looked.batch_size):
+    network, engine = inputs.networks[name], inputs.engine
+    images, predicted, done = inputs.images.to(engine.device), [], 0
+    for batch in batches(images, inputs.batch_size):
         image = engine.arrange(batch.image)
         if not done:
             check_outputs(network, image, len(images.classes))
@@ -250,264 +227,145 @@ def _predict(looked: Looked, name: str, progress: Progress) -> Tensor:
     return torch.cat(predicted)
 
 
-# What is told of a result.
+# What is shown of a result.
 
 
-def _percent(part: int, whole: int) -> str:
-    low, high = wilson(part, whole)
-    return f"{100 * part / whole:.1f} %, {low:.1f} to {high:.1f}"
-
-
-def _probability(value: float) -> str:
-    return "p below 0.0001" if value < 1e-4 else f"p = {value:.2g}"
-
-
-def _findings(result: Result) -> list[str]:
-    data, told = result["data"], []
-    for this in result["comparisons"]:
-        natural, robust = this["natural"], this["robust"]
-        before, after = this["both"] + this["lost"], this["both"] + this["gained"]
-        low, high = this["interval"]
-        change = this["difference"]
-        sure = this["p_value"] < LEVEL
-        verdict = (
-            f"{abs(change):.1f} points {'less' if change < 0 else 'more'}"
-            if sure
-            else f"a difference of {change:+.1f} points that chance alone explains"
-        )
-        told.append(
-            f"Of {this['n']:,} {data['split']} images {natural} has {before:,} right and {robust} "
-            f"{after:,}: {verdict} (95 % interval {low:+.1f} to {high:+.1f}; McNemar's exact test, "
-            f"{_probability(this['p_value'])})."
-        )
-        parts = []
-        if before:
-            parts.append(
-                f"loses {this['lost']:,} of the {before:,} images that {natural} had right "
-                f"({_percent(this['lost'], before)})"
-            )
-        if wrong := this["n"] - before:
-            parts.append(
-                f"gains {this['gained']:,} of the {wrong:,} it had wrong "
-                f"({_percent(this['gained'], wrong)})"
-            )
-        low, high = this["agreement"]["interval"]
-        told.append(
-            f"{robust} {' and '.join(parts)}; the two say the same of "
-            f"{this['agreement']['accuracy']:.1f} % of the images ({low:.1f} to {high:.1f})."
-        )
-        told.append(_of_classes(this))
-        told.append(_of_weights(this))
-    return told
-
-
-def _of_classes(this: Result) -> str:
-    by_name = {row["name"]: row for row in this["classes"]}
-    sure = holm({name: row["p_value"] for name, row in by_name.items()})
-    worse = [name for name in sure if by_name[name]["difference"] < 0]
-    better = [name for name in sure if by_name[name]["difference"] > 0]
-    if not sure:
-        return (
-            f"In no single class do {this['robust']} and {this['natural']} differ by more than "
-            f"chance explains ({len(by_name)} classes tested together, Holm, 5 %)."
-        )
-
-    def named(names: list[str]) -> str:
-        names = sorted(names, key=lambda name: -abs(by_name[name]["difference"]))
-        shown = [f"{name} ({by_name[name]['difference']:+.1f} points)" for name in names[:5]]
-        return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-    parts = [f"less accurate in {named(worse)}"] if worse else []
-    parts += [f"more accurate in {named(better)}"] if better else []
-    rest = len(by_name) - len(sure)
-    others = (
-        f"in the other {rest} of {len(by_name)} classes chance alone explains the difference"
-        if rest
-        else f"these are all {len(by_name)} classes"
-    )
-    return (
-        f"By class {this['robust']} is {' and '.join(parts)}; {others} (tested together, Holm, "
-        "5 %)."
-    )
-
-
-def _of_weights(this: Result) -> str:
-    if "weights" not in this:
-        return f"{this['robust']}: {this['no_weights']}."
-    weights = this["weights"]
-    if not weights["distance"]:
-        return f"{this['robust']} has the weights of {this['natural']}: nothing moved."
-    ranked = [row for row in weights["tensors"] if len(row["shape"]) > 1 and row["distance"]]
-    if not ranked:
-        return f"Of {this['robust']} only scales and biases moved."
-    most = max(ranked, key=lambda row: row["distance"])
-    least = min(ranked, key=lambda row: row["distance"])
-    return (
-        f"The weights of {this['robust']} lie {100 * weights['distance']:.0f} % of their own "
-        f"length from those of {this['natural']}; among weight matrices {most['name']} moved most "
-        f"({100 * most['distance']:.0f} %) and {least['name']} least "
-        f"({100 * least['distance']:.0f} %)."
-    )
-
-
-def _tables(result: Result) -> list[Rows]:
+def view(result: Result) -> View:
+    """Counts of each pair, in all and by class, and how far weights moved."""
     header = ["robust", "natural", "n", "both right", "lost", "gained", "neither"]
     header += ["difference, points", "same prediction, %", "weights moved, %"]
-    cells = []
+    rows, others, said = [], [], []
     for this in result["comparisons"]:
-        low, high = this["interval"]
         distance = this.get("weights", {}).get("distance")
-        cells.append(
-            [
-                *(this["robust"], this["natural"]),
-                *(f"{this[key]:,}" for key in ("n", "both", "lost", "gained", "neither")),
-                f"{this['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
-                f"{this['agreement']['accuracy']:.1f}",
-                "-" if distance is None else f"{100 * distance:.0f}",
-            ]
-        )
-    tables = [Rows("Images kept, lost and gained", header, cells)]
-    for this in result["comparisons"]:
         pair = f"{this['robust']} against {this['natural']}"
-        rows = [
-            [
-                row["name"],
-                *(f"{row[key]:,}" for key in ("n", "lost", "gained")),
-                f"{row['difference']:+.1f}",
-                "{:+.1f} to {:+.1f}".format(*row["interval"]),
-                f"{row['p_value']:.2g}",
-            ]
-            for row in this["classes"]
-        ]
-        head = ["class", "n", "lost", "gained", "difference, points", "95 % interval", "p"]
-        tables.append(Rows(f"By class, {pair}", head, rows))
+        counts = [f"{this[key]:,}" for key in ("n", "both", "lost", "gained", "neither")]
+        same = number(this["agreement"]["accuracy"])
+        moved_by = MISSING if distance is None else number(100 * distance, 0)
+        rows.append([this["robust"], this["natural"], *counts, points(this), same, moved_by])
+        others.append(_by_class(this, pair))
+        chance = "" if this["p_value"] < LEVEL else ", which chance can explain"
+        clear = holm({each["name"]: each["p_value"] for each in this["classes"]}, LEVEL)
+        said.append(
+            f"{this['robust']} loses {this['lost']:,} images that {this['natural']} classifies "
+            f"correctly and gains {this['gained']:,} of {this['n']:,}, {points(this)} points"
+            f"{chance}, with a clear change in {len(clear)} of {len(this['classes'])} classes"
+        )
         if "weights" in this:
-            rows = [
-                [
-                    row["name"],
-                    "x".join(map(str, row["shape"])),
-                    "-" if row["distance"] is None else f"{100 * row['distance']:.1f}",
-                    f"{row['share']:.1f}",
-                ]
-                for row in this["weights"]["tensors"]
-            ]
-            beyond = f"beyond {this['weights']['tolerance']:g} rms, % of weights"
-            head = ["tensor", "shape", "distance, % of its length", beyond]
-            tables.append(Rows(f"Weights moved, {pair}", head, rows))
-    return tables
-
-
-def _pictures(result: Result) -> list[Picture]:
-    pictures = [
-        _classes_picture(this, f"conserved-classes-{number}")
-        for number, this in enumerate(result["comparisons"], 1)
+            others.append(_by_tensor(this["weights"], pair))
+        else:
+            said[-1] += f" ({this['no_weights']})"
+    tables = [StudyTable("Images kept, lost and gained", header, rows), *others]
+    figures: list[Figures] = [
+        _classes(this, serial) for serial, this in enumerate(result["comparisons"], 1)
     ]
-    weighed = {
-        this["robust"]: this
-        for this in result["comparisons"]
-        if any(len(row["shape"]) > 1 for row in this.get("weights", {}).get("tensors", ()))
-    }
-    return [*pictures, _weights_picture(weighed)] if weighed else pictures
+    return View(f"{listed(said)}.", tables, [*figures, *_weights(result)])
 
 
-def _classes_picture(this: Result, name: str) -> Picture:
-    rows = this["classes"]
+def _by_class(this: Result, pair: str) -> StudyTable:
+    rows = [
+        [
+            row["name"],
+            *(f"{row[key]:,}" for key in ("n", "lost", "gained")),
+            points(row),
+            f"{row['p_value']:.2g}",
+        ]
+        for row in this["classes"]
+    ]
+    head = ["class", "n", "lost", "gained", "difference, points", "p (McNemar)"]
+    return StudyTable(f"By class, {pair}", head, rows)
+
+
+def _by_tensor(weights: Result, pair: str) -> StudyTable:
+    rows = [
+        [
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            number(None if row["distance"] is None else 100 * row["distance"]),
+            number(row["share"]),
+        ]
+        for row in weights["tensors"]
+    ]
+    beyond = f"beyond {weights['tolerance']:g} rms, % of weights"
+    head = ["tensor", "shape", "distance, % of its norm", beyond]
+    return StudyTable(f"Weights moved, {pair}", head, rows)
+
+
+def _classes(this: Result, serial: int) -> Chart:
+    rows = sorted(this["classes"], key=lambda row: row["difference"])
     if len(rows) > SHOWN:
         rows = sorted(rows, key=lambda row: -abs(row["difference"]))[:SHOWN]
-    figure, (axes,) = drawing.canvas(width=6.4, height=max(3.2, 0.3 * len(rows) + 1.1))
-    places = range(len(rows))
-    for key, sign, hatch, number in (("lost", -1, "//", 1), ("gained", 1, "\\\\", 0)):
-        lengths = [100 * sign * row[key] / row["n"] for row in rows]
-        axes.barh(
-            places,
-            lengths,
-            color=drawing.COLOURS[number],
-            alpha=0.75,
-            hatch=hatch,
-            edgecolor=drawing.INK,
-            linewidth=0.6,
-            label=f"{key} ({this[key]:,} images)",
-        )
-        for place, row, length in zip(places, rows, lengths, strict=True):
-            side = "right" if sign < 0 else "left"
-            axes.annotate(
-                str(row[key]),
-                (length, place),
-                xytext=(3 * sign, 0),
-                textcoords="offset points",
-                ha=side,
-                va="center",
-                color=drawing.INK,
-                fontsize=8,
-            )
-    axes.axvline(0, color=drawing.INK, linewidth=0.8)
-    axes.set_yticks(list(places), [drawing.plain(row["name"]) for row in rows])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
-    axes.set_xlabel("images of the class, percent (numbers: images)")
-    drawing.legend(axes, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=2)
+    series = [
+        Series(key, range(len(rows)), [100 * row[key] / row["n"] for row in rows], line=False)
+        for key in ("lost", "gained")
+    ]
+    panel = Panel(
+        series,
+        y="images of the class, %",
+        categories=[row["name"] for row in rows],
+        horizontal=True,
+        limits=(0, None),
+    )
     worst = min(this["classes"], key=lambda row: row["difference"])
-    shown = "" if len(this["classes"]) <= SHOWN else f"; the {SHOWN} classes that differ most"
-    return drawing.picture(
-        figure,
-        name,
-        f"Images that {this['robust']} lost and gained against {this['natural']}, by class{shown}",
-        f"Two bars a class: images that only {this['natural']} has right, to the left, and images "
-        f"that only {this['robust']} has right, to the right. In all {this['lost']:,} are lost and "
-        f"{this['gained']:,} gained of {this['n']:,}. The class with the largest net loss is "
-        f"{worst['name']} ({worst['difference']:+.1f} points).",
+    return Chart(
+        f"prediction-flips-classes-{serial}",
+        f"Images that {this['robust']} lost and gained against {this['natural']}, by class",
+        f"In all {this['lost']:,} images are lost and {this['gained']:,} gained of {this['n']:,}; "
+        f"most of class {worst['name']} ({number(worst['difference'], sign=True)} points).",
+        [panel],
+        height=max(3.0, 0.28 * len(rows) + 0.8),
     )
 
 
-def _weights_picture(weighed: Mapping[str, Result]) -> Picture:
-    """Distance of each weight matrix, a curve a run."""
-    figure, (axes,) = drawing.canvas(width=7.2, height=4.2)
-    order: list[str] = []
-    for this in weighed.values():
-        order += [
-            row["name"]
+def _weights(result: Result) -> list[Chart]:
+    """Distance of each weight matrix from the start, a curve for each network."""
+    far = {
+        this["robust"]: {
+            row["name"]: row["distance"]
             for row in this["weights"]["tensors"]
-            if len(row["shape"]) > 1 and row["name"] not in order
-        ]
-    for number, (name, this) in enumerate(weighed.items()):
-        far = {row["name"]: row["distance"] for row in this["weights"]["tensors"]}
-        points = [
-            (place, 100 * far[tensor])
-            for place, tensor in enumerate(order)
-            if far.get(tensor) is not None
-        ]
-        across, up = zip(*points, strict=True) if points else ((), ())
-        axes.plot(across, up, label=drawing.plain(name), **drawing.series(number))
-    every = -(-len(order) // 40)
-    labels = [drawing.plain(name.removesuffix(".weight")) for name in order]
-    axes.set_xticks(range(0, len(order), every), labels[::every], rotation=90, fontsize=8)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("distance from the start,\n% of the tensor's length")
-    axes.grid(axis="y", alpha=0.25)
-    if len(weighed) > 1:
-        drawing.legend(axes)
-    totals = ", ".join(
-        f"{name} {100 * (this['weights']['distance'] or 0):.0f} %" for name, this in weighed.items()
+            if len(row["shape"]) > 1
+        }
+        for this in result["comparisons"]
+        if "weights" in this
+    }
+    order = list(dict.fromkeys(name for of in far.values() for name in of))
+    if not order:
+        return []
+    series = [
+        Series(
+            name,
+            range(len(order)),
+            [None if of.get(tensor) is None else 100 * of[tensor] for tensor in order],
+        )
+        for name, of in far.items()
+    ]
+    panel = Panel(
+        series,
+        y="distance from the start,\n% of the tensor's norm",
+        categories=[name.removesuffix(".weight") for name in order],
+        limits=(0, None),
     )
-    return drawing.picture(
-        figure,
-        "conserved-weights",
-        "How far each weight tensor lies from the natural network, in the order of layers",
-        "A point a tensor of two or more dimensions, from the input to the output: the length of "
-        f"its change as a share of its own length. Over all weights: {totals}.",
-    )
+    return [
+        Chart(
+            "prediction-flips-weights",
+            "Distance of each weight tensor from the natural network",
+            "Tensors of two or more dimensions, from the input to the output.",
+            [panel],
+            width=7.2,
+            height=4.0,
+        )
+    ]
 
 
-STUDIES.register("conserved")(
+prediction_flips: Study = STUDIES.register(NAME)(
     Study(
-        "conserved",
-        "What was kept of the natural network",
+        NAME,
+        "Predictions lost and gained",
         "Which images does the robust network lose and gain against the natural one, and how far "
         "did its weights move?",
-        "cure analyse conserved RUN",
-        _findings,
-        _tables,
-        _pictures,
+        "cure analyse prediction-flips RUN",
+        PredictionFlipsOptions,
+        compute,
+        view,
+        unused=("epsilon", "norm", "weights", "seed"),
     )
 )

@@ -1,76 +1,143 @@
-"""What all studies share: what they look at, what they return, and where it is kept."""
+"""What all studies share: their inputs, their results, and where results are kept."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Annotated, Any
 
 from torch import nn
 
+from cure.analysis.render import View
 from cure.attacks import Threat
 from cure.data import ImageSet
 from cure.errors import ConfigError
-from cure.evaluation.options import TargetKeywords, TargetOptions
-from cure.evaluation.runner import Result
+from cure.evaluation.options import TargetOptions
+from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike
 from cure.models import describe
+from cure.registry import RENAMED_STUDIES
 from cure.registry import STUDIES as STUDIES
 from cure.runs.folder import RunFolder
+from cure.runs.run import Run
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import write_json, write_text
-from cure.utils.plotting import Picture
+from cure.utils.io import check_free, write_json, write_text
 
 STUDY_FORMAT = "cure-study-1"
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A table of a study: words only, numbers already rounded and with their units in the head."""
+@dataclass(frozen=True, kw_only=True)
+class RunStudyOptions:
+    """Options of a study of runs or networks.
 
-    title: str
-    header: Sequence[str]
-    cells: Sequence[Sequence[str]]
+    Attributes:
+        output: JSON file for the result; by default one in the first run's ``studies/``.
+    """
+
+    output: Annotated[str | Path | None, "JSON file to write."] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkStudyOptions(RunStudyOptions, TargetOptions):
+    """Options of a study of networks on images.
+
+    Attributes:
+        epsilon: radius of the threat; by default that of the first run.
+        norm: of the threat; by default that of the first run.
+    """
+
+    epsilon: Annotated[str | float | None, "Radius, 8/255 (default: the run's)."] = None
+    norm: Annotated[str | None, "Linf, L2 or L1 (default: the run's)."] = None
 
 
 @dataclass(frozen=True)
 class Study:
-    """One study: how its result is told.
+    """A study: a function with options, and how its result is shown. Calling it runs it.
 
-    What computes it is a function of its own, with the arguments it needs, that ends in
-    :func:`keep`.
+    ``study(*targets, progress=..., **options)`` takes runs or networks; a study of a recipe takes
+    ``study(recipe, settings, ...)``.
 
     Attributes:
         name: as in ``cure analyse NAME``.
         title: a heading.
-        question: what it answers, in words a newcomer understands.
-        command: an example that makes it, for a reader who lacks it.
-        findings: a result in sentences, the most important first, with numbers and n.
-        tables: a result in tables; the first one is printed on the terminal.
-        pictures: a result in drawings; their names begin with that of the study and a hyphen.
+        question: what it answers, understood without knowledge of the method.
+        command: an example command.
+        options: a dataclass whose fields are annotated with their help texts.
+        compute: from targets, options and progress to a result; ends in :func:`save_result`.
+        view: what is shown of a result.
+        recipe: whether it trains a recipe rather than reads runs.
+        unused: names of options that the study has no use for.
     """
 
     name: str
     title: str
     question: str
     command: str
-    findings: Callable[[Result], list[str]]
-    tables: Callable[[Result], list[Rows]]
-    pictures: Callable[[Result], list[Picture]]
+    options: type[Any]
+    compute: Callable[[Sequence[Any], Any, Progress], Result]
+    view: Callable[[Result], View]
+    recipe: bool = False
+    unused: Sequence[str] = ()
+
+    def accepted(self) -> list[str]:
+        """Names of the options that the study takes."""
+        return [each.name for each in fields(self.options) if each.name not in self.unused]
+
+    def __call__(self, *targets: Any, progress: Progress = no_progress, **options: Any) -> Result:
+        """Run the study.
+
+        Args:
+            targets: runs, networks or their names, one or several or a list of them; for a study of
+                a recipe its name and its settings.
+            progress: receives (what, done, in all).
+            options: fields of the study's options.
+
+        Returns:
+            ``format``, ``study``, what :attr:`compute` found, ``environment``, and ``file``.
+
+        Raises:
+            TypeError: for an option that the study does not have.
+            CureError: for every mistake a user can correct; nothing is written then.
+        """
+        for name in options:
+            if name not in self.accepted():
+                raise TypeError(
+                    f"the study {self.name} has no option '{name}'; its options: "
+                    + ", ".join(self.accepted())
+                )
+        flat = [
+            each
+            for target in targets
+            for each in (target if isinstance(target, list | tuple) else [target])
+        ]
+        read = self.options(**options)
+        if not self.recipe:
+            check_free(read.output)
+        return self.compute(flat, read, progress)
+
+
+def find_study(name: str) -> Study:
+    """The study with that name, or with that name in version 0.1.
+
+    Raises:
+        ConfigError: when there is none.
+    """
+    study: Study = STUDIES[RENAMED_STUDIES.get(name, name)]
+    return study
 
 
 @dataclass(frozen=True)
-class Looked:
+class StudyInputs:
     """Networks and images of a study.
 
     Attributes:
-        networks: in evaluation mode on the engine's device, by a unique name each.
-        facts: the same names, what is known of each network, for the result.
+        networks: in evaluation mode on the engine's device, by unique name.
+        facts: what is known of each network, by the same names.
         images: the images, in their order.
-        threat: the ball.
+        threat: norm and radius of attacks.
         engine: device and precision (float32).
         batch_size: images at once.
         seed: of random starts.
@@ -86,17 +153,46 @@ class Looked:
     seed: int
     folder: RunFolder | None = field(repr=False)
 
+    @classmethod
+    def load(cls, targets: Sequence[TargetLike], options: NetworkStudyOptions) -> StudyInputs:
+        """Load networks and images.
+
+        Args:
+            targets: runs, names of networks, networks; as for :func:`cure.evaluate`.
+            options: ``data`` is by default that of the first run among the targets; ``weights`` go
+                with a single target.
+
+        Raises:
+            CureError: for every mistake a user can correct.
+        """
+        given = {each.name: getattr(options, each.name) for each in fields(TargetOptions)}
+        if not targets:
+            raise ConfigError("expected one or more runs or networks")
+        if options.weights is not None and len(targets) > 1:
+            raise ConfigError("weights go with one network; name runs to study several")
+        resolved = [Target.of(target, **given) for target in targets]
+        first = next((target for target in resolved if target.config is not None), resolved[0])
+        images, network = first.load()
+        engine = Engine.for_evaluation(options.device)
+        threat = first.threat(options.epsilon, options.norm)
+        inputs = cls({}, {}, images, threat, engine, first.batch_size, options.seed, first.folder)
+        for target in resolved:
+            inputs._add(target, network if target is first else target.build(images))
+        return inputs
+
     def add(self, target: TargetLike) -> str:
-        """Load one more network for the same images, a run's with its best weights; its name."""
+        """Load one more network, a run's with its best weights; returns its name."""
         added = Target.of(target)
-        name = unique(added.name, self.networks)
-        built = added.build(self.images)
-        self.networks[name] = self.engine.place(built).eval()
-        self.facts[name] = describe(built) | added.facts
+        return self._add(added, added.build(self.images))
+
+    def _add(self, target: Target, network: nn.Module) -> str:
+        name = unique(target.name, self.networks)
+        self.networks[name] = self.engine.place(network).eval()
+        self.facts[name] = describe(network) | target.facts
         return name
 
     def described(self) -> dict[str, Any]:
-        """What was looked at, for the result."""
+        """The inputs as a part of the result."""
         return {
             "models": self.facts,
             "data": {
@@ -116,78 +212,49 @@ class Looked:
         }
 
 
-def look(
-    targets: Sequence[TargetLike],
-    *,
-    epsilon: str | float | None = None,
-    norm: str | None = None,
-    **options: Unpack[TargetKeywords],
-) -> Looked:
-    """Load what a study looks at.
-
-    Args:
-        targets: runs, names of networks, networks; as for :func:`cure.evaluate`.
-        epsilon: radius; by default that of the first run.
-        norm: as ``epsilon``.
-        options: see :class:`~cure.evaluation.options.TargetOptions`; ``data`` is by default that of
-            the first run among the targets, and ``weights`` go with a single target.
+def open_runs(targets: Sequence[str | Path | Run]) -> list[tuple[str, RunFolder]]:
+    """The folders of runs, each with a unique name.
 
     Raises:
-        CureError: for every mistake a user can correct.
+        CureError: when there is none, or one of them is no run.
     """
-    how = TargetOptions(**options)
     if not targets:
-        raise ConfigError("expected one or more runs or networks to look at")
-    if how.weights is not None and len(targets) > 1:
-        raise ConfigError("weights go with one network; name runs to look at several")
-    resolved = [Target.of(target, **options) for target in targets]
-    # The first run says which images, whatever stands before it.
-    first = next((target for target in resolved if target.config is not None), resolved[0])
-    images, network = first.load()
-    engine = Engine.for_evaluation(how.device)
-    networks: dict[str, nn.Module] = {}
-    facts: dict[str, Any] = {}
-    for target in resolved:
-        built = network if target is first else target.build(images)
-        name = unique(target.name, networks)
-        networks[name] = engine.place(built).eval()
-        facts[name] = describe(built) | target.facts
-    return Looked(
-        networks,
-        facts,
-        images,
-        first.threat(epsilon, norm),
-        engine,
-        first.batch_size,
-        how.seed,
-        first.folder,
-    )
+        raise ConfigError("expected one or more runs")
+    found: dict[str, RunFolder] = {}
+    for target in targets:
+        folder = RunFolder.open(target.path if isinstance(target, Run) else target)
+        found[unique(folder.path.name, found)] = folder
+    return list(found.items())
 
 
 def unique(name: str, taken: Container[str]) -> str:
-    """``name``, numbered when it is taken."""
+    """``name``, numbered when it is taken.
+
+    >>> unique("run", ["run", "run-2"])
+    'run-3'
+    """
     candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(candidate for candidate in candidates if candidate not in taken)
 
 
-def keep(
+def save_result(
     study: str,
     body: Mapping[str, Any],
     *,
     folder: RunFolder | None = None,
     output: str | Path | None = None,
 ) -> Result:
-    """Finish a study: its result, written with its pictures where it belongs.
+    """Complete the result of a study and write it with its figures.
 
     Args:
-        study: its registered name.
+        study: its name.
         body: what it found, plain values only.
         folder: the run that keeps it, in ``studies/STUDY-N.json``.
-        output: a JSON file in the place of that; pictures go beside it.
+        output: a JSON file instead of that; figures are written beside it as SVG.
 
     Returns:
-        ``format``, ``study``, the body, ``environment``, all of which is in the file; and ``file``,
-        the path of it or None.
+        ``format``, ``study``, the body and ``environment``, as in the file; and ``file``, its path
+        or None.
     """
     result = {"format": STUDY_FORMAT, "study": study, **body, "environment": environment()}
     path = Path(output) if output is not None else None
@@ -197,7 +264,7 @@ def keep(
         path.parent.mkdir(exist_ok=True)
     if path is not None:
         write_json(path, result)
-        for drawn in STUDIES[study].pictures(result):
+        for drawn in find_study(study).view(result).pictures():
             name = f"{path.stem}{drawn.name.removeprefix(study)}.svg"
-            write_text(path.with_name(name), drawn.svg + "\n")
+            write_text(path.with_name(name), drawn.svg)
     return result | {"file": None if path is None else str(path)}

@@ -7,9 +7,9 @@ from pathlib import Path
 from cure.analysis.cka import cka
 from cure.analysis.gradients import gradients
 from cure.analysis.landscape import landscape
-from cure.analysis.minimal_perturbation import perturbation
+from cure.analysis.minimal_perturbation import minimal_perturbation
 from cure.analysis.overfitting import overfitting
-from cure.analysis.prediction_flips import conserved
+from cure.analysis.prediction_flips import prediction_flips
 from cure.evaluation.corruptions.measure import corruptions
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.runner import Progress, Result, no_progress
@@ -48,11 +48,11 @@ def examine(run: Run, progress: Progress = no_progress) -> tuple[list[Result], P
     ]
     for folder in both:
         corruptions(folder, severity="3", limit=100, progress=progress)
-    conserved(run.path, progress=progress)
+    prediction_flips(run.path, progress=progress)
     overfitting(run.path, limit=200, progress=progress)
     gradients([run.path])
     # Kept with the first run among them, which is the one that the page is of.
     cka(run.path, start, limit=300, progress=progress)
-    perturbation(run.path, start, limit=100, progress=progress)
+    minimal_perturbation(run.path, start, limit=100, progress=progress)
     landscape(run.path, start, limit=100, progress=progress)
     return results, write_report([run.path])

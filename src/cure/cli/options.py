@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import Field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -61,8 +62,11 @@ def with_options(
         own = dict(inspect.signature(command, eval_str=True).parameters)
         chosen = [field for field in fields(TargetOptions) if not names or field.name in names]
         added = {
-            _flag(field.name): _parameter(
-                field, (texts or {}).get(field.name), defaults.get(field.name, field.default)
+            option_name(field.name): option_parameter(
+                field.name,
+                _HINTS[field.name],
+                defaults.get(field.name, field.default),
+                (texts or {}).get(field.name),
             )
             for field in chosen
         }
@@ -78,7 +82,12 @@ def with_options(
         def run(**given: Any) -> None:
             if target:
                 given["target"] = _named(given["target"], given.pop("model"), given)
-            options = {field.name: _read(field.name, given) for field in chosen}
+            options = {
+                field.name: read_option(
+                    field.name, _HINTS[field.name], given.pop(option_name(field.name))
+                )
+                for field in chosen
+            }
             command(**given, options=options)
 
         parameters = [
@@ -93,39 +102,66 @@ def with_options(
     return decorate
 
 
-def _flag(field: str) -> str:
+def option_name(field: str) -> str:
     """The name of a field's option: a repeatable one is named in the singular."""
     return field.removesuffix("s") if field.endswith("options") else field
 
 
-def _parameter(field: Field[Any], text: str | None, default: Any) -> inspect.Parameter:
-    """A field as a parameter that Typer makes an option of."""
-    kind, usual = get_args(_HINTS[field.name])
-    if field.name in ("weights", "data"):
-        kind = (Path if field.name == "weights" else str) | None
-    elif field.name.endswith("options"):
-        kind = list[str] | None
-    elif field.name in ("mean", "std"):
-        kind = str | None
-    elif get_origin(kind) is Literal:
-        kind = _enum("Choice", list(get_args(kind)))
-        default = kind(default)
+def option_parameter(
+    field: str, hint: Any, default: Any, text: str | None = None
+) -> inspect.Parameter:
+    """A field of a dataclass of options as a parameter that Typer makes an option of.
+
+    Args:
+        field: its name.
+        hint: its type, annotated with its help text.
+        default: its default; ``inspect.Parameter.empty`` makes the option required.
+        text: a help text instead of that of the hint.
+    """
+    kind, usual = get_args(hint)
+    members = _members(kind)
+    single = get_origin(members[0]) or members[0]
+    if single is Literal:
+        read: Any = _enum("Choice", list(get_args(members[0])))
+        default = read(default)
+    elif single in (Mapping, list):
+        read = list[str] | None
+        default = None
+    elif single is Sequence:
+        read = str | None
+        default = ",".join(default) if default else None
+    elif members == (str, Path):
+        read = Path | None if default is None else Path
+    elif len(members) > 1:
+        read = str | None
+    else:
+        read = kind
     return inspect.Parameter(
-        _flag(field.name),
+        option_name(field),
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, typer.Option(help=text or usual)],
+        annotation=Annotated[read, typer.Option(help=text or usual)],
     )
 
 
-def _read(field: str, given: dict[str, Any]) -> Any:
-    """Take the value of a field out of what a command was given."""
-    value = given.pop(_flag(field))
-    if field.endswith("options"):
+def read_option(field: str, hint: Any, value: Any) -> Any:
+    """The value of a field, from what Typer read for its option."""
+    first = _members(get_args(hint)[0])[0]
+    if get_origin(first) is Mapping:
         return pairs(value)
-    if field in ("mean", "std"):
+    if first == list[str]:
+        return value or []
+    if first == Sequence[float]:
         return numbers(field, value)
+    if first == Sequence[str]:
+        return words(value)
     return value.value if isinstance(value, StrEnum) else value
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union without None."""
+    members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return tuple(member for member in members if member is not type(None))
 
 
 def _named(target: str | None, model: str | None, given: Mapping[str, Any]) -> str:

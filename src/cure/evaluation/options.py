@@ -44,12 +44,12 @@ class TargetOptions:
 
     weights: Annotated[str | Path | None, "Weights file of a named network."] = None
     options: Annotated[
-        Mapping[str, Any] | None, "Option of --model, for example width=16; repeatable."
+        Mapping[str, Any] | None, "Option of a named network, for example width=16; repeatable."
     ] = None
     mean: Annotated[
-        Sequence[float] | None, "What --model subtracts from its input: 0.49,0.48,0.45"
+        Sequence[float] | None, "What a named network subtracts from its input: 0.49,0.48,0.45"
     ] = None
-    std: Annotated[Sequence[float] | None, "What --model divides its input by."] = None
+    std: Annotated[Sequence[float] | None, "What a named network divides its input by."] = None
     checkpoint: Annotated[Checkpoint, "Weights of a run."] = "best"
     data: Annotated[
         str | Path | ImageSet | None, "Images (default: those of the run); see `cure list data`."

@@ -1,0 +1,139 @@
+"""The command group ``cure analyse``: a command for each study, made from its options."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from typer._click.core import Command, Context
+
+import cure.analysis
+from cure.cli.options import (
+    RecipeArgument,
+    SettingsArgument,
+    option_name,
+    option_parameter,
+    read_option,
+)
+from cure.cli.printing import out, say, show_progress
+from cure.errors import ConfigError, unknown
+from cure.registry import RENAMED_STUDIES, STUDIES
+
+RunsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN...", help="Run folders; or networks: hf:..., package.module:callable"
+    ),
+]
+
+
+class Studies(typer.core.TyperGroup):
+    """Commands that are made when they are asked for: a study imports PyTorch."""
+
+    def list_commands(self, ctx: Context) -> list[str]:  # noqa: ARG002
+        """Names of all studies, from the names of their modules."""
+        modules = [module.name for module in pkgutil.iter_modules(cure.analysis.__path__)]
+        return sorted(name.replace("_", "-") for name in modules if name not in ("render", "study"))
+
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+        """The command of a study.
+
+        Raises:
+            ConfigError: for a name of version 0.1 or one that is no study.
+        """
+        if cmd_name in RENAMED_STUDIES:
+            raise ConfigError(
+                f"the study {cmd_name} is now called {RENAMED_STUDIES[cmd_name]}: "
+                f"cure analyse {RENAMED_STUDIES[cmd_name]}"
+            )
+        if cmd_name not in (known := self.list_commands(ctx)):
+            raise ConfigError(unknown("study", cmd_name, known))
+        importlib.import_module(f"cure.analysis.{cmd_name.replace('-', '_')}")
+        return command_of(cmd_name)
+
+
+analyse = typer.Typer(
+    cls=Studies,
+    no_args_is_help=True,
+    help="Study what training did to a network; `cure list studies` lists the questions.",
+)
+
+
+@analyse.callback()
+def _group() -> None:
+    pass
+
+
+def command_of(name: str) -> Command:
+    """The command of a study, with an option for each field of its options."""
+    study = STUDIES[name]
+    hints = get_type_hints(study.options, localns={"ImageSet": object}, include_extras=True)
+    # What has no help text is for Python only.
+    options = [
+        each
+        for each in fields(study.options)
+        if each.name in study.accepted()
+        and len(get_args(hints[each.name])) > 1
+        and hasattr(hints[each.name], "__metadata__")
+    ]
+    positional = (
+        {"recipe": RecipeArgument, "settings": SettingsArgument}
+        if study.recipe
+        else {"runs": RunsArgument}
+    )
+
+    def run(**given: Any) -> None:
+        values = {
+            each.name: read_option(each.name, hints[each.name], given[option_name(each.name)])
+            for each in options
+        }
+        targets = [given[argument] or [] for argument in positional]
+        if "tell" in study.accepted():
+            values["tell"] = say
+        with show_progress() as progress:
+            result = study(*targets, progress=progress, **values)
+        print_study(result)
+
+    parameters = [
+        inspect.Parameter(
+            argument,
+            inspect.Parameter.KEYWORD_ONLY,
+            annotation=kind,
+            default=None if argument == "settings" else inspect.Parameter.empty,
+        )
+        for argument, kind in positional.items()
+    ]
+    for each in options:
+        default = inspect.Parameter.empty if each.default is MISSING else each.default
+        if each.name == "output" and isinstance(default, str):
+            default = Path(default)
+        parameters.append(option_parameter(each.name, hints[each.name], default))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    app = typer.Typer(add_completion=False)
+    app.command(name, help=study.question)(run)
+    return typer.main.get_command(app)
+
+
+def print_study(result: dict[str, Any]) -> None:
+    """The first table of a study, its finding, and where it is kept."""
+    from cure.analysis.study import find_study
+
+    view = find_study(result["study"]).view(result)
+    for shown in view.tables[:1]:
+        table = Table(title=escape(shown.title))
+        for place, heading in enumerate(shown.header):
+            table.add_column(escape(heading), justify="right" if place else "left")
+        for row in shown.rows:
+            table.add_row(*map(escape, row))
+        out.print(table)
+    say(view.finding)
+    if result["file"] is not None:
+        say(f"kept in {result['file']}")
