@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 
 SECTIONS = [
     *("verdict", "trained", "accuracies", "trade-off", "learning", "overfitting", "epsilon"),
-    *("corruptions", "cka", "gradients", "perturbation", "pictures", "studies", "glossary", "made"),
+    *(
+        "corruptions",
+        "cka",
+        "gradients",
+        "minimal-perturbation",
+        "pictures",
+        "studies",
+        "glossary",
+        "made",
+    ),
 ]
 """Ids of the sections, in their order."""
 
@@ -78,6 +88,18 @@ def read(path: Path) -> Element:
     reader.close()
     assert reader.now is reader.root, f"<{reader.now.name}> is not closed"
     return reader.root
+
+
+def drawings(tree: Element) -> list[Element]:
+    """The SVG files that images of the page hold, as trees."""
+    found = []
+    for image in tree.all("img"):
+        content = base64.b64decode(image.attributes["src"].partition(",")[2]).decode()
+        reader = _Reader()
+        reader.feed(content)
+        reader.close()
+        found.append(reader.root.one("svg"))
+    return found
 
 
 def cells(table: Element) -> list[list[str]]:

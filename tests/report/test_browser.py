@@ -16,6 +16,7 @@ from reading_pages import SECTIONS, Element, read
 from cure.report.page import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+pytest.importorskip("selenium.webdriver.support.ui")
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     BROWSER is None or DRIVER is None,
@@ -98,6 +99,15 @@ def test_nothing_is_wrong_and_nothing_leaves_the_page(browser: Any, page: Path) 
     assert [name for name in names if not name.startswith("data:")] == []
 
 
+def test_every_figure_is_shown(browser: Any, page: Path) -> None:
+    show(browser, page)
+    sizes = browser.execute_script(
+        "return [...document.images].map((image) => [image.complete, image.naturalWidth])"
+    )
+    assert len(sizes) >= 8
+    assert all(complete and width > 200 for complete, width in sizes)
+
+
 def test_its_policy_stops_what_would_leave_it(browser: Any, page: Path) -> None:
     show(browser, page)
     reached = browser.execute_async_script("""
@@ -131,7 +141,8 @@ def test_a_link_to_what_is_folded_unfolds_it(browser: Any, page: Path) -> None:
     card = browser.find_element("id", "trained-3")
     assert card.get_attribute("open") is None
     browser.find_element("css selector", "nav a[href='#trained-3']").click()
-    assert card.get_attribute("open") is not None
+    # The event that unfolds it comes after the click.
+    webdriver.support.ui.WebDriverWait(browser, 5).until(lambda _: card.get_attribute("open"))
 
 
 def column(browser: Any, number: int) -> list[str]:
@@ -202,11 +213,9 @@ def test_colours_follow_the_system_and_the_button(browser: Any, page: Path) -> N
     light = browser.execute_script(ground)
     assert light != dark
     assert button.text == "Dark"
-    # Words in drawings are the page's ink.
-    ink = "return getComputedStyle(document.querySelector('#learning svg text')).fill"
-    assert browser.execute_script(ink) == browser.execute_script(
-        "return getComputedStyle(document.body).color"
-    )
+    # Figures are drawn in dark ink on a ground of their own, whatever the colours of the page.
+    under = "return getComputedStyle(document.querySelector('#learning img')).backgroundColor"
+    assert browser.execute_script(under) == "rgb(255, 255, 255)"
     show(browser, page)
     browser.execute_script("localStorage.clear()")
     show(browser, page)
@@ -239,9 +248,7 @@ for (const element of document.querySelectorAll("body *")) {
   const style = getComputedStyle(element);
   if (!own || element.closest(".hidden, script, style, [hidden]")) continue;
   if (!element.checkVisibility()) continue;
-  const svg = element.closest("svg.cure-picture");
-  if (svg && element.tagName !== "text" && element.tagName !== "tspan") continue;
-  const ink = numbers(svg ? style.fill : style.color);
+  const ink = numbers(style.color);
   const ground = behind(element);
   const [a, b] = [luminance(ink), luminance(ground)].sort((x, y) => y - x);
   const ratio = (a + 0.05) / (b + 0.05);

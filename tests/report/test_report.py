@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 from planted_runs import corruptions, diagnosis, evaluation, hostile_runs, plant, whole_run, write
-from reading_pages import SECTIONS, Element, cells, read
+from reading_pages import SECTIONS, Element, cells, drawings, read
 
 import cure
-from cure.analysis.study import STUDIES, STUDY_FORMAT, Rows, Study
+from cure.analysis.render import StudyTable, View
+from cure.analysis.study import STUDIES, STUDY_FORMAT, RunStudyOptions, Study
 from cure.errors import CureError
 from cure.report import page as page_module
 from cure.report.page import write_report
-from cure.utils import plotting as drawing
+from cure.utils.plotting import Chart, Panel, Series, style_of
 from cure.utils.stats import newcombe, wilson
 from helpers import Command, refused
 
@@ -52,9 +53,16 @@ def section(tree: Element, name: str) -> Element:
 def planted_study(monkeypatch: pytest.MonkeyPatch) -> str:
     """A study that tells what its result says."""
 
-    def pictures(result: dict[str, Any]) -> list[drawing.Picture]:
-        curve = {"a": [(0.0, 1.0), (1.0, float(result["value"]))]}
-        return [drawing.lines("planted-lines", "A line", curve, x="x", y="y", description="It.")]
+    def view(result: dict[str, Any]) -> View:
+        curve = Series("a", [0.0, 1.0], [1.0, float(result["value"])])
+        return View(
+            f"It grew to {result['value']}.",
+            [
+                StudyTable("Growth", ["what", "size"], [["it", str(result["value"])]]),
+                StudyTable("Each", ["what"], [[str(number)] for number in range(20)]),
+            ],
+            [Chart("planted-lines", "A line", "It.", [Panel([curve])])],
+        )
 
     STUDIES.names()  # What registers itself has done so.
     study = Study(
@@ -62,12 +70,9 @@ def planted_study(monkeypatch: pytest.MonkeyPatch) -> str:
         "A planted study",
         "Does it grow?",
         "cure analyse planted RUN --limit 9",
-        lambda result: [f"It grew to {result['value']}."],
-        lambda result: [
-            Rows("Growth", ["what", "size"], [["it", str(result["value"])]]),
-            Rows("Each", ["what"], [[str(number)] for number in range(20)]),
-        ],
-        pictures,
+        RunStudyOptions,
+        lambda *_: {},
+        view,
     )
     monkeypatch.setitem(STUDIES._entries, "planted", study)
     return "planted"
@@ -175,7 +180,7 @@ def test_curves_tables_say_the_numbers(tree: Element) -> None:
     assert "robust: best 30.0 % after epoch 2, last 25.0 % after epoch 3" in overfitting.text
     assert "5.0 points were lost" in overfitting.text
     epsilon = section(tree, "epsilon")
-    assert "PGD-20 leaves no image right from ε = 51/255 on" in epsilon.text
+    assert "PGD-20 leaves no image correct from ε = 51/255 on" in epsilon.text
     assert cells(epsilon.one("table"))[0] == ["1 robust", "75.000", "50.000", "0.000"]
     groups, each = section(tree, "corruptions").all("table")
     assert cells(groups)[0][2].startswith("50.0 (")
@@ -183,13 +188,15 @@ def test_curves_tables_say_the_numbers(tree: Element) -> None:
 
 
 def test_every_drawing_has_a_title_and_a_description(tree: Element) -> None:
-    drawings = tree.all("svg", role="img")
-    assert len(drawings) >= 8
-    for svg in drawings:
-        for name in svg.attributes["aria-labelledby"].split():
-            (words,) = [e for e in svg.all() if e.attributes.get("id") == name]
-            assert words.name in ("title", "desc")
-            assert len(words.text) > 3
+    found = drawings(tree)
+    assert len(found) >= 8
+    for image in tree.all("img"):
+        title = image.parent.attributes["aria-label"]
+        assert image.attributes["alt"].startswith(f"{title}. ")
+        assert len(image.attributes["alt"]) > len(title) + 6
+    for svg in found:
+        assert len(svg.one("title").text) > 3
+        assert len(svg.one("desc").text) > 3
 
 
 def test_sections_without_data_name_their_command(tmp_path: Path) -> None:
@@ -204,8 +211,8 @@ def test_sections_without_data_name_their_command(tmp_path: Path) -> None:
         "cka": "cure analyse cka run",
         "gradients": "cure analyse gradients run",
         "overfitting": "cure analyse overfitting run",
-        "perturbation": "cure analyse perturbation run",
-        "pictures": "cure analyse perturbation run",
+        "minimal-perturbation": "cure analyse minimal-perturbation run",
+        "pictures": "cure analyse minimal-perturbation run",
     }.items():
         commands = [pre.text for pre in section(tree, name).all("pre")]
         assert any(said.startswith(command) for said in commands), (name, commands)
@@ -224,7 +231,7 @@ def test_a_study_is_told(small: Path, planted_study: str) -> None:
     assert tables[::2] == [[["it", "7"]], [["it", "8"]]]
     # Long tables are folded.
     assert [details.one("summary").text for details in studies.all("details")] == ["Each", "Each"]
-    assert len(studies.all("svg", role="img")) == 2
+    assert len(drawings(studies)) == 2
     assert "A result of cure analyse planted of small is damaged" in studies.text
 
 
@@ -308,13 +315,13 @@ def test_many_runs(tmp_path: Path) -> None:
     runs = [plant(tmp_path / f"run{n}", results=[evaluation(f"run{n}", 100 + n)]) for n in range(9)]
     tree = read(write_report(runs, output=tmp_path / "many.html"))
     assert len(cells(section(tree, "accuracies").all("table")[0])) == 9
-    # No legend has room for so many: numbers stand at the marks and in the list of networks.
+    # Numbers and names in figures are those of the list of networks.
     legend = [a.text for a in tree.one("ul", class_="legend").all("a")]
     assert legend == [f"{n + 1} run{n}" for n in range(9)]
     for name in ("trade-off", "learning"):
-        drawn = [text.text for text in section(tree, name).all("svg", role="img")[0].all("text")]
-        assert {str(n + 1) for n in range(9)} <= set(drawn)
-    assert len({tuple(drawing.series(n).values()) for n in range(40)}) == 40
+        drawn = [text.text for text in drawings(section(tree, name))[0].all("text")]
+        assert {f"{n + 1} run{n}" for n in range(9)} <= set(drawn)
+    assert len({tuple(style_of(n).values()) for n in range(40)}) == 40
 
 
 # Damage, and names that mean harm.
@@ -363,14 +370,22 @@ def test_names_that_mean_harm_stay_words(tmp_path: Path, recwarn: pytest.Warning
     path = write_report(runs, output=tmp_path / "page.html", title=title)
     tree = read(path)
     assert [e.text[:12] for e in tree.all("script")] == ['"use strict"']
-    assert not tree.all("img")
+    for image in tree.all("img"):
+        assert re.fullmatch(r"data:image/svg\+xml;base64,[A-Za-z0-9+/]+=*", image.attributes["src"])
+    for svg in drawings(tree):
+        assert svg.all("script") == []
+        loaded = {
+            e.attributes.get(k, "#") for e in svg.all() for k in ("href", "xlink:href", "src")
+        }
+        assert all(link.startswith(("#", "data:image/png;base64,")) for link in loaded)
+        assert not [k for e in svg.all() for k in e.attributes if k.startswith("on")]
     text = path.read_text(encoding="utf-8")
     assert "\u202e" not in text
     assert "\x00" not in text
     handlers = [(e.name, k) for e in tree.all() for k in e.attributes if k.startswith("on")]
     assert handlers == []
-    for link in [e for e in tree.all() if "href" in e.attributes or "src" in e.attributes]:
-        assert link.attributes.get("href", "").startswith(("#", "data:,")), link.attributes
+    for link in [e for e in tree.all() if "href" in e.attributes]:
+        assert link.attributes["href"].startswith(("#", "data:,")), link.attributes
     # In drawings "$" is a letter, and nothing is taken out of them.
     assert r"$\frac$ _x" in section(tree, "learning").text
     assert "49" not in [tree.one("h1").text]
@@ -397,10 +412,10 @@ def test_a_page_that_would_be_too_large_says_what_it_leaves_out(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = write_report(small).stat().st_size
-    drawings = len(read(small / "report.html").all("svg", role="img"))
+    before = len(read(small / "report.html").all("img"))
     monkeypatch.setattr(page_module, "LARGEST", page_module._FOR_WORDS + 25_000)
     tree = read(write_report(small))
-    assert len(tree.all("svg", role="img")) < drawings
+    assert len(tree.all("img")) < before
     assert (small / "report.html").stat().st_size < whole
     said = section(tree, "verdict").text
     assert "Left out because the page would be too large" in said
@@ -474,19 +489,30 @@ def test_a_page_of_files_alone(tmp_path: Path) -> None:
 def test_pictures_stand_apart_from_curves_of_perturbations(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def pictures(result: dict[str, Any]) -> list[drawing.Picture]:
-        curve = {"a": [(0.0, 1.0), (1.0, 2.0)]}
-        names = ("perturbation-curve", "perturbation-images")
-        return [drawing.lines(name, name, curve, x="x", y="y", description="It.") for name in names]
-
+    names = ("minimal-perturbation-curve", "minimal-perturbation-images")
+    panel = Panel([Series("a", [0.0, 1.0], [1.0, 2.0])])
+    view = View("It.", [], [Chart(name, name, "It.", [panel]) for name in names])
     STUDIES.names()
-    study = Study("perturbation", "It", "It?", "cure", lambda _: [], lambda _: [], pictures)
-    monkeypatch.setitem(STUDIES._entries, "perturbation", study)
+    name = "minimal-perturbation"
+    study = Study(name, "It", "It?", "cure", RunStudyOptions, lambda *_: {}, lambda _: view)
+    monkeypatch.setitem(STUDIES._entries, name, study)
+    # A file of version 0.1 has the name of that version.
     write(
         small / "studies" / "perturbation-1.json",
         {"format": STUDY_FORMAT, "study": "perturbation", "environment": {}},
     )
     tree = read(write_report(small))
-    for name, shown in (("perturbation", "curve"), ("pictures", "images")):
-        titles = [svg.one("title").text for svg in section(tree, name).all("svg", role="img")]
-        assert titles == [f"perturbation-{shown}"]
+    for place, shown in ((name, "curve"), ("pictures", "images")):
+        titles = [svg.one("title").text for svg in drawings(section(tree, place))]
+        assert titles == [f"{name}-{shown}"]
+
+
+def test_nothing_is_green_where_no_robust_accuracy_is_left(tmp_path: Path) -> None:
+    for name, right, green in (("broken", 0, False), ("robust", 60, True)):
+        attacks = {"pgd20": right, "cw": right, "autoattack": right}
+        result = evaluation(name, attacks=attacks)
+        run = plant(tmp_path / name, results=[result, diagnosis(name)])
+        said = section(read(write_report(run)), "verdict")
+        assert bool(said.all("div", class_="tile pass")) is green
+        assert bool(said.all("div", class_="tile fail")) is not green
+        assert ("is not robust" in said.text) is not green

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cure.attacks.registry import attack_label, attack_order
 from cure.errors import ConfigError
 from cure.evaluation.diagnosis import CHECKS
 from cure.experiments.compare.rows import (
+    IMAGES,
     RATIOS,
     TableRow,
     alike,
@@ -23,17 +23,20 @@ from cure.report.components import (
     Grid,
     Missing,
     Words,
+    accuracy_cell,
     between,
     percent,
     points,
+    share_cell,
     written,
 )
-from cure.report.loader import Content, Entry, images_of, number
+from cure.report.loader import Entry
+from cure.runs.records import Accuracy, Finding
 from cure.utils.stats import newcombe
 
 # They change an image without asking the network which change would hurt it.
 _BLIND = ("noise", "transfer")
-_BAD = ("warn", "fail")
+_BELIEVED = "can it be believed?"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Measured:
 
 def measure(entries: Iterable[Entry]) -> Measured:
     """The rows of all entries that were evaluated."""
-    having = [entry.source.compared() for entry in entries if entry.source.results]
+    having = [entry.source for entry in entries if entry.evaluations]
     rows = rows_of(having) if having else []
     groups = sorted(alike(rows), key=len, reverse=True)
     return Measured({str(row["run"]): row for row in rows}, groups)
@@ -116,38 +119,36 @@ class Note:
     attacks: bool
 
 
-def checks_of(entry: Entry, row: TableRow | None) -> tuple[list[Content], bool]:
+def checks_of(entry: Entry, row: TableRow | None) -> tuple[list[Finding], bool]:
     """The newest finding of each check on this network, and whether ``cure diagnose`` was run."""
-    checkpoint = row["checkpoint"] if row else None
-    results = [r for r in entry.source.results if row and images_of(r) == images_of(row)]
-    found: dict[str, Content] = {}
-    for result in [r for r in results if r["model"].get("checkpoint") == checkpoint]:
-        checks = (result.get("diagnosis") or {}).get("checks")
-        found |= {str(c["name"]): c for c in checks or () if _whole(c)}
-    diagnosed = False
-    for result in entry.diagnoses:
-        if checkpoint is None or result["model"].get("checkpoint") in (None, checkpoint):
-            diagnosed = True
-            found |= {check["name"]: check for check in result["checks"]}
-    return list(found.values()), diagnosed
-
-
-def _whole(check: object) -> bool:
-    keys = ("name", "status", "meaning")
-    return isinstance(check, dict) and all(isinstance(check.get(key), str) for key in keys)
+    found: dict[str, Finding] = {}
+    if row is not None:
+        images = tuple(row[name] for name in IMAGES)
+        for result in entry.source.of(row["checkpoint"], images):
+            found |= (
+                {each.name: each for each in result.diagnosis.checks} if result.diagnosis else {}
+            )
+    diagnoses = [
+        result
+        for result in entry.diagnoses
+        if row is None or result.model.checkpoint in (None, row["checkpoint"])
+    ]
+    for diagnosis in diagnoses:
+        found |= {each.name: each for each in diagnosis.checks}
+    return list(found.values()), bool(diagnoses)
 
 
 def notes_of(entry: Entry, row: TableRow | None) -> list[Note]:
-    """What did not pass, the worst first."""
+    """Findings that did not pass, the worst first."""
     checks, _ = checks_of(entry, row)
     notes = [
         Note(
-            check["status"],
-            f"{entry.name}: {check['name'].replace('_', ' ')}: {check['meaning']}",
-            check["name"] in CHECKS and CHECKS[check["name"]].attacks,
+            check.status,
+            f"{entry.name}: {check.name.replace('_', ' ')}: {check.meaning}",
+            check.name in CHECKS and CHECKS[check.name].attacks,
         )
         for check in checks
-        if check["status"] in _BAD
+        if check.status != "pass"
     ]
     return sorted(notes, key=lambda note: note.status != "fail")
 
@@ -157,77 +158,76 @@ def notes_of(entry: Entry, row: TableRow | None) -> list[Note]:
 
 @dataclass(frozen=True)
 class Number:
-    """A large number of the verdict."""
+    """A large number of the verdict; ``status`` "pass", "warn" or "fail" colours it."""
 
     title: str
     value: str
-    interval: str
-    bar: tuple[float, float, float] | None
-    detail: str
+    interval: str = ""
+    bar: tuple[float, float, float] | None = None
+    detail: str = ""
     status: str = ""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reader who reads one thing should read, of one network.
+    """The shortest summary of one network.
 
     Attributes:
         entry: which.
         sentences: the accuracies, the change against the start, in this order.
-        threat: what the attacker may do.
+        threat: what an attack may do.
         warnings: what makes the numbers less than they seem.
         numbers: the same in large figures.
     """
 
     entry: Entry
     sentences: list[str]
-    threat: str
-    warnings: list[str]
-    numbers: list[Number]
+    threat: str = ""
+    warnings: Sequence[str] = ()
+    numbers: Sequence[Number] = ()
 
 
 def verdict(entry: Entry, measured: Measured) -> Verdict:
     """The verdict on one network."""
+    gained = list(entry.outcome.warnings) if entry.outcome is not None else []
     row = measured.row.get(entry.name)
     if row is None:
         sentence = f"{entry.name} has not been evaluated, so nothing is known of its accuracy."
-        return Verdict(entry, [sentence], "", [], [])
+        return Verdict(entry, [sentence], warnings=gained)
     attack = strongest(row)
-    natural, interval = float(row["natural"]), tuple(row["natural_interval"])
     images = f"{int(row['n']):,} {row['split']} images"
-    sentence = f"{entry.name} is right on {percent(natural)} ({between(interval)}) of {images}"
-    numbers = [
-        Number(
-            "natural images",
-            percent(natural),
-            f"95 % interval {between(interval)}",
-            (natural, *row["natural_interval"]),
-            f"right on {images} as they are",
-        )
-    ]
+    sentence = (
+        f"{entry.name} is right on {percent(row['natural'])} "
+        f"({between(row['natural_interval'])}) of {images}"
+    )
+    numbers = [_number("natural images", row, "natural", f"right on {images} as they are")]
+    robust = None
     if attack is None:
         sentence += " as they are; under attack it was not measured."
     else:
-        shown, n = attack_name(attack), int(row[f"{attack}_n"])
-        robust, limits = float(row[attack]), tuple(row[f"{attack}_interval"])
+        shown, robust, n = attack_name(attack), float(row[attack]), int(row[f"{attack}_n"])
         of = f"{n:,} {row['split']} images"
         sentence += (
             f" as they are. It withstands {shown}, the strongest attack tried, on "
-            f"{percent(robust)} ({between(limits)}) of {'these' if n == row['n'] else of}."
+            f"{percent(robust)} ({between(row[f'{attack}_interval'])}) of "
+            f"{'these' if n == row['n'] else of}."
         )
-        numbers.append(
-            Number(
-                "under attack",
-                percent(robust),
-                f"95 % interval {between(limits)}",
-                (robust, *limits),
-                f"withstands {shown}, {row['norm']} ε = {row['epsilon_text']}, on {of}",
-            )
-        )
+        detail = f"withstands {shown}, {row['norm']} ε = {row['epsilon_text']}, on {of}"
+        broken = round(robust, 1) == 0
+        numbers.append(_number("under attack", row, attack, detail, "fail" if broken else ""))
+        if broken:
+            gained.insert(0, f"No image withstands {shown}: {entry.name} is not robust.")
     sentences = [sentence, *_against_start(entry, row, measured)]
-    numbers.append(_trust(entry, row))
-    threat = f"The attacker may {change(row)}." if attack else ""
-    return Verdict(entry, sentences, threat, _warnings(entry, row, attack), numbers)
+    numbers.append(_trust(entry, row, robust))
+    threat = f"An attack may {change(row)}." if attack else ""
+    return Verdict(entry, sentences, threat, [*gained, *_warnings(entry, row, attack)], numbers)
+
+
+def _number(title: str, row: TableRow, name: str, detail: str, status: str = "") -> Number:
+    low, high = row[f"{name}_interval"]
+    bar = (float(row[name]), low, high)
+    said = f"95 % interval {between((low, high))}"
+    return Number(title, percent(row[name]), said, bar, detail, status)
 
 
 def _against_start(entry: Entry, row: TableRow, measured: Measured) -> list[str]:
@@ -271,18 +271,20 @@ def _comparable(first: TableRow, second: TableRow) -> bool:
     return True
 
 
-def _trust(entry: Entry, row: TableRow) -> Number:
-    """Whether the numbers can be believed, as a tile of the verdict."""
+def _trust(entry: Entry, row: TableRow, robust: float | None) -> Number:
+    """Whether the numbers can be believed; never green where no robust accuracy is left."""
     checks, diagnosed = checks_of(entry, row)
-    failed, warned = (sum(c["status"] == kind for c in checks) for kind in ("fail", "warn"))
+    failed, warned = (sum(check.status == kind for check in checks) for kind in ("fail", "warn"))
     made_by = "of cure diagnose" if diagnosed else "of the evaluation; cure diagnose has more"
     if not checks:
-        return Number("can it be believed?", "unchecked", "", None, "no checks were run", "warn")
+        return Number(_BELIEVED, "unchecked", detail="no checks were run", status="warn")
     status = "fail" if failed else "warn" if warned else "pass"
     value = {"fail": "no", "warn": "with care", "pass": "nothing amiss"}[status]
+    if status == "pass" and (robust is None or round(robust, 1) == 0):
+        status = ""
     passed = len(checks) - failed - warned
     detail = f"{passed} of {len(checks)} checks passed ({made_by})"
-    return Number("can it be believed?", value, "", None, detail, status)
+    return Number(_BELIEVED, value, detail=detail, status=status)
 
 
 def _warnings(entry: Entry, row: TableRow, attack: str | None) -> list[str]:
@@ -297,12 +299,10 @@ def _warnings(entry: Entry, row: TableRow, attack: str | None) -> list[str]:
         )
     checks, diagnosed = checks_of(entry, row)
     for status, says in (("fail", "fails"), ("warn", "warns")):
-        names = [c["name"].replace("_", " ") for c in checks if c["status"] == status]
-        if names:
-            warnings.append(
-                f"The diagnosis {says} ({', '.join(names)}): "
-                + next(c["meaning"] for c in checks if c["status"] == status)
-            )
+        found = [check for check in checks if check.status == status]
+        names = ", ".join(check.name.replace("_", " ") for check in found)
+        if found:
+            warnings.append(f"The diagnosis {says} ({names}): {found[0].meaning}")
     if not diagnosed:
         warnings.append(
             f"Whether attacks were misled was checked briefly only: `cure diagnose {where}`."
@@ -361,7 +361,7 @@ def _table(
     names = measured_attacks({"attack_settings": attacks})[::-1]
     first = rows[0]
     counts = {n: {row[f"{n}_n"] for row in rows if row.get(f"{n}_n") is not None} for n in names}
-    ratios = [n for n in RATIOS if any(number(row.get(f"nrr_{n}")) is not None for row in rows)]
+    ratios = [n for n in RATIOS if any(row.get(f"nrr_{n}") is not None for row in rows)]
     worst = {row["run"]: _worst(entries[row["run"]], row) for row in rows}
     header = ["network", "method", "natural", *(["worst case"] if any(worst.values()) else [])]
     for name in names:
@@ -378,17 +378,18 @@ def _table(
         line = [
             Cell(entry.name, series=place[entry.name]),
             Cell(str(row["method"] or "unknown")),
-            _accuracy(row["natural"], row["natural_interval"], natural),
+            accuracy_cell(row["natural"], row["natural_interval"], natural, bar=True),
         ]
         if any(worst.values()):
-            part = worst[row["run"]] or {}
-            count = part.get("n") if part.get("n") != row["n"] else None
-            line.append(_accuracy(part.get("accuracy"), part.get("interval"), every, count))
+            part = worst[row["run"]]
+            count = part.n if part is not None and part.n != row["n"] else None
+            line.append(share_cell(part, every, count, bar=True))
         for name in names:
             count = row.get(f"{name}_n") if len(counts[name]) > 1 else None
-            line.append(_accuracy(row.get(name), row.get(f"{name}_interval"), every, count))
+            value, limits = row.get(name), row.get(f"{name}_interval")
+            line.append(accuracy_cell(value, limits, every, count, bar=True))
             if name in ratios:
-                value = number(row.get(f"nrr_{name}"))
+                value = row.get(f"nrr_{name}")
                 line.append(Cell(written(value), order=-1.0 if value is None else value))
         cells.append(line)
     caption = (
@@ -398,47 +399,26 @@ def _table(
     return Grid(caption, header, cells, words=2, sortable=len(cells) > 1)
 
 
-def _accuracy(
-    value: float | None,
-    interval: Sequence[float] | None,
-    notes: Sequence[tuple[int, str]],
-    count: int | None = None,
-) -> Cell:
-    """An accuracy, with its number of images where that is not the table's."""
-    if value is None or interval is None:
-        return Cell(written(None), order=-1.0)
-    low, high = interval
-    detail = f"({between(interval)})" + (f", n = {count:,}" if count is not None else "")
-    return Cell(written(value), detail, float(value), notes=notes, bar=(value, low, high))
-
-
-def _worst(entry: Entry, row: TableRow) -> Content | None:
+def _worst(entry: Entry, row: TableRow) -> Accuracy | None:
     """Accuracy under all attacks of the evaluation with the strongest one, image by image."""
+    images = tuple(row[name] for name in IMAGES)
     results = [
-        r
-        for r in entry.source.of(row["checkpoint"], images_of(row))
-        if isinstance(r.get("worst_case"), dict) and strongest(row) in r["attacks"]
+        result
+        for result in entry.source.of(row["checkpoint"], images)
+        if result.worst_case is not None and strongest(row) in result.attacks
     ]
-    part = results[-1]["worst_case"] if results else None
-    if part is None or len(part.get("over") or ()) < 2:
-        return None
-    limits = part.get("interval")
-    sound = isinstance(limits, list) and len(limits) == 2
-    known = [part.get("accuracy"), part.get("n"), *(limits if sound else [None])]
-    return part if all(number(value) is not None for value in known) else None
+    part = results[-1].worst_case if results else None
+    over = part.content().get("over") if part is not None else None
+    return part if isinstance(over, list) and len(over) > 1 else None
 
 
 def _unfinished(entries: Iterable[Entry]) -> list[Block]:
     """Attacks that ran out of time have bounds and no accuracy."""
-    said = []
-    for entry in entries:
-        for result in entry.source.results:
-            parts: Any = result.get("unfinished")
-            for name, part in parts.items() if isinstance(parts, dict) else ():
-                bounds = part.get("bounds") if isinstance(part, dict) else None
-                if isinstance(bounds, list) and len(bounds) == 2:
-                    said.append(
-                        f"{entry.name}, {attack_name(name)}: not finished; its accuracy lies "
-                        f"between {percent(bounds[0])} and {percent(bounds[1])}."
-                    )
+    said = [
+        f"{entry.name}, {attack_name(name)}: not finished; its accuracy lies between "
+        f"{percent(part.bounds[0])} and {percent(part.bounds[1])}."
+        for entry in entries
+        for result in entry.evaluations
+        for name, part in (result.unfinished or {}).items()
+    ]
     return [Words(said, "warn")] if said else []

@@ -1,22 +1,19 @@
-"""What a page is built from: words, tables, figures; and how numbers are written in it."""
+"""The parts of a page: words, tables, figures; and how numbers are written in it."""
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from cure.report.loader import number
+from cure.analysis.render import number, with_interval
+from cure.runs.records import Share
 from cure.utils.plotting import Picture
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
-_SPACES = "\n" + NO_BREAK
-LONGEST_LABEL = 26
-"""Letters of a name in a drawing; the page has it in full."""
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Cell:
     Attributes:
         text: what it says.
         detail: smaller, after it: an interval.
-        order: what sorting goes by; by default the text.
+        order: value to sort by; by default the text.
         series: the number of a network, whose mark is drawn before the text.
         notes: numbers of the remarks below the table that concern it, and how bad each is.
         bar: a value and its interval in percent, drawn below the text.
@@ -46,7 +43,7 @@ class Grid:
 
     Attributes:
         caption: what it is about.
-        header: a heading a column.
+        header: a heading for each column.
         rows: cells.
         words: how many columns, from the first, are words; the others are numbers.
         sortable: whether a reader may sort it.
@@ -64,7 +61,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing, with its numbers in a table for who does not see it."""
+    """A drawing, with its numbers in a table for readers who do not see it."""
 
     picture: Picture
     data: Grid | None = None
@@ -73,14 +70,8 @@ class Figure:
     @property
     def size(self) -> str:
         """How much of the page it takes: "small" has room for another beside it."""
-        width = _width(self.picture.svg)
-        return "small" if width < 340 else "middle" if width < 390 else "wide"
-
-
-def _width(svg: str) -> float:
-    """Width of a drawing in points."""
-    found = re.search(r'<svg[^>]*\bwidth="([\d.]+)pt"', svg)
-    return float(found[1]) if found else 0.0
+        width = self.picture.width
+        return "small" if width < 4.7 else "middle" if width < 5.5 else "wide"
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,7 @@ class Section:
     Attributes:
         name: its id.
         title: its heading.
-        meaning: what it shows, in words a newcomer understands.
+        meaning: what it shows, for a newcomer.
         blocks: its content.
     """
 
@@ -134,40 +125,53 @@ class Section:
         return any(block.kind != "missing" for block in self.blocks)
 
 
-def plain(text: str) -> str:
-    """``text`` without what cannot be seen: a name must not turn the words around it."""
-    return "".join(
-        letter if letter.isprintable() or letter in _SPACES else "\ufffd" for letter in text
-    )
-
-
-def label(text: str) -> str:
-    """A name as drawings have it: plain and not too long."""
-    text = " ".join(plain(text).split())
-    return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
-
-
-def written(value: object, digits: int = 1) -> str:
-    """A number in words of the page, a dash when there is none."""
-    known = number(value)
-    if known is None:
+def written(value: float | None, digits: int = 1) -> str:
+    """A number as the page writes it, a dash when there is none."""
+    if value is None or not math.isfinite(value):
         return DASH
-    return f"{known:,.{digits}f}".replace("-", MINUS)
+    return f"{value:,.{digits}f}".replace("-", MINUS)
 
 
-def percent(value: object) -> str:
+def percent(value: float | None) -> str:
     """``63.7 %``."""
-    return written(value) + (f"{NO_BREAK}%" if number(value) is not None else "")
+    return written(value) + ("" if value is None else f"{NO_BREAK}%")
 
 
-def points(value: float, interval: Interval) -> str:
-    """A difference with its sign and interval: ``−10.9 points (−18.0 to −3.5)``."""
-    sign = "+" if value > 0 else ""
-    low, high = (("+" if end > 0 else "") + written(end) for end in interval)
-    return f"{sign}{written(value)} points ({low} to {high})"
+def points(value: float, interval: Sequence[float]) -> str:
+    """A difference with its interval: ``−10.9 points (−18.0 to −3.5)``."""
+    text, _, limits = with_interval(value, interval, sign=True).partition(" ")
+    return f"{text} points {limits}".replace("-", MINUS)
 
 
 def between(interval: Sequence[float]) -> str:
     """``58.1–68.9``."""
+    return DASH.join(number(limit) for limit in interval)
+
+
+def accuracy_cell(
+    value: float | None,
+    interval: Sequence[float] | None,
+    notes: Sequence[tuple[int, str]] = (),
+    count: int | None = None,
+    *,
+    bar: bool = False,
+) -> Cell:
+    """An accuracy with its interval, and its number of images where that is not the table's."""
+    if value is None or interval is None:
+        return Cell(DASH, order=-1.0)
     low, high = interval
-    return f"{written(low)}{DASH}{written(high)}"
+    detail = f"({between(interval)})" + (f", n = {count:,}" if count is not None else "")
+    return Cell(
+        written(value),
+        detail,
+        float(value),
+        notes=notes,
+        bar=(float(value), low, high) if bar else None,
+    )
+
+
+def share_cell(part: Share | None, *details: Any, bar: bool = False) -> Cell:
+    """As :func:`accuracy_cell`, for a part of a result."""
+    if part is None:
+        return accuracy_cell(None, None)
+    return accuracy_cell(part.accuracy, part.interval, *details, bar=bar)

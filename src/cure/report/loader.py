@@ -1,198 +1,159 @@
-"""What a page is about: runs, and results in files, read with care.
+"""What a page is about: runs, and results in files, as records of :mod:`cure.runs.records`.
 
-A file that a user named and that cannot be read is refused.  A damaged file inside a run costs the
-page one sentence in its place, not the page: the rest of the run is still worth looking at.
+A file that a user named and that cannot be read is refused. A damaged file inside a run costs the
+page one sentence in its place, not the page.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from cure.analysis.study import STUDIES, STUDY_FORMAT
-from cure.errors import CheckpointError, ConfigError, CureError, unknown
-from cure.experiments.compare.rows import IMAGES, checked_config, no_place
-from cure.experiments.compare.rows import Source as ComparedSource
+from cure.analysis.study import find_study, unique
+from cure.errors import CheckpointError, ConfigError, CureError
+from cure.experiments.compare.rows import Source, checked_config, current, no_place
 from cure.runs.records import (
+    RESULTS,
+    CorruptionRecord,
+    DiagnosisRecord,
     Environment,
+    EpochMetrics,
     EpochTiming,
     EvaluationRecord,
+    Images,
+    Line,
+    Outcome,
+    ResultRecord,
     RunRecord,
+    Status,
+    StudyRecord,
     number_of,
+    oldest_first,
+    read_result,
 )
 from cure.runs.run import Run
-from cure.utils.io import read_json
 
-Content = dict[str, Any]
-
-_EVALUATION = "cure-evaluation-1"
-_CORRUPTIONS = "cure-corruptions-1"
-_DIAGNOSIS = "cure-diagnosis-1"
-
-
-@dataclass
-class Source:
-    """Evaluations of one run and what is known of it, with the keys of its files.
-
-    Attributes:
-        name: in the page.
-        typed: as the user named it, for messages.
-        results: of ``cure evaluate``, oldest first.
-        config: its settings; None where only results are known.
-        timing: seconds and memory of each epoch.
-        environment: where it was trained, where that is known.
-        finished: whether it was trained to its end, where known.
-        label: of the row, where a plan gives it one.
-    """
-
-    name: str
-    typed: str
-    results: list[Content]
-    config: Content | None = None
-    timing: Sequence[Content] = ()
-    environment: Content | None = None
-    finished: bool | None = None
-    label: str | None = None
-
-    def of(self, checkpoint: str | None, images: tuple[Any, ...]) -> list[Content]:
-        """Results of one checkpoint on one kind of images, oldest first."""
-        return [
-            result
-            for result in self.results
-            if result["model"].get("checkpoint") == checkpoint and images_of(result) == images
-        ]
-
-    def compared(self) -> ComparedSource:
-        """The same for ``cure compare``."""
-        return ComparedSource(
-            self.name,
-            self.typed,
-            [EvaluationRecord.parse(result, self.typed) for result in self.results],
-            self.config,
-            [
-                EpochTiming(
-                    epoch=int(line["epoch"]),
-                    seconds=line.get("seconds"),
-                    processor_seconds=line.get("processor_seconds"),
-                    peak_memory_mib=line.get("peak_memory_mib"),
-                )
-                for line in self.timing
-            ],
-            None if self.environment is None else Environment.parse(self.environment, self.typed),
-            self.finished,
-            self.label,
-        )
-
-
-def images_of(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Data, split, size, norm and epsilon of a result or of a row."""
-    if "attack_settings" in record:
-        return tuple(record[name] for name in IMAGES)
-    data, threat = record["data"], record["threat"]
-    size = "x".join(map(str, data["size"]))
-    return no_place(data["name"]), data["split"], size, threat["norm"], float(threat["epsilon"])
-
-
-def time_of(result: Mapping[str, Any]) -> str:
-    """When it was measured, so that the newest is the last in alphabetical order."""
-    time: str = result["environment"]["time"]
-    return time
-
-
-def current(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without those of a checkpoint that was replaced when the run went on."""
-    now = {r["model"].get("checkpoint"): r["model"].get("epoch") for r in results}
-    return [r for r in results if r["model"].get("epoch") == now[r["model"].get("checkpoint")]]
-
-
-def read_lines(path: Path) -> list[Content]:
-    """The whole lines of a file of JSON."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break  # The run was killed while it wrote this line.
-    return records
-
-
-def checked_result(content: Content, path: Path) -> Content:
-    """A whole result of ``cure evaluate``."""
-    return EvaluationRecord.parse(content, path).content()
+T = TypeVar("T")
+LineKind = TypeVar("LineKind", bound=Line)
 
 
 @dataclass
 class Entry:
-    """A network of the page: a run, the natural start of one, or what result files are about.
+    """A network of the page: a run, the natural start of one, or the network of result files.
 
     Attributes:
         name: unique in the page.
-        source: results of ``cure evaluate``, settings, times; as ``cure compare`` reads them.
+        typed: as the user named it, quoted where a shell would act on it, for commands to copy.
         folder: of a run.
-        typed: as the user named it, for commands to copy: quoted where a shell would act on it.
-        metrics: a record an epoch.
-        images: what ``data.json`` says.
+        config: settings of the run; empty when only results are known.
+        evaluations: results of ``cure evaluate``, oldest first.
+        corruptions: results of ``cure corruptions``, oldest first.
+        diagnoses: results of ``cure diagnose``, oldest first.
+        metrics: a record for each epoch.
+        timing: the same for times.
+        images: the images of the run.
         status: how far it came.
-        corruptions: results of ``cure corruptions``, the newest last.
-        diagnoses: results of ``cure diagnose``, the newest last.
+        outcome: what the training gained.
+        environment: where it was trained.
+        label: of the row, where a plan gives it one.
         start: the network that its training began from, where that is in the page.
-        starts: whether it is here only as the start of another.
+        is_start: whether it is here only as the start of another.
     """
 
     name: str
-    source: Source
-    folder: Path | None = None
     typed: str = "RUN"
-    metrics: Sequence[Content] = ()
-    images: Content = field(default_factory=dict)
-    status: Content = field(default_factory=dict)
-    corruptions: list[Content] = field(default_factory=list)
-    diagnoses: list[Content] = field(default_factory=list)
+    folder: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[EvaluationRecord] = field(default_factory=list)
+    corruptions: list[CorruptionRecord] = field(default_factory=list)
+    diagnoses: list[DiagnosisRecord] = field(default_factory=list)
+    metrics: Sequence[EpochMetrics] = ()
+    timing: Sequence[EpochTiming] = ()
+    images: Images | None = None
+    status: Status | None = None
+    outcome: Outcome | None = None
+    environment: Environment | None = None
+    label: str | None = None
     start: Entry | None = None
-    starts: bool = False
+    is_start: bool = False
 
     @property
-    def config(self) -> Content:
-        """Settings of the run; empty when only results are known."""
-        return self.source.config or {}
+    def source(self) -> Source:
+        """The same for ``cure compare``."""
+        return Source(
+            self.name,
+            self.typed,
+            self.evaluations,
+            self.config or None,
+            self.timing,
+            self.environment,
+            None if self.status is None else self.status.finished,
+            self.label,
+        )
+
+    def results(self) -> list[ResultRecord]:
+        """All results but studies."""
+        return [*self.evaluations, *self.corruptions, *self.diagnoses]
+
+    def file(self, result: ResultRecord) -> None:
+        """Add a result, once."""
+        kinds: dict[type[ResultRecord], list[Any]] = {
+            EvaluationRecord: self.evaluations,
+            CorruptionRecord: self.corruptions,
+            DiagnosisRecord: self.diagnoses,
+        }
+        if result not in kinds[type(result)]:
+            kinds[type(result)].append(result)
+
+    def setting(self, section: str, key: str) -> Any:
+        """A setting of the run; None where it has none."""
+        of = self.config.get(section)
+        return of.get(key) if isinstance(of, dict) else None
 
 
 @dataclass(frozen=True)
-class Told:
-    """A result of ``cure analyse``, and whose it is."""
+class StudyResult:
+    """A result of ``cure analyse``.
+
+    Attributes:
+        study: name of the study today.
+        owner: the run or file that holds it.
+        record: the file.
+    """
 
     study: str
     owner: str
-    result: Content
+    record: StudyRecord
 
 
 @dataclass
-class Gathered:
+class PageInputs:
     """All that a page is made from.
 
     Attributes:
         entries: networks, a start after the first run that has it.
         studies: results of studies, in the order of entries.
-        troubles: a sentence a file that could not be read.
+        troubles: a sentence for each file that could not be read.
         first: the folder of the first run, if there is a run.
     """
 
-    entries: list[Entry]
-    studies: list[Told]
-    troubles: list[str]
-    first: Path | None
+    entries: list[Entry] = field(default_factory=list)
+    studies: list[StudyResult] = field(default_factory=list)
+    troubles: list[str] = field(default_factory=list)
+    first: Path | None = None
+
+    def free(self, name: str) -> str:
+        """``name``, numbered where another entry has it."""
+        return unique(name, {entry.name for entry in self.entries})
 
 
-def gather(targets: Iterable[str | Path | Run]) -> Gathered:
+def load_inputs(targets: Iterable[str | Path | Run]) -> PageInputs:
     """Read runs and result files.
 
     Args:
@@ -202,78 +163,69 @@ def gather(targets: Iterable[str | Path | Run]) -> Gathered:
     Raises:
         CureError: when one of them is none of these, or is named twice.
     """
-    made = Gathered([], [], [], None)
-    loose: list[tuple[str, Content]] = []
+    inputs = PageInputs()
+    loose: list[tuple[str, ResultRecord]] = []
     seen: set[Path] = set()
     for target in targets:
         path = Path(target.path if isinstance(target, Run) else target)
         if path.resolve() in seen:
             raise ConfigError(f"{path} is named twice; name it once")
         seen.add(path.resolve())
-        if path.is_file():
-            _read_file(path, made, loose)
+        if not path.is_file():
+            _read_run(path, inputs)
+            inputs.first = inputs.first or path
+            continue
+        record = read_result(path)
+        if isinstance(record, RunRecord):
+            inputs.entries.append(_of_record(record, path, inputs))
+        elif isinstance(record, StudyRecord):
+            inputs.studies.append(_study(record, path, path.name))
         else:
-            _read_run(path, made)
-            made.first = made.first or path
+            loose.append((str(path), record))
     if not seen:
         raise ConfigError("expected one or more runs, got none; name the folder of a run")
-    for typed, content in loose:
-        _attach(typed, content, made)
-    for entry in made.entries:
-        entry.source.results = current(sorted(entry.source.results, key=time_of))
-        for kind in (entry.corruptions, entry.diagnoses):
-            kind.sort(key=time_of)
-    _find_starts(made.entries)
-    return made
+    for _, result in loose:
+        _attach(result, inputs)
+    for entry in inputs.entries:
+        entry.evaluations = current(oldest_first(entry.evaluations))
+        entry.corruptions = oldest_first(entry.corruptions)
+        entry.diagnoses = oldest_first(entry.diagnoses)
+    _find_starts(inputs.entries)
+    return inputs
 
 
-def _read_file(path: Path, made: Gathered, loose: list[tuple[str, Content]]) -> None:
-    content = read_json(path)
-    kind = content.get("format") if isinstance(content, dict) else None
-    if kind == "cure-run-1":
-        record = RunRecord.parse(content, path)
-        compared = ComparedSource.of_record(record, path.stem, str(path))
-        source = Source(
-            _free(compared.name, made.entries),
-            compared.typed,
-            [result.content() for result in compared.results],
-            compared.config,
-            [line.content() for line in record.timing],
-            None if record.environment is None else record.environment.content(),
-            True,
-            compared.label,
-        )
-        made.entries.append(Entry(source.name, source))
-    elif kind == STUDY_FORMAT:
-        made.studies.append(_checked_study(content, path, path.name))
-    elif kind in _CHECKED:
-        loose.append((str(path), _CHECKED[kind](content, path)))
-    else:
-        raise CheckpointError(
-            f"expected a run folder, or a result of `cure evaluate`, `corruptions`, `diagnose` or "
-            f"`analyse` in JSON, got {path} (its format is '{kind}'); name one of these"
-        )
+def _of_record(record: RunRecord, path: Path, inputs: PageInputs) -> Entry:
+    source = Source.of_record(record, path.stem, str(path))
+    return Entry(
+        inputs.free(source.name),
+        config=source.config or {},
+        evaluations=source.results,
+        metrics=record.metrics,
+        timing=source.timing,
+        environment=source.environment,
+        label=source.label,
+        status=Status(state="finished"),
+    )
 
 
-def _read_run(path: Path, made: Gathered) -> None:
+def _read_run(path: Path, inputs: PageInputs) -> None:
     """A run, what it keeps, and its natural start."""
     if not (path / "config.yaml").is_file():
         what = "holds no run (no config.yaml)" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}; name the folder that `cure train` printed")
-    entry = _entry(path, path.resolve().name, made)
-    made.entries.append(entry)
+    entry = _of_folder(path, path.resolve().name, inputs)
+    inputs.entries.append(entry)
     if not (path / "natural" / "config.yaml").is_file():
         return
-    start = _entry(path / "natural", f"{entry.name}/natural", made)
-    start.starts = True
-    # Runs that copy one start each would fill the page with the same network.
-    same = next((e for e in made.entries if e.starts and _same(e, start)), None)
+    start = _of_folder(path / "natural", f"{entry.name}/natural", inputs)
+    start.is_start = True
+    # Several runs that copied one start would fill the page with the same network.
+    same = next((each for each in inputs.entries if each.is_start and _same(each, start)), None)
     if same is None:
-        made.entries.append(start)
+        inputs.entries.append(start)
     else:
-        same.source.results += start.source.results
-        same.corruptions += start.corruptions
-        same.diagnoses += start.diagnoses
+        for result in start.results():
+            same.file(result)
     entry.start = same or start
 
 
@@ -282,187 +234,85 @@ def _same(first: Entry, second: Entry) -> bool:
     return bool(first.metrics) and (first.config, first.metrics) == (second.config, second.metrics)
 
 
-def _entry(path: Path, name: str, made: Gathered) -> Entry:
+def _of_folder(path: Path, name: str, inputs: PageInputs) -> Entry:
     """What the folder of one run holds; what is damaged in it becomes a sentence."""
-    config_file = path / "config.yaml"
     try:
-        config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         config = None
-    name = _free(name, made.entries)
-    source = Source(name, str(path), [], checked_config(config, config_file))
-    entry = Entry(name, source, path, shlex.quote(str(no_place(str(path)))))
+    config = checked_config(config, path / "config.yaml")
+    entry = Entry(inputs.free(name), shlex.quote(str(no_place(str(path)))), path, config)
 
-    def careful(file: Path, read: Callable[[Path], Any], otherwise: Any) -> Any:
-        if not file.exists():
-            return otherwise
+    def trouble(sentence: str) -> None:
+        # A page may be shown to others, who need not know where on a machine the run lies.
+        inputs.troubles.append(sentence.replace(str(path), entry.typed))
+
+    def read(file: Path, parse: Callable[[Path], T]) -> T | None:
         try:
-            return read(file)
+            return parse(file) if file.exists() else None
         except CureError as error:
-            said = str(error)
-        except (OSError, ValueError) as error:
-            said = f"{file} cannot be read ({error}); restore it from a copy"
-        # The page may be shown to others, whom it does not concern where on a machine runs lie.
-        made.troubles.append(said.replace(str(path), entry.typed))
-        return otherwise
+            trouble(str(error))
+            return None
 
-    source.environment = careful(path / "environment.json", _object, None)
-    entry.images = careful(path / "data.json", _object, {})
-    entry.status = careful(path / "status.json", _object, {})
-    source.finished = entry.status.get("state") == "finished" if entry.status else None
-    entry.metrics = [_epoch(r) for r in careful(path / "metrics.jsonl", _records, [])]
-    source.timing = [_numbers(r) for r in careful(path / "timing.jsonl", _records, [])]
-    kept = {
-        "evaluations": (source.results, _EVALUATION),
-        "corruptions": (entry.corruptions, _CORRUPTIONS),
-        "diagnoses": (entry.diagnoses, _DIAGNOSIS),
-    }
-    for folder, (results, kind) in kept.items():
+    def lines(kind: type[LineKind]) -> list[LineKind]:
+        file, found, lost = path / kind.file, [], 0
+        texts = read(file, lambda file: file.read_bytes().splitlines()) or []
+        for place, text in enumerate(texts, 1):
+            try:
+                found.append(kind.model_validate(json.loads(text)))
+            except ValueError:
+                # A run that is killed while it writes leaves the beginning of a line at the end.
+                cut = place == len(texts) and text[:1] == b"{" and text[-1:] != b"}"
+                lost += not cut
+        if lost:
+            trouble(f"{file}: {lost} damaged lines are left out; restore it from a copy")
+        return found
+
+    entry.environment = read(path / "environment.json", Environment.read)
+    entry.images = read(path / "data.json", Images.read)
+    entry.status = read(path / "status.json", Status.read)
+    entry.outcome = read(path / "outcome.json", Outcome.read)
+    entry.metrics, entry.timing = lines(EpochMetrics), lines(EpochTiming)
+    for folder, kind in RESULTS.items():
         for file in sorted((path / folder).glob("*.json"), key=number_of):
-            result = careful(file, partial(_read_result, kind), None)
-            results += [] if result is None else [result]
+            result = read(file, kind.read)
+            if result is not None:
+                entry.file(result)
     for file in sorted((path / "studies").glob("*.json"), key=number_of):
-        told = careful(file, lambda f: _checked_study(read_json(f), f, name), None)
-        made.studies += [] if told is None else [told]
+        study = read(file, lambda file: _study(StudyRecord.read(file), file, entry.name))
+        inputs.studies += [] if study is None else [study]
     return entry
 
 
-def _free(name: str, entries: Iterable[Entry]) -> str:
-    taken = {entry.name for entry in entries}
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(candidate for candidate in names if candidate not in taken)
-
-
-def _object(path: Path) -> Content:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it holds no object")
-    return content
-
-
-def _records(path: Path) -> list[Content]:
-    records = [line for line in read_lines(path) if isinstance(line, dict)]
-    return [line for line in records if number(line.get("epoch")) is not None]
-
-
-def number(value: object) -> float | None:
-    """``value`` if it is a finite number."""
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if plain and math.isfinite(value) else None  # type: ignore[arg-type]
-
-
-def _numbers(section: object) -> dict[str, float]:
-    """The finite numbers of a section."""
-    items = section.items() if isinstance(section, Mapping) else ()
-    found = {str(key): number(value) for key, value in items}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _epoch(record: Content) -> Content:
-    """A record of ``metrics.jsonl`` with nothing but numbers where numbers belong."""
-    return _numbers(record) | {
-        "train": _numbers(record.get("train")),
-        "validation": _numbers(record.get("validation")),
-    }
-
-
-# Results of other commands.
-
-
-def _checked_corruptions(content: Content, path: Path) -> Content:
+def _study(record: StudyRecord, path: Path, owner: str) -> StudyResult:
     try:
-        cells = [*content["groups"].values(), *content["corruptions"].values()]
-        cells += [
-            each["severities"][str(s)]
-            for each in content["corruptions"].values()
-            for s in content["settings"]["severities"]
-        ]
-        cells += [c for c in (content["natural"], *content["means"].values()) if c is not None]
-        for cell in cells:
-            low, high = cell["interval"]
-            _need(all(number(value) is not None for value in (cell["accuracy"], low, high)))
-        _need(number(content["data"]["n"]) is not None)
-        _need(all(isinstance(each["group"], str) for each in content["corruptions"].values()))
-        _need_facts(content)
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise _not_whole(path, "corruptions") from None
-    return content
+        return StudyResult(find_study(record.study).name, owner, record)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
-def _checked_diagnosis(content: Content, path: Path) -> Content:
-    try:
-        for item in content["checks"]:
-            _need(item["status"] in ("pass", "warn", "fail"))
-            _need(isinstance(item["name"], str) and isinstance(item["meaning"], str))
-        _need(content["verdict"] in ("pass", "warn", "fail"))
-        _need(number(content["n"]) is not None)
-        _need_facts(content)
-    except (KeyError, TypeError, AttributeError, ValueError):
-        raise _not_whole(path, "diagnose") from None
-    return content
-
-
-def _need_facts(content: Content) -> None:
-    _need(isinstance(content["target"], str) and isinstance(content["model"], dict))
-    _need(isinstance(content["data"]["name"], str) and isinstance(time_of(content), str))
-
-
-def _need(true: bool) -> None:
-    if not true:
-        raise ValueError
-
-
-def _not_whole(path: Path, command: str) -> CheckpointError:
-    return CheckpointError(f"{path} is no whole result of `cure {command}`; make it again")
-
-
-def _checked_study(content: Content, path: Path, owner: str) -> Told:
-    name = content.get("study")
-    if not isinstance(name, str) or name not in STUDIES:
-        raise CheckpointError(f"{path}: " + unknown("study", str(name), STUDIES.names()))
-    return Told(name, owner, content)
-
-
-_CHECKED: dict[Any, Callable[[Content, Path], Content]] = {
-    _EVALUATION: checked_result,
-    _CORRUPTIONS: _checked_corruptions,
-    _DIAGNOSIS: _checked_diagnosis,
-}
-
-
-def _read_result(kind: str, path: Path) -> Content:
-    return _CHECKED[kind](read_json(path), path)
-
-
-def _attach(typed: str, content: Content, made: Gathered) -> None:
-    """File a result that was named by itself under the network it says it is of."""
-    target, facts = str(no_place(content["target"])), content["model"]
-    entry = next((e for e in made.entries if _is_of(e, target, facts)), None)
+def _attach(result: ResultRecord, inputs: PageInputs) -> None:
+    """File a result that was named by itself under the network that it names."""
+    entry = next((each for each in inputs.entries if _is_of(each, result)), None)
     if entry is None:
-        name = _free(target, made.entries)
-        entry = Entry(name, Source(name, typed, []), typed=shlex.quote(target))
-        made.entries.append(entry)
-    kinds = {
-        _EVALUATION: entry.source.results,
-        _CORRUPTIONS: entry.corruptions,
-        _DIAGNOSIS: entry.diagnoses,
-    }
-    if content not in kinds[content["format"]]:
-        kinds[content["format"]].append(content)
+        target = str(no_place(result.target))
+        entry = Entry(inputs.free(target), shlex.quote(target))
+        inputs.entries.append(entry)
+    entry.file(result)
 
 
-def _is_of(entry: Entry, target: str, facts: Mapping[str, Any]) -> bool:
-    """Whether a result that names ``target`` is about this network."""
+def _is_of(entry: Entry, result: ResultRecord) -> bool:
+    """Whether a result is about this network."""
+    facts, target = result.model, str(no_place(result.target))
     if entry.folder is not None:
         # Every natural start is in a folder called "natural".
-        said = (facts.get("method"), facts.get("run_seed"), facts.get("recipe"))
-        ours = (entry.config["method"]["name"], entry.config["seed"], entry.config.get("name"))
-        return target == entry.folder.resolve().name and said == ours
-    known = [*entry.source.results, *entry.corruptions, *entry.diagnoses]
+        said = (facts.method, facts.run_seed, facts.recipe)
+        own = (entry.config["method"]["name"], entry.config["seed"], entry.config.get("name"))
+        return target == entry.folder.resolve().name and said == own
     return any(
-        str(no_place(other["target"])) == target
-        and all(other["model"].get(key) == facts.get(key) for key in _IDENTITY)
-        for other in known
+        str(no_place(other.target)) == target
+        and all(getattr(other.model, key) == getattr(facts, key) for key in _IDENTITY)
+        for other in entry.results()
     )
 
 
@@ -470,13 +320,13 @@ _IDENTITY = ("method", "recipe", "run_seed", "weights", "name", "parameters", "e
 
 
 def _find_starts(entries: list[Entry]) -> None:
-    """Tell each run which other run of the page it began from, where its settings say so."""
+    """Link each run to the run of the page that it began from, where its settings say so."""
     for entry in entries:
         start = str(entry.config.get("start") or "")
         if entry.start is not None or start in ("", "natural", "scratch", "model"):
             continue
-        # The path is from where training was started, which is not where we are: as for results of
-        # a run, its name says which run, and what it trained has to fit.
+        # The path counts from where training was started, so only its name identifies the run;
+        # what it trained has to fit as well.
         alike = [
             other
             for other in entries

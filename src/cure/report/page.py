@@ -6,18 +6,17 @@ import base64
 import hashlib
 import re
 import statistics
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cure.analysis.study import STUDIES, Rows
+from cure.analysis.render import StudyTable
+from cure.analysis.study import STUDIES
 from cure.errors import ConfigError, CureError
-from cure.experiments.compare.rows import flattened, no_place
+from cure.experiments.compare.rows import TableRow, flattened, no_place
 from cure.report import figures
 from cure.report.accuracies import Measured, attack_name, measure, tables, verdict
 from cure.report.components import (
@@ -30,15 +29,14 @@ from cure.report.components import (
     Missing,
     Section,
     Words,
-    plain,
     written,
 )
-from cure.report.loader import Content, Entry, Gathered, Told, gather, number
-from cure.runs.records import EpochMetrics
+from cure.report.loader import Entry, PageInputs, StudyResult, load_inputs
+from cure.runs.records import Environment
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.utils.io import check_free, write_text
-from cure.utils.plotting import renamed, series
+from cure.utils.plotting import printable, style_of
 from cure.utils.version import VERSION
 
 HERE = Path(__file__).parent
@@ -57,7 +55,7 @@ _FOR_WORDS = 500_000
 """Bytes that are kept for everything but drawings."""
 
 # Studies with a section of their own; the others stand together.
-_OWN_SECTIONS = ("overfitting", "cka", "gradients", "perturbation")
+_OWN_SECTIONS = ("overfitting", "cka", "gradients", "minimal-perturbation")
 
 
 def write_report(
@@ -84,10 +82,10 @@ def write_report(
     if isinstance(targets, str | Path | Run):
         targets = [targets]
     check_free(output)
-    made = gather(targets)
-    path = _place(made, output)
+    inputs = load_inputs(targets)
+    path = _place(inputs, output)
     try:
-        write_text(path, _page(made, title))
+        write_text(path, _page(inputs, title))
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written ({error.strerror}); name another file with --output"
@@ -95,12 +93,12 @@ def write_report(
     return path
 
 
-def _place(made: Gathered, output: str | Path | None) -> Path:
+def _place(inputs: PageInputs, output: str | Path | None) -> Path:
     if output is not None:
         return Path(output)
-    if made.first is None:
+    if inputs.first is None:
         raise ConfigError("a page of result files has no run to stand in; name it with --output")
-    path = made.first / "report.html"
+    path = inputs.first / "report.html"
     if path.exists() and f'content="{GENERATOR}' not in _beginning(path):
         raise ConfigError(f"{path} was not made by `cure report` and is kept; use --output")
     return path
@@ -114,15 +112,14 @@ def _beginning(path: Path) -> str:
 # The page.
 
 
-def _page(made: Gathered, title: str | None) -> str:
+def _page(inputs: PageInputs, title: str | None) -> str:
     import jinja2
     from markupsafe import Markup
 
-    shown = [entry for entry in made.entries if not entry.starts]
-    place = {entry.name: index for index, entry in enumerate(made.entries)}
-    with _any_letters():
-        measured = measure(made.entries)
-        sections = _sections(made, measured, place)
+    shown = [entry for entry in inputs.entries if not entry.is_start]
+    place = {entry.name: index for index, entry in enumerate(inputs.entries)}
+    measured = measure(inputs.entries)
+    sections = _sections(inputs, measured, place)
     left_out = _fit(sections)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -133,11 +130,11 @@ def _page(made: Gathered, title: str | None) -> str:
         lstrip_blocks=True,
         # All that is printed and not ours: names of files, classes, runs; text of result files.
         finalize=lambda value: (
-            plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+            printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
         ),
     )
     environment.filters["code"] = lambda text: Markup("").join(
-        Markup("<code>{}</code>").format(plain(part)) if index % 2 else plain(part)
+        Markup("<code>{}</code>").format(printable(part)) if index % 2 else printable(part)
         for index, part in enumerate(text.split("`"))
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -148,29 +145,19 @@ def _page(made: Gathered, title: str | None) -> str:
         script=Markup(script),
         script_hash=digest,
         verdicts=[verdict(entry, measured) for entry in shown],
-        entries=made.entries,
+        entries=inputs.entries,
         place=place,
-        swatches=[Markup(_swatch(index)) for index in range(len(made.entries))],
-        trained=[_trained(entry, measured) for entry in made.entries],
+        swatches=[Markup(_swatch(index)) for index in range(len(inputs.entries))],
+        trained=[_trained(entry, measured) for entry in inputs.entries],
         sections={section.name: section for section in sections},
-        drawing=lambda figure: Markup(plain(figure.picture.svg)),
         glossary=GLOSSARY,
-        troubles=made.troubles,
+        troubles=inputs.troubles,
         left_out=left_out,
         made=_made(),
-        made_of=_commands(made.entries, made.studies),
+        made_of=_commands(inputs.entries, inputs.studies),
     )
     # A lone surrogate, which JSON can hold, is no text that can be written.
     return page.encode("utf-8", "replace").decode("utf-8")
-
-
-@contextmanager
-def _any_letters() -> Iterator[None]:
-    """Let names have letters that Matplotlib's own font lacks: the reader's browser has them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        warnings.filterwarnings("ignore", message="Matplotlib currently does not support")
-        yield
 
 
 def _title(entries: Sequence[Entry]) -> str:
@@ -180,7 +167,7 @@ def _title(entries: Sequence[Entry]) -> str:
 
 def _swatch(index: int) -> str:
     """The mark of a network, as in the drawings."""
-    look = series(index)
+    look = style_of(index)
     shapes = {
         "o": '<circle cx="12" cy="6" r="3.6"/>',
         "s": '<rect x="8.6" y="2.6" width="6.8" height="6.8"/>',
@@ -203,13 +190,13 @@ def _swatch(index: int) -> str:
 # Sections.
 
 
-def _sections(made: Gathered, measured: Measured, place: Mapping[str, int]) -> list[Section]:
-    entries = made.entries
+def _sections(inputs: PageInputs, measured: Measured, place: Mapping[str, int]) -> list[Section]:
+    entries = inputs.entries
     runs = [entry for entry in entries if entry.folder is not None]
-    names = [entry.typed for entry in entries if not entry.starts and entry.folder is not None]
+    names = [entry.typed for entry in entries if not entry.is_start and entry.folder is not None]
     where = names[0] if names else "RUN"
-    studies: dict[str, list[Told]] = {}
-    for told in made.studies:
+    studies: dict[str, list[StudyResult]] = {}
+    for told in inputs.studies:
         studies.setdefault(told.study, []).append(told)
     main = measured.groups[0] if measured.groups else []
     return [
@@ -273,18 +260,18 @@ def _sections(made: Gathered, measured: Measured, place: Mapping[str, int]) -> l
             _study("gradients", studies, names),
         ),
         Section(
-            "perturbation",
-            "Least perturbations",
+            "minimal-perturbation",
+            "Smallest perturbations",
             "The smallest change of an image that makes a network err. The larger it has to be, "
             "the more robust the network is.",
-            _study("perturbation", studies, names, _is_drawing),
+            _study("minimal-perturbation", studies, names, _is_drawing),
         ),
         Section(
             "pictures",
             "Pictures",
             "Images as they are, images after an attack, and the change between them, with what "
             "networks take each for.",
-            _pictures(studies.get("perturbation", []), names),
+            _pictures(studies.get("minimal-perturbation", []), names),
         ),
         Section(
             "studies",
@@ -298,7 +285,7 @@ def _sections(made: Gathered, measured: Measured, place: Mapping[str, int]) -> l
 def _accuracies(
     entries: Sequence[Entry],
     measured: Measured,
-    main: Sequence[Content],
+    main: Sequence[TableRow],
     place: Mapping[str, int],
     where: str,
 ) -> list[Block]:
@@ -309,23 +296,20 @@ def _accuracies(
 
 
 def _trade_off(
-    main: Sequence[Content], measured: Measured, place: Mapping[str, int], where: str
+    main: Sequence[TableRow], measured: Measured, place: Mapping[str, int], where: str
 ) -> list[Block]:
     drawn = figures.trade_off(main, place) if main else None
     if drawn is None:
         return [Missing("Nothing was measured under attack.", [f"cure evaluate {where}"])]
-    figure, said = drawn
-    blocks: list[Block] = [figure, Words([said])]
-    if "Hollow diamonds" in said:
+    figure, beside_paper = drawn
+    blocks: list[Block] = [figure]
+    if beside_paper:
         known = figures.paper()
         blocks.append(Words([f"The paper's rows: {known['source']}. {known['remark']}"], "aside"))
     left = sum(len(group) for group in measured.groups[1:])
     if left:
-        blocks.append(
-            Words(
-                [f"{left} more evaluated otherwise (see the tables above) are not drawn."], "aside"
-            )
-        )
+        said = f"{left} more were evaluated differently (see the tables above) and are not drawn."
+        blocks.append(Words([said], "aside"))
     return blocks
 
 
@@ -341,7 +325,7 @@ def _overfitting(
     cells = []
     for name, row in measured.row.items():
         for key in [n for n in row if n.startswith("best_minus_last_")]:
-            gap = number(row[key])
+            gap = row[key]
             if gap is not None:
                 attack = key.removeprefix("best_minus_last_")
                 cells.append(
@@ -361,15 +345,9 @@ def _overfitting(
 
 
 def _alarm(entry: Entry) -> str | None:
-    """What training warned of, from its metrics."""
-    images = (entry.config.get("data") or {}).get("validation")
-    lines = [
-        EpochMetrics.model_validate(
-            {"epoch": int(r["epoch"]), "train": r["train"], "validation": r["validation"]}
-        )
-        for r in entry.metrics
-        if {"natural", "robust"} <= r["validation"].keys()
-    ]
+    """The warning of training, from its metrics."""
+    images = entry.setting("data", "validation")
+    lines = [line for line in entry.metrics if line.validation is not None]
     return robust_overfitting(lines, images) if isinstance(images, int) and images else None
 
 
@@ -411,7 +389,7 @@ def _commands_of(study: str, names: Sequence[str]) -> list[str]:
 
 def _study(
     name: str,
-    studies: Mapping[str, list[Told]],
+    studies: Mapping[str, list[StudyResult]],
     names: Sequence[str],
     shown: Callable[[str], bool] = bool,
 ) -> list[Block]:
@@ -420,22 +398,24 @@ def _study(
     if not told:
         return [Missing("This study was not made.", _commands_of(name, names))]
     blocks: list[Block] = []
-    for serial, one in enumerate(told):
+    for one in told:
         if len(told) > 1:
             blocks.append(Heading(one.owner))
-        blocks += _blocks(one, serial, True, shown)
+        blocks += _blocks(one, True, shown)
     return blocks
 
 
-def _pictures(told: Sequence[Told], names: Sequence[str]) -> list[Block]:
+def _pictures(told: Sequence[StudyResult], names: Sequence[str]) -> list[Block]:
     blocks: list[Block] = []
-    for serial, one in enumerate(told):
-        drawn = _blocks(one, serial, False, lambda name: not _is_drawing(name))
+    for one in told:
+        drawn = _blocks(one, False, lambda name: not _is_drawing(name))
         blocks += [Heading(one.owner), *drawn] if drawn and len(told) > 1 else drawn
-    return blocks or [Missing("No pictures were kept.", _commands_of("perturbation", names))]
+    return blocks or [
+        Missing("No pictures were kept.", _commands_of("minimal-perturbation", names))
+    ]
 
 
-def _further(studies: Mapping[str, list[Told]], names: Sequence[str]) -> list[Block]:
+def _further(studies: Mapping[str, list[StudyResult]], names: Sequence[str]) -> list[Block]:
     blocks: list[Block] = []
     others = [name for name in STUDIES.names() if name not in _OWN_SECTIONS]
     lacking = []
@@ -460,25 +440,21 @@ def _is_drawing(name: str) -> bool:
     return "images" not in name
 
 
-def _blocks(told: Told, serial: int, words: bool, shown: Callable[[str], bool]) -> list[Block]:
-    """One result of a study, with those of its pictures that are to be shown here.
+def _blocks(told: StudyResult, words: bool, shown: Callable[[str], bool]) -> list[Block]:
+    """One result of a study, with those of its figures that belong here.
 
-    Where it is damaged there is a sentence in its place.
+    Where the result is damaged there is a sentence in its place.
     """
-    study = STUDIES[told.study]
     blocks: list[Block] = []
     try:
-        grids = [_grid(rows) for rows in study.tables(told.result)] if words else []
+        view = STUDIES[told.study].view(told.record.content())
+        grids = [_grid(table) for table in view.tables] if words else []
         if words:
-            findings = study.findings(told.result)
-            blocks += [Words(findings, "findings")] if findings else []
+            blocks.append(Words([view.finding], "findings"))
             blocks += [grid for grid in grids[:1] if not grid.folded]
-        for drawn in study.pictures(told.result):
-            if shown(drawn.name):
-                blocks.append(Figure(renamed(drawn, f"{told.study}-{serial}-{drawn.name}")))
-        # Long tables are for who looks for a number, after what everybody looks at.
+        blocks += [Figure(figure.draw()) for figure in view.figures if shown(figure.name)]
         blocks += [replace(grid, folded=True) for grid in grids if grid not in blocks]
-    # The result is a file of any content, and what tells it trusts what it finds there.
+    # A file can hold anything, and views rely on its keys.
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, CureError):
         sentence = (
             f"A result of `cure analyse {told.study}` of {told.owner} is damaged or incomplete and "
@@ -488,20 +464,20 @@ def _blocks(told: Told, serial: int, words: bool, shown: Callable[[str], bool]) 
     return blocks
 
 
-def _grid(rows: Rows) -> Grid:
+def _grid(table: StudyTable) -> Grid:
     def order(text: str) -> float | str:
-        found = re.match(r"[-+\N{MINUS SIGN}]?\d[\d,]*(\.\d+)?", text)
-        return float(found[0].replace(",", "").replace("\N{MINUS SIGN}", "-")) if found else text
+        found = re.match(r"[-+]?\d[\d,]*(\.\d+)?", text)
+        return float(found[0].replace(",", "")) if found else text
 
-    cells = [[Cell(str(text), order=order(str(text))) for text in line] for line in rows.cells]
+    cells = [[Cell(text, order=order(text)) for text in row] for row in table.rows]
     folded = len(cells) > MOST_ROWS
-    return Grid(rows.title, list(rows.header), cells, sortable=len(cells) > 1, folded=folded)
+    return Grid(table.title, list(table.header), cells, sortable=len(cells) > 1, folded=folded)
 
 
 def _fit(sections: Sequence[Section]) -> list[str]:
     """Leave out the largest drawings until the page is small enough; say which."""
     drawings = [
-        (len(block.picture.svg.encode("utf-8", "replace")), section, block)
+        (len(block.picture.address), section, block)
         for section in sections
         for block in section.blocks
         if isinstance(block, Figure)
@@ -545,100 +521,72 @@ class Trained:
 
 
 def _trained(entry: Entry, measured: Measured) -> Trained:
-    config = no_place(entry.config)
-    environment = entry.source.environment or {}
-    row = measured.row.get(entry.name, {})
+    config, row = no_place(entry.config), measured.row.get(entry.name, {})
     facts: list[tuple[str, str]] = []
     if config:
-        facts += [
-            ("method", str(config["method"]["name"])),
-            ("data", _data(config, entry.images)),
-            ("start", _start(config)),
-            (
-                "threat",
-                f"{config['threat'].get('norm')}, epsilon {config['threat'].get('epsilon')}",
-            ),
-        ]
+        threat = f"{config['threat'].get('norm')}, epsilon {config['threat'].get('epsilon')}"
+        facts += [("method", str(config["method"]["name"])), ("data", _data(entry, config))]
+        facts += [("start", _start(config)), ("threat", threat)]
     if row.get("network"):
-        parameters = number(row.get("parameters"))
-        facts.append(
-            (
-                "network",
-                str(row["network"])
-                + (f", {parameters:,.0f} parameters" if parameters is not None else ""),
-            )
-        )
+        count = row.get("parameters")
+        parameters = f", {count:,.0f} parameters" if isinstance(count, int | float) else ""
+        facts.append(("network", f"{row['network']}{parameters}"))
     if config:
         facts.append(("training", _training(entry, config)))
     facts += _times(entry)
-    if environment:
+    environment = entry.environment
+    if environment is not None:
         facts += [("made with", _versions(environment)), ("on", _machine(environment))]
-        if environment.get("time"):
-            facts.append(("begun", str(environment["time"])))
+        facts += [("begun", environment.time)] if environment.time else []
     if not config:
         facts.append(("known", "only results; name the run's folder for what was trained"))
     flat = flattened(config)
-    grid = (
-        Grid(
-            f"All {len(flat)} settings",
-            ["setting", "value"],
-            [[Cell(key), Cell(str(value))] for key, value in flat.items()],
-            words=2,
-            folded=True,
-        )
-        if flat
-        else None
-    )
-    return Trained(entry, facts, str(environment.get("command") or ""), grid)
+    rows = [[Cell(key), Cell(str(value))] for key, value in flat.items()]
+    caption = f"All {len(flat)} settings"
+    grid = Grid(caption, ["setting", "value"], rows, words=2, folded=True) if flat else None
+    command = (environment.command if environment is not None else None) or ""
+    return Trained(entry, facts, command, grid)
 
 
-def _data(config: Content, images: Content) -> str:
-    data = _section(config, "data")
+def _data(entry: Entry, config: Mapping[str, Any]) -> str:
+    data, images = config.get("data") or {}, entry.images
     said = str(data.get("source", "unknown"))
-    if number(data.get("limit")) is not None:
+    if isinstance(data.get("limit"), int):
         said += f", the first {data['limit']:,} training images"
-    if isinstance(images.get("classes"), list):
-        said += f", {len(images['classes'])} classes"
-    if isinstance(images.get("size"), list):
-        said += f", {TIMES.join(map(str, images['size']))} pixels"
-    if number(data.get("validation")) is not None:
+    if images is not None:
+        size = TIMES.join(map(str, images.size))
+        said += f", {len(images.classes)} classes, {size} pixels"
+    if isinstance(data.get("validation"), int):
         said += f"; {data['validation']:,} of them validate"
     return said
 
 
-def _section(config: Content, name: str) -> Content:
-    section = config.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _start(config: Content) -> str:
+def _start(config: Mapping[str, Any]) -> str:
     start = str(config.get("start") or "scratch")
-    if start == "scratch":
-        return "random weights"
-    if start == "natural":
-        epochs = _section(config, "natural").get("epochs")
-        return "a network trained on natural images first" + (
-            f", for {epochs} epochs" if epochs else ""
-        )
-    if start == "model":
-        return "the weights that the network came with"
-    return f"weights of {start}"
+    epochs = (config.get("natural") or {}).get("epochs")
+    known = {
+        "scratch": "random weights",
+        "natural": "a network trained on natural images first"
+        + (f", for {epochs} epochs" if epochs else ""),
+        "model": "the weights that the network came with",
+    }
+    return known.get(start, f"weights of {start}")
 
 
-def _training(entry: Entry, config: Content) -> str:
+def _training(entry: Entry, config: Mapping[str, Any]) -> str:
     training = config["training"]
-    done = int(entry.metrics[-1]["epoch"]) if entry.metrics else 0
+    done = entry.metrics[-1].epoch if entry.metrics else 0
     said = f"{done} of {training['epochs']} epochs"
     if training.get("batch_size"):
         said += f" of batches of {training['batch_size']}"
-    if entry.status.get("state"):
-        said += f"; {entry.status['state']}"
+    if entry.status is not None:
+        said += f"; {entry.status.state}"
     return said + f"; seed {config.get('seed')}"
 
 
 def _times(entry: Entry) -> list[tuple[str, str]]:
-    seconds = [t["seconds"] for t in entry.source.timing if "seconds" in t]
-    memory = [t["peak_memory_mib"] for t in entry.source.timing if "peak_memory_mib" in t]
+    seconds = [line.seconds for line in entry.timing if line.seconds is not None]
+    memory = [line.peak_memory_mib for line in entry.timing if line.peak_memory_mib is not None]
     if not seconds:
         return []
     said = f"{_duration(sum(seconds))} in all, {_duration(statistics.median(seconds))} an epoch"
@@ -652,19 +600,17 @@ def _duration(seconds: float) -> str:
     return f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
 
 
-def _versions(environment: Mapping[str, Any]) -> str:
-    packages = environment.get("packages")
-    torch = packages.get("torch") if isinstance(packages, Mapping) else None
+def _versions(environment: Environment) -> str:
     return (
-        f"cure {environment.get('cure')}, commit {environment.get('commit') or 'unknown'}, "
-        f"torch {torch}, Python {environment.get('python')}"
+        f"cure {environment.cure}, commit {environment.commit or 'unknown'}, "
+        f"torch {environment.packages.get('torch')}, Python {environment.python}"
     )
 
 
-def _machine(environment: Mapping[str, Any]) -> str:
-    said = f"{environment.get('processor') or 'unknown processor'}, "
-    said += f"{environment.get('threads')} of {environment.get('cores')} cores"
-    return said + (f", {environment['gpu']}" if environment.get("gpu") else "")
+def _machine(environment: Environment) -> str:
+    said = f"{environment.processor or 'unknown processor'}, "
+    said += f"{environment.threads} of {environment.cores} cores"
+    return said + (f", {environment.gpu}" if environment.gpu else "")
 
 
 def _made() -> list[tuple[str, str]]:
@@ -675,28 +621,24 @@ def _made() -> list[tuple[str, str]]:
     ]
 
 
-def _commands(entries: Sequence[Entry], studies: Sequence[Told]) -> Grid | None:
+def _commands(entries: Sequence[Entry], studies: Sequence[StudyResult]) -> Grid | None:
     """Every result that the page shows, with the command and the version that made it."""
-    rows = []
-    for entry in entries:
-        for kind, results in (
-            ("evaluate", entry.source.results),
-            ("corruptions", entry.corruptions),
-            ("diagnose", entry.diagnoses),
-        ):
-            rows += [_command_row(entry.name, kind, result) for result in results]
-    rows += [_command_row(told.owner, f"analyse {told.study}", told.result) for told in studies]
+    found: list[tuple[str, str, Environment | None]] = [
+        (entry.name, result.made_by.removeprefix("cure "), result.environment)
+        for entry in entries
+        for result in entry.results()
+    ]
+    found += [(told.owner, f"analyse {told.study}", told.record.environment) for told in studies]
+    rows = [
+        [
+            *(Cell(owner), Cell(kind)),
+            *(Cell(str(getattr(of, key, None) or DASH)) for key in ("command", "commit", "time")),
+        ]
+        for owner, kind, of in found
+    ]
     header = ["of", "result", "command", "commit", "time"]
-    return (
-        Grid("Where each number comes from", header, rows, words=5, folded=True) if rows else None
-    )
-
-
-def _command_row(owner: str, kind: str, result: Content) -> list[Cell]:
-    known = result.get("environment")
-    environment = known if isinstance(known, dict) else {}
-    keys = ("command", "commit", "time")
-    return [Cell(owner), Cell(kind), *(Cell(str(environment.get(key) or DASH)) for key in keys)]
+    caption = "Where each number comes from"
+    return Grid(caption, header, rows, words=5, folded=True) if rows else None
 
 
 GLOSSARY = (
