@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cure.analysis.study import STUDIES
+from cure.analysis.study import find_study
 from cure.experiments.compare import table
 from cure.experiments.compare.rows import Source, rows_of
 from cure.runs.records import read_packed
@@ -262,38 +262,35 @@ def studies() -> list[str]:
 
 
 def study(name: str) -> str:
-    """The first table of a study, and what it found: `results/run_studies.sh`."""
+    """The first table and the finding of a study: `results/run_studies.sh`."""
     result = read(HERE / "studies" / f"{name}.json")
-    told = STUDIES[result["study"]]
-    rows = told.tables(result)[0]
-    lines = [f"{rows.title}:", ""]
-    lines.append("| " + " | ".join(rows.header) + " |")
-    lines.append("|---|" + "---|" * (len(rows.header) - 1))
-    lines += ["| " + " | ".join(cells) + " |" for cells in rows.cells]
-    lines += ["", *(f"- {sentence}" for sentence in told.findings(result))]
+    view = find_study(result["study"]).view(result)
     machine = result["environment"]
-    lines += [
-        "",
+    (first, title), *others = [
+        (f"../results/studies/{_drawing(name, result, figure.name)}", figure.title)
+        for figure in view.figures
+    ]
+    lines = [
+        *(view.markdown(), ""),
         f"{machine['processor']}, {machine['threads']} thread(s), torch "
         f"{machine['packages']['torch']}, Python {machine['python']}.",
+        *("", f"![{title}]({first})"),
     ]
-    drawn = [
-        (f"{name}{picture.name.removeprefix(result['study'])}", picture.title)
-        for picture in told.pictures(result)
-    ]
-    (first, title), *others = [(f"../results/studies/{stem}.svg", title) for stem, title in drawn]
-    lines += ["", f"![{title}]({first})"]
     if others:
         lines += ["", " · ".join(f"[{title}]({path})" for path, title in others)]
     return "\n".join(lines) + "\n"
 
 
+def _drawing(name: str, result: dict[str, Any], figure: str) -> str:
+    return f"{name}{figure.removeprefix(find_study(result['study']).name)}.svg"
+
+
 def draw_study(name: str) -> None:
-    """The pictures of a study, anew from its result."""
+    """Draw the figures of a study again from its result."""
     result = read(HERE / "studies" / f"{name}.json")
-    for picture in STUDIES[result["study"]].pictures(result):
-        path = HERE / "studies" / f"{name}{picture.name.removeprefix(result['study'])}.svg"
-        path.write_text(picture.svg + "\n", encoding="utf-8")
+    for picture in find_study(result["study"]).view(result).pictures():
+        path = HERE / "studies" / _drawing(name, result, picture.name)
+        path.write_text(picture.svg, encoding="utf-8")
 
 
 def comparison(folder: str, columns: list[str]) -> str:

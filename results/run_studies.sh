@@ -12,12 +12,12 @@ NATURAL=runs/table/natural-seed0
 ROBUST="runs/table/at-seed0 runs/table/trades-seed0 runs/table/cure-seed0"
 
 study() { # NAME ARGUMENTS...: into results/studies/NAME.json, once
-    [ -e "$STUDIES/$1.json" ] || cure analyse "${1%%-*}" "${@:2}" --output "$STUDIES/$1.json"
+    [ -e "$STUDIES/$1.json" ] || cure analyse "$@" --output "$STUDIES/$1.json"
 }
 
-study conserved $ROBUST
+study prediction-flips $ROBUST
 study cka $NATURAL $ROBUST --limit 2000
-study perturbation $NATURAL $ROBUST --limit 500
+study minimal-perturbation $NATURAL $ROBUST --limit 500
 study landscape $NATURAL $ROBUST
 
 # 1,000 images and 40 epochs: robust overfitting within minutes.
