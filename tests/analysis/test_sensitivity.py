@@ -214,7 +214,7 @@ def test_what_is_told_of_it(grid: Path) -> None:
         assert (f": {trial['command']}\n" in printed) == trial["front"]
     assert "The front: digits validation, n = 60" in printed.splitlines()[0]
     assert "4 trials are few" in printed
-    assert "Evaluate the chosen run on test images." in printed
+    assert "so evaluate the chosen run on test images." in printed
     names = {path.name for path in (grid / "out").glob("*.svg")}
     assert names == {"sensitivity-front.svg", "sensitivity-each.svg"}
 
@@ -409,13 +409,12 @@ def test_findings_of_a_planted_front() -> None:
     shown = view(result)
     assert shown.finding.startswith("4 trials finished, 1 failed; 3 form the Pareto front")
     assert "method.$k$ lowers natural accuracy" in shown.finding
-    best, commands, everything, correlations = shown.tables
+    best, everything, correlations = shown.tables
     assert [row[0] for row in best.rows] == ["0", "1", "3"]
     assert best.rows[0][2:4] == ["80.0 (75.0-85.0)", "30.0 (25.0-35.0)"]
-    assert commands.rows == [
-        ["0", "cure train x 0"],
-        ["1", "cure train x 1"],
-        ["3", "cure train x 3"],
+    assert shown.commands == [
+        *(("trial 0", "cure train x 0"), ("trial 1", "cure train x 1")),
+        ("trial 3", "cure train x 3"),
     ]
     assert everything.rows[-1][-1] == "failed: it fell"
     assert correlations.rows == [["method.$k$", *["-0.90 (-0.99 to -0.50), n = 4"] * 2]]

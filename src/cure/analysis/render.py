@@ -35,11 +35,13 @@ class View:
         finding: one sentence, with numbers and how many images or runs they are from.
         tables: the first one is printed on the terminal.
         figures: their names begin with the name of the study and a hyphen.
+        commands: what a reader may want to run next: what each is for, and the command line.
     """
 
     finding: str
     tables: Sequence[StudyTable]
     figures: Sequence[Figures] = ()
+    commands: Sequence[tuple[str, str]] = ()
 
     def pictures(self) -> list[Picture]:
         """The drawn figures."""

@@ -28,6 +28,8 @@ from cure.utils.stats import rank_correlation, wilson
 
 NAME = "sensitivity"
 AIMS = ("natural", "robust")
+FEW = 20
+"""Fewer trials leave most effects within chance."""
 
 # -- numbers -------------------------------------------------------------------------------------
 
@@ -191,11 +193,6 @@ def view(result: Result) -> View:
     head = ["trial", *keys, "natural, %", "robust, %", "state"]
     tables = [
         StudyTable(f"The front: {where}", head, [_row(trial, keys) for trial in front_]),
-        StudyTable(
-            "Commands of the front",
-            ["trial", "command"],
-            [[str(trial["number"]), trial["command"]] for trial in front_],
-        ),
         StudyTable(f"All trials: {where}", head, [_row(t, keys) for t in result["trials"]]),
         StudyTable(
             "Rank correlation of each setting with accuracy (95 % interval)",
@@ -219,12 +216,14 @@ def view(result: Result) -> View:
         for aim, part in parts.items()
         if part is not None and (part["interval"][0] > 0 or part["interval"][1] < 0)
     ]
+    few = f" ({len(finished)} trials are few)" if len(finished) < FEW else ""
     finding = (
         f"{len(finished)} trials finished{rest}; {len(front_)} form the Pareto front of natural "
-        f"and robust accuracy; clear effects: {listed(clear) or 'none'}; accuracies are those of "
+        f"and robust accuracy; clear effects: {listed(clear) or 'none'}{few}; accuracies are those of "
         "the best epoch on the images that chose it, so evaluate the chosen run on test images."
     )
-    return View(finding, tables, [_scatter(finished), _each(result, finished)])
+    commands = [(f"trial {trial['number']}", trial["command"]) for trial in front_]
+    return View(finding, tables, [_scatter(finished), _each(result, finished)], commands)
 
 
 def _finished(result: Result) -> list[dict[str, Any]]:

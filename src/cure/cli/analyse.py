@@ -135,5 +135,7 @@ def print_study(result: dict[str, Any]) -> None:
             table.add_row(*map(escape, row))
         out.print(table)
     say(view.finding)
+    for what, command in view.commands:
+        say(f"{what}: {command}")
     if result["file"] is not None:
         say(f"kept in {result['file']}")

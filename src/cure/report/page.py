@@ -452,6 +452,8 @@ def _blocks(told: StudyResult, words: bool, shown: Callable[[str], bool]) -> lis
         if words:
             blocks.append(Words([view.finding], "findings"))
             blocks += [grid for grid in grids[:1] if not grid.folded]
+            rows = [[Cell(what), Cell(command)] for what, command in view.commands]
+            grids += [Grid("Commands", ["for", "command"], rows, words=2)] if rows else []
         blocks += [Figure(figure.draw()) for figure in view.figures if shown(figure.name)]
         blocks += [replace(grid, folded=True) for grid in grids if grid not in blocks]
     # A file can hold anything, and views rely on its keys.
