@@ -219,8 +219,8 @@ def view(result: Result) -> View:
     few = f" ({len(finished)} trials are few)" if len(finished) < FEW else ""
     finding = (
         f"{len(finished)} trials finished{rest}; {len(front_)} form the Pareto front of natural "
-        f"and robust accuracy; clear effects: {listed(clear) or 'none'}{few}; accuracies are those of "
-        "the best epoch on the images that chose it, so evaluate the chosen run on test images."
+        f"and robust accuracy; clear effects: {listed(clear) or 'none'}{few}; accuracies are those "
+        "of the best epoch on the images that chose it, so evaluate the chosen run on test images."
     )
     commands = [(f"trial {trial['number']}", trial["command"]) for trial in front_]
     return View(finding, tables, [_scatter(finished), _each(result, finished)], commands)

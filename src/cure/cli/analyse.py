@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -14,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer._click.core import Command, Context
 
-import cure.analysis
+from cure.cli.listing import listing
 from cure.cli.options import (
     RecipeArgument,
     SettingsArgument,
@@ -23,7 +21,7 @@ from cure.cli.options import (
     read_option,
 )
 from cure.cli.printing import out, say, show_progress
-from cure.errors import ConfigError, unknown
+from cure.errors import ConfigError
 from cure.registry import RENAMED_STUDIES, STUDIES
 
 RunsArgument = Annotated[
@@ -35,28 +33,35 @@ RunsArgument = Annotated[
 
 
 class Studies(typer.core.TyperGroup):
-    """Commands that are made when they are asked for: a study imports PyTorch."""
+    """A command for each study, whose options are read when it is called.
+
+    A study imports PyTorch, for which the help of the group does not wait.
+    """
 
     def list_commands(self, ctx: Context) -> list[str]:  # noqa: ARG002
-        """Names of all studies, from the names of their modules."""
-        modules = [module.name for module in pkgutil.iter_modules(cure.analysis.__path__)]
-        return sorted(name.replace("_", "-") for name in modules if name not in ("render", "study"))
+        """Names of all studies."""
+        return [name for name, _ in listing("studies")]
 
-    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
-        """The command of a study.
+    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:  # noqa: ARG002
+        """A study with its question and no options, for the help of the group."""
+        questions = dict(listing("studies"))
+        if cmd_name not in questions:
+            return None
+        return typer.core.TyperCommand(cmd_name, help=questions[cmd_name])
+
+    def resolve_command(
+        self, ctx: Context, args: list[str]
+    ) -> tuple[str | None, Command | None, list[str]]:
+        """The command of a study with its options.
 
         Raises:
             ConfigError: for a name of version 0.1 or one that is no study.
         """
-        if cmd_name in RENAMED_STUDIES:
-            raise ConfigError(
-                f"the study {cmd_name} is now called {RENAMED_STUDIES[cmd_name]}: "
-                f"cure analyse {RENAMED_STUDIES[cmd_name]}"
-            )
-        if cmd_name not in (known := self.list_commands(ctx)):
-            raise ConfigError(unknown("study", cmd_name, known))
-        importlib.import_module(f"cure.analysis.{cmd_name.replace('-', '_')}")
-        return command_of(cmd_name)
+        name, *rest = args
+        if name in RENAMED_STUDIES:
+            now = RENAMED_STUDIES[name]
+            raise ConfigError(f"the study {name} is now called {now}: cure analyse {now}")
+        return name, command_of(name), rest
 
 
 analyse = typer.Typer(
@@ -72,7 +77,11 @@ def _group() -> None:
 
 
 def command_of(name: str) -> Command:
-    """The command of a study, with an option for each field of its options."""
+    """The command of a study, with an option for each field of its options.
+
+    Raises:
+        ConfigError: when there is no such study.
+    """
     study = STUDIES[name]
     hints = get_type_hints(study.options, localns={"ImageSet": object}, include_extras=True)
     # What has no help text is for Python only.
