@@ -50,7 +50,9 @@ class Studies(typer.core.TyperGroup):
         return typer.core.TyperCommand(cmd_name, help=questions[cmd_name])
 
     def resolve_command(
-        self, ctx: Context, args: list[str]
+        self,
+        ctx: Context,
+        args: list[str],  # noqa: ARG002
     ) -> tuple[str | None, Command | None, list[str]]:
         """The command of a study with its options.
 
