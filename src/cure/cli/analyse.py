@@ -51,8 +51,8 @@ class Studies(typer.core.TyperGroup):
 
     def resolve_command(
         self,
-        ctx: Context,
-        args: list[str],  # noqa: ARG002
+        ctx: Context,  # noqa: ARG002
+        args: list[str],
     ) -> tuple[str | None, Command | None, list[str]]:
         """The command of a study with its options.
 
