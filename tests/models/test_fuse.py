@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 from cure.attacks import OBJECTIVES, PGD, Threat
 from cure.config import ModelConfig
 from cure.models import build_model
-from cure.models.fuse import Folded, _known, folded, folded_copy
+from cure.models.batch_norm import freeze_statistics
+from cure.models.fuse import Folded, _known, folded, folded_copy, folded_frozen
 
 SIZES = {
     "resnet10": {"width": 4},
@@ -264,3 +265,63 @@ def test_a_gpu_s_rounding_does_not_decide_whether_to_fold():
     assert not any(seen[-3:-1])
     assert seen[-1] == torch.backends.cudnn.allow_tf32 == before
     assert before, "PyTorch's default; without it this test sees nothing"
+
+
+class PaddedConv(nn.Conv2d):
+    """A convolution of a user's own class, which pads by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (1, 1, 1, 1))
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride)
+
+
+def own_classes() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        PaddedConv(3, 6, 3, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        PaddedConv(6, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    ).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -1, 1)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, -1, 1)
+    return model
+
+
+def test_subclasses_of_convolutions_are_folded() -> None:
+    model, x = own_classes().eval(), torch.rand(4, 3, 8, 8).double()
+    expected = model(x)
+    with folded(model.requires_grad_(False), x):
+        assert count_folded(model) == 2
+        torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_frozen_statistics_fold_in_training_and_every_gradient_stays() -> None:
+    model, x = own_classes(), torch.rand(4, 3, 8, 8).double()
+    freeze_statistics(model, lambda name, _: name == "4")
+    model.train()
+    label = torch.tensor([0, 1, 2, 0])
+
+    def gradients() -> dict[str, Tensor]:
+        loss = nn.functional.cross_entropy(model(x), label)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+    expected = gradients()
+    with folded_frozen(model, x):
+        # The other BatchNorm normalises by the batch and cannot be folded.
+        assert count_folded(model) == 1
+        found = nn.functional.cross_entropy(model(x), label)
+    assert count_folded(model) == 0
+    assert model[1].training
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    came = dict(zip(names, torch.autograd.grad(found, parameters), strict=True))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(came[name], gradient, rtol=1e-10, atol=1e-12)

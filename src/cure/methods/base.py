@@ -24,6 +24,7 @@ from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
 from cure.methods.standalone import standalone
+from cure.models.fuse import folded_frozen
 from cure.registry import METHODS as METHODS
 from cure.utils.engine import Engine, Grads
 from cure.utils.random import shared_generator
@@ -74,6 +75,8 @@ class Context:
             (``attack.objective``); None keeps it.
         two_step: what replaces a single-step attack after catastrophic overfitting.
         fallback: whether that has happened.
+        fold_frozen: fold frozen BatchNorm layers into convolutions also in training passes (see
+            :func:`~cure.models.fuse.folded_frozen`): the same up to rounding, in less time.
     """
 
     engine: Engine
@@ -90,6 +93,7 @@ class Context:
     attack_objective: Objective | None = None
     two_step: PGD | None = None
     fallback: bool = False
+    fold_frozen: bool = False
     has_epochs: bool | None = None
     classes: int = 0
 
@@ -484,7 +488,10 @@ class Method(nn.Module, Generic[Attacked]):
 
     def logits(self, image: Tensor) -> Tensor:
         """The model's logits [B, K] for images [B, C, H, W], in the run's training precision."""
-        return self.context.engine.logits(self.model, image)
+        if not self.context.fold_frozen:
+            return self.context.engine.logits(self.model, image)
+        with folded_frozen(self.model, image):
+            return self.context.engine.logits(self.model, image)
 
     def attack(self, batch: Batch, objective: Objective, hooks: Hooks | None = None) -> Tensor:
         """Adversarial images [B, C, H, W] of the batch by the run's attack on the model.

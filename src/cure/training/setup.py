@@ -317,6 +317,7 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
             config.attack.warmup, step / (per_epoch * settings.epochs)
         ),
         two_step=two_step_attack(config, engine),
+        fold_frozen=settings.batch_norm == "frozen",
         attack_objective=CROSS_ENTROPY if config.attack.objective == "cross_entropy" else None,
         # Two consecutive steps, so that their masks can be compared.
         observed=lambda step: every is not None and engine.rank == 0 and step % every < 2,
