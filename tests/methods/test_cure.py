@@ -128,6 +128,30 @@ def test_natural_weight_and_natural_target(kind, term):
     torch.testing.assert_close(found, logits.grad.T, rtol=1e-10, atol=1e-12)
 
 
+def test_scores_per_image_are_those_of_the_loss_of_each_image():
+    """RGP = alpha |grad of natural terms| + (1 - alpha) |grad of adversarial terms|."""
+    settings = {"adversarial_term": "ce", "natural_weight": 0.5, "beta": 2.0, "gamma": 0.5}
+    method, given = table_cure(mask={"source": "per_image"}, percent=50, alpha=0.3, **settings)
+    step = method.step(given)
+    logits = torch.tensor([*NATURAL, *ADVERSARIAL], dtype=torch.float64).requires_grad_()
+    label = torch.tensor(LABELS)
+    parts = []
+    for rows, targets, weight in (
+        (slice(0, 2), REVISION_NATURAL, 0.5),
+        (slice(2, 4), REVISION_ADVERSARIAL, 2.0),
+    ):
+        loss = weight * torch.nn.functional.cross_entropy(logits[rows], label)
+        loss = loss + 0.5 * kl_divergence(torch.tensor(targets, dtype=torch.float64), logits[rows])
+        parts.append(torch.autograd.grad(loss, logits)[0].T)
+    scores = 0.3 * parts[0].abs() + 0.7 * parts[1].abs()
+    limit = np.percentile(scores.numpy(), 50)
+    expected = (parts[0] + parts[1]).masked_fill(scores < limit, 0)
+    (found,) = gradients_of(method, step).values()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ConfigError, match="per_image needs a loss"):
+        table_cure(mask={"source": "per_image"})
+
+
 def test_total_loss_as_numbers():
     """The same at the defaults, as numbers: CE 0.6092, KL 0.6076, L_CR 0.9106."""
     method, given = table_cure()
