@@ -326,7 +326,8 @@ class CURE(Method):
             **self._consistency(image, attacked.image, natural, adversarial),
         }
         weights = {"natural": config.natural_weight, config.adversarial_term: config.beta}
-        weights |= dict.fromkeys(CONSISTENCY, config.gamma)
+        losses["consistency"] = losses[CONSISTENCY[0]] + losses[CONSISTENCY[1]]
+        weights["consistency"] = config.gamma
         gradients, scores = self._gradients(losses, weights, batch)
         masks = rgp_mask(scores, config.percent, config.mask.scope)
         masking = None
@@ -345,7 +346,7 @@ class CURE(Method):
                 "loss": weighted_sum(losses, weights).detach(),
                 "natural_loss": losses["natural"].detach(),
                 "adversarial_loss": losses[config.adversarial_term].detach(),
-                "consistency": torch.stack([losses[name] for name in CONSISTENCY]).sum().detach(),
+                "consistency": losses["consistency"].detach(),
                 "accuracy": accuracy(natural, label),
                 "robust_accuracy": accuracy(adversarial, label),
                 "conserved": self._share(masks),
@@ -406,12 +407,12 @@ class CURE(Method):
         self, losses: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> tuple[Grads, Grads]:
         """Gradient of the total loss, and scores from its natural and its adversarial part."""
-        engine, parameters = self.context.engine, self.trainable()
+        engine, parameters, gamma = self.context.engine, self.trainable(), self.config.gamma
         parts = [
             engine.gradients(
-                weighted_sum(losses, {name: weights[name] for name in names}), parameters
+                weighted_sum(losses, {name: weights[name], consistency: gamma}), parameters
             )
-            for names in (("natural", CONSISTENCY[0]), ("ce", CONSISTENCY[1]))
+            for name, consistency in zip(("natural", "ce"), CONSISTENCY, strict=True)
         ]
         scores = prominence(
             {name: parts[0][name] for name in self.masked},
