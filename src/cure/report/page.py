@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -150,7 +151,7 @@ def _page(inputs: PageInputs, title: str | None) -> str:
         swatches=[Markup(_swatch(index)) for index in range(len(inputs.entries))],
         trained=[_trained(entry, measured) for entry in inputs.entries],
         sections={section.name: section for section in sections},
-        glossary=GLOSSARY,
+        glossary=json.loads((HERE / "glossary.json").read_text(encoding="utf-8")),
         troubles=inputs.troubles,
         left_out=left_out,
         made=_made(),
@@ -641,69 +642,3 @@ def _commands(entries: Sequence[Entry], studies: Sequence[StudyResult]) -> Grid 
     header = ["of", "result", "command", "commit", "time"]
     caption = "Where each number comes from"
     return Grid(caption, header, rows, words=5, folded=True) if rows else None
-
-
-GLOSSARY = (
-    (
-        "natural accuracy",
-        "Share of images, in percent, that the network classifies right as they are.",
-    ),
-    (
-        "robust accuracy",
-        "Share of images that it classifies right after an attack has changed each of "
-        "them as it likes within the threat. An image that is wrong as it is counts as lost. It is "
-        "always an upper limit: a better attack can only lower it.",
-    ),
-    (
-        "threat, epsilon (ε)",
-        "How much an attack may change an image. Linf with ε = 8/255: every "
-        "pixel by up to 8 of its 255 grey levels, which the eye hardly sees. L2 limits the length "
-        "of the whole change instead.",
-    ),
-    ("FGSM", "One step in the direction that raises the loss most. Fast and weak."),
-    (
-        "PGD-20",
-        "Projected gradient descent: twenty small such steps, each time put back into the "
-        "threat. The usual quick measure.",
-    ),
-    (
-        "C&W",
-        "Here, as in the tables of this field: PGD on the margin between the right class and "
-        "the best wrong one (Carlini and Wagner's loss).",
-    ),
-    (
-        "AutoAttack",
-        "Four attacks without settings to tune, one of which needs no gradient; the "
-        "number that is trusted most.",
-    ),
-    (
-        "worst case",
-        "Share of images that withstand every one of the attacks tried, image by image.",
-    ),
-    (
-        "NRR",
-        "Natural-Robust Ratio: the harmonic mean of natural and robust accuracy. High only "
-        "when both are.",
-    ),
-    (
-        "95 % interval",
-        "How far a number may be off because only so many images were tried "
-        "(Wilson's). It says nothing of how another training with another seed would come out.",
-    ),
-    ("points", "Percentage points: from 60 % to 55 % is a loss of 5 points."),
-    (
-        "validation and test images",
-        "Validation images choose the checkpoint; test images are "
-        "looked at only to evaluate. Neither is learnt from.",
-    ),
-    (
-        "best and last checkpoint",
-        "Weights after the epoch with the best validation accuracy, and after the last epoch.",
-    ),
-    ("natural start", "A network trained on ordinary images, from which robust training begins."),
-    (
-        "diagnosis",
-        "Checks for evaluations that fool themselves: hidden gradients, attacks that "
-        "stop too early, randomness. Warn: the number may be off. Fail: it means nothing.",
-    ),
-)
