@@ -317,7 +317,7 @@ class MethodConfig(Section):
         return False
 
     def sweep(self) -> tuple[str, ...]:
-        """What to vary when nobody says: ``percent=10:50``, ``alpha=0.05:0.5:log``, ``k=1,2,4``."""
+        """Default search space: ``percent=10:50``, ``alpha=0.05:0.5:log``, ``k=1,2,4``."""
         return ()
 
 
@@ -418,7 +418,7 @@ class TrainingConfig(Section):
     """Budget of wall time instead of ``epochs``: a few steps are timed before training, and the
     number of epochs that fits is fixed for the run.  Validation is included."""
     precision: Literal["fp32", "bf16_attack", "bf16"] = "fp32"
-    """``bf16_attack`` crafts adversarial images in bfloat16 and trains in float32."""
+    """``bf16_attack`` computes adversarial images in bfloat16 and trains in float32."""
     channels_last: bool = True
     """Store images with the channel innermost: faster convolutions, float32 rounding differs."""
     compile: bool = False
@@ -483,7 +483,7 @@ class LayersConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """What ``cure evaluate RUN`` measures unless it is told otherwise."""
+    """Defaults of ``cure evaluate RUN``."""
 
     attacks: tuple[str, ...] = ("natural", "pgd20", "cw")
     """Names from ``cure list attacks``."""
@@ -525,4 +525,4 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """The default evaluation."""
     tracking: Annotated[tuple[str, ...], BeforeValidator(_alone)] = ()
-    """Who else is told the numbers of every epoch: tensorboard, wandb, mlflow."""
+    """Experiment trackers that receive the numbers of every epoch: tensorboard, wandb, mlflow."""

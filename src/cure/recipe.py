@@ -189,7 +189,7 @@ def check_kept(raw: Mapping[str, Any], where: str) -> RunConfig:
     """As :func:`check`, for what a run keeps, which an earlier version may have written.
 
     ``training.tensorboard`` was on by default and wrote only where TensorBoard was installed, so it
-    tells nobody's wish.
+    is dropped.
     """
     training = raw.get("training")
     if isinstance(training, dict):

@@ -69,3 +69,11 @@ def test_enough_noise_and_a_small_epsilon_do_not_raise_it(
     changes = {"threat.epsilon": 0.1, "attack.noise": 1.0, "training.epochs": 6}
     cure.train("digits", SETTINGS | changes, run=tmp_path / "run")
     assert "catastrophic" not in capsys.readouterr().err
+
+
+def test_natural_training_attacks_nothing_and_is_not_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"method": "natural", "start": "scratch", "training.epochs": 4}
+    cure.train("digits", SETTINGS | changes, run=tmp_path / "run")
+    assert "catastrophic" not in capsys.readouterr().err

@@ -47,7 +47,7 @@ def folded(
     the BatchNorm after it become one convolution: ``W <- scale W``, ``b <- scale b + shift``.  With
     a lower precision, weights are also rounded once instead of at every pass.
 
-    A network is left as it is when it carries hooks (whoever watches it shall see it as it is).
+    A network is left as it is when it carries hooks (a hook must see it unchanged).
     Which layer reads which is found once, by ``torch.fx`` on a copy; where that fails, or logits
     of ``example`` then differ by more than ``TOLERANCE``, nothing is folded.
 

@@ -83,6 +83,7 @@ class CatastrophicOverfitting:
 
 def detector_of(config: RunConfig, method: Method) -> CatastrophicOverfitting | None:
     """The detector of a run, where ``attack.check_every`` asks for one."""
-    if config.attack.name != "n-fgsm" or config.attack.check_every is None:
+    every = config.attack.check_every
+    if config.attack.name != "n-fgsm" or every is None or method.selection == "natural":
         return None
-    return CatastrophicOverfitting(method, config.attack.check_every)
+    return CatastrophicOverfitting(method, every)
