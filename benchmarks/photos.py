@@ -63,8 +63,8 @@ NATURAL = {
 }
 
 METHODS: dict[str, dict[str, Any]] = {
-    "at": {"method": "at"},
-    "trades": {"method": {"name": "trades", "beta": 3.0}},
+    "at": {"method": "at", "attack.epsilon": None},
+    "trades": {"method": {"name": "trades", "beta": 3.0}, "attack.epsilon": None},
     "cure": {},
 }
 """What each row changes about the recipe."""
@@ -81,6 +81,9 @@ def main() -> None:
         "--minutes", type=float, help="budget of each method; default: the recipe's epochs"
     )
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--autoattack", type=int, default=200, help="test images for AutoAttack; 0: leave it out"
+    )
     parser.add_argument("--runs", default="runs/photos", help="folder of the trained runs")
     parser.add_argument("--output", default="results/photos/table.json")
     options = parser.parse_args()
@@ -158,7 +161,11 @@ def measured(options: argparse.Namespace, method: str, seed: int, start: Path) -
         target = cure.Run(path)
     config = load_recipe("photos", [f"data.source={options.data}", "model.name=resnet18"])
     found: dict[str, Any] = {}
-    for attacks, limit in ((["pgd20"], None), (["autoattack"], 200)):
+    found |= {"autoattack": None}
+    measures: list[tuple[list[str], int | None]] = [(["pgd20"], None)]
+    if options.autoattack:
+        measures.append((["autoattack"], options.autoattack))
+    for attacks, limit in measures:
         result = cure.evaluate(
             target,
             data=options.data,

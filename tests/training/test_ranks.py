@@ -43,6 +43,9 @@ SETTINGS = [
     "evaluation.batch_size=32",
     "attack.steps=2",
     "method.revision.horizon=0.9",
+    # In float32 the rounding of two ranks can move a score across the percentile, and one weight
+    # then learns in one of the runs only.  Masks of ranks are compared in float64, below.
+    "method.percent=0",
 ]
 
 
