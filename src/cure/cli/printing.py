@@ -62,7 +62,7 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
     """A result of ``cure evaluate``, and what casts doubt on it.
 
     Args:
-        result: see docs/results.md.
+        result: see docs/result-files.md.
         kept: whether the same command continues a result that is unfinished.
     """
     print_results([result])

@@ -78,7 +78,7 @@ def evaluate(
             :class:`~cure.evaluation.options.TargetOptions`.
 
     Returns:
-        The result, as documented in docs/results.md.  Until it is finished, its batches are kept
+        The result, as documented in docs/result-files.md.  Until it is finished, its batches are kept
         in ``OUTPUT.partial``, or in the ``evaluations`` of the run: the same call continues there.
 
     Raises:

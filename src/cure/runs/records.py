@@ -503,7 +503,7 @@ class ResultRecord(FileRecord):
 
 
 class EvaluationRecord(ResultRecord):
-    """A result of ``cure evaluate``; docs/results.md explains its keys."""
+    """A result of ``cure evaluate``; docs/result-files.md explains its keys."""
 
     made_by: ClassVar[str] = "cure evaluate"
 
