@@ -383,7 +383,7 @@ def compute(targets: Sequence[TargetLike], options: CkaOptions, progress: Progre
 
     Returns:
         ``maps``: for each pair ``first``, ``second`` {"model", "input"}, ``layers`` of both,
-        ``matrix`` [L1][L2] (null where features do not vary), ``thirds`` of the diagonal where the
+        ``matrix`` [L1, L2] (null where features do not vary), ``thirds`` of the diagonal where the
         layers are the same.
     """
     other, layers = options.other, options.layers
