@@ -17,7 +17,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCHATTACKS)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PHOTO_NETWORKS)
 	touch $@
@@ -35,6 +35,26 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The example page of the documentation: a short run on digits.
+EXAMPLE := build/example
+SHORT := training.epochs=10 natural.epochs=10 training.threads=1 name=digits-example
+
+$(EXAMPLE)/report.html: $(VENV)/.ready
+	rm -rf $(EXAMPLE)
+	$(BIN)/cure train digits $(SHORT) --run $(EXAMPLE) --quiet
+	$(BIN)/cure evaluate $(EXAMPLE) --attacks pgd20,cw --curve pgd20 --limit 200
+	$(BIN)/cure report $(EXAMPLE)
+
+# The documentation in build/docs; a broken link or a missing name fails.
+docs: setup $(EXAMPLE)/report.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The tables and pictures of README.md, docs/ and results/, from the records in results/.
+figures: setup
+	$(BIN)/python results/figures.py
+	$(BIN)/python docs/figures/front.py
+	$(BIN)/python docs/figures/batch.py
 
 # What `cure list` prints, from the registries, after a method, model, attack or setting changed.
 index: setup
@@ -66,4 +86,4 @@ third-party: setup
 	PATH="$(abspath $(BIN)):$$PATH" results/run_third_party.sh
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache

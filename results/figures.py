@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cure.analysis.study import find_study
@@ -300,6 +301,37 @@ def comparison(folder: str, columns: list[str]) -> str:
     return table(rows, columns).markdown()
 
 
+def photos() -> str:
+    """The recipe photos: `benchmarks/photos.py`, means over seeds."""
+    path = HERE / "photos" / "table.json"
+    if not path.exists():
+        return (
+            "The figures of this recipe on photographs are being measured "
+            "(`benchmarks/photos.py`); they will stand\nhere, from `results/photos/table.json`. "
+            "Until then nothing is claimed for it.\n"
+        )
+    result = read(path)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["network"], row["method"]), []).append(row)
+    lines = [
+        "| network | method | seeds | natural | pgd20 | autoattack | minutes |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for (network, method), rows in groups.items():
+        columns = ("natural", "pgd20", "autoattack", "minutes")
+        means = " | ".join(f"{fmean(row[column] for row in rows):.1f}" for column in columns)
+        lines.append(f"| {network} | {method} | {len(rows)} | {means} |")
+    first, machine = result["rows"][0], result["environment"]
+    lines += [
+        "",
+        f"Test photos, percent right, means over seeds; Linf ε = 4/255; autoattack: the first "
+        f"{first['autoattack_n']} photos. `natural` is the start. Minutes of training after it, on "
+        f"{first['threads']} threads ({machine['processor']}).",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 BULK = {"classes", "distance_curve", "passes"}
 """Keys of results that no table and no picture needs."""
 
@@ -334,6 +366,7 @@ if __name__ == "__main__":
     (MINI / "table.md").write_text(mini, encoding="utf-8")
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
     insert(HERE.parent / "README.md", "results/cifar10-mini/records.jsonl", comparison(*IN_README))
+    insert(HERE.parent / "README.md", "results/photos/table.json", photos())
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "evaluation", evaluations())
     for name in studies():

@@ -1,7 +1,10 @@
-"""What the README promises: its code runs, its commands exist, its figures are in results/."""
+"""What README and docs promise: code runs, commands and names exist, figures are in results/."""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import os
 import re
 import runpy
 import shlex
@@ -9,17 +12,26 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
+from cure.cli.listing import listing
+from cure.cli.main import app
 from cure.experiments.plan import entries, is_done, read_plan, results_of, write_tables
 from cure.models import save_weights
 from cure.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "results/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+"""What readers are told about the present; the changelog also names what is gone."""
 
 CLASSIFIER = """
 from torch import nn
@@ -32,6 +44,10 @@ def build(classes=2):
 """
 
 
+PHOTOS = 60
+"""Images a class: two steps an epoch of the recipe photos, whose settings stay as they are."""
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with ``photos/`` (red and blue squares with noise) and ``classifier.py``."""
@@ -39,14 +55,15 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number, name in enumerate(("blue", "red")):
         folder = tmp_path / "photos" / name
         folder.mkdir(parents=True)
-        for index in range(800):
+        for index in range(PHOTOS):
             pixels = draws.integers(0, 120, (8, 8, 3))
             pixels[:, :, 2 - 2 * number] += 100
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.png")
     (tmp_path / "classifier.py").write_text(CLASSIFIER)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *before.split(os.pathsep)]))
     monkeypatch.delitem(sys.modules, "classifier", raising=False)
     return tmp_path
 
@@ -65,7 +82,7 @@ def test_the_python_runs_as_it_stands(place: Path, capsys: pytest.CaptureFixture
     assert "pgd20" in capsys.readouterr().out
     assert names["robust"] is not names["build"]
     assert not names["robust"].training
-    assert (place / "runs" / "finetune" / "checkpoints" / "best.safetensors").is_file()
+    assert (place / "runs" / "photos" / "checkpoints" / "best.safetensors").is_file()
 
 
 def test_the_one_command_runs_and_its_run_can_be_evaluated(place: Path) -> None:
@@ -75,18 +92,156 @@ def test_the_one_command_runs_and_its_run_can_be_evaluated(place: Path) -> None:
     save_weights(build(), place / "weights.safetensors", {})
     words = shlex.split(command)
     assert words[0] == "cure"
-    subprocess.run([sys.executable, "-m", "cure", *words[1:], "training.epochs=15"], check=True)
+    subprocess.run([sys.executable, "-m", "cure", *words[1:]], check=True)
     evaluate = [sys.executable, "-m", "cure", "evaluate", "runs/mine", "--attacks", "pgd20"]
     done = subprocess.run(evaluate, check=True, capture_output=True, text=True)
     assert "natural" in done.stdout
     assert "pgd20" in done.stdout
 
 
-def test_the_settings_that_the_text_names_are_settings() -> None:
-    words = re.findall(r"`((?:threat|training|data|model)\.[a-z_.]+=[^` ]+)", README)
-    words = [word for word in words if "model" not in word]
-    assert len(words) >= 3
-    load_recipe("digits", words)
+def pages(pattern: str) -> list[Any]:
+    """A parameter for each match in all pages: name of the page, then the groups."""
+    return [
+        pytest.param(path.name, found, id=f"{path.name}: {found}"[:80])
+        for path in PAGES
+        for found in dict.fromkeys(re.findall(pattern, path.read_text("utf-8"), re.MULTILINE))
+    ]
+
+
+KEYS = {name.split(" = ")[0] for name, _ in listing("settings")}
+SECTIONS = "data|model|natural|threat|attack|layers|training|evaluation"
+
+
+def test_the_settings_that_pages_name_are_settings() -> None:
+    words = [word for path in PAGES for word in re.findall(
+        rf"(?<![\w.`/]`)\b((?:{SECTIONS})\.[a-z_]+(?:\.[a-z_]+)*)(?==|`)", path.read_text("utf-8")
+    )]  # fmt: skip
+    assert len(words) > 30
+    known = KEYS | {key.rsplit(".", 1)[0] for key in KEYS}
+    known |= {"natural.accuracy"}  # A key of result files.
+    assert [word for word in words if word not in known and not word.endswith((".py", ".json"))] == []
+    settings = re.findall(r"`((?:threat|training|data)\.[a-z_.]+=[^` ]+)`", README)
+    load_recipe("digits", settings)
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """Every command line of a page: those in blocks, continued ones joined, and in text."""
+    found = []
+    for path in PAGES:
+        text = path.read_text("utf-8").replace("\\\n", " ")
+        lines = re.findall(r"^(?:torchrun .* -m )?(cure [a-z].*)$", text, re.MULTILINE)
+        lines += re.findall(r"`(?:torchrun [^`]* -m )?(cure [a-z][^`]*)`", text)
+        found += [(path.name, line.split("  #")[0].replace("\n", " ")) for line in lines]
+    return found
+
+
+def test_the_commands_and_options_of_pages_exist() -> None:
+    group: Any = typer.main.get_command(app)
+    lines = command_lines()
+    assert len(lines) > 50
+    for page, line in lines:
+        words = line.split()[1:]
+        command: Any = group
+        with typer.Context(group) as context:
+            while hasattr(command, "get_command") and words:
+                name = words.pop(0)
+                if name.isupper() or name == "...":
+                    break
+                found = command.get_command(context, name)
+                assert found is not None, f"{page}: {line}"
+                command = found
+        known = {option for parameter in command.params for option in parameter.opts}
+        if not hasattr(command, "get_command"):
+            options = [
+                w.split("=")[0].strip(",.;)]") for w in words if w.strip("[(").startswith("--")
+            ]
+            assert {o.strip("[(") for o in options} <= known | {"--help"}, f"{page}: {line}"
+
+
+@pytest.mark.parametrize(
+    ("page", "name"), pages(r"(?<![\w./-])(cure(?:\.[A-Za-z_]\w*)+)(?<!\.md)(?!\.py|[\w:-])")
+)
+def test_the_python_names_of_pages_exist(page: str, name: str) -> None:
+    parts = name.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for number, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            importlib.import_module(".".join(parts[:number]))
+        found = getattr(found, part)
+
+
+FILES = r"`((?:src|tests|benchmarks|examples|docs|results)/[\w./-]*\w)"
+
+
+def test_the_files_that_pages_name_exist() -> None:
+    for path in PAGES:
+        for name in re.findall(FILES, path.read_text("utf-8")):
+            absent_yet = name.startswith(("results/gpu", "results/photos"))
+            assert absent_yet or (ROOT / name).exists(), f"{path.name}: {name}"
+
+
+def test_the_code_of_pages_is_python_and_its_imports_exist() -> None:
+    count = 0
+    for path in PAGES:
+        fenced = re.findall(r"^ *```python\n(.*?)^ *```$", path.read_text("utf-8"), re.S | re.M)
+        for code in fenced:
+            if "--8<--" in code:
+                continue  # A file of examples/, which has a test of its own.
+            if code.lstrip() != code:
+                code = re.sub(r"^   ", "", code, flags=re.MULTILINE)
+            tree = ast.parse(code)
+            count += 1
+            for node in ast.walk(tree):
+                if isinstance(node, ast.ImportFrom) and str(node.module).startswith("cure"):
+                    module = importlib.import_module(str(node.module))
+                    for alias in node.names:
+                        assert hasattr(module, alias.name), f"{path.name}: {alias.name}"
+    assert count >= 5
+
+
+def test_the_examples_are_included_by_reference() -> None:
+    text = (ROOT / "docs" / "examples.md").read_text("utf-8")
+    included = set(re.findall(r'--8<-- "(examples/\w+\.py)"', text))
+    assert included == {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for path in (ROOT / "docs").rglob("*.md"):
+        assert str(path.relative_to(ROOT / "docs")) in navigation
+
+
+def test_the_picture_shows_the_results() -> None:
+    """Each point of the SVG file says whose it is; the points are those of the records."""
+    figures = runpy.run_path(str(ROOT / "docs" / "figures" / "front.py"))
+    drawn = (ROOT / "docs" / "figures" / "front.svg").read_text("utf-8")
+    expected = figures["mini"]()
+    assert len(expected) >= 10
+    shown = [expected] + [photos for photos in [figures["photos"]()] if photos]
+    for points in shown:
+        for name, point in points.items():
+            assert f'id="{figures["place"](name, point)}"' in drawn, name
+            assert f">{name}<" in drawn
+    table = dict(re.findall(r"^\| ([a-z0-9-]+) \| \d \| [\d.]+.*?\| ([\d.]+) ", README, re.M))
+    assert {name: f"{robust:.1f}" for name, (_, robust) in expected.items()} == table
+
+
+def test_the_front_holds_what_no_other_method_beats() -> None:
+    figures = runpy.run_path(str(ROOT / "docs" / "figures" / "front.py"))
+    points = {"a": (50.0, 30.0), "b": (60.0, 20.0), "c": (49.0, 29.0), "d": (70.0, 0.0)}
+    assert figures["front"](points) == ["a", "b", "d"]
+    assert figures["best"](points) == "a"  # 37.5, 30.0, 36.5 and 0.
+
+
+def test_the_picture_of_the_batch_names_folders_of_the_package() -> None:
+    figures = runpy.run_path(str(ROOT / "docs" / "figures" / "batch.py"))
+    drawn = (ROOT / "docs" / "figures" / "batch.svg").read_text("utf-8")
+    for _, _, _, title, text in figures["BOXES"].values():
+        for part in re.findall(r"[a-z]+", title):
+            places = [ROOT / "src" / "cure" / folder / part for folder in ("", "data")]
+            assert any(p.is_dir() or p.with_suffix(".py").is_file() for p in places), part
+        for line in (title, *text.split("\n")):
+            assert line.replace(">", "&gt;") in drawn, line
 
 
 def test_make_targets_exist() -> None:
@@ -96,9 +251,9 @@ def test_make_targets_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"]:
+    for document in [*PAGES, ROOT / "CHANGELOG.md"]:
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-            if "://" not in link:
+            if "://" not in link and link != "example-report.html":  # `make docs` makes that one.
                 assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
@@ -143,6 +298,7 @@ RESULTS = ROOT / "results"
     ("document", "mark"),
     [
         ("README.md", "results/cifar10-mini/records.jsonl"),
+        ("README.md", "results/photos/table.json"),
         ("results/README.md", "cifar10-mini/table.md"),
         ("results/README.md", "ablation/table.md"),
         ("results/README.md", "ablation-digits/table.md"),
@@ -159,6 +315,8 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     assert shown is not None
     if mark in ("bench/cpu.json", "evaluation"):
         expected = figures["bench" if "bench" in mark else "evaluations"]()
+    elif mark == "results/photos/table.json":
+        expected = figures["photos"]()
     elif mark.endswith(".jsonl"):
         expected = figures["comparison"](*figures["IN_README"])
     elif "mini-cure" in mark:

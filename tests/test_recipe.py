@@ -203,3 +203,11 @@ def test_released_recipes(name, alpha, epochs, decay) -> None:
     attack = training_attack(config, Engine(torch.device("cpu")))
     assert not attack.clamp_start
     assert training_attack(load_recipe("digits"), Engine(torch.device("cpu"))).clamp_start
+
+
+def test_a_folder_with_the_name_of_a_recipe_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    assert read_recipe("photos")["name"] == "photos"

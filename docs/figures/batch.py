@@ -13,7 +13,7 @@ BOXES = {
     "command": (0, 8, 2.6, "cli, api", "cure train photos\ndata.source=photos/"),
     "config": (3.4, 8, 2.6, "config, recipe", "recipe + key=value\n-> RunConfig"),
     "data": (6.8, 8, 2.6, "data", "images -> splits\n-> ImageSet, uint8"),
-    "batch": (10.2, 8, 2.6, "data: loader, augment", "Batch: images [B,C,H,W]\nin [0, 1], labels [B]"),
+    "batch": (10.2, 8, 2.6, "data: loader, augment", "images [B,C,H,W] in [0, 1],\nlabels [B]"),
     "method": (10.2, 5.2, 2.6, "methods", "make_adversarial\ncompute_loss"),
     "attack": (6.8, 5.2, 2.6, "attacks", "climb the loss inside\nthe ball of the threat"),
     "model": (6.8, 2.4, 2.6, "models", "standardise inside,\nimages -> logits"),

@@ -88,7 +88,7 @@ def _read(recipe: str | Path, children: tuple[str, ...]) -> Raw:
 def _find(recipe: str | Path) -> tuple[str, Path | None]:
     """Text of a recipe, and its folder when it is a file of the user's."""
     path = Path(recipe)
-    if path.suffix in {".yaml", ".yml"} or path.exists():
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
         try:
             return path.read_text(encoding="utf-8"), path.parent
         except (OSError, UnicodeDecodeError) as error:

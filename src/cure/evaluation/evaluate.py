@@ -78,8 +78,9 @@ def evaluate(
             :class:`~cure.evaluation.options.TargetOptions`.
 
     Returns:
-        The result, as documented in docs/result-files.md.  Until it is finished, its batches are kept
-        in ``OUTPUT.partial``, or in the ``evaluations`` of the run: the same call continues there.
+        The result, as documented in docs/result-files.md.  Until it is finished, its batches are
+        kept in ``OUTPUT.partial``, or in the ``evaluations`` of the run: the same call continues
+        there.
 
     Raises:
         CureError: for every mistake a user can correct; nothing is written then.
