@@ -127,7 +127,9 @@ def test_the_settings_that_pages_name_are_settings() -> None:
     assert len(words) > 30
     known = KEYS | {key.rsplit(".", 1)[0] for key in KEYS}
     known |= {"natural.accuracy"}  # A key of result files.
-    assert [word for word in words if word not in known and not word.endswith((".py", ".json"))] == []
+    assert [
+        word for word in words if word not in known and not word.endswith((".py", ".json"))
+    ] == []
     settings = re.findall(r"`((?:threat|training|data)\.[a-z_.]+=[^` ]+)`", README)
     load_recipe("digits", settings)
 
@@ -151,15 +153,13 @@ def test_the_commands_and_options_of_pages_exist() -> None:
         words = line.split()[1:]
         command: Any = group
         with typer.Context(group) as context:
-            while hasattr(command, "get_command") and words:
-                name = words.pop(0)
-                if name.isupper() or name == "...":
+            while hasattr(command, "resolve_command") and words:
+                if words[0].isupper() or words[0] == "...":
                     break
-                found = command.get_command(context, name)
-                assert found is not None, f"{page}: {line}"
-                command = found
+                # Raises where there is no such command.
+                _, command, words = command.resolve_command(context, words)
         known = {option for parameter in command.params for option in parameter.opts}
-        if not hasattr(command, "get_command"):
+        if not hasattr(command, "resolve_command"):
             options = [
                 w.split("=")[0].strip(",.;)]") for w in words if w.strip("[(").startswith("--")
             ]
