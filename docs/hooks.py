@@ -19,7 +19,13 @@ from cure.cli.listing import listing
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = PurePosixPath("docs")
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "results/**/*.md", "results/**/*.svg")
+OUTSIDE = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "results/README.md",
+    "results/corruptions/*.md",
+    "results/**/*.svg",
+)
 """Files outside docs/ that are part of the site."""
 REPORT = ROOT / "build" / "example" / "report.html"
 """The example page, which ``make docs`` writes first."""
