@@ -96,7 +96,8 @@ def test_the_python_runs_as_it_stands(place: Path, capsys: pytest.CaptureFixture
 def test_the_one_command_runs_and_its_run_can_be_evaluated(place: Path) -> None:
     from classifier import build  # type: ignore[import-not-found]
 
-    (command,) = [line for block in blocks("") for line in block.splitlines() if "start=" in line]
+    joined = [block.replace("\\\n", " ") for block in blocks("")]
+    (command,) = [line for block in joined for line in block.splitlines() if "start=" in line]
     save_weights(build(), place / "weights.safetensors", {})
     words = shlex.split(command)
     assert words[0] == "cure"
