@@ -261,6 +261,7 @@ def test_make_targets_exist() -> None:
 
 def test_links_lead_somewhere() -> None:
     for document in [*PAGES, ROOT / "CHANGELOG.md"]:
+        assert not re.search(r"^(<{7}|>{7}) ", document.read_text(encoding="utf-8"), re.MULTILINE)
         for link in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if "://" not in link and link != "example-report.html":  # `make docs` makes that one.
                 assert (document.parent / link).exists(), f"{document.name}: {link}"
@@ -281,7 +282,9 @@ def test_the_card_of_cure_names_every_setting_and_its_default() -> None:
     from cure.methods.cure import CureConfig
 
     card = (ROOT / "docs" / "methods" / "cure.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| `?([^`|]+?)`? \|", card, flags=re.MULTILINE))
+    found = re.findall(r"^\| `([a-z_.]+)` \| `?([^`|]+?)`? \|", card, flags=re.MULTILINE)
+    rows = dict(found)
+    assert len(rows) == len(found), "a setting stands there twice"
 
     def check(section: type[BaseModel], prefix: str) -> None:
         for name, field in section.model_fields.items():
