@@ -166,19 +166,36 @@ class DataConfig(Section):
 
     source: str = Field(min_length=1)
     """``digits``; a short name (``cifar10``); a hub name (``uoft-cs/cifar10``); a folder of
-    parquet files; a folder of images, one sub-folder a class; or a ``.npz`` file."""
+    parquet files; a folder of images, one sub-folder a class, or with a table of labels
+    (``labels.csv``, ``metadata.jsonl``); a folder of ``save_to_disk``, cifar-10-batches-py or MNIST
+    idx files; or a ``.npz`` file."""
     train_split: str = "train"
     """Name of the split that is trained on."""
     test_split: str | None = None
-    """Name of the split that ``evaluate`` uses; by default ``test``, else ``validation``."""
+    """Name of the split that ``evaluate`` uses; by default ``test``, else one called validation,
+    val, valid, dev or eval."""
+    validation_split: str | None = None
+    """Name of the split that chooses checkpoints, or ``carve`` to carve it from the training split
+    (``validation``); by default the source's own where it also has a test split, else carved."""
     image_column: str | None = None
     """Column (parquet, hub) or array (npz) of the images; found by itself when not given."""
     label_column: str | None = None
     """Column or array of the labels; found by itself when not given."""
     resize: PositiveInt | None = None
     """Resize every image to this many pixels a side (antialiased); needed for mixed sizes."""
+    fit: Literal["stretch", "crop"] = "stretch"
+    """How ``resize`` treats oblong images: ``stretch`` changes their shape; ``crop`` resizes the
+    shorter side and cuts the middle square out."""
     color: Literal["keep", "rgb", "grey"] = "keep"
-    """Convert every image; needed when grey and RGB images are mixed."""
+    """Convert every image; ``keep`` converts grey images to RGB where any image is RGB."""
+    background: str = "white"
+    """Colour behind transparent images: a name, ``#rrggbb`` or ``rgb(0, 0, 0)``."""
+    damaged: Literal["refuse", "skip"] = "refuse"
+    """What to do with images that cannot be read: stop and name them, or leave them out and count
+    them."""
+    sampler: Literal["random", "balanced"] = "random"
+    """``balanced`` draws every class equally often in each epoch: images of small classes are
+    repeated and images of large classes left out, others in each epoch."""
     limit: PositiveInt | None = None
     """Use only the first so many images of the training split (before the validation split)."""
     validation: Annotated[int | float, AfterValidator(_count_or_share)] = 1000
@@ -190,6 +207,21 @@ class DataConfig(Section):
     """Seed of both carvings; not the run's seed, so that runs share their splits."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of training images."""
+
+    @field_validator("background")
+    @classmethod
+    def _colour(cls, background: str) -> str:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(background)
+        except ValueError:
+            raise PydanticCustomError(
+                "colour",
+                "expected a colour such as white, #ff8800 or rgb(255, 136, 0), got {text}",
+                {"text": background},
+            ) from None
+        return background
 
 
 class ModelConfig(Section):

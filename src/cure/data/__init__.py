@@ -1,22 +1,29 @@
 """Images: sources, splits, augmentation, batches."""
 
+from cure.data.account import DataAccount, account
 from cure.data.augment import augment
-from cure.data.images import Batch, ImageKind, ImageSet
+from cure.data.images import Batch, Findings, ImageKind, ImageSet, Skipped
 from cure.data.loader import batches, epoch, steps_per_epoch, to_unit
-from cure.data.sources import SHORT_NAMES, known_sources, load
+from cure.data.sources import SHORT_NAMES, known_sources, load, load_split, load_training
 from cure.data.splits import carve, stratified
 
 __all__ = [
     "SHORT_NAMES",
     "Batch",
+    "DataAccount",
+    "Findings",
     "ImageKind",
     "ImageSet",
+    "Skipped",
+    "account",
     "augment",
     "batches",
     "carve",
     "epoch",
     "known_sources",
     "load",
+    "load_split",
+    "load_training",
     "steps_per_epoch",
     "stratified",
     "to_unit",

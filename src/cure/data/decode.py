@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -14,27 +16,38 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
+from cure.config import DataConfig
+from cure.data.images import Findings
 from cure.errors import DataError
 
 Color = Literal["keep", "rgb", "grey"]
 Pixels = NDArray[np.uint8]
 
-# Only formats that hold one still picture; this also keeps Pillow from handing a file to
-# Ghostscript, and saves time: not every plugin is tried on each of 50,000 images.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = frozenset(
-    [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"]
+# Formats of one picture; this keeps Pillow from handing a file to Ghostscript, and saves time: not
+# every plugin is tried on each of 50,000 images.
+FORMATS = (
+    *("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "DIB", "JPEG2000", "AVIF", "HEIF"),
+    *("ICO", "ICNS", "PCX", "SGI", "QOI", "PSD", "DDS"),
 )
+SUFFIXES = frozenset(
+    [".png", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif"]
+    + [".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga"]
+)
+HEIC_SUFFIXES = frozenset([".heic", ".heif", ".hif"])
+HEIC_ADVICE = "pip install pillow-heif"
 
+# The start of a file of these formats is no accident: a file that has it is an image, or was one.
+_MAGIC = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "JPEG2000", "AVIF")
+_HEIC_BRANDS = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"])
 _GREY_MODES = frozenset(["1", "L", "LA", "La"])
+_ALPHA_MODES = frozenset(["RGBA", "RGBa", "LA", "La", "PA"])
 _WIDE_MODES = frozenset(["I", "F"])
-_CHANNELS = {1: "grey", 3: "RGB"}
 _ORIENTATION = 0x0112
 _CHUNK = 256
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -50,15 +63,86 @@ class Cell:
     name: str
 
 
-def open_image(file: Any) -> Any:
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to every image: the settings of the same names in the ``data`` section."""
+
+    color: Color = "keep"
+    resize: int | None = None
+    fit: Literal["stretch", "crop"] = "stretch"
+    background: str = "white"
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Treatment:
+        """The settings of a recipe."""
+        return cls(config.color, config.resize, config.fit, config.background)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether opaque images of one kind and size come out as they went in."""
+        return self.color == "keep" and self.resize is None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image that cannot be used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images of one split.
+
+    Attributes:
+        image: [n, C, H, W] uint8, those that could be read.
+        kept: [n] int64, their positions among all.
+        findings: sizes and conversions.
+        failures: those that could not be read.
+    """
+
+    image: Tensor
+    kept: NDArray[np.int64]
+    findings: Findings
+    failures: tuple[Failure, ...]
+
+
+@dataclass(frozen=True)
+class _One:
+    """A decoded image, its size (height, width) as it was, and what was converted."""
+
+    pixels: Pixels
+    size: tuple[int, int]
+    converted: tuple[str, ...]
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those of :data:`FORMATS` that this Pillow opens; HEIF where pillow_heif is installed."""
+    Image.init()
+    try:
+        import pillow_heif  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        pass
+    else:
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def open_image(file: Any, more: Sequence[str] = ()) -> Any:
     """A Pillow image from a path or binary file, upright as its EXIF data says.
+
+    Args:
+        file: path or binary file.
+        more: formats to try besides :func:`formats`.
 
     Raises:
         ValueError: its pixels have more than 8 bits a channel.
         OSError: it is not an image, or is damaged.
     """
     # Entered, Pillow closes a file it opened by name; the pixels are loaded by then.
-    with Image.open(file, formats=FORMATS) as image:
+    with Image.open(file, formats=(*formats(), *more)) as image:
         # Pillow would cut 16-bit RGB to 8 bits without a word; the raw mode tells in time.
         wide = image.mode[:1] in _WIDE_MODES or ";16" in str(getattr(image, "tile", ""))
         if wide:
@@ -72,100 +156,223 @@ def open_image(file: Any) -> Any:
         return image
 
 
-def to_pixels(image: Any, color: Color, resize: int | None) -> Pixels:
-    """A Pillow image as [H, W, C] uint8; C is 1 for grey, else 3.
+def file_kind(path: Path) -> Literal["image", "heic", "other"]:
+    """Whether a file is an image: by its suffix, else by its first bytes and Pillow.
 
-    Transparency is dropped, palettes are looked up.  ``resize`` makes the image that many pixels
-    wide and high (bicubic, antialiased); the shape of an oblong image is not kept.
+    Returns:
+        ``heic`` for an HEIC image that cannot be read because pillow_heif is not installed.
     """
+    heic: Literal["image", "heic"] = "image" if "HEIF" in formats() else "heic"
+    suffix = path.suffix.lower()
+    if suffix in HEIC_SUFFIXES:
+        return heic
+    if suffix in SUFFIXES:
+        return "image"
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+    except OSError:
+        return "image"  # Why it cannot be read is said when it is decoded.
+    if is_heic(head):
+        return heic
+    if any(name in formats() and Image.OPEN[name][1](head[:16]) for name in _MAGIC):
+        return "image"
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=formats()):
+            return "image"
+    except Exception:  # A plugin may raise anything on bytes that are not its own.
+        return "other"
+
+
+def is_heic(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of an HEIC image."""
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+def to_pixels(image: Any, treatment: Treatment) -> Pixels:
+    """A Pillow image as [H, W, C] uint8; C is 1 for grey, else 3."""
+    return _convert(image, treatment).pixels
+
+
+def _convert(image: Any, treatment: Treatment) -> _One:
+    size = (image.height, image.width)
+    converted = []
+    if getattr(image, "is_animated", False) and getattr(image, "format", None) != "MPO":
+        converted.append("moving or paged to their first picture")
+    opaque = _on_background(image, treatment.background)
+    if opaque is not image:
+        converted.append(f"transparent to {treatment.background} behind")
+        image = opaque
+    color = treatment.color
     grey = image.mode in _GREY_MODES if color == "keep" else color == "grey"
     mode = "L" if grey else "RGB"
     if image.mode != mode:
+        if (image.mode in _GREY_MODES) != grey:
+            converted.append("colour to grey" if grey else "grey to RGB")
+        elif image.mode not in ("1", "P", "LA", "La", "RGBA", "RGBa", "PA"):
+            converted.append(f"{image.mode} to {mode}")
         with warnings.catch_warnings():
-            # "Palette images with Transparency ... should be converted to RGBA": it is dropped.
+            # "Palette images with Transparency ... should be converted to RGBA": all opaque here.
             warnings.simplefilter("ignore", UserWarning)
+            if image.mode in ("RGBa", "La"):
+                image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
             image = image.convert(mode)
-    if resize is not None and image.size != (resize, resize):
-        image = image.resize((resize, resize), Image.Resampling.BICUBIC)
+    if treatment.resize is not None:
+        image = _resized(image, treatment.resize, treatment.fit)
     pixels: Pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[:, :, None] if grey else pixels
+    return _One(pixels[:, :, None] if grey else pixels, size, tuple(converted))
 
 
-def decode(cells: Iterable[Cell], count: int, color: Color, resize: int | None) -> Tensor:
+def _on_background(image: Any, background: str) -> Any:
+    """A transparent image on a colour; the same object where every pixel is opaque."""
+    if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
+        return image
+    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
+    rgba = (image.convert(straight) if straight else image).convert("RGBA")
+    if rgba.getchannel("A").getextrema()[0] == 255:
+        return image
+    color = ImageColor.getrgb(background)[:3]
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, (*color, 255)), rgba)
+    stays_grey = image.mode in _GREY_MODES and len(set(color)) == 1
+    return flat.getchannel("R") if stays_grey else flat.convert("RGB")
+
+
+def _resized(image: Any, side: int, fit: str) -> Any:
+    """An image of ``side`` x ``side`` pixels (bicubic, antialiased)."""
+    width, height = image.size
+    if fit == "crop" and width != height:
+        # As torchvision's Resize and CenterCrop.
+        longer = int(side * max(width, height) / min(width, height))
+        size = (longer, side) if width > height else (side, longer)
+        if image.size != size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        left, top = (round((pixels - side) / 2) for pixels in size)
+        return image.crop((left, top, left + side, top + side))
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    return image
+
+
+def decode(cells: Iterable[Cell], count: int, treatment: Treatment) -> Decoded:
     """Decode ``count`` images in a few threads into one tensor.
 
     Args:
         cells: the images, in order; taken a chunk at a time, so encoded images need not all be
             in memory.
         count: how many there are.
-        color: convert every image to ``rgb`` or ``grey``, or ``keep`` what they are.
-        resize: side in pixels, or None to keep the size.
-
-    Returns:
-        [count, C, H, W] uint8.
+        treatment: what is done to every image.
 
     Raises:
-        DataError: an image is damaged or of more than 8 bits, or two differ in size or channels.
+        DataError: two images differ in size.
     """
     threads = min(8, os.cpu_count() or 1)
 
-    def decode_chunk(chunk: list[Cell]) -> list[Pixels]:
-        return [_decode_one(cell, color, resize) for cell in chunk]
+    def decode_chunk(chunk: list[Cell]) -> list[_One | Failure]:
+        return [_decode_one(cell, treatment) for cell in chunk]
 
-    pixels: NDArray[np.uint8] | None = None
-    first_name = ""
-    position = 0
+    stack = _Stack(count)
     iterator = iter(cells)
     with ThreadPoolExecutor(threads) as pool:
         # One round of chunks at a time: pool.map submits all its input at once.
-        while chunks := [c for c in (_take(iterator) for _ in range(threads)) if c]:
+        while chunks := [c for c in (list(islice(iterator, _CHUNK)) for _ in range(threads)) if c]:
             for chunk, decoded in zip(chunks, pool.map(decode_chunk, chunks), strict=True):
                 for cell, one in zip(chunk, decoded, strict=True):
-                    if pixels is None:
-                        pixels = np.empty((count, *one.shape), dtype=np.uint8)
-                        first_name = cell.name
-                    elif one.shape != pixels.shape[1:]:
-                        raise DataError(_differ(first_name, pixels.shape[1:], cell.name, one.shape))
-                    pixels[position] = one
-                    position += 1
-    if pixels is None or position != count:
+                    stack.add(cell.name, one)
+    if stack.read != count:
         raise DataError(
-            f"expected {count} images, read {position}: the file changed while it was read; try "
+            f"expected {count} images, read {stack.read}: the file changed while it was read; try "
             "again"
         )
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return stack.result()
+
+
+class _Stack:
+    """Decoded images one behind the other in one array."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.read = 0
+        self.kept: list[int] = []
+        self.failures: list[Failure] = []
+        self.converted: Counter[str] = Counter()
+        self.sizes: set[tuple[int, int]] = set()
+        self.pixels: NDArray[np.uint8] = np.empty((0, 0, 0, 1), dtype=np.uint8)
+        self.first_name = ""
+
+    def add(self, name: str, one: _One | Failure) -> None:
+        position, place = self.read, len(self.kept)
+        self.read += 1
+        if isinstance(one, Failure):
+            self.failures.append(one)
+            return
+        if not place:
+            self.pixels = np.empty((self.count, *one.pixels.shape), dtype=np.uint8)
+            self.first_name = name
+        height, width, channels = self.pixels.shape[1:]
+        if one.pixels.shape[:2] != (height, width):
+            raise DataError(
+                f"expected images of one size, but {self.first_name} is {width}x{height} and "
+                f"{name} is {one.pixels.shape[1]}x{one.pixels.shape[0]} pixels; set data.resize="
+                f"{min(height, width)} or another side in pixels"
+            )
+        theirs = one.pixels.shape[2]
+        if theirs > channels:
+            self.pixels = np.repeat(self.pixels, theirs, axis=3)
+            self.converted["grey to RGB"] += place
+        elif theirs < channels:
+            self.converted["grey to RGB"] += 1
+        self.pixels[place] = one.pixels
+        self.kept.append(position)
+        self.sizes.add(one.size)
+        self.converted.update(one.converted)
+
+    def result(self) -> Decoded:
+        pixels = self.pixels[: len(self.kept)]
+        image = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        sizes = sorted(self.sizes, key=lambda size: (size[0] * size[1], size))
+        ends = (sizes[0], sizes[-1]) if sizes else None
+        findings = Findings(ends, dict(self.converted))
+        return Decoded(
+            image, np.array(self.kept, dtype=np.int64), findings, tuple(self.failures)
+        )
+
+
+def damaged(cells: Iterable[Cell]) -> list[Failure]:
+    """The images that cannot be read."""
+    return [one for cell in cells if isinstance(one := _decode_one(cell, Treatment()), Failure)]
 
 
 def file_cell(path: Path) -> Cell:
     """The cell of an image file."""
-    return Cell(lambda: open_image(path), f"'{path}'")
+    # TGA has no mark of its own: any file might be one.
+    more = ("TGA",) if path.suffix.lower() == ".tga" else ()
+    return Cell(lambda: open_image(path, more), f"'{path}'")
 
 
-def _take(iterator: Iterator[Cell]) -> list[Cell]:
-    return list(islice(iterator, _CHUNK))
+def failures_text(failures: Sequence[Failure]) -> str:
+    """The sentence for images that cannot be used."""
+    if len(failures) == 1:
+        one = failures[0]
+        return (
+            f"image {one.name} cannot be used: {one.reason}; mend it or take it out, or set "
+            "data.damaged=skip"
+        )
+    named = "; ".join(f"{one.name}: {one.reason}" for one in failures[:_NAMED])
+    more = f"; and {len(failures) - _NAMED} more" if len(failures) > _NAMED else ""
+    return (
+        f"{len(failures)} images cannot be used ({named}{more}); mend them or take them out, or "
+        "set data.damaged=skip"
+    )
 
 
-def _decode_one(cell: Cell, color: Color, resize: int | None) -> Pixels:
+def _decode_one(cell: Cell, treatment: Treatment) -> _One | Failure:
     try:
-        return to_pixels(cell.open(), color, resize)
-    except _UNREADABLE as error:
+        return _convert(cell.open(), treatment)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plugins have no common error for damaged files.
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "cannot identify image file" in text:
-            text = f"it is none of {', '.join(FORMATS)}"
-        raise DataError(
-            f"image {cell.name} cannot be used: {text}; mend it or take it out"
-        ) from error
-
-
-def _differ(name: str, shape: tuple[int, ...], other: str, other_shape: tuple[int, ...]) -> str:
-    """The sentence for two images that cannot stand in one tensor; shapes are [H, W, C]."""
-    if shape[2] != other_shape[2]:
-        return (
-            f"expected images of one kind, but {name} is {_CHANNELS[shape[2]]} and {other} is "
-            f"{_CHANNELS[other_shape[2]]}; set data.color=rgb (or data.color=grey)"
-        )
-    return (
-        f"expected images of one size, but {name} is {shape[1]}x{shape[0]} and {other} is "
-        f"{other_shape[1]}x{other_shape[0]} pixels; set data.resize={min(shape[0], shape[1])} "
-        "or another side in pixels"
-    )
+            known = ", ".join(name for name in formats())
+            text = f"it is damaged or none of {known} (HEIC: {HEIC_ADVICE})"
+        return Failure(cell.name, text)

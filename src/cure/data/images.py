@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,42 @@ class ImageKind:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """Files that were left out.
+
+    >>> print(Skipped(20, ".heic files", "pip install pillow-heif"))
+    20 .heic files skipped: pip install pillow-heif
+    """
+
+    count: int
+    what: str
+    reason: str
+
+    def __str__(self) -> str:
+        what = self.what
+        if self.count == 1:
+            what = what.replace("files", "file").replace("images", "image")
+        return f"{self.count} {what} skipped: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found when images were read.
+
+    Attributes:
+        sizes: (height, width) of the smallest and the largest image before resizing.
+        converted: number of images by conversion, such as ``grey to RGB``.
+        skipped: files that were left out.
+        notes: sentences, such as the order of classes.
+    """
+
+    sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
+    converted: Mapping[str, int] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ImageSet:
     """Images and labels of one split, decoded once and held as one tensor.
 
@@ -36,6 +72,7 @@ class ImageSet:
         classes: name of each class, by label.
         name: where the images came from, for results ("cifar10", "digits", a folder).
         split: "train", "validation" or "test".
+        findings: what was found when they were read; of images in memory nothing.
     """
 
     image: Tensor
@@ -43,6 +80,7 @@ class ImageSet:
     classes: tuple[str, ...]
     name: str
     split: str
+    findings: Findings = field(default=Findings(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Shapes and types only: reading values could wait for the device.
@@ -136,6 +174,17 @@ class ImageSet:
         """The images at ``index``, in that order."""
         return replace(
             self, image=self.image[index], label=self.label[index], split=split or self.split
+        )
+
+    def with_channels(self, channels: int) -> ImageSet:
+        """The same set, grey images as RGB where ``channels`` is 3."""
+        if self.channels == channels or channels != 3:
+            return self
+        converted = {**self.findings.converted, "grey to RGB": len(self)}
+        return replace(
+            self,
+            image=self.image.expand(-1, 3, -1, -1).contiguous(),
+            findings=replace(self.findings, converted=converted),
         )
 
     def to(self, device: torch.device | str) -> ImageSet:

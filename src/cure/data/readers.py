@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cure.config import DataConfig
-from cure.data.decode import SUFFIXES, Cell, file_cell, open_image
+from cure.data.decode import Cell, open_image
+from cure.data.images import Skipped
 from cure.errors import DataError
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 IMAGE_ARRAYS = ("image", "images", "x", "img", "data")
 LABEL_ARRAYS = ("label", "labels", "y")
-TEST_SPLITS = ("test", "validation", "val")
+TRAIN_SPLITS = ("train", "training")
+TEST_SPLITS = ("test", "testing")
+VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "eval")
 
 _DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -42,14 +44,51 @@ class Table:
         label: [N] int64, as the source has them.
         classes: name of each class, by label, or None when the source names none.
         cells: the images at some rows; takes ascending rows.
+        skipped: files that were left out.
+        notes: sentences for the user, such as the order of classes.
     """
 
     label: NDArray[np.int64]
     classes: tuple[str, ...] | None
     cells: Callable[[Sequence[int]], Iterable[Cell]]
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 Splits = Mapping[str, Callable[[], Table]]
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Class names in order: by number where all are numbers, else as text.
+
+    >>> in_order(["10", "9", "0"]), in_order(["b", "10", "9"])
+    (('0', '9', '10'), ('10', '9', 'b'))
+    """
+    distinct = sorted(set(names))
+    try:
+        numbers = {name: float(name) for name in distinct}
+    except ValueError:
+        return tuple(distinct)
+    if not np.isfinite(list(numbers.values())).all():
+        return tuple(distinct)
+    return tuple(sorted(distinct, key=lambda name: (numbers[name], name)))
+
+
+def order_notes(classes: Sequence[str]) -> tuple[str, ...]:
+    """Says where the order of numbers is not that of version 0.1."""
+    if list(classes) == sorted(classes):
+        return ()
+    return (
+        f"the classes {', '.join(map(repr, classes[:3]))}, ... are numbers and stand in the order "
+        "of numbers; version 0.1 sorted them as text",
+    )
+
+
+def named_labels(names: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels of images whose class names are given, and the classes in order."""
+    classes = in_order(names)
+    number = {name: label for label, name in enumerate(classes)}
+    return np.array([number[name] for name in names], dtype=np.int64), classes
 
 
 def read_digits(config: DataConfig) -> Splits:
@@ -61,87 +100,16 @@ def read_digits(config: DataConfig) -> Splits:
         pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
         names = tuple(str(name) for name in bunch.target_names)
         label = bunch.target.astype(np.int64)
-        return Table(label, names, partial(_array_cells, pixels, "digits"))
+        return Table(label, names, partial(array_cells, pixels, "digits"))
 
     return {config.train_split: table}
-
-
-def read_folder(folder: Path, config: DataConfig) -> Splits:
-    """A folder of parquet files or of images.
-
-    Raises:
-        DataError: it holds neither.
-    """
-    for place in (folder, folder / "data"):
-        files = sorted(place.glob("*.parquet")) if place.is_dir() else []
-        if files:
-            return _read_parquet(files, config)
-    return _read_images(folder, config)
-
-
-# Images in folders.  The imagefolder builder of `datasets` is not used: it takes path names for
-# patterns, guesses splits from any word in a path, and copies what it found into a cache.
-
-
-def _read_images(folder: Path, config: DataConfig) -> Splits:
-    expected = (
-        f"expected parquet files or one sub-folder of images a class in '{folder}' "
-        f"({folder.name}/class/*.png or {folder.name}/train/class/*.png)"
-    )
-    if not any(folder.iterdir()):
-        raise DataError(f"{expected}, got an empty folder; give another folder")
-    known = {config.train_split, config.test_split, "train", *TEST_SPLITS}
-    # A class may be called "train" as well; only a split has folders inside.
-    splits = [path for path in _folders(folder) if path.name in known and _folders(path)]
-    if splits:
-        return {path.name: partial(_image_table, path) for path in splits}
-    if not any(_images(path) for path in _folders(folder)):
-        found = "images outside class folders" if _images(folder) else "no images"
-        raise DataError(f"{expected}, got {found}; arrange the files that way")
-    return {config.train_split: partial(_image_table, folder)}
-
-
-def _image_table(folder: Path) -> Table:
-    classes = _folders(folder)
-    files = [_images(path) for path in classes]
-    empty = [path.name for path, found in zip(classes, files, strict=True) if not found]
-    if empty:
-        raise DataError(
-            f"expected images in every class folder of '{folder}', got none in "
-            f"{_listing(empty)}; fill or remove it"
-        )
-    # The first image of each class, then the second of each: the order of a folder is ours to
-    # choose, and this one lets data.limit keep every class.
-    dealt = [
-        (path, label)
-        for turn in zip_longest(*files)
-        for label, path in enumerate(turn)
-        if path is not None
-    ]
-
-    def cells(rows: Sequence[int]) -> Iterator[Cell]:
-        return (file_cell(dealt[row][0]) for row in rows)
-
-    label = np.array([label for _, label in dealt], dtype=np.int64)
-    return Table(label, tuple(path.name for path in classes), cells)
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
 
 
 # Tables of encoded images: parquet files and the hub.
 
 
-def _read_parquet(files: Sequence[Path], config: DataConfig) -> Splits:
+def read_parquet(files: Sequence[Path], config: DataConfig) -> Splits:
+    """Parquet files, whose names begin with that of their split."""
     by_split: dict[str, list[Path]] = {}
     for path in files:
         # train-00000-of-00002.parquet and train.parquet both belong to "train".
@@ -163,7 +131,7 @@ def _parquet_table(split: str, files: Sequence[Path], config: DataConfig) -> Tab
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"expected a parquet file in '{path}', which cannot be read "
-                f"({_first_line(error)}); copy it again"
+                f"({first_line(error)}); copy it again"
             ) from error
 
     def batches(column: str) -> Iterator[Any]:
@@ -179,7 +147,7 @@ def _parquet_table(split: str, files: Sequence[Path], config: DataConfig) -> Tab
                         yield batch.column(0)
                 except (pyarrow.ArrowException, OSError) as error:
                     raise DataError(
-                        f"the parquet file '{path}' is damaged ({_first_line(error)}); copy it "
+                        f"the parquet file '{path}' is damaged ({first_line(error)}); copy it "
                         "again"
                     ) from error
 
@@ -190,7 +158,7 @@ def _parquet_table(split: str, files: Sequence[Path], config: DataConfig) -> Tab
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"the column types that '{files[0]}' declares for Hugging Face datasets cannot be used "
-            f"({_first_line(error)}); write the file again"
+            f"({first_line(error)}); write the file again"
         ) from error
     where = f"split '{split}' of '{files[0].parent}'"
     return _arrow_table(features, schema, batches, where, split, config)
@@ -216,12 +184,13 @@ def read_hub(name: str, subset: str | None, config: DataConfig, otherwise: str) 
     except Exception as error:
         raise DataError(
             f"expected the data set '{name}' from the Hugging Face hub, which could not be had "
-            f"({type(error).__name__}: {_first_line(error)}); {otherwise}"
+            f"({type(error).__name__}: {first_line(error)}); {otherwise}"
         ) from error
-    return {split: partial(_hub_table, name, split, found[split], config) for split in found}
+    return {split: partial(dataset_table, name, split, found[split], config) for split in found}
 
 
-def _hub_table(name: str, split: str, dataset: Any, config: DataConfig) -> Table:
+def dataset_table(name: str, split: str, dataset: Any, config: DataConfig) -> Table:
+    """A split of Hugging Face ``datasets``."""
     import datasets
 
     features = dataset.features
@@ -253,19 +222,20 @@ def _arrow_table(
     holds_images = [c for c in columns if _is_encoded(schema.field(c).type)]
     class_labels = [c for c in columns if isinstance(features[c], datasets.ClassLabel)]
     integers = [c for c in columns if pyarrow.types.is_integer(schema.field(c).type)]
+    texts = [c for c in columns if _is_text(schema.field(c).type)]
     image = _choose("image", config.image_column, IMAGE_COLUMNS, [holds_images], columns, where)
     label = _choose(
-        "label", config.label_column, LABEL_COLUMNS, [class_labels, integers], columns, where
+        "label", config.label_column, LABEL_COLUMNS, [class_labels, integers, texts], columns, where
     )
     if image not in holds_images:
         raise DataError(
             f"expected encoded images (bytes) in column '{image}' of {where}, got "
-            f"{schema.field(image).type}; set data.image_column to one of {_listing(columns)}"
+            f"{schema.field(image).type}; set data.image_column to one of {listing(columns)}"
         )
-    if label not in integers:
+    if label not in integers and label not in texts:
         raise DataError(
-            f"expected whole numbers in column '{label}' of {where}, got "
-            f"{schema.field(label).type}; set data.label_column to one of {_listing(columns)}, or "
+            f"expected whole numbers or class names in column '{label}' of {where}, got "
+            f"{schema.field(label).type}; set data.label_column to one of {listing(columns)}, or "
             "number the classes"
         )
 
@@ -282,7 +252,7 @@ def _arrow_table(
                 return
             start = stop
 
-    arrays = []
+    arrays: list[Any] = []
     read = 0
     for array in batches(label):
         if array.null_count:
@@ -291,10 +261,24 @@ def _arrow_table(
                 f"expected a label in every row of {where}, got none in row {missing} of column "
                 f"'{label}'; remove the row or choose another data.label_column"
             )
-        arrays.append(array.to_numpy(zero_copy_only=False).astype(np.int64))
+        arrays.append(array)
         read += len(array)
+    if label in texts:
+        values = [str(value) for array in arrays for value in array.to_pylist()]
+        numbers, classes = named_labels(values)
+        return Table(numbers, classes, cells, notes=order_notes(classes))
+    whole = [array.to_numpy(zero_copy_only=False).astype(np.int64) for array in arrays]
     names = tuple(features[label].names) if label in class_labels else None
-    return Table(np.concatenate(arrays or [np.empty(0, np.int64)]), names, cells)
+    return Table(np.concatenate(whole or [np.empty(0, np.int64)]), names, cells)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether an arrow type is that of text."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
 
 
 def _is_encoded(kind: Any) -> bool:
@@ -340,7 +324,7 @@ def _choose(
             return given
         raise DataError(
             f"expected column '{given}' (data.{kind}_column) in {where}, which has the columns "
-            f"{_listing(columns)}; name one of those"
+            f"{listing(columns)}; name one of those"
         )
     for name in usual:
         if name in columns:
@@ -349,7 +333,7 @@ def _choose(
         if len(found) == 1:
             return found[0]
     raise DataError(
-        f"expected a column '{usual[0]}' in {where}, which has the columns {_listing(columns)}; "
+        f"expected a column '{usual[0]}' in {where}, which has the columns {listing(columns)}; "
         f"set data.{kind}_column to the one with the {kind}s"
     )
 
@@ -377,7 +361,7 @@ def read_npz(path: Path, config: DataConfig) -> Splits:
     if not splits:
         raise DataError(
             f"expected arrays 'image' and 'label' (or x_train, y_train, x_test, y_test) in "
-            f"'{path}', got {_listing(names) or 'none'}; rename them or set data.image_column "
+            f"'{path}', got {listing(names) or 'none'}; rename them or set data.image_column "
             "and data.label_column"
         )
     return {
@@ -404,18 +388,21 @@ def _npz_table(path: Path, split: str, image: str, label: str) -> Table:
     pixels = _as_nhwc(_as_uint8(pixels, image, path), image, path)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+    if labels.dtype.kind not in "iuU" or labels.ndim != 1:
         raise DataError(
-            f"expected whole numbers, one a image, in array '{label}' of '{path}', got "
-            f"{labels.dtype} of shape {labels.shape}; store class numbers, not names or one-hot "
-            "rows"
+            f"expected whole numbers or class names, one an image, in array '{label}' of '{path}', "
+            f"got {labels.dtype} of shape {labels.shape}; store class numbers, not one-hot rows"
         )
     if len(labels) != len(pixels):
         raise DataError(
             f"expected as many labels as images in '{path}', got {len(pixels)} images in "
             f"'{image}' and {len(labels)} labels in '{label}'; store one label an image"
         )
-    return Table(labels.astype(np.int64), None, partial(_array_cells, pixels, split))
+    cells = partial(array_cells, pixels, split)
+    if labels.dtype.kind == "U":
+        numbers, classes = named_labels(labels.tolist())
+        return Table(numbers, classes, cells, notes=order_notes(classes))
+    return Table(labels.astype(np.int64), None, cells)
 
 
 def _open_npz(path: Path) -> Any:
@@ -423,7 +410,7 @@ def _open_npz(path: Path) -> Any:
         file = np.load(path, allow_pickle=False)
     except _DAMAGED as error:
         raise DataError(
-            f"expected a .npz file in '{path}', which cannot be read ({_first_line(error)}); write "
+            f"expected a .npz file in '{path}', which cannot be read ({first_line(error)}); write "
             "it with numpy.savez"
         ) from error
     if not isinstance(file, np.lib.npyio.NpzFile):
@@ -439,7 +426,7 @@ def _array(file: Any, name: str, path: Path) -> NDArray[Any]:
         array: NDArray[Any] = file[name]
     except _DAMAGED as error:
         raise DataError(
-            f"array '{name}' of '{path}' cannot be read ({_first_line(error)}); expected plain "
+            f"array '{name}' of '{path}' cannot be read ({first_line(error)}); expected plain "
             "numbers of one shape: write it again as such"
         ) from error
     return array
@@ -486,16 +473,19 @@ def _as_nhwc(pixels: NDArray[np.uint8], name: str, path: Path) -> NDArray[np.uin
     return nhwc[..., 0] if nhwc.shape[3] == 1 else nhwc
 
 
-def _array_cells(pixels: NDArray[np.uint8], split: str, rows: Sequence[int]) -> Iterator[Cell]:
+def array_cells(pixels: NDArray[np.uint8], split: str, rows: Sequence[int]) -> Iterator[Cell]:
+    """The cells of some rows of an array [N, H, W] or [N, H, W, C]."""
     for row in rows:
         one = np.ascontiguousarray(pixels[row])
         yield Cell(partial(Image.fromarray, one), f"row {row} of {split}")
 
 
-def _listing(names: Iterable[str]) -> str:
+def listing(names: Iterable[str]) -> str:
+    """Names in quotes."""
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error, without the full stop."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,18 +17,21 @@ import torch
 from numpy.typing import NDArray
 
 from cure.config import MEMORY, DataConfig, RunConfig
-from cure.data.decode import decode
-from cure.data.images import ImageSet
+from cure.data.decode import Failure, Treatment, damaged, decode, failures_text
+from cure.data.folders import read_folder, read_table
+from cure.data.images import ImageSet, Skipped
+from cure.data.labels_file import LABEL_FILES
 from cure.data.readers import (
     TEST_SPLITS,
+    TRAIN_SPLITS,
+    VALIDATION_SPLITS,
     Splits,
     Table,
     read_digits,
-    read_folder,
     read_hub,
     read_npz,
 )
-from cure.data.splits import stratified
+from cure.data.splits import held_out, stratified
 from cure.errors import ConfigError, DataError, unknown
 
 
@@ -52,17 +56,77 @@ SHORT_NAMES: dict[str, HubName] = {
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<subset>[\w.-]+))?")
 
 
-def load(config: DataConfig, split: Literal["train", "test"]) -> ImageSet:
+Split = Literal["train", "validation", "test"]
+
+CARVE = "carve"
+"""Value of ``data.validation_split`` for a validation split carved from the training split."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A source: its splits, and which of them is used for what.
+
+    Attributes:
+        name: for results.
+        splits: all of them.
+        train: the training split; None where there is none of the name.
+        test: the test split; None where it is carved.
+        validation: the validation split; None where it is carved.
+    """
+
+    name: str
+    splits: Splits
+    train: str | None
+    test: str | None
+    validation: str | None
+
+    @classmethod
+    def of(cls, config: DataConfig) -> _Opened:
+        name, splits = _open(config)
+        train = _training_split(config, splits)
+        test = _test_split(config, splits, name, train)
+        return cls(name, splits, train, test, _validation_split(config, splits, name, train, test))
+
+    def notes(self, config: DataConfig) -> tuple[str, ...]:
+        """Sentences on the use of the splits."""
+        used = (self.train, self.test, self.validation)
+        unused = [name for name in self.splits if name not in used]
+        found = [f"the split '{name}' is not used" for name in unused]
+        if self.validation is not None:
+            found.append(
+                f"the split '{self.validation}' validates; data.validation={config.validation} is "
+                "not used (data.validation_split=carve uses it)"
+            )
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Rows of a table that make up a split, with labels in the numbering of the training split."""
+
+    table: Table
+    label: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def part(self, positions: NDArray[np.int64] | slice) -> _Chosen:
+        return replace(self, rows=self.rows[positions])
+
+
+def load(
+    config: DataConfig, split: Literal["train", "test"], limit: int | None = None
+) -> ImageSet:
     """Read the training or test images, decoded once.
 
     A source without a test split has one carved from its training split (``test_fraction``,
     ``split_seed``, each class by its share); the training images are then the rest.
     ``data.limit`` keeps the first images of the training split after that; the validation split
-    is carved later, by :func:`cure.data.splits.carve`.
+    is carved later, by :func:`load_split` or :func:`cure.data.splits.carve`.
 
     Args:
         config: the data section of a recipe.
         split: which images.
+        limit: only the first so many images; no others are decoded.
 
     Returns:
         The images, [N, C, H, W] uint8, with the class names of the training split.
@@ -70,32 +134,57 @@ def load(config: DataConfig, split: Literal["train", "test"]) -> ImageSet:
     Raises:
         DataError: the source, its images or its labels cannot be used.
     """
-    name, splits = _open(config)
-    test_name = _test_split(config, splits, name)
-    if config.train_split not in splits and (split == "train" or test_name is None):
-        raise DataError(_no_split(config.train_split, "train_split", splits, name))
+    opened = _Opened.of(config)
+    chosen = _training(opened, config) if split == "train" else _test(opened, config)
+    return _read(chosen.part(slice(limit)), opened, config, split)
 
-    # Test labels mean what training labels mean, so the training split is opened for both;
-    # that reads its labels, not its images.
-    train = splits[config.train_split]() if config.train_split in splits else None
-    if split == "test" and test_name is not None:
-        table = splits[test_name]()
-        if train is None:
-            classes = _classes(table, name, test_name)
-            label = table.label
-        else:
-            classes = _classes(train, name, config.train_split)
-            label = _relabel(table, classes, train.classes is not None, name, test_name)
-        rows = np.arange(len(label))
+
+def load_split(config: DataConfig, split: Split, limit: int | None = None) -> ImageSet:
+    """Read the images of one split: "train" without those that validate, "validation" or "test".
+
+    Args:
+        config: the data section of a recipe.
+        split: which images.
+        limit: only the first so many images; no others are decoded.
+
+    Raises:
+        DataError: the source, its images or its labels cannot be used.
+    """
+    opened = _Opened.of(config)
+    if split == "test":
+        chosen = _test(opened, config)
+    elif split == "validation" and opened.validation is not None:
+        chosen = _named(opened, opened.validation, "validation_split")
     else:
-        assert train is not None
-        table, label = train, train.label
-        classes = _classes(train, name, config.train_split)
-        rows = _rows(label, split, test_name is None, config, name)
-    if split == "train":
-        _check_classes(label, rows, classes, config, name)
-    image = decode(table.cells(rows.tolist()), len(rows), config.color, config.resize)
-    return ImageSet(image, torch.from_numpy(label[rows]), classes, name, split)
+        chosen = _training(opened, config)
+        if opened.validation is None:
+            rest, held = _held_out(chosen, config)
+            chosen = chosen.part(rest if split == "train" else held)
+    return _read(chosen.part(slice(limit)), opened, config, split)
+
+
+def load_training(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+    """Read the training images and those that validate.
+
+    The validation split is the source's own (``data.validation_split``) or carved from the
+    training split; both have the same classes and channels.
+
+    Raises:
+        DataError: the source, its images or its labels cannot be used.
+    """
+    opened = _Opened.of(config)
+    chosen = _training(opened, config)
+    if opened.validation is not None:
+        training = _read(chosen, opened, config, "train")
+        own = _named(opened, opened.validation, "validation_split")
+        return same_kind(training, _read(own, opened, config, "validation"))
+    _, held = _held_out(chosen, config)
+    images, kept = _decoded(chosen, opened, config, "train")
+    is_held = np.isin(kept, held)
+    return (
+        images.subset(torch.from_numpy(np.flatnonzero(~is_held))),
+        images.subset(torch.from_numpy(np.flatnonzero(is_held)), "validation"),
+    )
 
 
 def _check_classes(
@@ -160,6 +249,8 @@ def _open(config: DataConfig) -> tuple[str, Splits]:
             return path.resolve().name or source, read_folder(path, config)
         if path.is_file() and path.suffix.lower() == ".npz":
             return path.stem, read_npz(path, config)
+        if path.is_file() and path.suffix.lower() in LABEL_FILES:
+            return path.resolve().parent.name, read_table(path, config)
         if path.is_file():
             raise DataError(
                 f"expected a folder or a .npz file as data.source, got the file '{source}'; give "
@@ -195,20 +286,64 @@ def _open(config: DataConfig) -> tuple[str, Splits]:
     )
 
 
-def _test_split(config: DataConfig, splits: Splits, name: str) -> str | None:
+def _match(wanted: str, splits: Splits) -> str | None:
+    """The split of that name, in any case where there is only one."""
+    if wanted in splits:
+        return wanted
+    alike = [name for name in splits if name.lower() == wanted.lower()]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _first_of(names: tuple[str, ...], splits: Splits, used: tuple[str | None, ...]) -> str | None:
+    """The first of the usual names that a split has which is not used otherwise."""
+    found = (_match(name, splits) for name in names)
+    return next((name for name in found if name is not None and name not in used), None)
+
+
+def _training_split(config: DataConfig, splits: Splits) -> str | None:
+    found = _match(config.train_split, splits)
+    if found is None and config.train_split in TRAIN_SPLITS:
+        found = _first_of(TRAIN_SPLITS, splits, ())
+    return found
+
+
+def _test_split(config: DataConfig, splits: Splits, name: str, train: str | None) -> str | None:
     """The split to test on, or None when it is to be carved."""
     if config.test_split is None:
-        found = (s for s in TEST_SPLITS if s in splits and s != config.train_split)
-        return next(found, None)
-    if config.test_split == config.train_split:
+        return _first_of((*TEST_SPLITS, *VALIDATION_SPLITS), splits, (train,))
+    found = _match(config.test_split, splits)
+    if config.test_split == config.train_split or (found is not None and found == train):
         raise DataError(
             "expected different splits for training and test, got data.train_split="
             f"{config.train_split} and the same as data.test_split; leave data.test_split out to "
             "have one carved"
         )
-    if config.test_split not in splits:
+    if found is None:
         raise DataError(_no_split(config.test_split, "test_split", splits, name))
-    return config.test_split
+    return found
+
+
+def _validation_split(
+    config: DataConfig, splits: Splits, name: str, train: str | None, test: str | None
+) -> str | None:
+    """The split that validates, or None when it is to be carved."""
+    wanted = config.validation_split
+    if wanted is None:
+        # With one split besides the training split, that one is for the final figures.
+        real = test is not None and (config.test_split is not None or test.lower() in TEST_SPLITS)
+        return _first_of(VALIDATION_SPLITS, splits, (train, test)) if real else None
+    if wanted == CARVE:
+        return None
+    found = _match(wanted, splits)
+    if found is None:
+        raise DataError(_no_split(wanted, "validation_split", splits, name))
+    if found in (train, test):
+        other = "training" if found == train else "test"
+        raise DataError(
+            f"expected a split of its own to validate with, got data.validation_split={wanted}, "
+            f"the {other} split; name another one, or carve"
+        )
+    return found
 
 
 def _no_split(wanted: str, key: str, splits: Splits, name: str) -> str:
@@ -216,6 +351,106 @@ def _no_split(wanted: str, key: str, splits: Splits, name: str) -> str:
         f"expected a split '{wanted}' in '{name}', which has {', '.join(sorted(splits)) or 'none'}"
         f"; set data.{key} to one it has"
     )
+
+
+def _training(opened: _Opened, config: DataConfig) -> _Chosen:
+    """The training rows, with those that validation carves from them."""
+    if opened.train is None:
+        raise DataError(_no_split(config.train_split, "train_split", opened.splits, opened.name))
+    table = opened.splits[opened.train]()
+    classes = _classes(table, opened.name, opened.train)
+    rows = _rows(table.label, "train", opened.test is None, config, opened.name)[: config.limit]
+    _check_classes(table.label, rows, classes, config, opened.name)
+    return _Chosen(table, table.label, rows, classes)
+
+
+def _test(opened: _Opened, config: DataConfig) -> _Chosen:
+    """The test rows."""
+    if opened.test is not None:
+        return _named(opened, opened.test, "test_split")
+    if opened.train is None:
+        raise DataError(_no_split(config.train_split, "train_split", opened.splits, opened.name))
+    table = opened.splits[opened.train]()
+    classes = _classes(table, opened.name, opened.train)
+    rows = _rows(table.label, "test", True, config, opened.name)
+    # What was left out is told of the training split, which these rows are a part of.
+    return _Chosen(replace(table, skipped=(), notes=()), table.label, rows, classes)
+
+
+def _named(opened: _Opened, split: str, key: str) -> _Chosen:
+    """All rows of a split other than the training split."""
+    table = opened.splits[split]()
+    if opened.train is None:
+        classes, label = _classes(table, opened.name, split), table.label
+    else:
+        # Labels mean what training labels mean, so the labels of the training split are read too.
+        train = opened.splits[opened.train]()
+        classes = _classes(train, opened.name, opened.train)
+        label = _relabel(table, classes, train.classes is not None, opened.name, split, key)
+    return _Chosen(table, label, np.arange(len(label)), classes)
+
+
+def _held_out(
+    chosen: _Chosen, config: DataConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions of the training rows that are left, and of those that validate."""
+    label = torch.from_numpy(chosen.label[chosen.rows])
+    rest, held = held_out(label, config.validation, config.split_seed)
+    return rest.numpy(), held.numpy()
+
+
+def _read(chosen: _Chosen, opened: _Opened, config: DataConfig, split: str) -> ImageSet:
+    return _decoded(chosen, opened, config, split)[0]
+
+
+def _decoded(
+    chosen: _Chosen, opened: _Opened, config: DataConfig, split: str
+) -> tuple[ImageSet, NDArray[np.int64]]:
+    """The images of some rows, and the positions of those rows that could be read."""
+    cells = chosen.table.cells(chosen.rows.tolist())
+    decoded = decode(cells, len(chosen.rows), Treatment.of(config))
+    failures, skipped = decoded.failures, chosen.table.skipped
+    if failures and (config.damaged == "refuse" or not len(decoded.kept)):
+        if split == "train":
+            failures = (*failures, *_damaged_elsewhere(chosen, opened))
+        raise DataError(failures_text(failures))
+    if failures:
+        first = f"{failures[0].name}: {failures[0].reason}"
+        more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
+        skipped += (Skipped(len(failures), "damaged images", first + more),)
+    notes = chosen.table.notes + (opened.notes(config) if split == "train" else ())
+    findings = replace(decoded.findings, skipped=skipped, notes=notes)
+    label = torch.from_numpy(chosen.label[chosen.rows[decoded.kept]])
+    images = ImageSet(decoded.image, label, chosen.classes, opened.name, split, findings)
+    return images, decoded.kept
+
+
+def _damaged_elsewhere(chosen: _Chosen, opened: _Opened) -> list[Failure]:
+    """Damaged images that are not among the chosen rows, so that all are named at once."""
+    others = np.setdiff1d(np.arange(len(chosen.label)), chosen.rows).tolist()
+    found = damaged(chosen.table.cells(others))
+    for name in (opened.test, opened.validation):
+        if name is not None:
+            table = opened.splits[name]()
+            found += damaged(table.cells(range(len(table.label))))
+    return found
+
+
+def same_kind(first: ImageSet, second: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Two splits with the same channels: grey images become RGB where the other split is RGB.
+
+    Raises:
+        DataError: their sizes differ.
+    """
+    if first.size != second.size:
+        (height, width), (other_height, other_width) = first.size, second.size
+        raise DataError(
+            f"expected images of one size in '{first.name}', but those of its {first.split} split "
+            f"are {width}x{height} and those of its {second.split} split {other_width}x"
+            f"{other_height} pixels; set data.resize={min(height, width)} or another side in pixels"
+        )
+    channels = max(first.channels, second.channels)
+    return first.with_channels(channels), second.with_channels(channels)
 
 
 def _rows(
@@ -233,7 +468,7 @@ def _rows(
             )
         rest, chosen = stratified(torch.from_numpy(label), count, config.split_seed, "test")
         rows = (rest if split == "train" else chosen).numpy()
-    return rows[: config.limit] if split == "train" else rows
+    return rows
 
 
 def _classes(table: Table, name: str, split: str) -> tuple[str, ...]:
@@ -269,7 +504,7 @@ def _classes(table: Table, name: str, split: str) -> tuple[str, ...]:
 
 
 def _relabel(
-    table: Table, classes: tuple[str, ...], named: bool, name: str, split: str
+    table: Table, classes: tuple[str, ...], named: bool, name: str, split: str, key: str
 ) -> NDArray[np.int64]:
     """Labels of the test split in the numbering of the training split.
 
@@ -279,7 +514,7 @@ def _relabel(
     label = table.label
     where = f"split '{split}' of '{name}'"
     if len(label) == 0:
-        raise DataError(f"expected images in {where}, got none; choose another data.test_split")
+        raise DataError(f"expected images in {where}, got none; choose another data.{key}")
     _not_negative(label, where)
     if table.classes is None or not named:
         _in_range(label, len(classes), f"{where}, as in the training split")

@@ -58,14 +58,28 @@ def carve(train: ImageSet, count: float, seed: int) -> tuple[ImageSet, ImageSet]
     Raises:
         DataError: ``count`` is not between 1 and one less than the number of training images.
     """
-    if 0 < count < 1:
-        count = max(1, round(count * len(train)))
-    if not 0 < count < len(train):
-        raise DataError(
-            f"expected a validation split of 1 to {len(train) - 1} images, as there are "
-            f"{len(train)} training images, got data.validation={count}; choose a number in "
-            "that range"
-        )
-    rest, chosen = stratified(train.label, int(count), seed, "validation")
+    rest, chosen = held_out(train.label, count, seed)
     device = train.label.device
     return train.subset(rest.to(device)), train.subset(chosen.to(device), "validation")
+
+
+def held_out(label: Tensor, count: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions of training images that are left and of those that validate, see :func:`carve`.
+
+    Args:
+        label: [N] int64, of the training images.
+        count: as of :func:`carve`.
+        seed: as of :func:`carve`.
+
+    Raises:
+        DataError: ``count`` is not between 1 and N - 1.
+    """
+    if 0 < count < 1:
+        count = max(1, round(count * len(label)))
+    if not 0 < count < len(label):
+        raise DataError(
+            f"expected a validation split of 1 to {len(label) - 1} images, as there are "
+            f"{len(label)} training images, got data.validation={count}; choose a number in "
+            "that range"
+        )
+    return stratified(label, int(count), seed, "validation")

@@ -91,13 +91,20 @@ class RunFolder:
         self.state = self.checkpoints / "state.safetensors"
 
     @classmethod
-    def create(cls, path: Path | str | None, config: RunConfig, kind: ImageKind) -> RunFolder:
+    def create(
+        cls,
+        path: Path | str | None,
+        config: RunConfig,
+        kind: ImageKind,
+        account: dict[str, Any] | None = None,
+    ) -> RunFolder:
         """A new folder for ``config``; without a path the first free ``runs/NAME[-N]``.
 
         Args:
             path: where; parents are made.
             config: what the run is.
             kind: the images it is trained on.
+            account: what was found in them.
 
         Raises:
             CheckpointError: when the path exists, or cannot be written.
@@ -115,7 +122,10 @@ class RunFolder:
             (temporary / "checkpoints").mkdir(parents=True)
             Environment(**environment()).write(temporary / "environment.json")
             images = Images(
-                classes=list(kind.classes), channels=kind.channels, size=list(kind.size)
+                classes=list(kind.classes),
+                channels=kind.channels,
+                size=list(kind.size),
+                account=account,
             )
             images.write(temporary / "data.json")
             write_text(temporary / "config.yaml", dump(config))

@@ -217,6 +217,8 @@ class Images(FileRecord):
     channels: int
     size: Annotated[list[int], Field(min_length=2, max_length=2)]
     """Height and width in pixels."""
+    account: dict[str, Any] | None = None
+    """What was found in the images: :class:`cure.data.DataAccount`."""
 
 
 class Environment(FileRecord):

@@ -10,12 +10,14 @@ from torch import nn
 
 from cure.config import MEMORY, OBJECT
 from cure.data import ImageSet
+from cure.data.account import account_of_run
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.training.budget import settle
 from cure.training.prerequisites import carry_out
 from cure.training.setup import prepare
+from cure.training.tracking import TerminalTracker
 
 
 def train(
@@ -66,7 +68,21 @@ def train(
     prepared = prepare(config, images, model)
     config = settle(config, prepared)
     engine = prepared.engine
-    path = engine.first(lambda: RunFolder.create(run, config, prepared.training.kind).path)
+
+    def create() -> Path:
+        found = account_of_run(
+            config.data, prepared.training, prepared.validation, images is not None
+        )
+        made = RunFolder.create(run, config, prepared.training.kind, found.content())
+        if not quiet:
+            terminal = TerminalTracker(config.name)
+            for line in found.lines():
+                terminal.say(line)
+            for sentence in found.warnings():
+                terminal.warn(sentence)
+        return made.path
+
+    path = engine.first(create)
     folder = RunFolder(path, writes=engine.rank == 0)
     carry_out(folder, config, prepared, quiet)
     return Run(folder.path, model)

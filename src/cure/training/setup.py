@@ -18,7 +18,7 @@ from cure.attacks.losses import CROSS_ENTROPY
 from cure.attacks.nfgsm import NFGSM
 from cure.attacks.registry import evaluation_attack
 from cure.config import NATURAL, DataConfig, RunConfig, TeacherConfig
-from cure.data import ImageKind, ImageSet, batches, carve, load, steps_per_epoch
+from cure.data import ImageKind, ImageSet, batches, carve, load_training, steps_per_epoch
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, CureError, ModelError
 from cure.methods import METHODS, Context, Method
@@ -95,10 +95,10 @@ def _prepared(
     check_trackers(config.tracking)
     if images is None:
         check_not_memory(config)
-        images = load(config.data, "train")
+        training, validation = load_training(config.data)
     else:
         images = _limited(images, config.data)
-    training, validation = carve(images, config.data.validation, config.data.split_seed)
+        training, validation = carve(images, config.data.validation, config.data.split_seed)
     steps_per_epoch(training, config.training.batch_size)
     initial = network_of(config, training.kind, model)
     if not any(parameter.requires_grad for parameter in initial.parameters()):

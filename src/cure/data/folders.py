@@ -1,0 +1,378 @@
+"""Folders: images in class folders, images with a table of labels, and the folders of others.
+
+The imagefolder builder of ``datasets`` is not used: it takes path names for patterns, guesses
+splits from any word in a path, and copies what it found into a cache.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+
+from cure.config import DataConfig
+from cure.data.decode import HEIC_ADVICE, Cell, file_cell, file_kind
+from cure.data.images import Skipped
+from cure.data.labels_file import LabelRow, read_label_files
+from cure.data.original import read_original
+from cure.data.readers import (
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    VALIDATION_SPLITS,
+    Splits,
+    Table,
+    in_order,
+    listing,
+    order_notes,
+    read_parquet,
+)
+from cure.errors import DataError
+
+Reasons = Counter[tuple[str, str]]
+"""Number of files left out by (what they are, why)."""
+
+_SYSTEM_FOLDERS = frozenset(["__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found"])
+_SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
+_SYSTEM = ("hidden and system files", "they are no images of yours")
+
+
+def read_folder(folder: Path, config: DataConfig) -> Splits:
+    """A folder of parquet files, of images, or of a known form of another library.
+
+    Raises:
+        DataError: it holds none of these.
+    """
+    for place in (folder, folder / "data"):
+        files = sorted(place.glob("*.parquet")) if place.is_dir() else []
+        if files:
+            return read_parquet(files, config)
+    original = read_original(folder, config)
+    return read_images(folder, config) if original is None else original
+
+
+def read_images(folder: Path, config: DataConfig) -> Splits:
+    """Images in class folders, or with a table of labels.
+
+    Raises:
+        DataError: no labelled images are found, or a folder could be a split and is none.
+    """
+    expected = (
+        f"expected parquet files, one sub-folder of images a class in '{folder}' "
+        f"({folder.name}/class/*.png or {folder.name}/train/class/*.png) or a table of labels "
+        f"({folder.name}/labels.csv)"
+    )
+    if not any(folder.iterdir()):
+        raise DataError(f"{expected}, got an empty folder; give another folder")
+    top = _descended(folder, config)
+    labelled = labelled_images(top, config)
+    if labelled is not None:
+        return labelled
+    splits = [path for path in _folders(top) if _is_split(path, config)]
+    if splits:
+        return _split_folders(top, splits, config)
+    _check_not_inside_out(top, config)
+    beside = _outside(top)
+    if not any(_walk(path)[0] for path in _folders(top)):
+        loose = any(file_kind(path) == "image" for path in _files(top))
+        found = "images outside class folders" if loose else "no images"
+        left_out = "".join(f" ({one})" for one in _skipped(_reasons(top)) if "heic" in one.what)
+        raise DataError(f"{expected}, got {found}{left_out}; arrange the files that way")
+    return {config.train_split: partial(_class_table, top, beside, True)}
+
+
+# Splits.
+
+
+def split_names(config: DataConfig) -> set[str]:
+    """Names of splits, in lower case, that are looked for."""
+    named = (config.train_split, config.test_split, config.validation_split)
+    known = {*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS}
+    return known | {name.lower() for name in named if name is not None}
+
+
+def _is_split(path: Path, config: DataConfig) -> bool:
+    """Whether a folder has the name and the content of a split: classes, or a table of labels.
+
+    A class may be called "train" as well; it holds more images itself than folders inside it do.
+    """
+    if path.name.lower() not in split_names(config):
+        return False
+    if read_label_files(path, config) is not None:
+        return True
+    direct = sum(file_kind(file) == "image" for file in _files(path))
+    if not direct:
+        return bool(_folders(path))
+    return sum(len(_walk(folder)[0]) for folder in _folders(path)) > direct
+
+
+def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Splits:
+    """The splits of a folder.
+
+    Raises:
+        DataError: a folder beside them has the same classes but no name of a split.
+    """
+    classes = {path.name for split in splits for path in _folders(split)}
+    for other in _folders(top):
+        shared = classes & {path.name for path in _folders(other)}
+        if other not in splits and shared:
+            names = ", ".join((*TRAIN_SPLITS[:1], *VALIDATION_SPLITS, *TEST_SPLITS[:1]))
+            raise DataError(
+                f"the folder '{other.name}' in '{top}' has the classes of '{splits[0].name}' but "
+                f"not the name of a split ({names}); rename it, set data.test_split={other.name} "
+                f"or data.validation_split={other.name}, or move it away"
+            )
+    beside = _outside(top)
+    for other in _folders(top):
+        if other not in splits:
+            found, reasons = _walk(other)
+            reasons["images", f"'{other.name}' is no split with class folders"] += len(found)
+            beside.update(reasons)
+    train = [path for path in splits if path.name.lower() in (config.train_split, *TRAIN_SPLITS)]
+    found_splits: dict[str, partial[Table]] = {}
+    for path in splits:
+        labelled = labelled_images(path, config, path.name)
+        if labelled is not None:
+            found_splits[path.name] = partial(_first, labelled)
+            continue
+        left_out = Counter(beside) if path == (train or splits)[0] else Counter()
+        found_splits[path.name] = partial(_class_table, path, left_out, path in train)
+    return found_splits
+
+
+def _first(splits: Splits) -> Table:
+    return next(iter(splits.values()))()
+
+
+def _check_not_inside_out(top: Path, config: DataConfig) -> None:
+    """Refuse class/split folders, whose splits would be mixed."""
+    names = split_names(config)
+    classes = _folders(top)
+    inside = [{path.name for path in _folders(folder)} for folder in classes]
+    if not inside or any(_files(folder) for folder in classes):
+        return
+    if all(found and all(name.lower() in names for name in found) for found in inside):
+        raise DataError(
+            f"expected splits that hold classes in '{top}', got the classes "
+            f"{listing([path.name for path in classes[:5]])} that hold the splits "
+            f"{listing(sorted(set.union(*inside)))}; arrange the files as split/class/image"
+        )
+
+
+def _descended(folder: Path, config: DataConfig) -> Path:
+    """The folder, or the only folder in it where that holds everything."""
+    while True:
+        inside = _folders(folder)
+        alone = len(inside) == 1 and inside[0].name.lower() not in split_names(config)
+        if not alone or read_label_files(folder, config) is not None:
+            return folder
+        if any(file_kind(file) != "other" for file in (*_files(folder), *_files(inside[0]))):
+            return folder
+        if not _folders(inside[0]):
+            return folder
+        folder = inside[0]
+
+
+# Class folders.
+
+
+def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
+    """One split of images in class folders.
+
+    Args:
+        folder: holds the class folders.
+        beside: files left out outside of the classes.
+        complete: refuse a class without images.
+    """
+    names = in_order(path.name for path in _folders(folder))
+    reasons = Counter(beside)
+    files = []
+    for name in names:
+        found, left_out = _walk(folder / name)
+        if not found and complete:
+            why = "".join(f" ({one})" for one in _skipped(left_out))
+            empty = [other for other in names if not _walk(folder / other)[0]]
+            raise DataError(
+                f"expected images in every class folder of '{folder}', got none in "
+                f"{listing(empty)}{why}; fill or remove it"
+            )
+        files.append(found)
+        reasons.update(left_out)
+    if folder.name.lower() in (*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS):
+        reasons.update(_outside(folder))
+    paths, labels = dealt(files)
+    return Table(
+        np.array(labels, dtype=np.int64),
+        names,
+        partial(path_cells, paths),
+        _skipped(reasons),
+        order_notes(names),
+    )
+
+
+def dealt(files: Sequence[Sequence[Path]]) -> tuple[list[Path], list[int]]:
+    """The first image of each class, then the second of each, and so on, with their labels.
+
+    The order of a folder is ours to choose, and this one lets ``data.limit`` keep every class.
+    """
+    pairs = [
+        (path, label)
+        for turn in zip_longest(*files)
+        for label, path in enumerate(turn)
+        if path is not None
+    ]
+    return [path for path, _ in pairs], [label for _, label in pairs]
+
+
+def path_cells(paths: Sequence[Path], rows: Sequence[int]) -> Iterator[Cell]:
+    """The cells of some image files."""
+    return (file_cell(paths[row]) for row in rows)
+
+
+# Tables of labels.
+
+
+def read_table(path: Path, config: DataConfig) -> Splits:
+    """Images that a table of labels names.
+
+    Raises:
+        DataError: the file is no such table.
+    """
+    found = labelled_images(path.parent, config, only=path)
+    if found is None:
+        raise DataError(
+            f"expected a table with a column of file names (file_name) and one of labels (label) "
+            f"in '{path}', whose files are in the same folder; name the columns with "
+            "data.image_column and data.label_column"
+        )
+    return found
+
+
+def labelled_images(
+    folder: Path, config: DataConfig, split: str | None = None, only: Path | None = None
+) -> Splits | None:
+    """Images with a table of labels in the folder, or None where there is none.
+
+    Args:
+        folder: holds ``metadata.jsonl``, ``metadata.csv``, ``labels.csv`` or the like.
+        config: names of splits and columns.
+        split: the split that the folder is, by default ``data.train_split``.
+        only: the table, by default every one in the folder.
+    """
+    found = read_label_files(folder, config, only)
+    if found is None:
+        return None
+    images, reasons = _walk(folder)
+    used = {row.path for rows in found.rows.values() for row in rows}
+    unnamed = sum(path not in used for path in images)
+    reasons["images", f"{found.name} does not name them"] += unnamed
+    splits = {}
+    for number, (name, rows) in enumerate(found.rows.items()):
+        left_out = _skipped(reasons) if not number else ()
+        splits[name or split or config.train_split] = partial(_labelled_table, rows, left_out)
+    return splits
+
+
+def _labelled_table(rows: Sequence[LabelRow], skipped: tuple[Skipped, ...]) -> Table:
+    classes = in_order(row.label for row in rows)
+    paths, labels = dealt([[r.path for r in rows if r.label == name] for name in classes])
+    label = np.array(labels, dtype=np.int64)
+    return Table(label, classes, partial(path_cells, paths), skipped, order_notes(classes))
+
+
+# Files.
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not _is_system(p, True))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and not _is_system(p, False))
+
+
+def _is_system(path: Path, is_folder: bool) -> bool:
+    """Whether a file or folder is hidden or made by an operating system."""
+    name = path.name.lower()
+    return name.startswith(".") or name in (_SYSTEM_FOLDERS if is_folder else _SYSTEM_FILES)
+
+
+def _outside(folder: Path) -> Reasons:
+    """Files left out directly in a folder, and in its system folders."""
+    reasons: Reasons = Counter()
+    for path in folder.iterdir():
+        if _is_system(path, path.is_dir()):
+            reasons[_SYSTEM] += _count(path)
+        elif path.is_file():
+            if file_kind(path) == "other":
+                reasons[_other(path)] += 1
+            else:
+                reasons["images", "they lie outside the class folders"] += 1
+    return reasons
+
+
+def _walk(folder: Path) -> tuple[list[Path], Reasons]:
+    """The images in a folder at any depth, in order of their paths, and what was left out."""
+    images: list[Path] = []
+    reasons: Reasons = Counter()
+    seen: set[str] = set()
+
+    def enter(place: Path) -> None:
+        real = os.path.realpath(place)
+        if real in seen:  # A link back would be followed for ever.
+            return
+        seen.add(real)
+        try:
+            inside = list(os.scandir(place))
+        except OSError as error:
+            raise DataError(
+                f"the folder '{place}' cannot be read ({error.strerror}); change its permissions "
+                "or move it away"
+            ) from None
+        for entry in inside:
+            path, is_folder = Path(entry.path), entry.is_dir()
+            if _is_system(path, is_folder):
+                reasons[_SYSTEM] += _count(path)
+            elif is_folder:
+                enter(path)
+            elif not entry.is_file():
+                reasons["links", "what they point to is no file"] += 1
+            else:
+                kind = file_kind(path)
+                if kind == "image":
+                    images.append(path)
+                elif kind == "heic":
+                    suffix = path.suffix.lower() or "HEIC"
+                    reasons[f"{suffix} files", HEIC_ADVICE] += 1
+                else:
+                    reasons[_other(path)] += 1
+
+    enter(folder)
+    return sorted(images), reasons
+
+
+def _reasons(folder: Path) -> Reasons:
+    return _walk(folder)[1]
+
+
+def _other(path: Path) -> tuple[str, str]:
+    suffix = path.suffix.lower()
+    plain = re.fullmatch(r"\.\w{1,8}", suffix)
+    return (f"{suffix} files" if plain else "files without a known suffix", "they are no images")
+
+
+def _count(path: Path) -> int:
+    """Number of files that a path is or holds."""
+    if not path.is_dir():
+        return 1
+    return sum(len(files) for _, _, files in os.walk(path))
+
+
+def _skipped(reasons: Reasons) -> tuple[Skipped, ...]:
+    found = sorted(reasons.items(), key=lambda one: (-one[1], one[0]))
+    return tuple(Skipped(count, *what) for what, count in found if count)
