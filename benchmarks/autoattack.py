@@ -34,10 +34,9 @@ from torch import Tensor, nn
 
 from cure.attacks import Threat
 from cure.attacks.autoattack import AUTOATTACK
-from cure.data import ImageSet, batches
+from cure.data import ImageSet, batches, load_split
 from cure.evaluation.journal import Journal
 from cure.evaluation.runner import AttackRunner, no_progress
-from cure.evaluation.target import load_split
 from cure.models import describe, digest
 from cure.runs.run import Run
 from cure.utils.engine import Engine

@@ -297,7 +297,7 @@ def test_columns_are_found_or_named(write_parquet) -> None:
         r"column 'art' \(data\.label_column\).*columns 'photo', 'kind'", folder, label_column="art"
     )
     fails(r"encoded images \(bytes\) in column 'kind'", folder, image_column="kind")
-    fails(r"whole numbers in column 'photo'", folder, label_column="photo")
+    fails(r"whole numbers or class names in column 'photo'", folder, label_column="photo")
 
 
 def test_no_column_fits(tmp_path) -> None:
@@ -317,8 +317,8 @@ def test_no_column_fits(tmp_path) -> None:
     fails(r"column 'label'.*set data\.label_column", tmp_path)
     # Plain bytes without the metadata of Hugging Face datasets.
     assert train(tmp_path, label_column="first").classes == ("0", "1")
-    write(image=pictures, label=["a", "b"] * 5)
-    fails(r"whole numbers in column 'label'.*string", tmp_path)
+    write(image=pictures, label=[0.5, 1.5] * 5)
+    fails(r"whole numbers or class names in column 'label'.*double", tmp_path)
     write(image=[*pictures[:9], None], label=[0, 1] * 5)
     fails(
         r"row 9 of train cannot be used: the row holds no image",
@@ -346,12 +346,18 @@ def test_a_broken_image_is_named(write_parquet) -> None:
     folder = write_parquet("train", pictures, labels)
     write_parquet("test", pictures[:2], [0, 1])
     fails(
-        r"image row 317 of train \('train_317\.png'\) cannot be used: .*truncated.*; mend it",
+        r"2 images cannot be used \(row 317 of train \('train_317\.png'\): .*truncated.*; row 590 "
+        r"of train .*none of PNG, JPEG.*\); mend them or take them out, or set data\.damaged=skip",
         folder,
     )
     assert len(train(folder, limit=317)) == 317
     write_parquet("train", [*pictures[:317], pictures[0], *pictures[318:]], labels)
-    fails(r"image row 590 of train .*it is none of PNG, JPEG", folder)
+    fails(r"image row 590 of train .*none of PNG, JPEG.*; mend it .*data\.damaged=skip", folder)
+    images = train(folder, damaged="skip")
+    assert len(images) == 599
+    assert images.label.tolist() == labels[:590] + labels[591:]
+    (skipped,) = images.findings.skipped
+    assert str(skipped).startswith("1 damaged image skipped: row 590 of train")
 
 
 @pytest.mark.parametrize(
@@ -434,30 +440,118 @@ def test_mixed_sizes(write_parquet) -> None:
     assert torch.equal(images.image[1], pixels_of(expected))
 
 
-def test_mixed_grey_and_rgb(write_parquet) -> None:
-    pictures = [picture(0), picture(1, mode="L")]
-    folder = write_parquet("train", [encoded(p) for p in pictures], [0, 1])
-    write_parquet("test", [encoded(p) for p in pictures], [0, 1])
-    fails(r"row 0 of train .* is RGB and row 1 of train .* is grey; set data\.color=rgb", folder)
-    assert torch.equal(train(folder, color="rgb").image[1], pixels_of(pictures[1].convert("RGB")))
-    assert torch.equal(train(folder, color="grey").image[0], pixels_of(pictures[0].convert("L")))
+@pytest.mark.parametrize("grey_first", [False, True])
+def test_grey_among_rgb_becomes_rgb(write_parquet, grey_first) -> None:
+    pictures = [picture(0), picture(1, mode="L"), picture(2, mode="L"), picture(3)]
+    if grey_first:
+        pictures = [*pictures[1:], pictures[0]]
+    folder = write_parquet("train", [encoded(p) for p in pictures], [0, 1, 0, 1])
+    write_parquet("test", [encoded(p) for p in pictures], [0, 1, 0, 1])
+    images = train(folder)
+    expected = torch.stack([pixels_of(p.convert("RGB")) for p in pictures])
+    assert torch.equal(images.image, expected)
+    assert images.findings.converted == {"grey to RGB": 2}
+    assert torch.equal(train(folder, color="rgb").image, expected)
+    grey = torch.stack([pixels_of(p.convert("L")) for p in pictures])
+    assert torch.equal(train(folder, color="grey").image, grey)
 
 
-def test_transparency_and_palettes_become_rgb(image_folder) -> None:
-    transparent, palette = picture(1, mode="RGBA"), picture(2).quantize(16)
+def test_palettes_and_cmyk_become_rgb(image_folder) -> None:
+    palette, printed = picture(2).quantize(16), picture(3, (6, 6), "CMYK")
     folder = image_folder(
         {
             "train/a/0.png": picture(0),
-            "train/a/1.png": transparent,
             "train/b/0.png": palette,
-            "train/b/1.jpg": picture(3, (6, 6), "CMYK"),
+            "train/b/1.tif": printed,
             "test/a/0.png": picture(0),
         }
     )
     images = train(folder)
-    assert images.image.shape == (4, 3, 6, 6)
-    assert torch.equal(images.image[1], pixels_of(palette.convert("RGB")))
-    assert torch.equal(images.image[2], pixels_of(transparent)[:3])
+    expected = [picture(0), palette.convert("RGB"), printed.convert("RGB")]
+    assert torch.equal(images.image, torch.stack([pixels_of(p) for p in expected]))
+    assert images.findings.converted == {"CMYK to RGB": 1}
+
+
+def hidden(value: int) -> Image.Image:
+    """A transparent picture of one colour with an opaque black square in the middle."""
+    image = Image.new("RGBA", (6, 6), (value, 0, 255 - value, 0))
+    image.paste((0, 0, 0, 255), (2, 2, 4, 4))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("background", "color"), [("white", (255, 255, 255)), ("#204060", (32, 64, 96))]
+)
+def test_transparent_images_stand_on_the_background(image_folder, background, color) -> None:
+    half = Image.new("RGBA", (6, 6), (0, 0, 0, 128))
+    grey = Image.new("LA", (6, 6), (10, 0))
+    marked = picture(1).quantize(4)
+    marked.info["transparency"] = 0
+    opaque = picture(4, mode="RGB").convert("RGBA")
+    folder = image_folder(
+        {
+            "train/a/0.png": hidden(0),
+            "train/a/1.png": hidden(255),
+            "train/b/0.png": half,
+            "train/b/1.png": grey,
+            "train/b/2.png": encoded(marked),
+            "train/b/3.png": opaque,
+            "test/a/0.png": picture(0),
+        }
+    )
+    images = train(folder, background=background)
+    by_order = dict(
+        zip(("h0", "half", "h255", "grey", "marked", "opaque"), images.image, strict=True)
+    )
+    plain = torch.tensor(color, dtype=torch.uint8)[:, None, None].expand(3, 6, 6).clone()
+    assert torch.equal(by_order["grey"], plain)
+    plain[:, 2:4, 2:4] = 0
+    assert torch.equal(by_order["h0"], plain)
+    assert torch.equal(by_order["h255"], plain)
+    expected = (torch.tensor(color) * 127 / 255).round()
+    assert (by_order["half"][:, 0, 0].float() - expected).abs().max() <= 1
+    index = torch.from_numpy(np.array(marked)) == 0
+    assert index.any()
+    behind = torch.tensor(color, dtype=torch.uint8)[:, None].expand(3, int(index.sum()))
+    assert torch.equal(by_order["marked"][:, index], behind)
+    assert torch.equal(by_order["opaque"], pixels_of(opaque.convert("RGB")))
+    assert images.findings.converted[f"transparent to {background} behind"] == 5
+
+
+def test_an_unknown_background_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a colour such as white"):
+        config("digits", background="nocolour")
+
+
+def test_transparent_grey_stays_grey_on_white(image_folder) -> None:
+    grey = Image.new("LA", (6, 6), (10, 0))
+    folder = image_folder({f"{c}/{i}.png": grey for c in "ab" for i in range(5)})
+    assert train(folder).image.unique().tolist() == [255]
+    assert train(folder).channels == 1
+    assert train(folder, background="red").channels == 3
+
+
+def test_crop_keeps_the_shape_of_oblong_images(image_folder) -> None:
+    wide, high, square = picture(0, (20, 10)), picture(1, (8, 24)), picture(2, (12, 12))
+    folder = image_folder(
+        {
+            "train/a/0.png": wide,
+            "train/a/1.png": square,
+            "train/b/0.png": high,
+            "test/a/0.png": wide,
+        }
+    )
+    images = train(folder, resize=6, fit="crop")
+    bicubic = Image.Resampling.BICUBIC
+    expected = [
+        wide.resize((12, 6), bicubic).crop((3, 0, 9, 6)),
+        high.resize((6, 18), bicubic).crop((0, 6, 6, 12)),
+        square.resize((6, 6), bicubic),
+    ]
+    assert torch.equal(images.image, torch.stack([pixels_of(p) for p in expected]))
+    assert images.findings.sizes == ((12, 12), (10, 20))
+    stretched = train(folder, resize=6)
+    assert torch.equal(stretched.image[0], pixels_of(wide.resize((6, 6), bicubic)))
 
 
 def test_grey_kinds_become_grey(image_folder) -> None:
@@ -465,7 +559,7 @@ def test_grey_kinds_become_grey(image_folder) -> None:
     folder = image_folder(
         {
             "train/a/0.png": bilevel,
-            "train/b/0.png": picture(1, mode="LA"),
+            "train/b/0.png": picture(1, mode="L").convert("LA"),
             "test/a/0.png": bilevel,
         }
     )
@@ -689,9 +783,8 @@ def test_npz_images_refused(tmp_path, array, pattern) -> None:
 @pytest.mark.parametrize(
     ("labels", "pattern"),
     [
-        (np.eye(4)[LABELS], r"whole numbers, one a image.*shape \(20, 4\)"),
+        (np.eye(4)[LABELS], r"whole numbers or class names, one an image.*shape \(20, 4\)"),
         (LABELS.astype(float), r"got float64"),
-        (np.array(list("abcd"))[LABELS], r"whole numbers"),
         (LABELS - 1, r"got -1 in row 0"),
         (LABELS * 0, r"at least two classes"),
         (LABELS + 1, r"labels 0\.\.3 .*from 1 to 4"),
@@ -699,6 +792,13 @@ def test_npz_images_refused(tmp_path, array, pattern) -> None:
 )
 def test_npz_labels_refused(tmp_path, labels, pattern) -> None:
     fails(pattern, saved(tmp_path, x=RANDOM, y=labels))
+
+
+def test_npz_labels_may_be_names(tmp_path) -> None:
+    names = np.array(["10", "9", "100", "1"])
+    images = train(saved(tmp_path, x=RANDOM, y=names[LABELS]), test_fraction=0.1)
+    assert images.classes == ("1", "9", "10", "100")
+    assert "order of numbers" in images.findings.notes[0]
 
 
 def test_npz_files_refused(tmp_path) -> None:

@@ -120,7 +120,7 @@ def compute(arguments: Sequence[str], options: LayerwiseOptions, progress: Progr
 def _parts(config: RunConfig) -> dict[str, list[str]]:
     """The parts of the recipe's network, from images' kind alone."""
     with torch.random.fork_rng([]):
-        return blocks(network_of(config, load(config.data, "train").kind, None))
+        return blocks(network_of(config, load(config.data, "train", limit=1).kind, None))
 
 
 def _sets(sets: Sequence[str] | None, parts: Mapping[str, object]) -> list[str]:

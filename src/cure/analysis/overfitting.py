@@ -26,12 +26,12 @@ from cure.analysis.study import STUDIES, RunStudyOptions, Study, open_runs, save
 from cure.attacks import PGD
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
-from cure.data import ImageSet, batches
+from cure.data import ImageSet, batches, load_split
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError
 from cure.evaluation.options import check_counts
 from cure.evaluation.runner import Progress, Result
-from cure.evaluation.target import epoch_of, load_split
+from cure.evaluation.target import epoch_of
 from cure.models import digest, load_weights
 from cure.models.build import network_of
 from cure.models.checkpoint import read_weights

@@ -3,7 +3,9 @@
 from cure.data.account import DataAccount, account
 from cure.data.augment import augment
 from cure.data.images import Batch, Findings, ImageKind, ImageSet, Skipped
+from cure.data.labels import match_classes, relabelled
 from cure.data.loader import batches, epoch, steps_per_epoch, to_unit
+from cure.data.objects import as_images
 from cure.data.sources import SHORT_NAMES, known_sources, load, load_split, load_training
 from cure.data.splits import carve, stratified
 
@@ -16,6 +18,7 @@ __all__ = [
     "ImageSet",
     "Skipped",
     "account",
+    "as_images",
     "augment",
     "batches",
     "carve",
@@ -24,6 +27,8 @@ __all__ = [
     "load",
     "load_split",
     "load_training",
+    "match_classes",
+    "relabelled",
     "steps_per_epoch",
     "stratified",
     "to_unit",

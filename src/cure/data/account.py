@@ -20,7 +20,7 @@ FEW = 10
 """A class with fewer training images is named."""
 
 UNEQUAL = 2.0
-"""Times its fair share from which the largest class is warned of."""
+"""Times the mean size of the other classes above which the largest class is warned of."""
 
 _NAMED = 5
 
@@ -65,8 +65,8 @@ class DataAccount:
 
     @property
     def unequal(self) -> bool:
-        """Whether the largest class has more than twice its fair share."""
-        return self.share * len(self.classes) > UNEQUAL
+        """Whether the largest class is more than twice as large as the others are on average."""
+        return self.share * (len(self.classes) - 1) > UNEQUAL * (1 - self.share)
 
     def lines(self) -> list[str]:
         """What was found, in plain sentences."""
@@ -153,7 +153,10 @@ def account(
         converted.update(one.converted)
     ends = [size for one in own.values() if one.sizes for size in one.sizes] or [training.size]
     largest = max(range(count), key=lambda label: images["train"][label])
-    present = {split: [n for n, c in zip(training.classes, counts, strict=True) if c] for split, counts in images.items()}
+    present = {
+        split: [n for n, c in zip(training.classes, counts, strict=True) if c]
+        for split, counts in images.items()
+    }
     missing = {
         split: tuple(name for name in training.classes if name not in names)
         for split, names in present.items()
@@ -171,9 +174,7 @@ def account(
         largest=training.classes[largest],
         share=images["train"][largest] / max(1, len(training)),
         few=tuple(
-            name
-            for name, n in zip(training.classes, images["train"], strict=True)
-            if 0 < n < FEW
+            name for name, n in zip(training.classes, images["train"], strict=True) if 0 < n < FEW
         ),
         missing={split: names for split, names in missing.items() if names},
         notes=tuple(dict.fromkeys(note for one in own.values() for note in one.notes)),

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from cure.config import DataConfig
@@ -33,8 +33,10 @@ FORMATS = (
     *("ICO", "ICNS", "PCX", "SGI", "QOI", "PSD", "DDS"),
 )
 SUFFIXES = frozenset(
-    [".png", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif"]
-    + [".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga"]
+    (
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".webp", ".bmp", ".dib"),
+        *(".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".avif", ".tga"),
+    )
 )
 HEIC_SUFFIXES = frozenset([".heic", ".heif", ".hif"])
 HEIC_ADVICE = "pip install pillow-heif"
@@ -141,8 +143,15 @@ def open_image(file: Any, more: Sequence[str] = ()) -> Any:
         ValueError: its pixels have more than 8 bits a channel.
         OSError: it is not an image, or is damaged.
     """
+    try:
+        opened = Image.open(file, formats=(*formats(), *more))
+    except UnidentifiedImageError:
+        if is_heic(_head(file)):
+            raise ValueError(f"it is an HEIC image: {HEIC_ADVICE}") from None
+        named = ", ".join(formats()[:6])
+        raise ValueError(f"it is damaged, or none of {named} and what else is read") from None
     # Entered, Pillow closes a file it opened by name; the pixels are loaded by then.
-    with Image.open(file, formats=(*formats(), *more)) as image:
+    with opened as image:
         # Pillow would cut 16-bit RGB to 8 bits without a word; the raw mode tells in time.
         wide = image.mode[:1] in _WIDE_MODES or ";16" in str(getattr(image, "tile", ""))
         if wide:
@@ -187,6 +196,16 @@ def file_kind(path: Path) -> Literal["image", "heic", "other"]:
 def is_heic(head: bytes) -> bool:
     """Whether the first bytes of a file are those of an HEIC image."""
     return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+def _head(file: Any) -> bytes:
+    """The first bytes of a path or binary file."""
+    if isinstance(file, str | Path):
+        with Path(file).open("rb") as opened:
+            return opened.read(32)
+    file.seek(0)
+    head: bytes = file.read(32)
+    return head
 
 
 def to_pixels(image: Any, treatment: Treatment) -> Pixels:
@@ -332,9 +351,7 @@ class _Stack:
         sizes = sorted(self.sizes, key=lambda size: (size[0] * size[1], size))
         ends = (sizes[0], sizes[-1]) if sizes else None
         findings = Findings(ends, dict(self.converted))
-        return Decoded(
-            image, np.array(self.kept, dtype=np.int64), findings, tuple(self.failures)
-        )
+        return Decoded(image, np.array(self.kept, dtype=np.int64), findings, tuple(self.failures))
 
 
 def damaged(cells: Iterable[Cell]) -> list[Failure]:
@@ -372,7 +389,4 @@ def _decode_one(cell: Cell, treatment: Treatment) -> _One | Failure:
         raise
     except Exception as error:  # Pillow's plugins have no common error for damaged files.
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if "cannot identify image file" in text:
-            known = ", ".join(name for name in formats())
-            text = f"it is damaged or none of {known} (HEIC: {HEIC_ADVICE})"
         return Failure(cell.name, text)

@@ -270,6 +270,8 @@ def labelled_images(
     images, reasons = _walk(folder)
     used = {row.path for rows in found.rows.values() for row in rows}
     unnamed = sum(path not in used for path in images)
+    for table in found.tables:
+        reasons[_other(table)] -= 1
     reasons["images", f"{found.name} does not name them"] += unnamed
     splits = {}
     for number, (name, rows) in enumerate(found.rows.items()):
@@ -375,4 +377,4 @@ def _count(path: Path) -> int:
 
 def _skipped(reasons: Reasons) -> tuple[Skipped, ...]:
     found = sorted(reasons.items(), key=lambda one: (-one[1], one[0]))
-    return tuple(Skipped(count, *what) for what, count in found if count)
+    return tuple(Skipped(count, *what) for what, count in found if count > 0)

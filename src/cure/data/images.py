@@ -192,6 +192,11 @@ class ImageSet:
         return replace(self, image=self.image.to(device), label=self.label.to(device))
 
 
+def replace_labels(images: ImageSet, label: Tensor, classes: tuple[str, ...]) -> ImageSet:
+    """The same images with other labels and classes."""
+    return replace(images, label=label, classes=classes).checked()
+
+
 @dataclass(frozen=True)
 class Batch:
     """What a method is given at one step.

@@ -43,10 +43,12 @@ class LabelFiles:
 
     Attributes:
         name: the file or files, for sentences.
+        tables: their paths.
         rows: by split; None stands for the only split.
     """
 
     name: str
+    tables: tuple[Path, ...]
     rows: dict[str | None, list[LabelRow]]
 
 
@@ -137,14 +139,14 @@ def read_label_files(
             f"expected one table of labels in '{folder}', or one a split (train.csv, test.csv), "
             f"got {listing([path.name for path in tables])}; remove the others"
         )
-    rows: dict[str | None, list[LabelRow]] = {}
+    by_split: dict[str | None, list[LabelRow]] = {}
     for path, found in tables.items():
         whole = path.stem if path.stem.lower() in names and len(tables) > 1 else None
         for row in found:
-            place = row.split or whole
-            rows.setdefault(place, []).append(LabelRow(tree.find(row.file), row.label))
-    unique = {split: _distinct(listed, folder) for split, listed in rows.items()}
-    return LabelFiles(" and ".join(path.name for path in tables), unique)
+            one = LabelRow(tree.find(row.file), row.label)
+            by_split.setdefault(row.split or whole, []).append(one)
+    unique = {split: _distinct(listed, folder) for split, listed in by_split.items()}
+    return LabelFiles(" and ".join(path.name for path in tables), tuple(tables), unique)
 
 
 def _distinct(rows: Sequence[LabelRow], folder: Path) -> list[LabelRow]:

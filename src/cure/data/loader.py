@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def epoch(
     epoch: int,
     seed: int,
     augment: AugmentConfig | None,
+    sampler: Literal["random", "balanced"] = "random",
     start: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -51,6 +53,7 @@ def epoch(
         epoch: number of the pass, from 0.
         seed: the run's seed.
         augment: augmentation, or None for the images as they are.
+        sampler: ``random`` gives every image once; ``balanced`` every class equally often.
         start: batches at the beginning to skip without computing them.
         rank: with ``world``: which of so many equal parts of every batch to give, 0 the first.
         world: divides ``batch_size``.  The parts side by side are the batch that ``world=1`` gives.
@@ -71,8 +74,11 @@ def epoch(
 
     def iterate() -> Iterator[Batch]:
         # Drawn on the CPU, so that every device sees the same order.
-        order = torch.randperm(len(images), generator=generator("cpu", seed, "order", epoch))
-        order = order.to(device)
+        draws = generator("cpu", seed, "order", epoch)
+        if sampler == "balanced":
+            order = balanced_order(images.label.cpu(), draws).to(device)
+        else:
+            order = torch.randperm(len(images), generator=draws).to(device)
         for k in range(start, steps):
             step = epoch * steps + k
             first = k * batch_size + rank * part
@@ -80,19 +86,47 @@ def epoch(
             if augment is not None and augment.soft_labels:
                 # Images are mixed across the whole batch, which each rank makes for itself.
                 whole = order[k * batch_size : (k + 1) * batch_size]
-                draws = generator(device, seed, "augment", step)
-                image = to_unit(augmented(images.image[whole], augment, draws))
-                image, soft = mixed(image, images.label[whole], len(images.classes), augment, draws)
+                noise = generator(device, seed, "augment", step)
+                image = to_unit(augmented(images.image[whole], augment, noise))
+                image, soft = mixed(image, images.label[whole], len(images.classes), augment, noise)
                 own = slice(rank * part, (rank + 1) * part)
                 yield Batch(image[own], images.label[index], index, step, soft[own])
                 continue
             image = images.image[index]
             if augment is not None:
-                draws = shared_generator(device, rank, world, seed, "augment", step)
-                image = augmented(image, augment, draws)
+                noise = shared_generator(device, rank, world, seed, "augment", step)
+                image = augmented(image, augment, noise)
             yield Batch(to_unit(image), images.label[index], index, step)
 
     return iterate()
+
+
+def balanced_order(label: Tensor, draws: torch.Generator) -> Tensor:
+    """As many positions as there are images, every class equally often, in random order.
+
+    The images of a class are dealt in random order, again and again where they are fewer than its
+    share; the images of a large class that are left over are not used.  Classes without images
+    have no share; shares differ by one where the number of classes does not divide N.
+
+    Args:
+        label: [N] int64, on the CPU.
+        draws: on the CPU.
+
+    Returns:
+        [N] int64.
+    """
+    present = torch.bincount(label).nonzero().squeeze(1)
+    shuffled = present[torch.randperm(len(present), generator=draws)]
+    share, rest = divmod(len(label), len(present))
+    chosen = []
+    for place, one in enumerate(shuffled.tolist()):
+        members = (label == one).nonzero().squeeze(1)
+        wanted = share + (place < rest)
+        rounds = -(-wanted // len(members))
+        dealt = [members[torch.randperm(len(members), generator=draws)] for _ in range(rounds)]
+        chosen.append(torch.cat(dealt)[:wanted] if dealt else members[:0])
+    order = torch.cat(chosen)
+    return order[torch.randperm(len(order), generator=draws)]
 
 
 def batches(images: ImageSet, batch_size: int, limit: int | None = None) -> Iterator[Batch]:

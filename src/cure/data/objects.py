@@ -80,10 +80,9 @@ def as_images(
         table = Table(label, given.classes, partial(array_cells, squeezed, given.split))
         return _decoded(table, given.split, given.name, treatment, config, limit)
     table, classes = _table(given, split, config or DataConfig(source="memory"))
-    name = type(given).__name__ if not isinstance(given, tuple | list | Mapping) else "memory"
     if classes is not None and table.classes is None:
         table = Table(table.label, classes, table.cells)
-    return _decoded(table, split, name, treatment, config, limit)
+    return _decoded(table, split, "memory", treatment, config, limit)
 
 
 def is_object(given: Any) -> bool:
@@ -130,8 +129,8 @@ def _table(given: Any, split: str, config: DataConfig) -> tuple[Table, tuple[str
         return _table_of_pair(given, split), None
     if isinstance(given, IterableDataset) or not hasattr(given, "__getitem__"):
         raise DataError(
-            f"{EXPECTED}, got {type(given).__name__}, whose length is not known; collect its images "
-            "and labels in arrays and pass them as data=(images, labels)"
+            f"{EXPECTED}, got {type(given).__name__}, whose length is not known; collect its "
+            "images and labels in arrays and pass them as data=(images, labels)"
         )
     if isinstance(given, str | bytes | np.ndarray | Tensor) or not hasattr(given, "__len__"):
         more = ", which has no labels" if isinstance(given, np.ndarray | Tensor) else ""
@@ -143,7 +142,9 @@ def _is_batch(value: Any) -> bool:
     """Whether a value holds many images, not one item of a data set."""
     if isinstance(value, Tensor | np.ndarray):
         return value.ndim >= 3
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    # A tuple that ends in a label is the first of two items.
+    item = isinstance(value, tuple) and len(value) == 2 and np.ndim(_scalar(value[1])) == 0
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and not item
 
 
 def _is_hub_dataset(given: Any) -> bool:
@@ -277,7 +278,9 @@ def _targets(given: Any) -> Any:
     if targets is None or isinstance(targets, str) or len(targets) != len(given):
         return None
     first = _pair_of_item(given[0])[1] if len(given) else None
-    return targets if first is not None and str(_scalar(first)) == str(_scalar(targets[0])) else None
+    return (
+        targets if first is not None and str(_scalar(first)) == str(_scalar(targets[0])) else None
+    )
 
 
 def _scalar(value: Any) -> Any:
@@ -396,12 +399,16 @@ def _levels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     if not (low >= 0 and high <= 1):
         advice = (
             "divide them by 255"
-            if 0 <= low and 1 < high <= 255
+            if low >= 0 and 1 < high <= 255
             else "undo their standardisation and give mean and std to the model instead"
         )
-        raise DataError(f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {advice}")
+        raise DataError(
+            f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {advice}"
+        )
     # As ImageSet.of and torchvision's conversions: the nearest of the 256 levels.
-    return np.rint(np.asarray(pixels, dtype=np.float32) * np.float32(255)).astype(np.uint8)
+    wide = pixels.astype(np.float32) if pixels.dtype.itemsize < 4 else pixels
+    levels: NDArray[np.uint8] = np.rint(wide * 255).astype(np.uint8)
+    return levels
 
 
 def _labels(given: Any, count: int) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
@@ -420,16 +427,16 @@ def _labels(given: Any, count: int) -> tuple[NDArray[np.int64], tuple[str, ...] 
         labels = labels.argmax(axis=1)
     if labels.ndim != 1 or len(labels) != count:
         raise DataError(
-            f"expected {count} labels, one an image, got shape {list(labels.shape)}; pass one class "
-            "number or name an image"
+            f"expected {count} labels, one an image, got shape {list(labels.shape)}; pass one "
+            "class number or name an image"
         )
     if labels.dtype.kind in "OUS":
         names = [one.decode() if isinstance(one, bytes) else one for one in labels.tolist()]
         if not all(isinstance(one, str) for one in names):
             strange = next(one for one in names if not isinstance(one, str))
             raise DataError(
-                f"expected labels that are numbers or names, got {strange!r}; pass one class number "
-                "or name an image"
+                f"expected labels that are numbers or names, got {strange!r}; pass one class "
+                "number or name an image"
             )
         return named_labels(names)
     whole = labels.astype(np.int64) if labels.dtype.kind in "iubf" else None

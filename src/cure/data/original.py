@@ -195,7 +195,8 @@ def _cifar_table(files: list[Path], key: str, names: tuple[str, ...]) -> Table:
     pixels, labels = [], []
     for path in files:
         content = read_plain_pickle(path)
-        data, label = content.get("data"), content.get(key)
+        data: Any = content.get("data")
+        label: Any = content.get(key)
         fits = isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2
         if not fits or data.shape[1] != 3072 or not isinstance(label, list):
             raise DataError(

@@ -147,8 +147,7 @@ def _parquet_table(split: str, files: Sequence[Path], config: DataConfig) -> Tab
                         yield batch.column(0)
                 except (pyarrow.ArrowException, OSError) as error:
                     raise DataError(
-                        f"the parquet file '{path}' is damaged ({first_line(error)}); copy it "
-                        "again"
+                        f"the parquet file '{path}' is damaged ({first_line(error)}); copy it again"
                     ) from error
 
     with opened(files[0]) as file:

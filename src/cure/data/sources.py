@@ -113,9 +113,7 @@ class _Chosen:
         return replace(self, rows=self.rows[positions])
 
 
-def load(
-    config: DataConfig, split: Literal["train", "test"], limit: int | None = None
-) -> ImageSet:
+def load(config: DataConfig, split: Literal["train", "test"], limit: int | None = None) -> ImageSet:
     """Read the training or test images, decoded once.
 
     A source without a test split has one carved from its training split (``test_fraction``,
@@ -390,9 +388,7 @@ def _named(opened: _Opened, split: str, key: str) -> _Chosen:
     return _Chosen(table, label, np.arange(len(label)), classes)
 
 
-def _held_out(
-    chosen: _Chosen, config: DataConfig
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _held_out(chosen: _Chosen, config: DataConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Positions of the training rows that are left, and of those that validate."""
     label = torch.from_numpy(chosen.label[chosen.rows])
     rest, held = held_out(label, config.validation, config.split_seed)

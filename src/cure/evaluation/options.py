@@ -30,7 +30,8 @@ class TargetOptions:
             a channel, for images in [0, 1].
         std: see ``mean``.
         checkpoint: which weights of a run.
-        data: images; needed unless the target is a run, which knows its own.
+        data: images: what ``data.source`` may be, or an object that :func:`cure.data.as_images`
+            takes; needed unless the target is a run, which knows its own.
         data_options: further keys of the ``data`` section ({"resize": 224}).
         split: which split; test images are for final figures.
         limit: only the first so many images; all when None.
@@ -52,7 +53,7 @@ class TargetOptions:
     std: Annotated[Sequence[float] | None, "What a named network divides its input by."] = None
     checkpoint: Annotated[Checkpoint, "Weights of a run."] = "best"
     data: Annotated[
-        str | Path | ImageSet | None, "Images (default: those of the run); see `cure list data`."
+        str | Path | ImageSet | object, "Images (default: those of the run); see `cure list data`."
     ] = None
     data_options: Annotated[
         Mapping[str, Any] | None, "Key of the data section: resize=32; repeatable."
@@ -75,7 +76,7 @@ class TargetKeywords(TypedDict, total=False):
     mean: Sequence[float] | None
     std: Sequence[float] | None
     checkpoint: Checkpoint
-    data: str | Path | ImageSet | None
+    data: str | Path | ImageSet | object
     data_options: Mapping[str, Any] | None
     split: Split
     limit: int | None

@@ -14,10 +14,12 @@ from torch import nn
 
 from cure.attacks import Threat
 from cure.config import DataConfig, ModelConfig, RunConfig, ThreatConfig
-from cure.data import ImageSet, carve, load
+from cure.data import ImageSet, load_split
+from cure.data.labels import relabelled
+from cure.data.objects import as_images, is_object
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, DataError, unknown
-from cure.evaluation.options import Split, TargetKeywords, TargetOptions
+from cure.evaluation.options import TargetKeywords, TargetOptions
 from cure.models import MODELS, Normalised, build_model, load_weights
 from cure.models.build import network_of
 from cure.runs.folder import RunFolder
@@ -93,7 +95,7 @@ class Target:
 
         def build(images: ImageSet) -> nn.Module:
             kind = folder.kind
-            if images.classes != kind.classes and sorted(images.classes) == sorted(kind.classes):
+            if images.classes != kind.classes:
                 raise DataError(
                     f"'{images.name}' has the run's classes in another order, so labels would be "
                     f"misread; expected {', '.join(kind.classes)}"
@@ -119,19 +121,22 @@ class Target:
         return self.config.evaluation.batch_size if self.config else 256
 
     def images(self) -> ImageSet:
-        """All images of the split."""
+        """The images of the split, up to the limit; those of a run in the order of its classes."""
         how = self.options
-        if isinstance(how.data, ImageSet):
-            return how.data
-        return load_split(self._data_config(how.data, how.data_options or {}), how.split)
+        if is_object(how.data):
+            # Images in memory stand for themselves, not for those that the run names.
+            config = self._data_config("memory", how.data_options or {})
+            images = as_images(how.data, how.split, config, how.limit)
+        else:
+            source: Any = how.data
+            config = self._data_config(source, how.data_options or {})
+            images = load_split(config, how.split, how.limit)
+        return images if self.folder is None else relabelled(images, self.folder.kind)
 
     def load(self) -> tuple[ImageSet, nn.Module]:
         """The images, up to the limit, and the network."""
         images = self.images()
-        model = self.build(images)
-        if self.options.limit is not None:
-            images = images.subset(slice(0, self.options.limit))
-        return images, model
+        return images, self.build(images)
 
     def threat(self, epsilon: str | float | None = None, norm: str | None = None) -> Threat:
         """The run's threat, else Linf 8/255, with another radius or norm where they are given.
@@ -174,14 +179,6 @@ class Target:
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"data.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-
-
-def load_split(config: DataConfig, split: Split) -> ImageSet:
-    """The images of one split: "train" without those that validate, "validation", or "test"."""
-    if split == "test":
-        return load(config, "test")
-    training, validation = carve(load(config, "train"), config.validation, config.split_seed)
-    return training if split == "train" else validation
 
 
 def describe_images(images: ImageSet) -> dict[str, Any]:

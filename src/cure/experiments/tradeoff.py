@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.config import NATURAL, RunConfig
-from cure.data import ImageSet, batches
+from cure.data import ImageSet, batches, load_split
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluation.target import load_split
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import core, load_weights, save_weights
 from cure.models.build import network_of

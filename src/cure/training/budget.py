@@ -79,6 +79,7 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
         epoch=0,
         seed=config.seed,
         augment=config.data.augment,
+        sampler=config.data.sampler,
         rank=engine.rank,
         world=engine.world,
     )

@@ -11,6 +11,7 @@ from torch import nn
 from cure.config import MEMORY, OBJECT
 from cure.data import ImageSet
 from cure.data.account import account_of_run
+from cure.data.objects import as_images, is_object
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
@@ -26,7 +27,7 @@ def train(
     *,
     run: str | Path | None = None,
     model: nn.Module | None = None,
-    data: str | Path | ImageSet | None = None,
+    data: str | Path | ImageSet | Any = None,
     quiet: bool = False,
 ) -> Run:
     """Train by a recipe into a new run folder.
@@ -37,7 +38,8 @@ def train(
         run: the folder to make; by default the first free ``runs/NAME[-N]``.
         model: your network: images [B, C, H, W] in [0, 1] to logits.  It is copied, not changed.
             Its weights are what ``start: model`` begins with and ``start: natural`` trains first.
-        data: what ``data.source`` would say, or images in memory (its training split).
+        data: what ``data.source`` would say, or images in memory (the training split): whatever
+            :func:`cure.data.as_images` takes.
         quiet: print nothing.
 
     Returns:
@@ -58,12 +60,13 @@ def train(
         old = raw.get("model")
         kept = {k: old[k] for k in ("mean", "std") if k in old} if isinstance(old, dict) else {}
         raw["model"] = kept | given
-    if isinstance(data, ImageSet):
-        override(raw, "data.source", MEMORY + data.name)
+    if is_object(data):
+        name = data.name if isinstance(data, ImageSet) else "data"
+        override(raw, "data.source", MEMORY + name)
     elif data is not None:
         override(raw, "data.source", str(data))
     config = check(raw, f"recipe {recipe}")
-    images = data if isinstance(data, ImageSet) else None
+    images = as_images(data, "train", config.data) if is_object(data) else None
     # All mistakes are found before the folder is made.
     prepared = prepare(config, images, model)
     config = settle(config, prepared)
@@ -92,7 +95,7 @@ def resume(
     run: str | Path,
     *,
     model: nn.Module | None = None,
-    data: ImageSet | None = None,
+    data: ImageSet | Any = None,
     quiet: bool = False,
 ) -> Run:
     """Continue a run that was stopped or killed; it ends with the bits it would have had.
@@ -100,14 +103,15 @@ def resume(
     Args:
         run: its folder, which knows its recipe.
         model: the network, when the run was given one as a Python object.
-        data: the images, when the run was given images in memory.
+        data: the images, when the run was given images in memory, as for :func:`train`.
         quiet: print nothing.
     """
     folder = RunFolder.open(run)
     config = folder.config
     if folder.status().finished:
         return Run(folder.path, model)
-    prepared = prepare(config, data, model, folder)
+    images = as_images(data, "train", config.data) if is_object(data) else None
+    prepared = prepare(config, images, model, folder)
     folder.writes = prepared.engine.rank == 0
     carry_out(folder, config, prepared, quiet)
     return Run(folder.path, model)

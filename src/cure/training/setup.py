@@ -147,12 +147,6 @@ def check_attacks(names: Iterable[str]) -> None:
 
 def _limited(images: ImageSet, config: DataConfig) -> ImageSet:
     """Images in memory under the settings of the data section that apply to them."""
-    for key, untouched in (("resize", None), ("color", "keep")):
-        if getattr(config, key) != untouched:
-            raise ConfigError(
-                f"data.{key} applies to images that are read, not to images in memory; convert "
-                "them before you pass them"
-            )
     images = images.checked()
     return images if config.limit is None else images.subset(slice(0, config.limit))
 

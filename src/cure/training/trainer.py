@@ -144,6 +144,7 @@ class Trainer:
             epoch=number,
             seed=self.config.seed,
             augment=self.config.data.augment,
+            sampler=self.config.data.sampler,
             start=self.done % self.steps_per_epoch,
             rank=self.engine.rank,
             world=self.engine.world,

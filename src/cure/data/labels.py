@@ -1,0 +1,109 @@
+"""Class names of two sides, matched by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from cure.data.images import ImageKind, ImageSet, replace_labels
+from cure.errors import DataError
+
+_PLACEHOLDER = re.compile(r"(label|class)?[ _-]?\d+$", re.IGNORECASE)
+
+
+def match_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, ...]:
+    """Position among ``theirs`` of each class of ``ours``.
+
+    Names are compared exactly, then without case, spaces, ``_`` and ``-``, then by each of several
+    names between commas ("tench, Tinca tinca").  Where one side has only numbers for names (``0``,
+    ``LABEL_3``, ``class_3``) and both have as many classes, the order is taken as it is.
+
+    Args:
+        ours: names of the classes of the data.
+        theirs: names of the classes of the network, as many or more.
+
+    Raises:
+        DataError: names do not match, or one could be several.
+
+    >>> match_classes(["cat", "dog"], ["Dog", "owl", "cat"])
+    (2, 0)
+    """
+    if tuple(ours) == tuple(theirs):
+        return tuple(range(len(ours)))
+    exact = {name: place for place, name in enumerate(theirs)}
+    if all(name in exact for name in ours):
+        return tuple(exact[name] for name in ours)
+    if len(ours) == len(theirs) and (_numbered(ours) or _numbered(theirs)):
+        return tuple(range(len(ours)))
+    found = [_places(name, theirs) for name in ours]
+    unknown = [name for name, places in zip(ours, found, strict=True) if not places]
+    if unknown:
+        raise DataError(
+            f"the data has the classes {_few(ours)}, the network knows {_few(theirs)}; "
+            f"{_few(unknown)} {'is' if len(unknown) == 1 else 'are'} unknown to it: rename the "
+            "classes of the data, or use a network trained on them"
+        )
+    several = [i for i, places in enumerate(found) if len(places) > 1]
+    if several:
+        places = found[several[0]]
+        raise DataError(
+            f"the class {ours[several[0]]!r} of the data could be "
+            f"{' or '.join(repr(theirs[place]) for place in places[:3])} of the network; rename it "
+            "to one of these"
+        )
+    places = [each[0] for each in found]
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise DataError(
+            f"several classes of the data fit the class {theirs[twice]!r} of the network; rename "
+            "them to its exact names"
+        )
+    return tuple(places)
+
+
+def relabelled(images: ImageSet, kind: ImageKind) -> ImageSet:
+    """Images with the labels and channels of those that a network was trained on.
+
+    Args:
+        images: any set whose classes are among those of ``kind``, by name.
+        kind: the images of training.
+
+    Raises:
+        DataError: names do not match.
+    """
+    images = images.with_channels(kind.channels)
+    if images.classes == kind.classes:
+        return images
+    places = match_classes(images.classes, kind.classes)
+    order = torch.from_numpy(np.array(places, dtype=np.int64)).to(images.label.device)
+    return replace_labels(images, order[images.label], kind.classes)
+
+
+def _numbered(names: Sequence[str]) -> bool:
+    return all(_PLACEHOLDER.match(name) for name in names)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _places(name: str, theirs: Sequence[str]) -> list[int]:
+    """Positions of the classes that a name may mean, by the strictest rule that finds one."""
+    exact = [place for place, other in enumerate(theirs) if other == name]
+    whole = [place for place, other in enumerate(theirs) if _plain(other) == _plain(name)]
+    if exact or whole:
+        return exact or whole
+    parts = {_plain(part) for part in name.split(",")}
+    return [
+        place
+        for place, other in enumerate(theirs)
+        if parts & {_plain(part) for part in other.split(",")}
+    ]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(repr(name) for name in names[:5]) + more
