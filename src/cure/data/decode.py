@@ -48,6 +48,7 @@ _GREY_MODES = frozenset(["1", "L", "LA", "La"])
 _ALPHA_MODES = frozenset(["RGBA", "RGBa", "LA", "La", "PA"])
 _WIDE_MODES = frozenset(["I", "F"])
 _ORIENTATION = 0x0112
+_MOVING = "cure: several pictures"
 _CHUNK = 256
 _NAMED = 10
 
@@ -159,6 +160,9 @@ def open_image(file: Any, more: Sequence[str] = ()) -> Any:
                 "it has more than 8 bits a channel; convert it to an 8-bit PNG, scaled as you see "
                 "fit"
             )
+        # An MPO file holds one picture and its preview.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            image.info[_MOVING] = True
         image.load()
         if image.getexif().get(_ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(image)
@@ -216,7 +220,7 @@ def to_pixels(image: Any, treatment: Treatment) -> Pixels:
 def _convert(image: Any, treatment: Treatment) -> _One:
     size = (image.height, image.width)
     converted = []
-    if getattr(image, "is_animated", False) and getattr(image, "format", None) != "MPO":
+    if image.info.get(_MOVING):
         converted.append("moving or paged to their first picture")
     opaque = _on_background(image, treatment.background)
     if opaque is not image:

@@ -1,0 +1,414 @@
+"""Image folders as people have them: every image is read, or said to be left out."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import encoded, picture, pixels_of
+
+from cure.config import DataConfig
+from cure.data import ImageSet, decode, load, load_split, load_training
+from cure.errors import DataError
+
+HEIC = b"\0\0\0\x18ftypheic" + bytes(64)
+
+
+def config(source, **changes) -> DataConfig:
+    return DataConfig(source=str(source), **changes)
+
+
+def fails(pattern: str, source, split: str = "train", **changes) -> None:
+    with pytest.raises(DataError, match=pattern) as caught:
+        load(config(source, **changes), split)
+    assert "\n" not in str(caught.value)
+
+
+def both(folder, **changes) -> list[ImageSet]:
+    return [load(config(folder, **changes), split) for split in ("train", "test")]
+
+
+def skipped(images: ImageSet) -> list[str]:
+    return [str(one) for one in images.findings.skipped]
+
+
+def two_classes(prefix: str = "", count: int = 3, start: int = 0) -> dict:
+    return {
+        f"{prefix}{name}/{i}.png": picture(start + 100 * k + i)
+        for k, name in enumerate(("ant", "bee"))
+        for i in range(count)
+    }
+
+
+# splits
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAINING", "training"])
+@pytest.mark.parametrize("other", ["val", "valid", "Validation", "dev", "EVAL", "test", "Testing"])
+def test_splits_are_found_by_any_usual_name(image_folder, train, other) -> None:
+    folder = image_folder(two_classes(f"{train}/") | two_classes(f"{other}/", 2, 50))
+    first, second = both(folder)
+    assert (len(first), len(second)) == (6, 4)
+    assert not first.findings.notes
+
+
+def test_an_own_validation_split_is_used_beside_a_test_split(image_folder) -> None:
+    folder = image_folder(
+        two_classes("train/", 5) | two_classes("valid/", 2, 50) | two_classes("test/", 1, 70)
+    )
+    training, validation = load_training(config(folder))
+    assert (len(training), len(validation), len(load(config(folder), "test"))) == (10, 4, 2)
+    assert validation.split == "validation"
+    assert "the split 'valid' validates" in training.findings.notes[0]
+    assert torch.equal(load_split(config(folder), "validation").image, validation.image)
+    carving = config(folder, validation_split="carve", validation=2)
+    training, validation = load_training(carving)
+    assert (len(training), len(validation)) == (8, 2)
+    assert training.findings.notes == ("the split 'valid' is not used",)
+    with pytest.raises(DataError, match="a split of its own to validate with"):
+        load_training(config(folder, validation_split="test"))
+    with pytest.raises(DataError, match=r"set data\.validation_split"):
+        load_training(config(folder, validation_split="none"))
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_a_limit_decodes_no_more_than_it_needs(image_folder, monkeypatch, split, source) -> None:
+    source = source if source == "digits" else image_folder(two_classes(count=20))
+    whole = load_split(config(source, validation=10), split)
+    opened = []
+    real = decode._decode_one
+    monkeypatch.setattr(decode, "_decode_one", lambda *a: opened.append(a) or real(*a))
+    few = load_split(config(source, validation=10), split, limit=3)
+    assert len(opened) == 3
+    assert torch.equal(few.image, whole.image[:3])
+    assert torch.equal(few.label, whole.label[:3])
+
+
+def test_training_and_validation_are_what_carving_gave(image_folder) -> None:
+    from cure.data import carve
+
+    settings = config(image_folder(two_classes(count=20)), validation=0.2)
+    expected = carve(load(settings, "train"), settings.validation, settings.split_seed)
+    for ours, theirs in zip(load_training(settings), expected, strict=True):
+        assert torch.equal(ours.image, theirs.image)
+        assert torch.equal(ours.label, theirs.label)
+        assert ours.split == theirs.split
+
+
+def test_an_unknown_split_with_the_same_classes_is_refused_by_name(image_folder) -> None:
+    folder = image_folder(two_classes("train/") | two_classes("holdout/"))
+    fails(r"the folder 'holdout' in .* has the classes of 'train'", folder)
+    images = load(config(folder, test_split="holdout"), "test")
+    assert len(images) == 6
+
+
+def test_a_folder_beside_the_splits_is_counted(image_folder) -> None:
+    files = two_classes("train/") | {"unlabelled/1.png": picture(0), "notes.txt": b"text"}
+    images = load(config(image_folder(files), test_fraction=0.4), "train")
+    assert "1 image skipped: 'unlabelled' is no split with class folders" in skipped(images)
+    assert "1 .txt file skipped: they are no images" in skipped(images)
+
+
+def test_classes_that_hold_splits_are_refused(image_folder) -> None:
+    files = {f"{c}/{s}/0.png": picture(0) for c in ("ant", "bee") for s in ("train", "val")}
+    fails(r"classes 'ant', 'bee' that hold the splits 'train', 'val'; arrange", image_folder(files))
+
+
+def test_one_folder_around_everything_is_entered(image_folder) -> None:
+    folder = image_folder(two_classes("images/", 5))
+    assert load(config(folder), "train").classes == ("ant", "bee")
+    folder = image_folder(two_classes("images/train/") | two_classes("images/val/"))
+    assert len(load(config(folder), "test")) == 6
+
+
+# which files are images
+
+
+def test_images_are_read_at_any_depth_and_with_any_suffix(image_folder) -> None:
+    files = {
+        "ant/0.png": picture(0),
+        "ant/deep/er/1.JPG": encoded(picture(1), "JPEG"),
+        "ant/2.jfif": encoded(picture(2), "JPEG"),
+        "ant/IMG_3": encoded(picture(3)),
+        "ant/4.weird": encoded(picture(4), "WEBP"),
+        "ant/x/y/z/5": encoded(picture(5), "BMP"),
+        "bee/6.ppm": encoded(picture(6), "PPM"),
+        "bee/7.tga": encoded(picture(7), "TGA"),
+        "bee/8.jp2": encoded(picture(8), "JPEG2000"),
+        "bee/9": encoded(picture(9), "TIFF"),
+    }
+    first, second = both(image_folder(files))
+    assert len(first) + len(second) == len(files)
+    assert not first.findings.skipped
+
+
+def test_the_first_picture_of_several_is_read_and_counted(image_folder) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    frames = [picture(i, mode="L") for i in range(3)]
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    files = {f"{c}/{i}.gif": encoded(picture(0, mode="L"), "GIF") for c in "ab" for i in range(5)}
+    images = load(config(image_folder(files | {"a/0.gif": buffer.getvalue()})), "train")
+    assert (images.image == images.image[:1]).all()
+    assert images.findings.converted["moving or paged to their first picture"] == 1
+
+
+def test_other_files_are_counted_with_the_reason(image_folder) -> None:
+    files = two_classes(count=5) | {
+        "ant/Thumbs.db": b"x",
+        "ant/.DS_Store": b"x",
+        "ant/.ipynb_checkpoints/0.png": picture(0),
+        "__MACOSX/ant/._0.png": b"x",
+        "bee/notes.txt": b"BM are the initials",
+        "bee/README": b"P1 is the first",
+        "loose.png": picture(3),
+    }
+    images = load(config(image_folder(files)), "train")
+    assert sorted(skipped(images)) == [
+        "1 .txt file skipped: they are no images",
+        "1 file without a known suffix skipped: they are no images",
+        "1 image skipped: they lie outside the class folders",
+        "4 hidden and system files skipped: they are no images of yours",
+    ]
+
+
+def test_heic_is_counted_where_it_cannot_be_read(image_folder, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    decode.formats.cache_clear()
+    files = two_classes(count=5) | {f"ant/{i}.heic": HEIC for i in range(20)}
+    files["bee/IMG_1"] = HEIC
+    images = load(config(image_folder(files)), "train")
+    assert skipped(images) == [
+        "20 .heic files skipped: pip install pillow-heif",
+        "1 HEIC file skipped: pip install pillow-heif",
+    ]
+    only = image_folder({f"only/{name}/0.heic": HEIC for name in "ab"}) / "only"
+    fails(r"got no images \(2 \.heic files skipped: pip install pillow-heif\)", only)
+    files = {"train/a/0.png": picture(0), "train/b/0.heif": HEIC}
+    fails(r"none in 'b' \(1 \.heif file skipped: pip", image_folder(files) / "train")
+    decode.formats.cache_clear()
+
+
+def test_heic_is_read_where_the_package_is_installed(image_folder, monkeypatch) -> None:
+    from PIL import Image, PngImagePlugin
+
+    class Fake(PngImagePlugin.PngImageFile):
+        """Reads a PNG behind the mark of an HEIC file."""
+
+        format = "HEIF"
+
+        def _open(self) -> None:
+            import io
+
+            self.fp.seek(len(HEIC))
+            self.fp = io.BytesIO(self.fp.read())
+            super()._open()
+
+    def register() -> None:
+        Image.register_open("HEIF", Fake, decode.is_heic)
+
+    package = types.ModuleType("pillow_heif")
+    package.register_heif_opener = register
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    decode.formats.cache_clear()
+    try:
+        files = two_classes(count=4) | {"ant/9.heic": HEIC + encoded(picture(77))}
+        first, second = both(image_folder(files))
+        assert len(first) + len(second) == 9
+        every = torch.cat([first.image, second.image])
+        assert (every == pixels_of(picture(77))).all(dim=(1, 2, 3)).sum() == 1
+    finally:
+        Image.OPEN.pop("HEIF", None)
+        Image.ID.remove("HEIF")
+        decode.formats.cache_clear()
+
+
+def test_damaged_files_are_named_at_once_or_skipped(image_folder) -> None:
+    files = two_classes(count=20) | {
+        f"{name}/broken{i}.jpg": b"\xff\xd8\xff\xe0" + bytes(i)
+        for name in ("ant", "bee")
+        for i in range(6)
+    }
+    folder = image_folder(files)
+    with pytest.raises(
+        DataError, match=r"12 images cannot be used .*; and 2 more\); mend"
+    ) as caught:
+        load(config(folder), "train")
+    assert str(caught.value).count("broken") == 10
+    first, second = both(folder, damaged="skip")
+    assert len(first) + len(second) == 40
+    texts = skipped(first) + skipped(second)
+    assert sum(int(text.split()[0]) for text in texts) == 12
+    assert all("damaged image" in text for text in texts)
+    training, validation = load_training(config(folder, damaged="skip", validation=8))
+    assert len(training) + len(validation) == len(first)
+
+
+def test_every_layout_reads_or_counts_every_file(tmp_path) -> None:
+    """Random trees of images and other files: their number is that of both splits and skipped."""
+    draws = random.Random(0)
+    content = [
+        (".png", encoded(picture(0)), True),
+        ("", encoded(picture(1), "JPEG"), True),
+        (".JPEG", encoded(picture(2), "JPEG"), True),
+        (".x" + "y" * 3, encoded(picture(3), "GIF"), True),
+        (".txt", b"text", False),
+        (".pdf", b"%PDF-1.4", False),
+        (".mp4", b"\0\0\0\x18ftypisom" + bytes(40), False),
+    ]
+    for number in range(10):
+        root = tmp_path / f"{number}"
+        written = images = 0
+        for name in ("ant", "bee", "cow"):
+            for i in range(draws.randint(6, 12)):
+                depth = draws.randint(0, 3)
+                inner = [draws.choice(string.ascii_letters) for _ in range(depth)]
+                suffix, data, is_image = content[0] if i < 4 else draws.choice(content)
+                path = root.joinpath(name, *inner, f"f{i}{suffix}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+                written += 1
+                images += is_image
+        first, second = both(root)
+        assert len(first) + len(second) == images
+        left_out = sum(one.count for one in first.findings.skipped)
+        assert len(first) + len(second) + left_out == written
+
+
+# classes
+
+
+def test_classes_that_are_numbers_are_in_order_of_numbers(image_folder) -> None:
+    files = {f"{c}/{i}.png": picture(20 * c + i) for c in range(12) for i in range(3)}
+    images = load(config(image_folder(files)), "train")
+    assert images.classes == tuple(map(str, range(12)))
+    assert "version 0.1 sorted them as text" in images.findings.notes[0]
+
+
+def test_a_class_missing_in_the_test_split_keeps_the_labels(image_folder) -> None:
+    folder = image_folder(two_classes("train/") | {"val/bee/0.png": picture(0)})
+    (folder / "val" / "ant").mkdir()
+    assert load(config(folder), "test").label.tolist() == [1]
+
+
+# tables of labels
+
+
+def labelled(folder: Path, count: int = 5, place: str = "images") -> list[tuple[str, str]]:
+    rows = []
+    for k, name in enumerate(("cat", "dog")):
+        for i in range(count):
+            path = folder / place / f"{name[0]}{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture(100 * k + i).save(path)
+            rows.append((path.relative_to(folder).as_posix(), name))
+    return rows
+
+
+def text_of(rows, header: str | None, separator: str = ",") -> str:
+    lines = [] if header is None else [header]
+    return "\n".join(lines + [separator.join(row) for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("file", "header", "separator"),
+    [
+        ("labels.csv", "file_name,label", ","),
+        ("anything.csv", "Image_Path;Class", ";"),
+        ("labels.tsv", "filename\tspecies", "\t"),
+        ("metadata.csv", "file_name,label", ","),
+        ("labels.csv", None, ","),
+    ],
+)
+def test_tables_of_labels_are_read(tmp_path, file, header, separator) -> None:
+    rows = labelled(tmp_path)
+    (tmp_path / file).write_text(text_of(rows, header, separator))
+    first, second = both(tmp_path)
+    assert first.classes == ("cat", "dog")
+    assert (len(first), len(second)) == (8, 2)
+    for images in (first, second):
+        for image, label in zip(images.image, images.label.tolist(), strict=True):
+            known = [picture(100 * label + i) for i in range(5)]
+            assert any(torch.equal(image, pixels_of(one)) for one in known)
+    assert not first.findings.skipped
+    by_file = load(config(tmp_path / file), "train")
+    assert torch.equal(by_file.image, first.image)
+
+
+def test_metadata_jsonl_is_read(tmp_path) -> None:
+    rows = labelled(tmp_path, place=".")
+    lines = [json.dumps({"file_name": name, "label": label}) for name, label in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines) + "\n\n")
+    first, second = both(tmp_path)
+    assert (len(first), len(second), first.classes) == (8, 2, ("cat", "dog"))
+
+
+def test_metadata_in_splits_and_tables_named_like_splits(tmp_path) -> None:
+    for split, count in (("train", 4), ("validation", 2)):
+        rows = labelled(tmp_path / "a" / split, count, ".")
+        (tmp_path / "a" / split / "metadata.csv").write_text(text_of(rows, "file_name,label"))
+        (tmp_path / "b").mkdir(exist_ok=True)
+        rows = labelled(tmp_path / "b", count, f"{split}_images")
+        stripped = [(Path(name).stem, label) for name, label in rows]
+        if split == "validation":
+            stripped = rows
+        (tmp_path / "b" / f"{split}.csv").write_text(
+            text_of(
+                [(f"{split}_images/{n}" if "/" not in n else n, k) for n, k in stripped], "id,label"
+            )
+        )
+    for place in ("a", "b"):
+        first, second = both(tmp_path / place)
+        assert (len(first), len(second)) == (8, 4)
+
+
+def test_a_column_may_name_the_split(tmp_path) -> None:
+    rows = [
+        (n, k, "test" if i % 5 == 0 else "train") for i, (n, k) in enumerate(labelled(tmp_path))
+    ]
+    (tmp_path / "labels.csv").write_text(text_of(rows, "file,label,split"))
+    first, second = both(tmp_path)
+    assert (len(first), len(second)) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        (lambda rows: [*rows, ("images/gone.png", "cat")], r"gone\.png' cannot be used: .*No such"),
+        (lambda rows: [*rows, ("images/c0.png", "")], r"label in every row of .*none in 1 rows"),
+        (lambda rows: [*rows, ("images/c0.png", "dog")], r"one label an image.*'cat' and 'dog'"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path, change, pattern) -> None:
+    (tmp_path / "labels.csv").write_text(text_of(change(labelled(tmp_path)), "file_name,label"))
+    fails(pattern, tmp_path, test_fraction=0.4)
+
+
+def test_images_that_the_table_does_not_name_are_counted(tmp_path) -> None:
+    rows = labelled(tmp_path)
+    (tmp_path / "labels.csv").write_text(text_of(rows[:-1], "file_name,label"))
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    images = load(config(tmp_path), "train")
+    assert "1 image skipped: labels.csv does not name them" in skipped(images)
+    (tmp_path / "second.csv").write_text(text_of(rows, "file_name,label"))
+    fails(r"one table of labels in .*got 'labels\.csv', 'second\.csv'", tmp_path)
+
+
+def test_damaged_lines_of_metadata_are_named(tmp_path) -> None:
+    labelled(tmp_path, place=".")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "c0.png", "label": "cat"}\n{oops\n')
+    fails(r"line 2 of .*metadata\.jsonl' is no JSON object", tmp_path)
+
+
+def test_a_home_folder_is_expanded(image_folder, monkeypatch) -> None:
+    folder = image_folder(two_classes(count=5))
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert len(load(config(f"~/{folder.name}"), "train")) == 8
