@@ -141,7 +141,7 @@ def _table(given: Any, split: str, config: DataConfig) -> tuple[Table, tuple[str
 def _is_batch(value: Any) -> bool:
     """Whether a value holds many images, not one item of a data set."""
     if isinstance(value, Tensor | np.ndarray):
-        return value.ndim >= 3
+        return value.ndim >= 2
     # A tuple that ends in a label is the first of two items.
     item = isinstance(value, tuple) and len(value) == 2 and np.ndim(_scalar(value[1])) == 0
     return isinstance(value, Sequence) and not isinstance(value, str | bytes) and not item
