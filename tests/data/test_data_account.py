@@ -18,7 +18,7 @@ from cure.data import (
     match_classes,
     relabelled,
 )
-from cure.data.account import account_of_run
+from cure.data.accounting import account_of_run
 from cure.data.loader import balanced_order
 from cure.errors import DataError
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ import cure
 from cure import data
 from cure.attacks import PGD, Threat
 from cure.config import AveragingConfig, MethodConfig, RunConfig
-from cure.data import Batch, carve
+from cure.data import Batch, accounting, carve, sources
 from cure.errors import TrainingStopped
 from cure.methods import Context, Method, StepOutput
 from cure.methods.base import holding
@@ -358,24 +360,47 @@ def test_lower_precision_trains(tmp_path: Path, precision: str) -> None:
     assert run.metrics[-1]["train"]["loss"] < 3
 
 
-def test_training_never_opens_the_test_split(
+def test_training_only_compares_the_test_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The account hashes test images; what is trained does not depend on them."""
     opened = []
-    load = data.load
+    load = accounting.load
 
     def spy(config: Any, split: str) -> Any:
         opened.append(split)
         return load(config, split)
 
-    monkeypatch.setattr("cure.training.setup.load", spy)
-    cure.train(
-        "digits",
-        ["training.epochs=1", "natural.epochs=1", "data.limit=300", "method.gamma=0"],
-        run=tmp_path / "run",
-        quiet=True,
-    )
-    assert set(opened) == {"train"}
+    monkeypatch.setattr(accounting, "load", spy)
+    monkeypatch.setattr(sources, "load", None)
+    draws = np.random.default_rng(0)
+    image, label = draws.integers(0, 256, (300, 8, 8), np.uint8), np.arange(300) % 10
+    runs = []
+    for number in range(2):
+        np.savez(
+            tmp_path / "data.npz",
+            x_train=image,
+            y_train=label,
+            x_test=draws.integers(0, 256, (20, 8, 8), np.uint8) if number else image[:20],
+            y_test=label[:20],
+        )
+        overrides = ["training.epochs=1", "natural.epochs=1", "data.validation=50"]
+        runs.append(
+            cure.train(
+                "digits",
+                [*overrides, "method.gamma=0", f"data.source={tmp_path / 'data.npz'}"],
+                run=tmp_path / f"run{number}",
+                quiet=True,
+            )
+        )
+    assert opened == ["test", "test"]
+    assert runs[0].metrics == runs[1].metrics
+    last = [read_weights(run.path / "checkpoints" / "last.safetensors") for run in runs]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    found = [json.loads((run.path / "data.json").read_text())["account"] for run in runs]
+    counted = sum(found[0]["duplicates"].get(f"{a} and test", 0) for a in ("train", "validation"))
+    assert counted == 20
+    assert found[1]["duplicates"] == {}
 
 
 def test_totals_remember_the_first_bad_step_across_good_ones() -> None:

@@ -1,6 +1,6 @@
 """Images: sources, splits, augmentation, batches."""
 
-from cure.data.account import DataAccount, account
+from cure.data.accounting import DataAccount, account
 from cure.data.augment import augment
 from cure.data.images import Batch, Findings, ImageKind, ImageSet, Skipped
 from cure.data.labels import match_classes, relabelled

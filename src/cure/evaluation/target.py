@@ -67,7 +67,7 @@ class Target:
         network = None
         if isinstance(given, Run):
             network, given = given.network, given.path
-        path = Path(given)
+        path = Path(given).expanduser()
         if (path / "config.yaml").is_file():
             return cls._of_run(RunFolder.open(path), how, network)
         if path.exists():

@@ -109,7 +109,7 @@ class RunFolder:
         Raises:
             CheckpointError: when the path exists, or cannot be written.
         """
-        candidates = [Path(path)] if path is not None else cls._numbered(config.name)
+        candidates = [Path(path).expanduser()] if path is not None else cls._numbered(config.name)
         target = next((place for place in candidates if not place.exists()), None)
         if target is None:
             raise CheckpointError(
@@ -147,7 +147,7 @@ class RunFolder:
         Raises:
             CheckpointError: when there is none.
         """
-        folder = cls(Path(path))
+        folder = cls(Path(path).expanduser())
         if not (folder.path / "config.yaml").is_file():
             what = "holds no run (no config.yaml)" if folder.path.exists() else "does not exist"
             raise CheckpointError(f"{path} {what}; name the folder that `cure train` printed")

@@ -10,7 +10,7 @@ from torch import nn
 
 from cure.config import MEMORY, OBJECT
 from cure.data import ImageSet
-from cure.data.account import account_of_run
+from cure.data.accounting import account_of_run
 from cure.data.objects import as_images, is_object
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder

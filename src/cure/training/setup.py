@@ -176,14 +176,15 @@ def _check_augmentation(config: RunConfig) -> None:
 
 def _start_weights(path: str) -> Path:
     """The weights file that ``start`` names: a file, or the folder of a run (its best)."""
-    if Path(path).is_dir():
-        return RunFolder.open(path).weights("best")
-    if not Path(path).exists():
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return RunFolder.open(place).weights("best")
+    if not place.exists():
         raise CheckpointError(
             f"start: '{path}' does not exist; say natural, scratch, model, or the path of a "
             "checkpoint or run folder"
         )
-    return Path(path)
+    return place
 
 
 # -- teachers ------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
     assert source.path is not None
     if source.path == NATURAL:
         return copy.deepcopy(prepared.initial)
-    path = Path(source.path)
+    path = Path(source.path).expanduser()
     if not path.exists():
         raise CheckpointError(
             f"{place}: '{path}' does not exist; name the folder of a run, a weights file of the "
