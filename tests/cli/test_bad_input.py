@@ -603,5 +603,5 @@ def test_a_run_with_images_in_memory_says_what_it_needs(
     assert contents(run) == before
     result = evaluate(run, data=pictures(), attacks=[])
     assert result["natural"]["n"] == 120
-    with pytest.raises(ModelError, match="2 logits but the data has 3"):
+    with pytest.raises(DataError, match="the network knows '0', '1'; '2' is unknown to it"):
         evaluate(run, data=pictures(classes=3), attacks=[])
