@@ -102,7 +102,7 @@ def draw(axis: Any, points: Points, title: str, images: str) -> None:
         mark.set_gid(place(name, point))
     low, high = min(n for n, _ in points.values()), max(n for n, _ in points.values())
     axis.set_xlim(low - 4, high + 6)
-    axis.set_ylim(-2, max(r for _, r in points.values()) + 9)
+    axis.set_ylim(-2, 1.32 * max(r for _, r in points.values()))
     x, y = points[chosen]
     axis.annotate(
         "an operating point:\nthe best balance of the two",
