@@ -80,6 +80,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, help="budget of each method; default: the recipe's epochs"
     )
+    parser.add_argument("--epochs", type=int, help="of each method; default: the recipe's")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--autoattack", type=int, default=200, help="test images for AutoAttack; 0: leave it out"
@@ -148,9 +149,11 @@ def measured(options: argparse.Namespace, method: str, seed: int, start: Path) -
         target, minutes = plain(seed, start, path)
         settings = {"epochs": 16}
     else:
-        settings = METHODS[method] | (
-            {"training.minutes": options.minutes} if options.minutes else {}
-        )
+        settings = dict(METHODS[method])
+        if options.minutes:
+            settings["training.minutes"] = options.minutes
+        if options.epochs:
+            settings["training.epochs"] = options.epochs
         began = time.perf_counter()
         trained(path, common(options, seed) | settings | {"start": str(start)})
         minutes = (time.perf_counter() - began) / 60
@@ -159,6 +162,7 @@ def measured(options: argparse.Namespace, method: str, seed: int, start: Path) -
         # A resumed run's wall time here is that of its last part alone.
         minutes = max(minutes, inside)
         target = cure.Run(path)
+        settings["training.epochs"] = target.config.training.epochs
     config = load_recipe("photos", [f"data.source={options.data}", "model.name=resnet18"])
     found: dict[str, Any] = {}
     found |= {"autoattack": None}
