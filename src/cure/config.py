@@ -446,6 +446,9 @@ class TrainingConfig(Section):
     running ones.  ``train``: both use those of the batch; before each validation the running ones
     are computed anew from the training images.  ``frozen``: both use the running ones of the
     start, which do not change; for pretrained networks and small data."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """``balanced`` weights the cross-entropy of each image by N / (K n_c), where its class has n_c
+    of the N training images; for methods whose loss takes soft labels."""
     minutes: PositiveFloat | None = None
     """Budget of wall time instead of ``epochs``: a few steps are timed before training, and the
     number of epochs that fits is fixed for the run.  Validation is included."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pictures import picture
 
-from cure.config import DataConfig
+from cure.config import AugmentConfig, DataConfig
 from cure.data import (
     ImageKind,
     ImageSet,
@@ -20,7 +20,7 @@ from cure.data import (
 )
 from cure.data.accounting import account_of_run
 from cure.data.loader import balanced_order
-from cure.errors import DataError
+from cure.errors import ConfigError, DataError
 
 
 def images(label, split="train", shift=0, classes=("a", "b")) -> ImageSet:
@@ -168,6 +168,66 @@ def test_a_balanced_order_gives_every_class_its_share(counts) -> None:
         if count:
             times = torch.bincount(order[label[order] == one], minlength=len(label))[label == one]
             assert times.max() - times.min() <= 1, "images of a class are drawn equally often"
+
+
+def test_class_weights_scale_the_loss_of_each_image() -> None:
+    import torch.nn.functional as F
+
+    data = images([0] * 30 + [1] * 10)
+    logits = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    for augment in (None, AugmentConfig(crop_padding=0, flip=False, label_smoothing=0.2)):
+        found = list(
+            epoch(data, batch_size=8, epoch=0, seed=1, augment=augment, class_weights="balanced")
+        )
+        for batch in found:
+            weight = torch.tensor([40 / 60, 40 / 20])[batch.label]
+            each = F.cross_entropy(logits, batch.attack_target, reduction="none")
+            assert torch.allclose(F.cross_entropy(logits, batch.target), (weight * each).mean())
+        total = torch.cat([batch.target.sum(dim=1) for batch in found])
+        assert total.mean() == pytest.approx(1)
+    plain = next(epoch(data, batch_size=8, epoch=0, seed=1, augment=None))
+    assert torch.equal(plain.target, plain.label)
+
+
+@pytest.mark.parametrize("method", ["natural", "at", "trades", "cure"])
+@pytest.mark.parametrize("setting", ["training.class_weights", "data.sampler"])
+def test_unequal_classes_are_trained_equally(tmp_path, method, setting) -> None:
+    """A small class that plain training gives up is learned."""
+    import cure
+
+    draws = torch.Generator().manual_seed(0)
+    label = torch.tensor([0] * 190 + [1] * 10)
+    image = torch.rand(200, 1, 8, 8, generator=draws) * 0.5 + 0.3 * label[:, None, None, None]
+    given = ImageSet.of(image, label, ["many", "few"])
+    common = {
+        "training.epochs": 6,
+        "training.batch_size": 20,
+        "training.optimizer.learning_rate": 0.01,
+        "data.validation": 40,
+        "start": "scratch",
+        "method": method,
+        "threat.epsilon": "1/255",
+        "attack.step_size": "1/255",
+        "attack.steps": 1,
+    }
+
+    def share_of_few(run: cure.Run) -> float:
+        with torch.no_grad():
+            return float(run.model("last")(given.image / 255).softmax(dim=1)[:, 1].mean())
+
+    plain = cure.train("digits", common, data=given, run=tmp_path / "plain", quiet=True)
+    equal = cure.train(
+        "digits", common | {setting: "balanced"}, data=given, run=tmp_path / "equal", quiet=True
+    )
+    assert share_of_few(equal) > share_of_few(plain) + 0.05
+
+
+def test_class_weights_need_a_method_that_takes_them(tmp_path) -> None:
+    import cure
+
+    settings = {"training.class_weights": "balanced", "method": "mart"}
+    with pytest.raises(ConfigError, match=r"takes weights .*got mart; set data\.sampler=balanced"):
+        cure.train("digits", settings, run=tmp_path / "run", quiet=True)
 
 
 def test_balanced_epochs_are_repeatable_and_differ() -> None:

@@ -92,7 +92,8 @@ class DataAccount:
             found.append(
                 f"the class '{self.largest}' has {100 * self.share:.0f} % of the training images "
                 f"(a fair share is {100 / len(self.classes):.0f} %): a network that always names "
-                "it is as accurate; set data.sampler=balanced, and compare with that share"
+                "it is as accurate; set data.sampler=balanced or training.class_weights=balanced, "
+                "and compare accuracies with that share"
             )
         if self.few:
             found.append(

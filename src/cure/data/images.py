@@ -208,6 +208,7 @@ class Batch:
         step: number of optimiser steps done before this one; keys every random draw of the step.
         soft_label: [B, K] probabilities, where augmentation mixes or smooths labels.
         part: number of this batch among those of one optimiser step (gradient accumulation).
+        weighted: [B, K] labels times the weight of their class, where classes are weighted.
     """
 
     image: Tensor
@@ -216,8 +217,14 @@ class Batch:
     step: int
     soft_label: Tensor | None = None
     part: int = 0
+    weighted: Tensor | None = None
 
     @property
     def target(self) -> Tensor:
-        """What a cross-entropy takes: the soft labels where there are any, else the labels."""
+        """What the cross-entropy of a loss takes: labels, soft labels or weighted labels."""
+        return self.attack_target if self.weighted is None else self.weighted
+
+    @property
+    def attack_target(self) -> Tensor:
+        """What an attack takes: the soft labels where there are any, else the labels."""
         return self.label if self.soft_label is None else self.soft_label

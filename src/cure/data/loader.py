@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cure.config import AugmentConfig
@@ -37,6 +38,7 @@ def epoch(
     seed: int,
     augment: AugmentConfig | None,
     sampler: Literal["random", "balanced"] = "random",
+    class_weights: Literal["none", "balanced"] = "none",
     start: int = 0,
     rank: int = 0,
     world: int = 1,
@@ -54,6 +56,7 @@ def epoch(
         seed: the run's seed.
         augment: augmentation, or None for the images as they are.
         sampler: ``random`` gives every image once; ``balanced`` every class equally often.
+        class_weights: ``balanced`` also gives labels weighted by :func:`balanced_weights`.
         start: batches at the beginning to skip without computing them.
         rank: with ``world``: which of so many equal parts of every batch to give, 0 the first.
         world: divides ``batch_size``.  The parts side by side are the batch that ``world=1`` gives.
@@ -73,6 +76,16 @@ def epoch(
         raise ValueError(f"a batch of {batch_size} has no {world} equal parts")
 
     def iterate() -> Iterator[Batch]:
+        classes = len(images.classes)
+        balanced = class_weights == "balanced"
+        weights = balanced_weights(images.label, classes) if balanced else None
+
+        def weighted(label: Tensor, soft: Tensor | None = None) -> Tensor | None:
+            if weights is None:
+                return None
+            whole = F.one_hot(label, classes) if soft is None else soft
+            return whole * weights[label][:, None]
+
         # Drawn on the CPU, so that every device sees the same order.
         draws = generator("cpu", seed, "order", epoch)
         if sampler == "balanced":
@@ -90,15 +103,38 @@ def epoch(
                 image = to_unit(augmented(images.image[whole], augment, noise))
                 image, soft = mixed(image, images.label[whole], len(images.classes), augment, noise)
                 own = slice(rank * part, (rank + 1) * part)
-                yield Batch(image[own], images.label[index], index, step, soft[own])
+                label = images.label[index]
+                both = soft[own], weighted(label, soft[own])
+                yield Batch(image[own], label, index, step, both[0], weighted=both[1])
                 continue
             image = images.image[index]
             if augment is not None:
                 noise = shared_generator(device, rank, world, seed, "augment", step)
                 image = augmented(image, augment, noise)
-            yield Batch(to_unit(image), images.label[index], index, step)
+            label = images.label[index]
+            yield Batch(to_unit(image), label, index, step, weighted=weighted(label))
 
     return iterate()
+
+
+def balanced_weights(label: Tensor, classes: int) -> Tensor:
+    """The weight of each class, N / (K n_c) for n_c of N images and K classes that have images.
+
+    The mean over the images is 1, so that the size of the loss stays.
+
+    Args:
+        label: [N] int64.
+        classes: number of classes.
+
+    Returns:
+        [classes] float32; 0 for a class without images.
+
+    >>> balanced_weights(torch.tensor([0, 0, 0, 1]), 2)
+    tensor([0.6667, 2.0000])
+    """
+    counts = torch.bincount(label, minlength=classes).float()
+    weights: Tensor = len(label) / (counts * (counts > 0).sum())
+    return torch.where(counts > 0, weights, 0.0)
 
 
 def balanced_order(label: Tensor, draws: torch.Generator) -> Tensor:

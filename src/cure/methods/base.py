@@ -505,4 +505,4 @@ class Method(nn.Module, Generic[Attacked]):
         objective = self.context.attack_objective or objective
         draws = self.generator("attack", batch)
         options: dict[str, Any] = {} if hooks is None else {"hooks": hooks}
-        return attack(self.model, batch.image, batch.target, objective, draws, **options)
+        return attack(self.model, batch.image, batch.attack_target, objective, draws, **options)

@@ -80,6 +80,7 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
         seed=config.seed,
         augment=config.data.augment,
         sampler=config.data.sampler,
+        class_weights=config.training.class_weights,
         rank=engine.rank,
         world=engine.world,
     )

@@ -167,6 +167,12 @@ def _check_augmentation(config: RunConfig) -> None:
             f"data.augment: mixup, cutmix and label_smoothing need a method whose loss takes soft "
             f"labels ({', '.join(able)}), got {config.method.name}; leave them out"
         )
+    if config.training.class_weights != "none" and not METHODS[config.method.name].soft_labels:
+        able = [name for name in METHODS.names() if METHODS[name].soft_labels]
+        raise ConfigError(
+            f"training.class_weights: expected a method whose loss takes weights "
+            f"({', '.join(able)}), got {config.method.name}; set data.sampler=balanced instead"
+        )
     if config.attack.name == "n-fgsm" and config.threat.norm != "Linf":
         raise ConfigError(
             f"attack.name: n-fgsm is an attack in Linf, the threat is {config.threat.norm}; say "

@@ -145,6 +145,7 @@ class Trainer:
             seed=self.config.seed,
             augment=self.config.data.augment,
             sampler=self.config.data.sampler,
+            class_weights=settings.class_weights,
             start=self.done % self.steps_per_epoch,
             rank=self.engine.rank,
             world=self.engine.world,
