@@ -192,15 +192,16 @@ def test_class_weights_scale_the_loss_of_each_image() -> None:
 @pytest.mark.parametrize("method", ["natural", "at", "trades", "cure"])
 @pytest.mark.parametrize("setting", ["training.class_weights", "data.sampler"])
 def test_unequal_classes_are_trained_equally(tmp_path, method, setting) -> None:
-    """A small class that plain training gives up is learned."""
+    """Where images tell nothing, a network names both classes alike, not by their size."""
     import cure
 
     draws = torch.Generator().manual_seed(0)
     label = torch.tensor([0] * 190 + [1] * 10)
-    image = torch.rand(200, 1, 8, 8, generator=draws) * 0.5 + 0.3 * label[:, None, None, None]
+    image = torch.rand(200, 1, 8, 8, generator=draws)
     given = ImageSet.of(image, label, ["many", "few"])
     common = {
-        "training.epochs": 6,
+        "training.epochs": 8,
+        "training.validate_every": 8,
         "training.batch_size": 20,
         "training.optimizer.learning_rate": 0.01,
         "data.validation": 40,
@@ -219,7 +220,7 @@ def test_unequal_classes_are_trained_equally(tmp_path, method, setting) -> None:
     equal = cure.train(
         "digits", common | {setting: "balanced"}, data=given, run=tmp_path / "equal", quiet=True
     )
-    assert share_of_few(equal) > share_of_few(plain) + 0.05
+    assert share_of_few(plain) + 0.05 < share_of_few(equal) < 0.7
 
 
 def test_class_weights_need_a_method_that_takes_them(tmp_path) -> None:
