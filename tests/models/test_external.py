@@ -211,6 +211,45 @@ def test_transformers_standardisation_that_is_broken_is_told(hub: Path, text: st
         path.unlink()
 
 
+def test_transformers_classes_are_matched_by_name(hub: Path, tmp_path: Path) -> None:
+    names = [
+        "tench, Tinca tinca",
+        "owl",
+        "cat",
+        "dog",
+        "ant",
+        "bee",
+        "cow",
+        "elk",
+        "fox",
+        "Great_White",
+    ]
+    network = original(hub)
+    network.config.id2label = dict(enumerate(names))
+    network.save_pretrained(tmp_path / "named")
+    image = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        plain = network(pixel_values=image).logits
+
+    def logits(wanted: list[str]) -> torch.Tensor:
+        config = ModelConfig(name=f"hf:{tmp_path / 'named'}")
+        model = build_model(
+            config, classes=len(wanted), channels=1, size=(8, 8), seed=0, names=wanted
+        )
+        with torch.no_grad():
+            return model.eval()(image)
+
+    assert torch.equal(logits(names), plain)
+    assert torch.equal(logits(names[::-1]), plain.flip(1))
+    some = logits(["great white", "cat", "Tinca tinca"])
+    assert torch.equal(some, plain[:, [9, 2, 0]])
+    with pytest.raises(ModelError, match="10 classes but the data has 2"):
+        logits(["cat", "emu"])
+    with pytest.raises(ModelError, match="'emu' is unknown to it"):
+        logits([*names[:9], "emu"])
+    assert torch.equal(logits([str(i) for i in range(10)]), plain)
+
+
 def test_transformers_other_number_of_classes(hub: Path) -> None:
     with pytest.raises(ModelError, match=r'10 classes but the data has 3; .*"num_labels": 3, '):
         make(f"hf:{hub}", classes=3, size=(8, 8))

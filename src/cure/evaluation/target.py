@@ -217,6 +217,7 @@ def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSe
                 channels=images.channels,
                 size=images.size,
                 seed=0,
+                names=images.classes,
             )
         else:
             model = copy.deepcopy(given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, get_type_hints
 
@@ -24,7 +24,13 @@ _NAME = "_cure_name"
 
 
 def build_model(
-    config: ModelConfig, *, classes: int, channels: int, size: tuple[int, int], seed: int
+    config: ModelConfig,
+    *,
+    classes: int,
+    channels: int,
+    size: tuple[int, int],
+    seed: int,
+    names: Sequence[str] | None = None,
 ) -> nn.Module:
     """The network that ``config`` names, on the processor.
 
@@ -37,6 +43,8 @@ def build_model(
         channels: channels of the images.
         size: height and width of the images in pixels.
         seed: the run's seed.
+        names: of the classes; a network that comes with names of its own (``hf:``) is matched with
+            them, and returns the logits of these classes in this order.
 
     Returns:
         A network that takes images [B, channels, H, W] in [0, 1] and returns logits [B, classes].
@@ -53,7 +61,9 @@ def build_model(
         )
     with _seeded(derive(seed, "model")):
         if is_external(config.name):
-            model = build_external(config, classes=classes, channels=channels, size=size)
+            model = build_external(
+                config, classes=classes, channels=channels, size=size, names=names
+            )
         else:
             builder = MODELS[config.name]
             options = _checked(config.name, builder, config.options)

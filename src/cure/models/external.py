@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from cure.config import ModelConfig
-from cure.errors import ConfigError, ModelError, unknown
-from cure.models.wrapper import Normalised, Wrapper
+from cure.data.labels import match_classes
+from cure.errors import ConfigError, DataError, ModelError, unknown
+from cure.models.wrapper import Normalised, Selected, Wrapper
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation, one number a channel each."""
@@ -43,7 +44,12 @@ def is_external(name: str) -> bool:
 
 
 def build_external(
-    config: ModelConfig, *, classes: int, channels: int, size: tuple[int, int]
+    config: ModelConfig,
+    *,
+    classes: int,
+    channels: int,
+    size: tuple[int, int],
+    names: Sequence[str] | None = None,
 ) -> nn.Module:
     """The network that ``config.name`` points to, tried once on blank images.
 
@@ -55,6 +61,7 @@ def build_external(
         classes: number of logits.
         channels: channels of the images.
         size: height and width of the images in pixels.
+        names: of the classes, to be matched with those that come with the network.
 
     Raises:
         ConfigError: when an option does not exist or is missing.
@@ -63,7 +70,7 @@ def build_external(
     source, _, rest = config.name.partition(":")
     given = config.mean is not None
     if source == "hf":
-        model = _from_transformers(rest, config.options, classes, channels, not given)
+        model = _from_transformers(rest, config.options, classes, channels, not given, names)
     elif source == "timm":
         model = _from_timm(rest, config.options, classes, channels, not given)
     else:
@@ -174,7 +181,12 @@ def _working_directory_importable() -> Iterator[None]:
 
 
 def _from_transformers(
-    name: str, options: dict[str, Any], classes: int, channels: int, normalise: bool
+    name: str,
+    options: dict[str, Any],
+    classes: int,
+    channels: int,
+    normalise: bool,
+    names: Sequence[str] | None,
 ) -> nn.Module:
     try:
         from transformers import AutoModelForImageClassification
@@ -198,9 +210,18 @@ def _from_transformers(
             f"{hint if 'mismatch' in str(error) else ''}"
         ) from error
     labels = int(loaded.config.num_labels)
-    if labels != classes:
+    places, why = tuple(range(classes)), ""
+    if names is not None:
+        theirs = [str(loaded.config.id2label.get(i, f"LABEL_{i}")) for i in range(labels)]
+        try:
+            places = match_classes(names, theirs)
+        except DataError as error:
+            if labels == classes:
+                raise ModelError(f"model hf:{name}: {error}") from None
+            places, why = (), f" ({error})"
+    if not places or (names is None and labels != classes):
         raise ModelError(
-            f"model hf:{name} has {labels} classes but the data has {classes}; to train a new "
+            f"model hf:{name} has {labels} classes but the data has {classes}{why}; to train a new "
             f'last layer, pass options {{"num_labels": {classes}, "ignore_mismatched_sizes": '
             "true}"
         )
@@ -210,7 +231,7 @@ def _from_transformers(
         found = _preprocessor(where, options, channels)
         if found is not None:
             model = Normalised(model, *found)
-    return model
+    return model if places == tuple(range(labels)) else Selected(model, places)
 
 
 def _preprocessor(where: str, options: dict[str, Any], channels: int) -> Normalisation | None:

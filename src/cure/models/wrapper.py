@@ -54,6 +54,26 @@ class Normalised(Wrapper):
         return logits
 
 
+class Selected(Wrapper):
+    """A network of which some logits are taken, in another order.
+
+    Args:
+        network: returns logits [B, classes].
+        places: position among them of each logit to return.
+    """
+
+    places: Tensor
+
+    def __init__(self, network: nn.Module, places: Sequence[int]) -> None:
+        super().__init__(network)
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, len(places)] of images [B, C, H, W]."""
+        logits: Tensor = self.network(image)
+        return logits[:, self.places]
+
+
 def core(model: nn.Module) -> nn.Module:
     """The network inside all wrappers: the one whose state dict is saved and loaded.
 
