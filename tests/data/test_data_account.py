@@ -46,7 +46,7 @@ def test_counts_shares_missing_classes_and_duplicates() -> None:
     text = "\n".join(found.warnings())
     assert "the class 'a' has 86 % of the training images (a fair share is 50 %)" in text
     assert "data.sampler=balanced" in text
-    assert "2 images are in both train and validation" in text
+    assert "2 images of one split equal images of another (train and validation)" in text
     assert "no validation image of 'b'" in text
     assert "fewer than 10 training images in 'b'" in text
     json.dumps(found.content())
@@ -91,7 +91,7 @@ def test_the_account_of_a_folder(image_folder) -> None:
     }
     assert found.sizes == ((8, 6), (12, 10))
     assert "6x8 to 10x12 pixels, now 6x6 RGB" in found.lines()[0]
-    assert "1 images converted: grey to RGB" in found.lines()
+    assert "1 image converted: grey to RGB" in found.lines()
     assert "1 .txt file skipped: they are no images" in found.lines()
     assert found.duplicates == {}
 

@@ -109,6 +109,38 @@ def test_an_unknown_split_with_the_same_classes_is_refused_by_name(image_folder)
     assert len(images) == 6
 
 
+def test_folders_that_look_like_splits_are_no_classes(image_folder) -> None:
+    folder = image_folder(two_classes("train_set/") | two_classes("Test Images/"))
+    fails(r"'Test Images', 'train_set' in .* hold the same folders, as splits hold", folder)
+    named = config(folder, train_split="train_set", test_split="Test Images")
+    assert [len(load(named, split)) for split in ("train", "test")] == [6, 6]
+
+
+def test_a_link_to_a_folder_above_is_not_followed(image_folder) -> None:
+    folder = image_folder(two_classes(count=5))
+    (folder / "ant" / "back").symlink_to(folder)
+    (folder / "bee" / "gone.png").symlink_to(folder / "nothing")
+    first, second = both(folder)
+    assert len(first) + len(second) == 10
+    assert sorted(skipped(first)) == [
+        "1 link skipped: they lead to a folder that is read already",
+        "1 link skipped: what they point to is no file",
+    ]
+
+
+def test_a_sample_of_an_answer_beside_train_csv_is_left_out(tmp_path) -> None:
+    rows = [(Path(name).stem, label) for name, label in labelled(tmp_path, place="train")]
+    (tmp_path / "train.csv").write_text(text_of(rows, "id,label"))
+    picture(0).save(tmp_path / "train" / "z.png")
+    (tmp_path / "sample_submission.csv").write_text("id,label\nz,cat")
+    images = load(config(tmp_path), "train")
+    assert len(images) == 8
+    assert skipped(images) == [
+        "1 .csv file skipped: they are no images",
+        "1 image skipped: train.csv does not name them",
+    ]
+
+
 def test_a_folder_beside_the_splits_is_counted(image_folder) -> None:
     files = two_classes("train/") | {"unlabelled/1.png": picture(0), "notes.txt": b"text"}
     images = load(config(image_folder(files), test_fraction=0.4), "train")

@@ -79,7 +79,7 @@ class DataAccount:
             f"data '{self.name}': {counts} images, {len(self.classes)} classes, {sizes} {kind}",
             f"training images a class: {self._per_class()}",
         ]
-        lines += [f"{count} images converted: {what}" for what, count in self.converted.items()]
+        lines += [f"{_images(n)} converted: {what}" for what, n in self.converted.items()]
         for split, skipped in self.skipped.items():
             place = "" if split == "train" else f" ({split})"
             lines += [f"{one}{place}" for one in skipped]
@@ -106,8 +106,8 @@ class DataAccount:
             )
         for splits, count in self.duplicates.items():
             found.append(
-                f"{count} images are in both {splits} (equal pixels), which makes accuracies too "
-                "high; remove them from one"
+                f"{_images(count)} of one split equal images of another ({splits}), which makes "
+                "accuracies too high; remove them from one"
             )
         if self.untested is not None:
             found.append(f"the test split cannot be used: {self.untested}")
@@ -222,6 +222,10 @@ def _hash(image: Tensor) -> bytes:
 
 def _area(size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
     return size[0] * size[1], size
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image" if count == 1 else f"{count:,} images"
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -77,6 +77,7 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
     if splits:
         return _split_folders(top, splits, config)
     _check_not_inside_out(top, config)
+    _check_no_unknown_splits(top, config)
     beside = _outside(top)
     if not any(_walk(path)[0] for path in _folders(top)):
         loose = any(file_kind(path) == "image" for path in _files(top))
@@ -123,7 +124,7 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
         if other not in splits and shared:
             names = ", ".join((*TRAIN_SPLITS[:1], *VALIDATION_SPLITS, *TEST_SPLITS[:1]))
             raise DataError(
-                f"the folder '{other.name}' in '{top}' has the classes of '{splits[0].name}' but "
+                f"the folder '{other.name}' in '{top}' has the classes of '{splits[-1].name}' but "
                 f"not the name of a split ({names}); rename it, set data.test_split={other.name} "
                 f"or data.validation_split={other.name}, or move it away"
             )
@@ -162,6 +163,21 @@ def _check_not_inside_out(top: Path, config: DataConfig) -> None:
             f"{listing([path.name for path in classes[:5]])} that hold the splits "
             f"{listing(sorted(set.union(*inside)))}; arrange the files as split/class/image"
         )
+
+
+def _check_no_unknown_splits(top: Path, config: DataConfig) -> None:
+    """Refuse folders such as train_set/ and test_set/, which would be read as classes."""
+    names = split_names(config)
+    inside = {path.name: {each.name for each in _folders(path)} for path in _folders(top)}
+    for name, classes in inside.items():
+        words = set(re.split(r"[\W_\d]+", name.lower())) & names
+        alike = [other for other in inside if other != name and len(inside[other] & classes) > 1]
+        if words and alike:
+            raise DataError(
+                f"the folders {listing([name, *alike])} in '{top}' hold the same folders, as "
+                f"splits hold classes, but '{name}' is not the name of a split; rename them to train and "
+                "test, or name them with data.train_split and data.test_split"
+            )
 
 
 def _descended(folder: Path, config: DataConfig) -> Path:
@@ -322,11 +338,13 @@ def _walk(folder: Path) -> tuple[list[Path], Reasons]:
     """The images in a folder at any depth, in order of their paths, and what was left out."""
     images: list[Path] = []
     reasons: Reasons = Counter()
-    seen: set[str] = set()
+    # A link to a folder above leads to images of other classes.
+    seen: set[str] = set(map(str, Path(os.path.realpath(folder)).parents))
 
     def enter(place: Path) -> None:
         real = os.path.realpath(place)
-        if real in seen:  # A link back would be followed for ever.
+        if real in seen:
+            reasons["links", "they lead to a folder that is read already"] += 1
             return
         seen.add(real)
         try:

@@ -41,7 +41,8 @@ class Skipped:
     def __str__(self) -> str:
         what = self.what
         if self.count == 1:
-            what = what.replace("files", "file").replace("images", "image")
+            for word in ("file", "image", "link"):
+                what = what.replace(f"{word}s", word)
         return f"{self.count} {what} skipped: {self.reason}"
 
 

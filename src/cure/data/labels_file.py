@@ -134,7 +134,10 @@ def read_label_files(
     if not tables:
         return None
     names = {*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS}
-    if len(tables) > 1 and not all(path.stem.lower() in names for path in tables):
+    # Beside train.csv, a sample of an answer is no table of labels.
+    named = {path: rows for path, rows in tables.items() if path.stem.lower() in names}
+    tables = named if any(path.stem.lower() in TRAIN_SPLITS for path in named) else tables
+    if len(tables) > 1 and not named:
         raise DataError(
             f"expected one table of labels in '{folder}', or one a split (train.csv, test.csv), "
             f"got {listing([path.name for path in tables])}; remove the others"
