@@ -173,7 +173,7 @@ def measured(options: argparse.Namespace, method: str, seed: int, start: Path) -
         result = cure.evaluate(
             target,
             data=options.data,
-            data_options={"resize": config.data.resize, "color": config.data.color},
+            data_options=config.data.model_dump(include={"resize", "fit", "color"}),
             attacks=attacks,
             epsilon="4/255",
             batch_size=100,
