@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import cure
+from cure.api import MODULES
 from cure.attacks import Threat
 from cure.attacks.autoattack import package_part
 from cure.attacks.early_exit import PlainLayout, early_exit, projection, standard_part
@@ -716,8 +717,10 @@ def test_logits_pass(output: Callable[[Tensor], Tensor]) -> None:
 def test_the_verbs_of_the_package_are_callable_again_and_again() -> None:
     """A submodule of the same name would take the place of the function once it is imported."""
     for _ in range(2):
-        for name in set(cure.__all__) - {"__version__"}:
+        for name in set(cure.__all__) - {"__version__", *MODULES}:
             assert callable(getattr(cure, name)), f"cure.{name} is {getattr(cure, name)!r}"
+        for name, module in MODULES.items():
+            assert getattr(cure, name).__name__ == module
 
 
 def test_evaluate_a_module_on_images_in_memory() -> None:

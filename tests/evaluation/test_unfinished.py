@@ -432,12 +432,12 @@ def test_the_command_says_what_is_missing(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bright.py").write_text(
+    (tmp_path / "grey_network.py").write_text(
         "from test_unfinished import Brightness\ndef build():\n    return Brightness()\n"
     )
     images = grey()
     np.savez(tmp_path / "grey.npz", image=images.image[:, 0], label=images.label)
-    words = ["evaluate", "--model", "bright:build", "--data", "grey.npz", "--split", "train"]
+    words = ["evaluate", "--model", "grey_network:build", "--data", "grey.npz", "--split", "train"]
     words += ["--data-option", "validation=8", "--attacks", "pgd2", "--output", "out.json"]
     refused(command(*words, "--time-limit", "0"), "time_limit", "above 0")
     refused(command(*words, "--time-limit", "nan"), "time_limit")
