@@ -175,8 +175,8 @@ def _check_no_unknown_splits(top: Path, config: DataConfig) -> None:
         if words and alike:
             raise DataError(
                 f"the folders {listing([name, *alike])} in '{top}' hold the same folders, as "
-                f"splits hold classes, but '{name}' is not the name of a split; rename them to train "
-                "and test, or name them with data.train_split and data.test_split"
+                f"splits hold classes, but '{name}' is not the name of a split; rename them to "
+                "train and test, or name them with data.train_split and data.test_split"
             )
 
 
