@@ -73,8 +73,11 @@ def test_cifar100_has_a_test_split_only(real_data) -> None:
 def test_imagenette_tests_on_validation_and_turns_grey_photographs_to_rgb(real_data) -> None:
     if not (real_data / "imagenette224").is_dir():
         pytest.skip("CURE_DATA holds no imagenette224")
-    with pytest.raises(DataError, match=r"is RGB and row 246 of train .* is grey; set data\.color"):
-        load(DataConfig(source="imagenette224"), "train")
+    kept = load(DataConfig(source="imagenette224", resize=32, limit=300), "train")
+    asked = load(DataConfig(source="imagenette224", resize=32, limit=300, color="rgb"), "train")
+    assert torch.equal(kept.image, asked.image)
+    assert kept.findings.converted["grey to RGB"] >= 1
+    assert (kept.image[246, :1] == kept.image[246]).all()
     images = load(DataConfig(source="imagenette224", color="rgb", resize=64), "test")
     assert images.image.shape == (500, 3, 64, 64)
     assert images.classes[:2] == ("tench", "English springer")
