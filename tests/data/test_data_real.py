@@ -73,8 +73,8 @@ def test_cifar100_has_a_test_split_only(real_data) -> None:
 def test_imagenette_tests_on_validation_and_turns_grey_photographs_to_rgb(real_data) -> None:
     if not (real_data / "imagenette224").is_dir():
         pytest.skip("CURE_DATA holds no imagenette224")
-    kept = load(DataConfig(source="imagenette224", resize=32, limit=300), "train")
-    asked = load(DataConfig(source="imagenette224", resize=32, limit=300, color="rgb"), "train")
+    kept = load(DataConfig(source="imagenette224", resize=32), "train", limit=300)
+    asked = load(DataConfig(source="imagenette224", resize=32, color="rgb"), "train", limit=300)
     assert torch.equal(kept.image, asked.image)
     assert kept.findings.converted["grey to RGB"] >= 1
     assert (kept.image[246, :1] == kept.image[246]).all()
