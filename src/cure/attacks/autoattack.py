@@ -98,7 +98,7 @@ def _part(kind: str, part: str) -> Part:
             return found
 
     passes, least_classes = _COST[part]
-    return Part(run, passes, least_classes)
+    return Part(run, passes, least_classes, gradient=part != "square")
 
 
 def _prepared(model: nn.Module, image: Tensor) -> nn.Module:

@@ -41,7 +41,7 @@ NOISE = add_attack(
         "noise",
         f"random changes of length epsilon, {DRAWS} draws: what an attack must be stronger than",
         {"draws": DRAWS, "where": "corners of the cube (Linf), the sphere (L2)"},
-        {f"draw {number + 1}": Part(_noise(number)) for number in range(DRAWS)},
+        {f"draw {number + 1}": Part(_noise(number), gradient=False) for number in range(DRAWS)},
         strength=0,
     )
 )

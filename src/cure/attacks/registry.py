@@ -10,6 +10,7 @@ An attack is one file in this folder: it registers its definition, label, streng
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cure.attacks.threat import Threat
-from cure.errors import ConfigError, unknown
+from cure.errors import ConfigError, CureNote, unknown
 from cure.registry import ATTACKS
 
 Run = Callable[[nn.Module, Tensor, Tensor, Threat, int, int], Tensor]
@@ -34,11 +35,13 @@ class Part:
         run: the attack on one batch.
         passes: about how many forward passes that takes when no image is fooled, for progress.
         least_classes: the part is not defined for fewer.
+        gradient: it needs the gradient by the image.
     """
 
     run: Run
     passes: int = 1
     least_classes: int = 2
+    gradient: bool = True
 
 
 def unchanged(model: nn.Module, image: Tensor) -> nn.Module:  # noqa: ARG001
@@ -102,6 +105,35 @@ class EvaluationAttack:
         settings = self.settings | {"parts": list(kept), "left_out": left_out}
         return replace(self, parts=kept, settings=settings)
 
+    def without_gradient(self, reason: str) -> EvaluationAttack:
+        """The attack on a network through which no gradient reaches the image.
+
+        Args:
+            reason: why none does.
+
+        Raises:
+            ConfigError: when every part needs one; names what can be run.
+        """
+        kept = {n: p for n, p in self.parts.items() if not p.gradient or self.transferred}
+        if len(kept) == len(self.parts):
+            return self
+        if not kept:
+            raise ConfigError(
+                f"{self.name} needs the gradient by the image, and none reaches it ({reason}); "
+                "what can be run: --attacks natural,noise,square"
+            )
+        warnings.warn(
+            f"{self.name}: only {' and '.join(kept)} was possible, because no gradient reaches the "
+            f"image ({reason})",
+            CureNote,
+            stacklevel=2,
+        )
+        left_out = dict(self.settings.get("left_out", {})) | {
+            name: "no gradient reaches the image" for name in self.parts if name not in kept
+        }
+        settings = self.settings | {"parts": list(kept), "left_out": left_out}
+        return replace(self, parts=kept, settings=settings)
+
 
 @dataclass(frozen=True)
 class AttackFamily:
@@ -119,7 +151,7 @@ class AttackFamily:
 
 
 def register(
-    name: str, description: str, settings: dict[str, Any], **more: Any
+    name: str, description: str, settings: dict[str, Any], *, gradient: bool = True, **more: Any
 ) -> Callable[[Run], Run]:
     """Decorator that registers a function as an attack of one part.
 
@@ -127,11 +159,13 @@ def register(
         name: as users write it.
         description: one line for ``cure list attacks``.
         settings: for the result file.
+        gradient: it needs the gradient by the image.
         more: further attributes of :class:`EvaluationAttack`: ``label``, ``strength``, ``norms``.
     """
 
     def decorate(run: Run) -> Run:
-        add_attack(EvaluationAttack(name, description, settings, {name: Part(run)}, **more))
+        parts = {name: Part(run, gradient=gradient)}
+        add_attack(EvaluationAttack(name, description, settings, parts, **more))
         return run
 
     return decorate

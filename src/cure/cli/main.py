@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
+import warnings
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -39,7 +41,14 @@ from cure.cli.printing import (
     show_progress,
     warn,
 )
-from cure.errors import ConfigError, CureError, RanksLost, TrainingStopped
+from cure.errors import (
+    ConfigError,
+    CureError,
+    CureNote,
+    ModelError,
+    RanksLost,
+    TrainingStopped,
+)
 from cure.utils.launcher import launched
 from cure.utils.memory import keep_freed_memory
 
@@ -473,7 +482,15 @@ def _say(word: str, error: CureError) -> None:
 
 
 @app.callback()
-def _alone_or_together(context: typer.Context) -> None:
+def _alone_or_together(
+    context: typer.Context,
+    show_traceback: Annotated[  # noqa: ARG001 - taken off before the words are parsed
+        bool,
+        typer.Option(
+            "--traceback", help="Show where an error was raised, too; anywhere on the line."
+        ),
+    ] = False,
+) -> None:
     if launched().world > 1 and context.invoked_subcommand not in TOGETHER:
         raise ConfigError(
             f"cure {context.invoked_subcommand} runs in one process, got {launched().world} ranks; "
@@ -481,9 +498,36 @@ def _alone_or_together(context: typer.Context) -> None:
         )
 
 
+def _note(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """Show a note of this project as one line, any other warning as Python does."""
+    if issubclass(category, CureNote):
+        warn(f"note: {message}")
+    else:
+        _show_warning(message, category, *place)
+
+
+_show_warning = warnings.showwarning
+
+
+def _sentence(error: Exception) -> CureError | None:
+    """What is said of an error; None of one that is this project's own."""
+    if isinstance(error, CureError):
+        return error
+    if "torch" not in sys.modules:
+        return None
+    from cure.models.failure import failed_in, network_error
+
+    if network_error(error) is None:
+        return None
+    return ModelError(failed_in(error, "the network", None) + "; --traceback shows the rest")
+
+
 def main() -> None:
     """Run the command; a user's mistake is one message and status 2."""
     keep_freed_memory()
+    warnings.showwarning = _note  # type: ignore[assignment]
+    whole = "--traceback" in sys.argv[1:]
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != "--traceback"]
     try:
         try:
             app()
@@ -493,11 +537,16 @@ def main() -> None:
 
                 leave()
             raise
-    except CureError as error:
+    except Exception as error:
+        said = _sentence(error)
+        if said is None:
+            raise
+        if whole:
+            traceback.print_exception(error)
         from cure.training.trainer import Interrupted
 
-        stopped = isinstance(error, Interrupted)
-        _say("stopped" if stopped else "error", error)
+        stopped = isinstance(said, Interrupted)
+        _say("stopped" if stopped else "error", said)
         status = INTERRUPTED if stopped else USER_MISTAKE
         if SEVERAL:
             # At once: the launcher reports the first rank that ended, and gloo's threads can abort

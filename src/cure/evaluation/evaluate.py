@@ -22,6 +22,7 @@ from cure.evaluation.options import TargetKeywords
 from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, no_progress
 from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
+from cure.models.failure import network_errors
 from cure.runs.records import EvaluationRecord
 from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
@@ -107,7 +108,7 @@ def evaluate(
         output,
         keep_images=adversarial is not None,
     )
-    with evaluation.journal:
+    with evaluation.journal, network_errors():
         result = _measure(evaluation, time_limit, progress)
         _record(evaluation, result, output, robustbench, adversarial)
     return result

@@ -21,6 +21,7 @@ from cure.evaluation.metrics import Result as Result
 from cure.evaluation.metrics import accuracy_of, nrr, smallest
 from cure.models import digest
 from cure.models.checks import check_outputs
+from cure.models.trial import traits_of
 from cure.utils.engine import Engine
 
 Progress = Callable[[str, int, int], None]
@@ -107,7 +108,7 @@ def measure(
     """
     ends = math.inf if time_limit is None else time.monotonic() + time_limit
     images = images.checked().to(engine.device)
-    chosen = _chosen(attacks, images, threat, source)
+    chosen = _chosen(attacks, images, threat, source, model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -134,7 +135,7 @@ def measure(
             else:
                 unfinished[attack.name] = tally.result()
         if curve is not None:
-            attack = evaluation_attack(curve.attack, source).defined(len(images.classes), threat)
+            attack = _possible(evaluation_attack(curve.attack, source), images, threat, model)
             result["curve"], missing = _measure_curve(runner, attack, natural, curve)
             if missing is not None:
                 unfinished["curve"] = missing
@@ -168,7 +169,7 @@ def identify(
     curve: Curve | None = None,
 ) -> Identity:
     """All that the result of a batch depends on, for :class:`Journal`; see :func:`measure`."""
-    chosen = _chosen(attacks, images, threat, source)
+    chosen = _chosen(attacks, images, threat, source, model)
     further: Identity = {} if source is None else {"source": digest(_tensors_of(source))}
     if curve is not None:
         further["curve"] = evaluation_attack(curve.attack, source).settings
@@ -186,14 +187,26 @@ def identify(
 
 
 def _chosen(
-    attacks: Sequence[str], images: ImageSet, threat: Threat, source: nn.Module | None
+    attacks: Sequence[str],
+    images: ImageSet,
+    threat: Threat,
+    source: nn.Module | None,
+    model: nn.Module,
 ) -> list[EvaluationAttack]:
-    """The attacks of these names, each once, as far as they are defined for the images."""
+    """The attacks of these names, each once, as far as images and network allow them."""
     return [
-        evaluation_attack(name, source).defined(len(images.classes), threat)
+        _possible(evaluation_attack(name, source), images, threat, model)
         for name in dict.fromkeys(attacks)
         if name != "natural"
     ]
+
+
+def _possible(
+    attack: EvaluationAttack, images: ImageSet, threat: Threat, model: nn.Module
+) -> EvaluationAttack:
+    defined = attack.defined(len(images.classes), threat)
+    reason = traits_of(model).no_gradient
+    return defined.without_gradient(reason) if reason else defined
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,8 @@ from cure.data.objects import as_images, is_object
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, DataError, unknown
 from cure.evaluation.options import TargetKeywords, TargetOptions
-from cure.models import MODELS, Normalised, build_model, load_weights
-from cure.models.build import network_of
+from cure.models import MODELS, build_model, load_weights
+from cure.models.build import adapted_copy, network_of
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 
@@ -220,14 +219,7 @@ def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSe
                 names=images.classes,
             )
         else:
-            model = copy.deepcopy(given)
-            if section.mean is not None and section.std is not None:
-                if len(section.mean) != images.channels:
-                    raise ConfigError(
-                        f"expected mean and std with {images.channels} numbers, one a channel, "
-                        f"got {len(section.mean)}"
-                    )
-                model = Normalised(model, section.mean, section.std)
+            model = adapted_copy(given, len(images.classes), images.channels, images.size, section)
         if how.weights is not None:
             load_weights(model, how.weights)
         return model

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, get_type_hints
 
-import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import nn
 
 from cure.config import OBJECT, ModelConfig, RunConfig
 from cure.data.images import ImageKind
 from cure.errors import ConfigError, unknown
-from cure.models.external import build_external, is_external
+from cure.models.external import build_external, check_shape, is_external
 from cure.models.registry import MODELS, Builder
+from cure.models.trial import adapt, copy_network
 from cure.models.wrapper import Normalised, core
-from cure.utils.random import derive
+from cure.utils.random import derive, seeded
 
 _NAME = "_cure_name"
 
@@ -59,7 +57,7 @@ def build_model(
             f"expected model.mean and model.std with {channels} numbers, one for each channel of "
             f"the images, got {len(config.mean)}"
         )
-    with _seeded(derive(seed, "model")):
+    with seeded(derive(seed, "model")):
         if is_external(config.name):
             model = build_external(
                 config, classes=classes, channels=channels, size=size, names=names
@@ -68,8 +66,11 @@ def build_model(
             builder = MODELS[config.name]
             options = _checked(config.name, builder, config.options)
             model = builder(classes, channels, size, **options)
-    if config.mean is not None and config.std is not None:
-        model = Normalised(model, config.mean, config.std)
+        if config.mean is not None and config.std is not None:
+            model = Normalised(model, config.mean, config.std)
+        model = adapt(model, classes, channels, size, title=f"model {config.name}")
+    if is_external(config.name):
+        check_shape(model, config.name, classes)
     setattr(model, _NAME, config.name)
     return model
 
@@ -85,21 +86,6 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "name": getattr(model, _NAME, type(core(model)).__name__),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's global generators inside, and put them back afterwards."""
-    # Where CUDA was not touched yet, only the processor's generator is seeded: seeding CUDA's
-    # would outlive the block, and saving its state would start CUDA.
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if started else []
-    with torch.random.fork_rng(devices=devices):
-        if devices:
-            torch.manual_seed(seed)
-        else:
-            torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _checked(name: str, builder: Builder, options: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +109,39 @@ def _checked(name: str, builder: Builder, options: dict[str, Any]) -> dict[str, 
     return values
 
 
+def adapted_copy(
+    model: nn.Module,
+    classes: int,
+    channels: int,
+    size: tuple[int, int],
+    config: ModelConfig,
+    seed: int = 0,
+) -> nn.Module:
+    """A copy of a network that was given as a Python object, adapted after one trial pass.
+
+    Args:
+        model: is not changed.
+        classes: number of logits.
+        channels: channels of the images.
+        size: height and width of the images in pixels.
+        config: for its constants for standardising.
+        seed: of the weights of lazy layers.
+
+    Raises:
+        ModelError: when it cannot be copied or does not take such images.
+    """
+    network = copy_network(model)
+    if config.mean is not None and config.std is not None:
+        if len(config.mean) != channels:
+            raise ConfigError(
+                f"expected mean and std with {channels} numbers, one a channel, "
+                f"got {len(config.mean)}"
+            )
+        network = Normalised(network, config.mean, config.std)
+    with seeded(derive(seed, "model")):
+        return adapt(network, classes, channels, size)
+
+
 def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> nn.Module:
     """The network of a run, not yet with the run's weights.
 
@@ -138,10 +157,9 @@ def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> n
                 "cure.resume(path, model=...), cure.Run(path, model).model() or "
                 "cure.evaluate(cure.Run(path, model))"
             )
-        network = copy.deepcopy(model)
-        if config.model.mean is not None and config.model.std is not None:
-            network = Normalised(network, config.model.mean, config.model.std)
-        return network
+        return adapted_copy(
+            model, len(kind.classes), kind.channels, kind.size, config.model, config.seed
+        )
     return build_model(
         config.model,
         classes=len(kind.classes),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.errors import ModelError
+from cure.models.failure import failed_in
 
 
 def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
@@ -22,11 +23,8 @@ def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
     with torch.no_grad():
         try:
             logits = model(image)
-        except RuntimeError as error:
-            raise ModelError(
-                f"the model cannot take images of shape {list(image.shape[1:])}: "
-                f"{str(error).splitlines()[0]}; resize with data.resize or name another model"
-            ) from None
+        except Exception as error:
+            raise ModelError(failed_in(error, "the model", image)) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(image):
         came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"expected logits of shape [{len(image)}, {classes}], got {came}")

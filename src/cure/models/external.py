@@ -1,7 +1,7 @@
 """Networks from outside the package: user functions, transformers, timm.
 
-Each is tried once on blank images, so that one that does not behave as a classifier of the right
-size is refused before training starts.
+:func:`cure.models.build_model` tries each once, so that one that does not behave as a classifier of
+the right size is refused before training starts.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cure.config import ModelConfig
 from cure.data.labels import match_classes
 from cure.errors import ConfigError, DataError, ModelError, unknown
+from cure.models.trial import traits_of
 from cure.models.wrapper import Normalised, Selected, Wrapper
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
@@ -51,7 +51,7 @@ def build_external(
     size: tuple[int, int],
     names: Sequence[str] | None = None,
 ) -> nn.Module:
-    """The network that ``config.name`` points to, tried once on blank images.
+    """The network that ``config.name`` points to.
 
     The constants that transformers or timm keep with pretrained weights are applied inside the
     network, unless ``config.mean`` is given (the caller applies those).
@@ -65,7 +65,7 @@ def build_external(
 
     Raises:
         ConfigError: when an option does not exist or is missing.
-        ModelError: when the network cannot be had, or does not return logits [B, classes].
+        ModelError: when the network cannot be had.
     """
     source, _, rest = config.name.partition(":")
     given = config.mean is not None
@@ -75,7 +75,6 @@ def build_external(
         model = _from_timm(rest, config.options, classes, channels, not given)
     else:
         model = _from_callable(source, rest, config.options, classes, channels, size)
-    _try(model, config.name, classes, channels, size)
     return model
 
 
@@ -322,32 +321,17 @@ def _from_timm(
     return model
 
 
-def _try(model: nn.Module, name: str, classes: int, channels: int, size: tuple[int, int]) -> None:
-    """Refuse a network that does not turn two blank images into logits [2, classes]."""
-    modes = [(module, module.training) for module in model.modules()]
-    first = next(model.parameters(), None)
-    device = torch.device("cpu") if first is None else first.device
-    image = torch.full((2, channels, *size), 0.5, device=device)
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits: object = model(image)
-    except Exception as error:
-        raise ModelError(
-            f"model {name} failed on images of shape {list(image.shape)}: "
-            f"{_reason_and_place(error)}"
-        ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if not isinstance(logits, Tensor):
-        raise ModelError(
-            f"expected model {name} to return a tensor of logits, got {type(logits).__name__}"
-        )
-    if logits.shape != (2, classes):
+def check_shape(model: nn.Module, name: str, classes: int) -> None:
+    """Refuse a network that did not return logits [2, classes] in its trial pass.
+
+    Raises:
+        ModelError: in one sentence.
+    """
+    came = traits_of(model).shape
+    if came != (2, classes):
         raise ModelError(
             f"expected model {name} to return logits of shape {[2, classes]} for two images and "
-            f"{classes} classes, got {list(logits.shape)}"
+            f"{classes} classes, got {list(came)}"
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cure.errors import ConfigError
 
@@ -72,6 +74,165 @@ class Selected(Wrapper):
         """Logits [B, len(places)] of images [B, C, H, W]."""
         logits: Tensor = self.network(image)
         return logits[:, self.places]
+
+
+class OutputError(ValueError):
+    """An output in which no logits were found; the text says what came."""
+
+
+def main_output(output: object, classes: int) -> tuple[Tensor, str, str]:
+    """The logits in what a network returned.
+
+    A tensor is taken as it is; of an object or dictionary its ``logits``; else, of a tuple, list
+    or dictionary, the first tensor of shape [B, classes], or the only one in a dictionary.
+
+    Returns:
+        The logits; where they were ("tensor", "Outputs.logits"); and a note where other tensors,
+        such as those for auxiliary losses, are left out.
+
+    Raises:
+        OutputError: when there are no logits, or several tensors of a dictionary may be them.
+
+    >>> main_output({"logits": torch.zeros(2, 3), "aux": torch.zeros(2, 3)}, 3)[1]
+    "dict['logits']"
+    """
+    if isinstance(output, Tensor):
+        if not output.dtype.is_floating_point:
+            raise OutputError(f"got a tensor of {str(output.dtype).removeprefix('torch.')}")
+        return output, "tensor", ""
+    kind = type(output).__name__
+    parts = _parts(output)
+    named = getattr(output, "logits", None)
+    if isinstance(output, Mapping) and not isinstance(named, Tensor):
+        named = output.get("logits")
+        place = f"{kind}['logits']"
+    else:
+        place = f"{kind}.logits"
+    if not isinstance(named, Tensor):
+        fitting = {n: t for n, t in parts.items() if t.dim() == 2 and t.shape[1] == classes}
+        if not fitting or (isinstance(output, Mapping) and len(fitting) > 1):
+            came = ", ".join(f"{n} {list(t.shape)}" for n, t in list(parts.items())[:5])
+            raise OutputError(
+                f"got {kind}{f' with {came}' if came else ''}; return the logits [B, {classes}] "
+                "alone, or name them logits"
+            )
+        name, named = next(iter(fitting.items()))
+        place = f"{kind}[{name!r}]" if isinstance(output, Mapping) else f"{kind}[{name}]"
+    left = [name for name, tensor in parts.items() if tensor is not named]
+    note = f"its logits are {place}" if place.startswith("dict") else ""
+    if left:
+        note = (
+            f"logits are taken from {place}; the rest of its output is left out: {', '.join(left)}"
+        )
+    return named, place, note
+
+
+def _parts(output: object) -> dict[str, Tensor]:
+    """The tensors in an output by name or position."""
+    if isinstance(output, Mapping):
+        items = {str(name): value for name, value in output.items()}
+    elif isinstance(output, Sequence) and not isinstance(output, str):
+        names = getattr(output, "_fields", range(len(output)))
+        items = {str(name): value for name, value in zip(names, output, strict=False)}
+    else:
+        items = dict(getattr(output, "__dict__", {}))
+    return {name: value for name, value in items.items() if isinstance(value, Tensor)}
+
+
+def contiguous_input(image: Tensor) -> Tensor:
+    """Images [B, C, H, W] in the default layout; their gradient comes back in that of ``image``."""
+    inside = image.contiguous()
+    if inside is not image and inside.requires_grad:
+        inside.register_hook(_channel_innermost)  # type: ignore[no-untyped-call]
+    return inside
+
+
+def _channel_innermost(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last)
+
+
+def only_main_output(output: object, classes: int) -> Tensor:
+    """The first result of :func:`main_output`."""
+    return main_output(output, classes)[0]
+
+
+# torch.fx keeps them as calls, so that a network inside can still be traced and folded.
+fx.wrap("contiguous_input")
+fx.wrap("only_main_output")
+
+
+class Adapted(Wrapper):
+    """A network with what :func:`cure.models.trial.adapt` decided for it.
+
+    Args:
+        network: takes images [B, C, H, W].
+        classes: number of logits.
+        contiguous: weights and images stay in PyTorch's default memory layout.
+        copies_input: the network changes its input, so it is given a copy.
+        takes_main: the network returns more than a tensor of logits.
+        casts: the network returns another floating-point type than that of the images.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        classes: int,
+        *,
+        contiguous: bool = False,
+        copies_input: bool = False,
+        takes_main: bool = False,
+        casts: bool = False,
+    ) -> None:
+        super().__init__(network)
+        self.training = network.training
+        self.classes, self.contiguous, self.copies_input = classes, contiguous, copies_input
+        self.takes_main, self.casts = takes_main, casts
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [B, classes] of images [B, C, H, W]."""
+        inside = contiguous_input(image) if self.contiguous else image
+        if self.copies_input:
+            inside = inside.clone()
+        output = self.network(inside)
+        logits: Tensor = only_main_output(output, self.classes) if self.takes_main else output
+        return logits.to(image.dtype) if self.casts else logits
+
+    def to(self, *args: Any, **kwargs: Any) -> Adapted:
+        """As any module; a network in the default layout is not moved to another one."""
+        if self.contiguous and kwargs.pop("memory_format", None) and not args and not kwargs:
+            return self
+        super().to(*args, **kwargs)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
+        """A copy, in which tensors that belong to a past computation are detached."""
+        for tensor in self.kept_tensors(self.network):
+            memo[id(tensor)] = tensor.detach().clone()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        with torch.no_grad():  # parameters of copied TorchScript would have a graph
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    @staticmethod
+    def kept_tensors(model: nn.Module) -> Iterator[Tensor]:
+        """Tensors with a graph that modules keep in attributes, containers or plain objects."""
+        seen: set[int] = set()
+        waiting: list[Any] = [vars(module) for module in model.modules()]
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen or isinstance(value, nn.Module | type):
+                continue
+            seen.add(id(value))
+            if isinstance(value, Tensor):
+                if value.grad_fn is not None:
+                    yield value
+            elif isinstance(value, Mapping):
+                waiting += value.values()
+            elif isinstance(value, list | tuple | set | frozenset):
+                waiting += value
+            elif hasattr(value, "__dict__") and not callable(value):
+                waiting.append(vars(value))
 
 
 def core(model: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from cure.errors import TrainingStopped
 from cure.models import load_weights
 from cure.models.blocks import blocks, chosen, reinitialise
 from cure.models.build import network_of
+from cure.models.failure import network_errors
 from cure.registry import METHODS
 from cure.runs.folder import RunFolder
 from cure.training.setup import Prepared, build_method, teacher_config, teacher_networks
@@ -154,7 +155,8 @@ def _train(folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool
     for sentence in method.warnings():
         for tracker in trackers:
             tracker.warn(sentence)
-    trainer.fit()
+    with network_errors():
+        trainer.fit()
 
 
 def _draw_layers(network: nn.Module, config: RunConfig) -> None:

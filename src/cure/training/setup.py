@@ -29,6 +29,7 @@ from cure.models.batch_norm import freeze_statistics
 from cure.models.blocks import STEM, blocks, chosen, learn_only
 from cure.models.build import network_of
 from cure.models.checks import check_outputs
+from cure.models.trial import check_trainable, traits_of
 from cure.recipe import check, override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.training.schedule import learning_rate
@@ -101,10 +102,17 @@ def _prepared(
         training, validation = carve(images, config.data.validation, config.data.split_seed)
     steps_per_epoch(training, config.training.batch_size)
     initial = network_of(config, training.kind, model)
+    check_trainable(
+        initial,
+        config.training.batch_size // engine.world,
+        frozen_statistics=config.training.batch_norm == "frozen",
+    )
     if not any(parameter.requires_grad for parameter in initial.parameters()):
         raise ModelError(
             "no weight of the model may change: set requires_grad to True for those to train"
         )
+    if not traits_of(initial).channels_last:
+        engine = replace(engine, channels_last=False)
     sample = next(batches(training, 2)).image
     modes = [(module, module.training) for module in initial.modules()]
     check_outputs(initial.eval(), sample, len(training.classes))

@@ -7,7 +7,8 @@ step in one go or was killed and resumed, so no generator state is ever stored.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -68,3 +69,18 @@ def draw_for_batch(
         return draw(whole)
     whole[dim] *= generator.world
     return draw(whole).narrow(dim, generator.rank * shape[dim], shape[dim])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed PyTorch's global generators inside, and put them back afterwards."""
+    # Where CUDA was not touched yet, only the processor's generator is seeded: seeding CUDA's
+    # would outlive the block, and saving its state would start CUDA.
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if started else []
+    with torch.random.fork_rng(devices=devices):
+        if devices:
+            torch.manual_seed(seed)
+        else:
+            torch.default_generator.manual_seed(seed)
+        yield

@@ -32,6 +32,7 @@ from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
 from cure.models.checks import check_outputs
+from cure.models.failure import network_errors
 from cure.runs.records import CorruptionRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
@@ -113,17 +114,18 @@ def corruptions(
     if reference is not None:
         _check_baseline(reference, names, severities, about, source)
     engine = Engine.for_evaluation(chosen.options.device)
-    measured = _measure(
-        engine.place(model),
-        images,
-        natural,
-        give,
-        names,
-        severities,
-        engine,
-        chosen.batch_size,
-        progress,
-    )
+    with network_errors():
+        measured = _measure(
+            engine.place(model),
+            images,
+            natural,
+            give,
+            names,
+            severities,
+            engine,
+            chosen.batch_size,
+            progress,
+        )
     result = {
         "format": CORRUPTIONS_FORMAT,
         "target": chosen.name,

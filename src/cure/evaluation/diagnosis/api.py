@@ -11,6 +11,7 @@ from cure.evaluation.options import TargetKeywords
 from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike
 from cure.models import describe
+from cure.models.failure import network_errors
 from cure.runs.records import DiagnosisRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
@@ -65,10 +66,12 @@ def diagnose(
         expected=chosen.validation_accuracy(),
         other=other,
     )
+    with network_errors():
+        found = run_checks(context, progress=progress)
     result = {
         "format": "cure-diagnosis-1",
         "target": chosen.name,
-        **run_checks(context, progress=progress),
+        **found,
         "n": len(images),
         "seed": chosen.options.seed,
         "norm": threat.norm,

@@ -24,6 +24,10 @@ The best of 25 epochs on 1,000 images is about two standard errors (3 points) to
 images at hand decide by chance is in the test.
 """
 
+LEAST_SPREAD = 0.05
+"""Difference of an image's highest and lowest logit, below which their scale is unusual: logits of
+networks with random weights already differ by tenths."""
+
 REPEATS = 4
 ALONE = 8
 
@@ -128,6 +132,18 @@ def logits(context: CheckContext) -> Finding:
             measured,
             "The network returns probabilities, not logits: gradients vanish through its softmax "
             "and attacks look weaker than they are. Remove the softmax.",
+        )
+    spread = measured["median_spread"] = short(
+        (values.amax(dim=1) - values.amin(dim=1)).nanmedian()
+    )
+    if spread < LEAST_SPREAD:
+        return Finding(
+            "warn",
+            measured,
+            f"The logits of an image differ by {spread:.1g} only: the gradient of the loss almost "
+            "vanishes, and attacks that do not rescale logits look weaker than they are. Run `cure "
+            "diagnose`, and attack with AutoAttack (its DLR loss rescales logits), or multiply the "
+            "logits by a constant.",
         )
     return judged(
         "warn" if inside else "pass",
