@@ -545,6 +545,13 @@ class RunConfig(Section):
     """Weights at the beginning: ``natural`` trains naturally first; ``model`` or ``scratch`` keep
     those the model is built with (trained ones for hub models, random ones otherwise); anything
     else is the path of a checkpoint or run folder."""
+    start_key: str | None = None
+    """Where a checkpoint holds several sets of weights: the name of the one to take, such as
+    ``ema``; also ``start.key``."""
+    new_head: bool | str = False
+    """With a checkpoint as ``start``: draw the layer of the logits anew and load the rest; ``true``
+    takes the last linear layer or 1x1 convolution whose output is the number of classes, a name
+    that layer."""
     natural: NaturalConfig = NaturalConfig()
     """The natural training of ``start: natural``."""
     threat: ThreatConfig = ThreatConfig()
@@ -561,3 +568,17 @@ class RunConfig(Section):
     """The default evaluation."""
     tracking: Annotated[tuple[str, ...], BeforeValidator(_alone)] = ()
     """Experiment trackers that receive the numbers of every epoch: tensorboard, wandb, mlflow."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_section(cls, raw: object) -> object:
+        """``start.key=ema`` beside ``start=PATH``."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("start"), dict):
+            return raw
+        section = dict(raw["start"])
+        rest = {k: v for k, v in raw.items() if k != "start"}
+        if "name" in section:
+            rest["start"] = section.pop("name")
+        if "key" in section:
+            rest["start_key"] = section.pop("key")
+        return rest | ({"start": section} if section else {})

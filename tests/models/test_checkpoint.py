@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cure.errors import CheckpointError
+from cure.errors import CheckpointError, CureNote, ModelError
 from cure.models import Normalised, digest, load_weights, read_weights, save_weights
 from cure.utils.io import write_atomically
 
@@ -262,11 +262,12 @@ def test_weights_that_do_not_fit_are_told_and_nothing_is_loaded(tmp_path: Path) 
         model,
         {key: value for key, value in state.items() if not key.startswith("1.")},
         path,
-        r"does not fit the model \(Sequential\): 5 missing: 1.weight, 1.bias, 1.running_mean, "
-        r"1.running_var, 1.num_batches_tracked; check",
+        r"does not fit the model \(Sequential\): 4 missing: 1.weight, 1.bias, 1.running_mean, "
+        r"1.running_var; check",
     )
     more = {f"extra.{index}": torch.ones(1) for index in range(7)}
-    _refused(model, state | more, path, r"7 unexpected: extra.0, .*extra.4, \.\.\.; check")
+    lacking = {key: value for key, value in (state | more).items() if key != "3.bias"}
+    _refused(model, lacking, path, r"1 missing: 3.bias; 7 unexpected: extra.0, .*extra.4, \.\.\.")
     other = state | {"3.weight": torch.ones(4, 8), "3.bias": torch.ones(4)}
     _refused(
         model,
@@ -354,3 +355,97 @@ def test_content_is_flushed_before_it_gets_its_name(
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), rename(a, b)))
     write_atomically(tmp_path / "x", Path.touch)
     assert events == ["flush", "rename", "flush"]
+
+
+Wrap = Callable[[dict[str, Tensor]], Any]
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: _under("backbone.encoder.", state),
+        lambda state: {"weights": _under("student.", state), "step": 3},
+        lambda state: [3, {"run": {"generator": state}}],
+        lambda state: {"state_dict": state, "model": dict(state)},
+        lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
+    ],
+    ids=["two prefixes", "container and prefix", "nested", "the same twice", "without counts"],
+)
+def test_any_prefix_and_any_container_is_found(tmp_path: Path, wrap: Wrap) -> None:
+    model, other = network(), network()
+    torch.save(wrap(model.state_dict()), tmp_path / "w.pt")
+    load_weights(other, tmp_path / "w.pt")
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_a_prefix_of_the_network_alone_may_be_missing_in_the_file(tmp_path: Path) -> None:
+    model, other = network(), Inside()
+    torch.save({"net": model.state_dict()}, tmp_path / "w.pt")
+    load_weights(other, tmp_path / "w.pt")
+    assert same(other.model.state_dict(), model.state_dict())
+
+
+def test_entries_that_are_no_part_of_the_network_are_told(tmp_path: Path) -> None:
+    model, other = network(), network()
+    torch.save({"net": model.state_dict() | {"total_ops": torch.zeros(1)}}, tmp_path / "w.pt")
+    with pytest.warns(CureNote, match=r"w.pt: ignored 1 entries .*: total_ops"):
+        load_weights(other, tmp_path / "w.pt")
+    assert same(other.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda raw, ema: {"model": raw, "ema": ema},
+        lambda raw, ema: {"state_dict": _under("model.", raw) | _under("ema.", ema)},
+    ],
+)
+def test_of_two_sets_of_weights_one_must_be_chosen(
+    tmp_path: Path, wrap: Callable[[Any, Any], Any]
+) -> None:
+    raw, ema, other = network(), network(), network()
+    path = tmp_path / "w.pt"
+    content = wrap(raw.state_dict(), {k: v + 1 for k, v in ema.state_dict().items()})
+    _refused(other, content, path, r"2 sets of weights that fit .*model' and '.*ema'.*start_key=")
+    load_weights(other, path, key="ema")
+    assert torch.equal(other[0].weight, ema[0].weight + 1)
+    load_weights(other, path, key="model")
+    assert torch.equal(other[0].weight, raw[0].weight)
+    with pytest.raises(CheckpointError, match="no weights under the key 'average'; it has"):
+        load_weights(other, path, key="average")
+
+
+def test_a_head_for_other_classes_is_drawn_anew_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "w.pt"
+    for head in (nn.Linear(8, 1000), nn.Conv2d(8, 1000, 1)):
+        model, other = network(), network()
+        if isinstance(head, nn.Conv2d):
+            other[3] = nn.Conv2d(8, 3, 1)
+        model[3] = head
+        _refused(other, model.state_dict(), path, "last layer '3' .* new_head=true")
+        before = other[3].weight.clone()
+        load_weights(other, path, new_head=True, seed=1)
+        assert torch.equal(other[0].weight, model[0].weight)
+        drawn = other[3].weight.clone()
+        assert not torch.equal(drawn, before)
+        load_weights(other, path, new_head="3", seed=1)
+        assert torch.equal(other[3].weight, drawn)
+        with pytest.raises(ModelError, match="'1' is no linear layer or 1x1 convolution"):
+            load_weights(other, path, new_head="1")
+
+
+def test_a_pickled_network_is_converted_by_the_command_that_the_refusal_names(
+    tmp_path: Path,
+) -> None:
+    path, model, other = tmp_path / "whole.pt", network(), network()
+    torch.save({"epoch": 3, "net": model, "optimizer": [torch.ones(2)]}, path)
+    with pytest.raises(CheckpointError, match="once with: ") as caught:
+        load_weights(other, path)
+    command = str(caught.value).split("once with: ")[1]
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
+    load_weights(other, path.with_suffix(".safetensors"))
+    assert same(other.state_dict(), model.state_dict())

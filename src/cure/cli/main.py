@@ -501,12 +501,15 @@ def _alone_or_together(
 def _note(message: Warning | str, category: type[Warning], *place: Any) -> None:
     """Show a note of this project as one line, any other warning as Python does."""
     if issubclass(category, CureNote):
-        warn(f"note: {message}")
+        if str(message) not in _noted:
+            warn(f"note: {message}")
+        _noted.add(str(message))
     else:
         _show_warning(message, category, *place)
 
 
 _show_warning = warnings.showwarning
+_noted: set[str] = set()
 
 
 def _sentence(error: Exception) -> CureError | None:

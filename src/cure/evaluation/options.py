@@ -25,6 +25,7 @@ class TargetOptions:
 
     Attributes:
         weights: weights file for a named network or a module.
+        weights_key: which set of weights to take where the file holds several ("ema").
         options: arguments of a named network's builder ({"width": 16}).
         mean: with ``std``: what the network expects its input to be standardised with, one number
             a channel, for images in [0, 1].
@@ -44,6 +45,7 @@ class TargetOptions:
     """
 
     weights: Annotated[str | Path | None, "Weights file of a named network."] = None
+    weights_key: Annotated[str | None, "Which weights, where the file holds several: ema."] = None
     options: Annotated[
         Mapping[str, Any] | None, "Option of a named network, for example width=16; repeatable."
     ] = None
@@ -72,6 +74,7 @@ class TargetKeywords(TypedDict, total=False):
     """The fields of :class:`TargetOptions` as keyword arguments of functions, for type checkers."""
 
     weights: str | Path | None
+    weights_key: str | None
     options: Mapping[str, Any] | None
     mean: Sequence[float] | None
     std: Sequence[float] | None

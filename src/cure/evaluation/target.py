@@ -221,7 +221,7 @@ def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSe
         else:
             model = adapted_copy(given, len(images.classes), images.channels, images.size, section)
         if how.weights is not None:
-            load_weights(model, how.weights)
+            load_weights(model, how.weights, key=how.weights_key, setting="weights_key")
         return model
 
     return build

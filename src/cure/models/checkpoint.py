@@ -17,12 +17,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from cure.errors import CheckpointError
+from cure.errors import CheckpointError, CureNote, ModelError
+from cure.models.fitting import Fit, choose, constants, draw_head, find_head, fits
+from cure.models.trial import traits_of
 from cure.models.wrapper import Normalised, core
 from cure.utils.io import first_line, write_atomically
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "state_dict.", "model_state_dict.")
 _NORMALISATION = re.compile(r"(mean|std|mu|sigma|normali[sz]e\..*)")
 _SHOWN = 5
 
@@ -39,70 +41,132 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     ``.safetensors`` files are read as such, all others as PyTorch's.  A state dict inside
     ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is taken out, and prefixes that
-    wrappers add to all names (``module.``, ``_orig_mod.``, ``model.``) are taken off, except in
-    files of :func:`save_weights`, whose names are exact.
+    wrappers add to all names (``module.``, ``_orig_mod.``, ``model.``, ``net.``) are taken off,
+    except in files of :func:`save_weights`, whose names are exact.
 
     Raises:
         CheckpointError: when the file is missing, damaged, altered since it was written (where it
             carries a checksum: files of this project, and PyTorch's since version 1.6), holds no
             weights, or could be read only by running code.
     """
-    weights, exact = _read(Path(path))
+    path = Path(path).expanduser()
+    content, exact = _read(path)
+    weights = _tensors(content, path)
     return weights if exact else list(_strippings(weights))[-1]
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    key: str | None = None,
+    new_head: bool | str = False,
+    seed: int = 0,
+    setting: str = "start_key",
+) -> None:
     """Put the weights of a checkpoint into ``core(model)``, all of them or none.
 
-    A checkpoint that standardises inside (it holds ``mean`` and ``std``) is accepted only by a
-    model that is :class:`Normalised` with the same constants.
+    The file may hold one dictionary of tensors that fits, anywhere in it, with any prefix before
+    all names.  Entries that are no part of the network are ignored and named in a
+    :class:`~cure.errors.CureNote`.  A checkpoint that standardises inside (it holds ``mean`` and
+    ``std``) is accepted only by a model that is :class:`Normalised` with the same constants.
 
     Args:
         model: any network; it is left untouched when anything fails.
         path: see :func:`read_weights`.
+        key: which dictionary to take where several fit, for example "ema".
+        new_head: draw the layer of the logits anew and load the rest: the last linear layer or
+            1x1 convolution whose output is the number of classes, or the layer of this name.
+        seed: of the new head.
+        setting: what messages call ``key``.
 
     Raises:
-        CheckpointError: when the file cannot be read (see :func:`read_weights`), when its names
-            and shapes are not exactly those of the network, or when a weight is not finite.
+        CheckpointError: when the file cannot be read (see :func:`read_weights`), when nothing or
+            more than one thing in it fits the network, or when a weight is not finite.
+        ModelError: when there is no head to draw.
     """
-    path = Path(path)
-    read, exact = _read(path)
-    target: dict[str, Tensor] = core(model).state_dict()
-    weights = read
-    if not exact:
-        # A network of its own may have all its names under "model.", so the first that fits wins.
-        candidates = list(_strippings(read))
-        fitting = [item for item in candidates if item.keys() == target.keys()]
-        weights = fitting[0] if fitting else candidates[-1]
-    missing = [name for name in target if name not in weights]
-    unexpected = [name for name in weights if name not in target]
-    if unexpected and not missing and all(map(_NORMALISATION.fullmatch, unexpected)):
-        _check_normalisation(model, path, {name: weights[name] for name in unexpected})
-        unexpected = []
-    differing = [
-        f"{name} {list(weights[name].shape)} for {list(value.shape)}"
-        for name, value in target.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    problems = [
-        _listed("missing", missing),
-        _listed("unexpected", unexpected),
-        _listed("of another shape", differing),
-    ]
-    if any(problems):
+    path = Path(path).expanduser()
+    content, exact = _read(path)
+    network = core(model)
+    target: dict[str, Tensor] = network.state_dict()
+    found = choose(fits(content, target), path, key)
+    if exact:
+        # Written here, so that its names are those of the network.
+        found = [fit for fit in found if not fit.place]
+    if not found:
+        _tensors(content, path)  # Says what the file holds instead.
+        raise CheckpointError(f"{path} holds no weights of {type(network).__name__}")
+    head = _head(model, new_head) if new_head else None
+    drawn = [] if head is None else [n for n in target if n.startswith(f"{head}.") or n == head]
+    fitting = [fit for fit in found if not fit.missing and set(fit.differing) <= set(drawn)]
+    if len(fitting) > 1:
+        named = " and ".join(f"'{fit.place or 'the file itself'}'" for fit in fitting[:3])
         raise CheckpointError(
-            f"{path} does not fit the model ({type(core(model)).__name__}): "
-            f"{'; '.join(filter(None, problems))}; check model.name, model.options and the number "
-            "of classes"
+            f"{path} holds {len(fitting)} sets of weights that fit the model, {named}; choose one "
+            f"with {setting}={fitting[-1].place or 'NAME'}"
         )
-    ready = {name: weights[name].to(value.dtype) for name, value in target.items()}
+    if not fitting or (exact and fitting[0].extra):
+        raise CheckpointError(_unfitting(model, path, (fitting or found)[0], target, exact))
+    fit = fitting[0]
+    _check_normalisation(model, path, fit.extra)
+    ready = {
+        name: value.to(target[name].dtype)
+        for name, value in fit.weights.items()
+        if name not in drawn
+    }
     broken = [name for name, value in ready.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise CheckpointError(
             f"{path} holds weights that are not finite ({_listed('in all', broken)}); training "
             "had probably diverged before it was written"
         )
-    core(model).load_state_dict(ready, strict=True)
+    others = [name for name in fit.extra if not constants({name: fit.extra[name]})]
+    if others:
+        warnings.warn(
+            f"{path.name}: ignored {_listed('entries that are no part of the network', others)}",
+            CureNote,
+            stacklevel=2,
+        )
+    network.load_state_dict(target | ready, strict=True)
+    if head is not None:
+        draw_head(network, head, seed)
+
+
+def _head(model: nn.Module, new_head: bool | str) -> str:
+    """The layer of the logits."""
+    shape = traits_of(model).shape
+    name = new_head if isinstance(new_head, str) else None
+    return find_head(core(model), shape[1] if len(shape) == 2 else None, name)
+
+
+def _unfitting(
+    model: nn.Module, path: Path, fit: Fit, target: Mapping[str, Tensor], exact: bool
+) -> str:
+    """The sentence for a file in which nothing fits the network."""
+    differing = [
+        f"{name} {list(fit.weights[name].shape)} for {list(target[name].shape)}"
+        for name in fit.differing
+    ]
+    problems = [
+        _listed("missing", fit.missing),
+        _listed("unexpected", list(fit.extra)) if exact or fit.missing else "",
+        _listed("of another shape", differing),
+    ]
+    advice = "check model.name, model.options and the number of classes"
+    if differing and not fit.missing:
+        try:
+            head = _head(model, True)
+        except ModelError:
+            head = None
+        if head is not None and all(name.startswith(f"{head}.") for name in fit.differing):
+            advice = (
+                f"only its last layer '{head}' is for another number of classes: with start=FILE, "
+                "new_head=true draws a new one and loads the rest"
+            )
+    return (
+        f"{path} does not fit the model ({type(core(model)).__name__}): "
+        f"{'; '.join(filter(None, problems))}; {advice}"
+    )
 
 
 def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -> None:
@@ -145,8 +209,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """The tensors of a file, and whether their names are exactly the network's."""
+def _read(path: Path) -> tuple[object, bool]:
+    """What a file holds, and whether its names are exactly the network's."""
     if path.is_dir():
         raise CheckpointError(f"expected a file with weights, got the folder {path}")
     try:
@@ -162,7 +226,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], bool]:
         raise CheckpointError(f"could not read {path}: {first_line(error)}") from None
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    return _tensors(_read_torch(path), path), False
+    return _read_torch(path), False
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
@@ -224,16 +288,22 @@ def _read_torch(path: Path) -> object:
 
 def _refused(path: Path) -> str:
     """The sentence for a pickle that asks for code, with the way out."""
+    # Everything that is a tensor, by its place in the file; load_weights finds what fits.
     convert = (
         "import sys, torch, safetensors.torch as s; "
-        "w = torch.load(sys.argv[1], map_location='cpu', weights_only=False); "
-        "s.save_file(w['state_dict'], sys.argv[2])"
+        "f = lambda o, p='': {p[:-1]: o.detach().clone().contiguous()} "
+        "if isinstance(o, torch.Tensor) else {k: t for n, v in dict("
+        "o.state_dict() if isinstance(o, torch.nn.Module) else o if isinstance(o, dict) else "
+        "enumerate(o) if isinstance(o, (list, tuple)) else getattr(o, '__dict__', {})"
+        ").items() for k, t in f(v, p + str(n) + '.').items()}; "
+        "s.save_file(f(torch.load(sys.argv[1], map_location='cpu', weights_only=False)), "
+        "sys.argv[2])"
     )
     names = shlex.join([str(path), str(path.with_suffix(".safetensors"))])
     return (
         f"{path} was refused because loading it would run code that it names: it holds more than "
-        "tensors; if you trust where it came from, convert it to safetensors once with: "
-        f"python -c \"{convert}\" {names} (adapt w['state_dict'] to where the weights are)"
+        "tensors; if you trust where it came from, convert it to safetensors, where the code of "
+        f'its network can be imported, once with: python -c "{convert}" {names}'
     )
 
 
@@ -293,24 +363,28 @@ def _strippings(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         yield weights
 
 
-def _check_normalisation(model: nn.Module, path: Path, constants: dict[str, Tensor]) -> None:
+def _check_normalisation(model: nn.Module, path: Path, extra: dict[str, Tensor]) -> None:
     """Refuse a checkpoint that standardises inside unless the model does the same."""
-    values: dict[str, list[float]] = {}
-    for name, value in constants.items():
-        role = {"mu": "mean", "sigma": "std"}.get(name.split(".")[-1], name.split(".")[-1])
-        values[role] = [round(number, 7) for number in value.flatten().tolist()]
-    if isinstance(model, Normalised) and values.keys() == {"mean", "std"}:
-        own = {"mean": model.mean.flatten(), "std": model.std.flatten()}
+    values = constants(extra)
+    if not values:
+        return
+    inside = next((m for m in model.modules() if isinstance(m, Normalised)), None)
+    if inside is not None and values.keys() == {"mean", "std"}:
+        own = {"mean": inside.mean.flatten(), "std": inside.std.flatten()}
         if all(
             len(own[role]) == len(values[role])
             and torch.allclose(own[role].cpu(), torch.tensor(values[role]), atol=1e-6)
             for role in own
         ):
             return
+    names = [name for name in extra if constants({name: extra[name]})]
     advice = " and ".join(f"model.{role} {numbers}" for role, numbers in sorted(values.items()))
+    given = " ".join(
+        f"--{role} {','.join(map(str, numbers))}" for role, numbers in sorted(values.items())
+    )
     raise CheckpointError(
-        f"{path} standardises images inside ({_listed('unexpected', list(constants))}); give the "
-        f"same constants as mean and std in the recipe: {advice}"
+        f"{path} standardises images inside ({_listed('unexpected', names)}); give the same "
+        f"constants as mean and std in the recipe: {advice} (cure evaluate: {given})"
     )
 
 

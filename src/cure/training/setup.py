@@ -35,6 +35,7 @@ from cure.runs.folder import RunFolder
 from cure.training.schedule import learning_rate
 from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
+from cure.utils.random import derive
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,13 @@ def _prepared(
         freeze_statistics(network)
     fresh = folder is None or not folder.state.exists()
     if fresh and config.start not in (NATURAL, "scratch", "model"):
-        load_weights(network, _start_weights(config.start))
+        load_weights(
+            network,
+            _start_weights(config.start),
+            key=config.start_key,
+            new_head=config.new_head,
+            seed=derive(config.seed, "new head"),
+        )
     _choose_layers(network, config)
     prepared = Prepared(engine, training, validation, network, initial)
     prepared = replace(prepared, teachers=teacher_networks(config, prepared))
