@@ -110,18 +110,20 @@ def adapt(
     image = torch.rand((2, channels, *size), generator=draws).to(device)
     if any(is_lazy(tensor) for tensor in _own_tensors(model)):
         _fill_lazy(model, image, title)
-    scratch = copy_network(model)
-    found = _tried(scratch, image, classes, title, channels_last=True)
-    differs = found is None or not _same_in_both(scratch, image, classes)
-    if found is None or differs or not found.complete:
-        plain = _tried(scratch, image, classes, title, channels_last=False)
+    # A copy for each layout: where a dimension is 1, a change of layout keeps the old strides.
+    inner, outer = copy_network(model), copy_network(model)
+    inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = None
+    if _same_in_both(inner, outer, image, classes):
+        found = _tried(inner, image, classes, title, channels_last=True)
+    if found is None or not found.complete:
+        plain = _tried(outer, image, classes, title, channels_last=False)
         assert plain is not None
-        if found is None or differs or plain.better_than(found):
+        if found is None or plain.better_than(found):
             found = replace(plain, traits=replace(plain.traits, channels_last=False))
     untrainable = _untrainable(model, found)
     traits = replace(
         found.traits,
-        detaches=not _copies(scratch) or not _copies(model),
         untrainable=untrainable,
         notes=(*notes, *found.traits.notes),
     )
@@ -177,6 +179,12 @@ def copy_network(model: nn.Module) -> nn.Module:
     except Exception:
         pass  # tried again below, where the reason is told
     memo: dict[int, Any] = {id(t): t.detach().clone() for t in kept_tensors(model)}
+    # PyTorch copies lazy parameters but no lazy buffers.
+    memo |= {
+        id(b): type(b)(device=b.device, dtype=b.dtype)  # type: ignore[call-arg]
+        for b in model.buffers()
+        if is_lazy(b)
+    }
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:
@@ -186,10 +194,6 @@ def copy_network(model: nn.Module) -> nn.Module:
 def kept_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Tensors that modules keep of a past computation: those that ``copy.deepcopy`` refuses."""
     return Adapted.kept_tensors(model)
-
-
-def _copies(model: nn.Module) -> bool:
-    return next(kept_tensors(model), None) is None
 
 
 def _uncopyable(model: nn.Module, error: Exception) -> str:
@@ -267,6 +271,7 @@ class _Pass:
     shape: tuple[int, ...] = ()
     cast: bool = False
     in_place: bool = False
+    detaches: bool = False
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     no_gradient: str = ""
@@ -306,7 +311,6 @@ def _tried(
         ModelError: when it fails in the default layout.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    scratch.to(memory_format=layout)  # type: ignore[call-overload]
     image = image.contiguous(memory_format=layout)
     _set_mode(scratch, False)
     evaluated = _pass(scratch, image, classes)
@@ -326,6 +330,7 @@ def _tried(
         shape=evaluated.shape,
         cast=evaluated.cast or training.cast,
         in_place=evaluated.in_place or training.in_place,
+        detaches=evaluated.detaches or training.detaches,
         no_gradient=evaluated.no_gradient,
         notes=tuple(dict.fromkeys(evaluated.notes + training.notes)),
     )
@@ -366,8 +371,9 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
     return _Pass(
         output=found,
         shape=tuple(logits.shape),
-        cast=logits.dtype != image.dtype,
+        cast=logits.dtype != image.dtype or logits.is_inference(),
         in_place=in_place,
+        detaches=next(kept_tensors(scratch), None) is not None,
         notes=(note,) if note else (),
         no_gradient=no_gradient,
     )
@@ -383,7 +389,7 @@ def _without_gradient(scratch: nn.Module, image: Tensor, classes: int, error: Ex
     return _Pass(
         output=found,
         shape=tuple(logits.shape),
-        cast=logits.dtype != image.dtype,
+        cast=logits.dtype != image.dtype or logits.is_inference(),
         in_place=not torch.equal(inside, image),
         notes=(note,) if note else (),
         no_gradient=reason_of(error),
@@ -419,16 +425,19 @@ def _watch(scratch: nn.Module, lost: list[str]) -> list[Any]:
     return handles
 
 
-def _same_in_both(scratch: nn.Module, image: Tensor, classes: int) -> bool:
-    """Whether logits are the same, up to rounding, in both memory layouts."""
-    _set_mode(scratch, False)
+def _same_in_both(inner: nn.Module, outer: nn.Module, image: Tensor, classes: int) -> bool:
+    """Whether two copies of a network agree, up to rounding, one in each memory layout."""
     found = []
-    for layout in (torch.contiguous_format, torch.contiguous_format, torch.channels_last):
-        scratch.to(memory_format=layout)  # type: ignore[call-overload]
+    for network, layout in (
+        (outer, torch.contiguous_format),
+        (outer, torch.contiguous_format),
+        (inner, torch.channels_last),
+    ):
+        _set_mode(network, False)
         try:
             with torch.no_grad():
-                inside = image.contiguous(memory_format=layout).clone()
-                found.append(main_output(scratch(inside), classes)[0].float())
+                inside = image.clone(memory_format=layout)
+                found.append(main_output(network(inside), classes)[0].float())
         except Exception:
             return False
     plain, again, last = found

@@ -141,7 +141,10 @@ def _parts(output: object) -> dict[str, Tensor]:
 
 def contiguous_input(image: Tensor) -> Tensor:
     """Images [B, C, H, W] in the default layout; their gradient comes back in that of ``image``."""
-    inside = image.contiguous()
+    # Of one image or channel, both layouts may be contiguous; what a network does then depends on
+    # the strides.
+    plain = image.stride() == torch.empty(image.shape, device="meta").stride()
+    inside = image if plain else image.clone(memory_format=torch.contiguous_format)
     if inside is not image and inside.requires_grad:
         inside.register_hook(_channel_innermost)  # type: ignore[no-untyped-call]
     return inside
@@ -170,7 +173,8 @@ class Adapted(Wrapper):
         contiguous: weights and images stay in PyTorch's default memory layout.
         copies_input: the network changes its input, so it is given a copy.
         takes_main: the network returns more than a tensor of logits.
-        casts: the network returns another floating-point type than that of the images.
+        casts: the network returns another floating-point type than that of the images, or tensors
+            of ``torch.inference_mode()``.
     """
 
     def __init__(
@@ -195,7 +199,10 @@ class Adapted(Wrapper):
             inside = inside.clone()
         output = self.network(inside)
         logits: Tensor = only_main_output(output, self.classes) if self.takes_main else output
-        return logits.to(image.dtype) if self.casts else logits
+        if not self.casts:
+            return logits
+        # Attacks write into logits, which those of torch.inference_mode() do not allow.
+        return logits.clone() if logits.is_inference() else logits.to(image.dtype)
 
     def to(self, *args: Any, **kwargs: Any) -> Adapted:
         """As any module; a network in the default layout is not moved to another one."""
