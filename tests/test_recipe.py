@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ import yaml
 import cure
 from cure.config import Ratio, RunConfig
 from cure.errors import ConfigError
-from cure.recipe import check, dump, load_recipe, parse_override, read_recipe, recipe_names
+from cure.recipe import (
+    check,
+    dump,
+    load_recipe,
+    override,
+    parse_override,
+    read_recipe,
+    recipe_names,
+)
 from cure.registry import METHODS
 from cure.training.setup import training_attack
 from cure.utils.engine import Engine
@@ -211,3 +220,33 @@ def test_a_folder_with_the_name_of_a_recipe_does_not_hide_it(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     assert read_recipe("photos")["name"] == "photos"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("threat.epsilon", 8, "for images in \\[0, 1\\], got 8; .* say 8/255"),
+        ("threat", {"norm": "L2", "epsilon": 128}, "16 or less in L2 .* say 128/255"),
+        ("attack.step_size", 2, "no longer than the radius .* got 2; say attack.step_size=2/255"),
+        (
+            "model",
+            {"name": "resnet18", "mean": [124, 116, 104], "std": [58, 57, 57]},
+            "divide mean and std by 255",
+        ),
+    ],
+)
+def test_values_in_units_of_255_are_refused_with_what_is_meant(
+    key: str, value: Any, message: str
+) -> None:
+    raw = read_recipe("digits")
+    override(raw, key, value)
+    with pytest.raises(ConfigError, match=message):
+        check(raw, "recipe")
+
+
+def test_the_key_of_a_start_goes_with_its_path() -> None:
+    raw = read_recipe("digits")
+    override(raw, "start", "best.pt")
+    override(raw, "start.key", "ema")
+    config = check(raw, "recipe")
+    assert (config.start, config.start_key) == ("best.pt", "ema")

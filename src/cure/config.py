@@ -23,6 +23,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SerializeAsAny,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -237,6 +238,17 @@ class ModelConfig(Section):
     std: Annotated[tuple[PositiveFloat, ...] | None, Field()] = None
     """Divides each channel afterwards; given together with ``mean``."""
 
+    @field_validator("mean")
+    @classmethod
+    def _mean_of_unit_images(cls, mean: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if mean is not None and max(mean, default=0.0) > 1:
+            raise PydanticCustomError(
+                "units",
+                "expected the mean of images in [0, 1], got {mean}; divide mean and std by 255",
+                {"mean": list(mean)},
+            )
+        return mean
+
     @field_validator("std")
     @classmethod
     def _std_goes_with_mean(cls, std: Any, info: Any) -> Any:
@@ -257,6 +269,20 @@ class ThreatConfig(Section):
     """Radius of the ball, for images in [0, 1]."""
 
     _epsilon_positive = field_validator("epsilon")(_positive)
+
+    @field_validator("epsilon")
+    @classmethod
+    def _epsilon_of_unit_images(cls, epsilon: Ratio, info: ValidationInfo) -> Ratio:
+        norm = info.data.get("norm")
+        limit = {"Linf": 1.0, "L2": 16.0}.get(str(norm), math.inf)
+        if epsilon > limit:
+            raise PydanticCustomError(
+                "units",
+                "expected a radius of {limit} or less in {norm} for images in [0, 1], got {text}; "
+                "if it is meant for pixels from 0 to 255, say {text}/255",
+                {"limit": f"{limit:g}", "norm": norm, "text": epsilon.text},
+            )
+        return epsilon
 
     @field_validator("norm", mode="before")
     @classmethod
@@ -582,3 +608,19 @@ class RunConfig(Section):
         if "key" in section:
             rest["start_key"] = section.pop("key")
         return rest | ({"start": section} if section else {})
+
+    @model_validator(mode="after")
+    def _step_inside_the_ball(self) -> RunConfig:
+        epsilon = self.attack.epsilon or self.threat.epsilon
+        # Single-step attacks with a random start step by up to two radii.
+        longest = epsilon * (1 if self.attack.steps > 1 else 2)
+        if self.attack.name == "pgd" and self.attack.step_size > longest * (1 + 1e-9):
+            step = self.attack.step_size.text
+            meant = f"{step}/255" if self.attack.step_size >= 1 else f"{epsilon / 4:.4g}"
+            raise PydanticCustomError(
+                "units",
+                "attack.step_size: expected a step no longer than the radius {epsilon}, got "
+                "{step}; say attack.step_size={meant}",
+                {"epsilon": str(epsilon), "step": step, "meant": meant},
+            )
+        return self

@@ -13,7 +13,6 @@ from method_bench import batch, build, context, fixed_attack, tiny_network
 from pydantic import ValidationError
 from torch import nn
 
-from cure.errors import ConfigError
 from cure.methods.common.revision import RevisionConfig, RevisionModel
 
 
@@ -55,19 +54,20 @@ def test_memory_of_a_decay_of_one_s_own():
     assert RevisionConfig(decay=0.0, rate=1.0).memory(700) == 1
 
 
-def test_a_horizon_below_one_update_is_an_error_that_says_what_would_do():
-    with pytest.raises(ConfigError, match=r"method\.revision\.horizon") as caught:
-        RevisionConfig(horizon=0.01).decay_for(400)  # .8 updates
-    assert "0.80" in str(caught.value)
-    assert "0.0125" in str(caught.value)
+def test_a_horizon_below_one_update_is_taken_as_one_and_said():
+    config = RevisionConfig(horizon=0.01)
+    assert config.decay_for(400) == 0.0  # .8 updates
+    assert config.memory(400) == 5
+    (sentence,) = config.warnings(400)
+    assert "method.revision.horizon: 0.01 of 400 steps holds 0.80 updates" in sentence
     assert RevisionConfig(horizon=0.0125).decay_for(400) == pytest.approx(0.0, abs=1e-12)
+    assert RevisionConfig(horizon=0.0125).warnings(400) == []
+    assert RevisionConfig().warnings(3) == []
 
 
-def test_a_run_too_short_for_any_horizon_is_not_told_to_use_an_impossible_one():
-    """3 steps at rate .2 hold .6 updates even with the whole run as memory: no horizon will do."""
-    with pytest.raises(ConfigError) as caught:
-        RevisionConfig(horizon=1.0).decay_for(3)
-    assert "use a horizon of 1.67" not in str(caught.value)
+def test_a_run_too_short_for_any_horizon_trains():
+    """3 steps at rate .2 hold .6 updates even with the whole run as memory."""
+    assert RevisionConfig(horizon=1.0).decay_for(3) == 0.0
 
 
 def test_decay_and_horizon_together_are_an_error():

@@ -13,7 +13,7 @@ import torch
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
-from cure.attacks.early_exit import PlainLayout, standard_part
+from cure.attacks.early_exit import AnySizeSquare, PlainLayout, standard_part
 from cure.attacks.pgd import attack_mode
 from cure.attacks.registry import EvaluationAttack, Part, add_attack, unchanged
 from cure.attacks.threat import Threat
@@ -66,6 +66,19 @@ def package_part(
         "fab-t": suite.fab,
         "square": suite.square,
     }[part]
+    if part == "square":
+        attack = AnySizeSquare(
+            network,
+            norm=threat.norm,
+            eps=threat.epsilon,
+            seed=seed,
+            device=image.device,
+            n_restarts=attack.n_restarts,
+            n_queries=attack.n_queries,
+            p_init=attack.p_init,
+            loss=attack.loss,
+            resc_schedule=attack.rescale_schedule,
+        )
     attack.seed = seed
     if part in ("apgd-ce", "apgd-dlr"):
         attack.loss = part.removeprefix("apgd-")

@@ -19,6 +19,7 @@ parameter-free attacks, ICML 2020; FAB: Croce & Hein, ICML 2020; Square: Andrius
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -381,7 +382,50 @@ def projection(point: Tensor, normal: Tensor, offset: Tensor, norm: str) -> Tens
     return -sign * torch.minimum(factor[:, None] * speed, room)
 
 
-class FastSquare(SquareAttack):  # type: ignore[misc]
+class _Tile:
+    """A pattern of the first tiling, cut off at the edge of the image when it is viewed."""
+
+    def __init__(self, pattern: Tensor, height: int, width: int) -> None:
+        self.cut = pattern[:height, :width]
+
+    def view(self, *shape: int) -> Tensor:  # noqa: ARG002 - the package asks for the whole tile
+        """[1, 1, height, width]."""
+        return self.cut[None, None]
+
+
+class AnySizeSquare(SquareAttack):  # type: ignore[misc]
+    """Square attack on images of any height and width, as the package's where that runs.
+
+    In L2 and L1 the package begins with square tiles of a fifth of the height, and fails where
+    they do not end inside the image: here they are cut off.
+    """
+
+    _tiles: Iterator[tuple[int, int]] = iter(())
+
+    def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Number of queries and the best images found."""
+        height, width = x.shape[2:]
+        side = max(1, height // 5)
+        first = (height - side * 5) // 2
+        if self.norm != "Linf":
+            rows = [max(0, min(side, height - first - n * side)) for n in range(height // side)]
+            columns = [max(0, min(side, width - first - n * side)) for n in range(width // side)]
+            self._tiles = iter([(row, column) for row in rows for column in columns])
+        queries, best = super().attack_single_run(x, y)
+        return queries, best
+
+    def eta(self, s: int) -> Tensor | _Tile:
+        """The pattern of side ``s``; cut off while the image is tiled first."""
+        pattern, size = self.pattern(s), next(self._tiles, None)
+        return pattern if size is None else _Tile(pattern, *size)
+
+    def pattern(self, s: int) -> Tensor:
+        """The package's pattern of side ``s``."""
+        made: Tensor = super().eta(s)
+        return made
+
+
+class FastSquare(AnySizeSquare):
     """Square attack, margin loss, untargeted."""
 
     def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -393,7 +437,7 @@ class FastSquare(SquareAttack):  # type: ignore[misc]
         margin = own - logits.amax(dim=-1)
         return margin, margin
 
-    def eta(self, s: int) -> Tensor:
+    def pattern(self, s: int) -> Tensor:
         """The pattern of the L2 form, side ``s``; the package makes it anew at every query."""
         kept = self.__dict__.setdefault("_patterns", {})
         if s not in kept:

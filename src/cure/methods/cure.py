@@ -290,8 +290,11 @@ class CURE(Method):
         """The revision model's memory must fit the run."""
         config, total = self.config.revision, self.context.total_steps
         # A horizon of 1 asks for the whole run; rounding must not make that a warning.
-        if not self.config.gamma or config.ramp or config.memory(total) <= total * (1 + 1e-6):
+        if not self.config.gamma or config.ramp:
             return []
+        short: list[str] = config.warnings(total)
+        if short or config.memory(total) <= total * (1 + 1e-6):
+            return short
         return [
             f"the revision model remembers {config.memory(total):,.0f} steps but the run has only "
             f"{total:,}: it will stay near its start and hold the network there; set "

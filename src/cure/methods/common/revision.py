@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.config import Section
-from cure.errors import ConfigError
 from cure.methods.base import Context
 from cure.utils.random import generator
 
@@ -54,24 +53,26 @@ class RevisionConfig(Section):
     def decay_for(self, total_steps: int) -> float:
         """The decay d of a run of ``total_steps`` optimiser steps.
 
-        Raises:
-            ConfigError: when the horizon is shorter than one expected update.
+        A horizon that is shorter than one expected update is taken as one: d is then 0, and the
+        revision model is the network as it was at the last update.
         """
         if self.horizon is None:
             return PAPER_DECAY if self.decay is None else self.decay
-        updates = self.rate * self.horizon * total_steps
-        if updates < 1:
-            needed = 1 / (self.rate * total_steps)
-            mend = (
-                f"use a horizon of {needed:.3g} or more, or train longer"
-                if needed <= 1
-                else f"train for {1 / self.rate:.0f} steps or more, or raise the rate"
-            )
-            raise ConfigError(
-                f"method.revision.horizon: {self.horizon} of {total_steps} steps holds "
-                f"{updates:.2f} updates at rate {self.rate}, at least 1 is needed: {mend}"
-            )
-        return 1 - 1 / updates
+        return 1 - 1 / max(1.0, self.updates(total_steps))
+
+    def updates(self, total_steps: int) -> float:
+        """Expected updates within the horizon."""
+        return self.rate * (self.horizon or 0.0) * total_steps
+
+    def warnings(self, total_steps: int) -> list[str]:
+        """What to say of a run so short that its horizon holds no update."""
+        if self.horizon is None or self.updates(total_steps) >= 1:
+            return []
+        return [
+            f"method.revision.horizon: {self.horizon:g} of {total_steps} steps holds "
+            f"{self.updates(total_steps):.2f} updates at rate {self.rate:g}; one is used, so the "
+            "revision model is a recent copy of the network; train longer for an average"
+        ]
 
     def memory(self, total_steps: int) -> float:
         """Steps after which an update has faded to 1/e, on average."""
