@@ -108,7 +108,8 @@ def _part(kind: str, part: str) -> Part:
                 return standard_part(part, model, plain, label, threat, seed)
             attack = package_part(kind, part, PlainLayout(model), plain, threat, seed)
             found: Tensor = attack.perturb(plain, label)
-            return found
+            # The package's projection in L1 leaves [0, 1] by rounding.
+            return found.clamp(0.0, 1.0)
 
     passes, least_classes = _COST[part]
     return Part(run, passes, least_classes, gradient=part != "square")
