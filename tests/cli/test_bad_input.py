@@ -384,7 +384,7 @@ def test_a_model_that_is_no_classifier_is_refused(recipe: Path, tmp_path: Path, 
         "nan": (nn.Sequential(nn.Flatten(), linear), "not finite"),
         "classes": (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "3 logits"),
         "flat": (nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0)), "expected logits"),
-        "size": (nn.Sequential(nn.Flatten(), nn.Linear(99, 2)), "cannot take images"),
+        "size": (nn.Sequential(nn.Flatten(), nn.Linear(99, 2)), "failed on images of shape"),
     }
     model, words = models[kind]
     with pytest.raises(ModelError, match=words):

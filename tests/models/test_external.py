@@ -119,7 +119,7 @@ def test_own_callable_gets_what_it_names(folder: Path, attribute: str) -> None:
         ("own_networks:needs", {}, ConfigError, "needs more .*'secret'"),
         ("own_networks:broken", {}, ModelError, r"ValueError: no such luck \(own_net.* line \d+\)"),
         ("own_networks:wrong", {}, ModelError, r"shape \[2, 10\] .* got \[2, 11\]"),
-        ("own_networks:Output", {}, ModelError, "tensor of logits, got dict"),
+        ("own_networks:Output", {}, ModelError, "shape .2, 10. for two .* got .2, 16."),
         ("own_networks:Crash", {}, ModelError, r"failed on images of shape \[2, 1, 4, 4\].*boom"),
     ],
 )
