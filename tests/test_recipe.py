@@ -14,6 +14,7 @@ from cure.config import Ratio, RunConfig
 from cure.errors import ConfigError
 from cure.recipe import (
     check,
+    check_kept,
     dump,
     load_recipe,
     override,
@@ -250,3 +251,12 @@ def test_the_key_of_a_start_goes_with_its_path() -> None:
     override(raw, "start.key", "ema")
     config = check(raw, "recipe")
     assert (config.start, config.start_key) == ("best.pt", "ema")
+
+
+def test_units_of_a_run_that_exists_are_not_questioned() -> None:
+    raw = yaml.safe_load(dump(load_recipe("digits")))
+    raw["attack"]["step_size"] = 2
+    raw["threat"]["epsilon"] = 8
+    with pytest.raises(ConfigError, match="epsilon"):
+        check(raw, "recipe")
+    assert float(check_kept(raw, "run").threat.epsilon) == 8

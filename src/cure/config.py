@@ -101,6 +101,11 @@ def _positive(value: Ratio) -> Ratio:
     return value
 
 
+def _kept(info: ValidationInfo) -> bool:
+    """Whether the values are those of a run that exists: their units are not questioned then."""
+    return bool(info.context and info.context.get("kept"))
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values do not change once read."""
 
@@ -240,8 +245,10 @@ class ModelConfig(Section):
 
     @field_validator("mean")
     @classmethod
-    def _mean_of_unit_images(cls, mean: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if mean is not None and max(mean, default=0.0) > 1:
+    def _mean_of_unit_images(
+        cls, mean: tuple[float, ...] | None, info: ValidationInfo
+    ) -> tuple[float, ...] | None:
+        if mean is not None and max(mean, default=0.0) > 1 and not _kept(info):
             raise PydanticCustomError(
                 "units",
                 "expected the mean of images in [0, 1], got {mean}; divide mean and std by 255",
@@ -273,6 +280,8 @@ class ThreatConfig(Section):
     @field_validator("epsilon")
     @classmethod
     def _epsilon_of_unit_images(cls, epsilon: Ratio, info: ValidationInfo) -> Ratio:
+        if _kept(info):
+            return epsilon
         norm = info.data.get("norm")
         limit = {"Linf": 1.0, "L2": 16.0}.get(str(norm), math.inf)
         if epsilon > limit:
@@ -610,7 +619,9 @@ class RunConfig(Section):
         return rest | ({"start": section} if section else {})
 
     @model_validator(mode="after")
-    def _step_inside_the_ball(self) -> RunConfig:
+    def _step_inside_the_ball(self, info: ValidationInfo) -> RunConfig:
+        if _kept(info):
+            return self
         epsilon = self.attack.epsilon or self.threat.epsilon
         # Single-step attacks with a random start step by up to two radii.
         longest = epsilon * (1 if self.attack.steps > 1 else 2)

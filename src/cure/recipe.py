@@ -170,12 +170,18 @@ def override(raw: Raw, key: str, value: object) -> None:
     raw[last] = copy.deepcopy(value)  # A later override inside it must not reach the giver's.
 
 
-def check(raw: Mapping[str, Any], where: str) -> RunConfig:
-    """Plain data as a checked configuration; every mistake is named in one message."""
+def check(raw: Mapping[str, Any], where: str, *, kept: bool = False) -> RunConfig:
+    """Plain data as a checked configuration; every mistake is named in one message.
+
+    Args:
+        raw: the sections.
+        where: what they are, for the message.
+        kept: whether they are those of an existing run, whose units are not questioned.
+    """
     mistakes: list[str] = []
     method, method_type = _check_method(raw.get("method"), mistakes)
     try:
-        config = RunConfig.model_validate({**raw, "method": method})
+        config = RunConfig.model_validate({**raw, "method": method}, context={"kept": kept})
     except ValidationError as error:
         mistakes += [_explain(item, RunConfig, ()) for item in error.errors()]
     if mistakes:
@@ -194,7 +200,7 @@ def check_kept(raw: Mapping[str, Any], where: str) -> RunConfig:
     training = raw.get("training")
     if isinstance(training, dict):
         raw = {**raw, "training": {k: v for k, v in training.items() if k != "tensorboard"}}
-    return check(raw, where)
+    return check(raw, where, kept=True)
 
 
 def _check_method(raw: object, mistakes: list[str]) -> tuple[MethodConfig, type[MethodConfig]]:

@@ -15,7 +15,6 @@ import pytest
 from scipy.stats import spearmanr
 
 import cure
-from cure import data
 from cure.analysis.sensitivity import front, view
 from cure.errors import ConfigError
 from cure.experiments import sweep
@@ -233,18 +232,13 @@ def test_other_settings_in_the_same_folder_are_refused(grid: Path, command: Comm
 def test_no_test_image_is_opened_and_zero_trials_only_tell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
-    opened: list[str] = []
-    load = data.load
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the test split was opened")
 
-    def spy(config: Any, split: str) -> Any:
-        opened.append(split)
-        return load(config, split)
-
-    monkeypatch.setattr("cure.training.setup.load", spy)
+    monkeypatch.setattr("cure.data.sources._test", refuse)
     words = ["analyse", "sensitivity", "digits", *SCRATCH, *VARY, "--output", tmp_path / "out"]
     ended = command(*words, "--trials", 1)
     assert ended.status == 0, ended.err
-    assert set(opened) == {"train"}
     assert len(told(tmp_path / "out")["trials"]) == 1
     monkeypatch.setattr(sweep, "train", None)
     for count in (0, 1):

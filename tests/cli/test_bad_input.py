@@ -193,9 +193,9 @@ def test_all_mistakes_come_in_one_message(command: Command, tmp_path: Path) -> N
 def test_what_a_method_refuses_is_refused_before_the_natural_training(
     command: Command, tmp_path: Path
 ) -> None:
-    """The horizon is too short for so few steps: known before hours of natural training."""
-    words = ["training.epochs=2", "natural.epochs=1", "method.revision.horizon=0.001"]
-    refused(command("train", "digits", *words, "--run", "new", "--quiet"), "horizon")
+    """The network has no layer that the mask names: known before hours of natural training."""
+    words = ["training.epochs=2", "natural.epochs=1", "method.mask.layers=conv1"]
+    refused(command("train", "digits", *words, "--run", "new", "--quiet"), "mask.layers")
     assert not list(tmp_path.iterdir())
 
 

@@ -274,7 +274,8 @@ def test_a_killed_evaluation_goes_on(
     class Counting(Brightness):
         def forward(self, image: Tensor) -> Tensor:
             nonlocal seen
-            seen += image.requires_grad
+            # Passes of the attack: the trial pass before it has fewer images.
+            seen += image.requires_grad and len(image) == 8
             return super().forward(image)
 
     Counting.__name__ = Counting.__qualname__ = "Brightness"

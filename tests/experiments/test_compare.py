@@ -47,7 +47,12 @@ ENVIRONMENT = {
     "command": "cure evaluate",
     "time": "2026-01-01T00:00:00+00:00",
 }
-WITHOUT_METHOD = ["start=scratch", "training.epochs=7", "threat.epsilon=8/255"]
+WITHOUT_METHOD = [
+    "start=scratch",
+    "training.epochs=7",
+    "threat.epsilon=8/255",
+    "attack.step_size=2/255",
+]
 
 
 def part(correct: int, n: int) -> dict[str, Any]:

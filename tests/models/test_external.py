@@ -105,6 +105,7 @@ def test_own_callable_gets_what_it_names(folder: Path, attribute: str) -> None:
     assert torch.equal(core(again).linear.weight, core(model).linear.weight)
 
 
+@pytest.mark.filterwarnings("ignore::cure.errors.CureNote")
 @pytest.mark.parametrize(
     ("name", "options", "kind", "message"),
     [
