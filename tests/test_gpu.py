@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_method_trains import QUICK, WRAPPED, small
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,6 +31,10 @@ from cure.runs.folder import RunFolder
 from cure.training.setup import Prepared, build_method
 from cure.training.trainer import Trainer
 from cure.utils.engine import Engine
+
+sys.path.insert(0, str(Path(__file__).parent / "training"))
+
+from test_every_method_trains import QUICK, WRAPPED, small
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
 

@@ -83,7 +83,7 @@ def test_the_account_of_a_folder(image_folder) -> None:
     files["a/grey.png"] = picture(7, (10, 12), "L")
     files["a/notes.txt"] = b"text"
     config = DataConfig(source=str(image_folder(files)), resize=6, validation=4)
-    found = account_of_run(config, *load_training(config), in_memory=False)
+    found = account_of_run(config, *load_training(config), with_test=True)
     assert {split: sum(counts) for split, counts in found.images.items()} == {
         "train": 29,
         "validation": 4,
@@ -102,7 +102,7 @@ def test_a_test_split_that_cannot_be_used_is_told(image_folder) -> None:
     }
     folder = image_folder(files | {"test/c/0.png": picture(99)})
     config = DataConfig(source=str(folder), validation=4)
-    found = account_of_run(config, *load_training(config), in_memory=False)
+    found = account_of_run(config, *load_training(config), with_test=True)
     assert "the test split cannot be used: expected the 2 classes" in found.warnings()[-1]
 
 

@@ -184,18 +184,18 @@ def account(
 
 
 def account_of_run(
-    config: DataConfig, training: ImageSet, validation: ImageSet, in_memory: bool
+    config: DataConfig, training: ImageSet, validation: ImageSet, with_test: bool
 ) -> DataAccount:
-    """The account of a run's images; the test split is read to be compared with them.
+    """The account of a run's images.
 
     Args:
         config: the data section.
         training: the images to train on.
         validation: those that validate.
-        in_memory: whether they were passed in Python, so that no test images are known.
+        with_test: whether the test split is read, to count duplicates in it.
     """
     test: ImageSet | str | None = None
-    if not in_memory:
+    if with_test:
         try:
             test = load(config, "test").with_channels(training.channels)
         except DataError as error:

@@ -90,23 +90,23 @@ def _fit(
     )
 
 
-def _prefixes(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> set[tuple[str, str]]:
+def _prefixes(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     """What the names may begin with in the file, and in the network only."""
     own = [name for name in target if name.rpartition(".")[2] != _OPTIONAL]
     if not own:
-        return {("", "")}
-    shared, found = "", {("", "")}
+        return [("", "")]
+    shared, found = "", [("", "")]
     while True:
-        for name in {own[0], own[-1]}:
+        for name in dict.fromkeys((own[0], own[-1])):
             end = name.removeprefix(shared)
-            found |= {
+            found += [
                 (there.removesuffix(end), shared)
                 for there in tensors
                 if there == end or there.endswith("." + end)
-            }
+            ]
         first = own[0].removeprefix(shared).split(".")[0] + "."
         if not all(name.startswith(shared + first) for name in own):
-            return found
+            return list(dict.fromkeys(found))
         shared += first
 
 

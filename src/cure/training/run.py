@@ -73,9 +73,9 @@ def train(
     engine = prepared.engine
 
     def create() -> Path:
-        found = account_of_run(
-            config.data, prepared.training, prepared.validation, images is not None
-        )
+        # A quiet run shows nobody the duplicates, so the test images are not decoded for them.
+        with_test = images is None and not quiet
+        found = account_of_run(config.data, prepared.training, prepared.validation, with_test)
         made = RunFolder.create(run, config, prepared.training.kind, found.content())
         if not quiet:
             terminal = TerminalTracker(config.name)

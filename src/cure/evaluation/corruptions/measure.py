@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Unpack
@@ -103,7 +104,9 @@ def corruptions(
     severities = _severities(severity)
     reference = _read_baseline(baseline) if baseline is not None else None
     published = open_published(files) if files is not None else None
-    images, natural, model = _load(chosen, published)
+    # Labels of files are compared with those of all images, before the limit.
+    unlimited = replace(chosen, options=replace(chosen.options, limit=None))
+    images, natural, model = _load(unlimited if published is not None else chosen, published)
     names, left_out = _names(only, images, published)
     if chosen.options.limit is not None:
         images = images.subset(slice(0, chosen.options.limit))
