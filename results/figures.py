@@ -315,25 +315,41 @@ def photos() -> str:
     for row in result["rows"]:
         groups.setdefault((row["network"], row["method"]), []).append(row)
     lines = [
-        "| network | method | seeds | natural | pgd20 | autoattack | minutes |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| network | method | seeds | epochs | natural | pgd20 | autoattack | minutes |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for (network, method), rows in groups.items():
-        columns = ("natural", "pgd20", "autoattack", "minutes")
-        means = " | ".join(f"{fmean(row[column] for row in rows):.1f}" for column in columns)
-        lines.append(f"| {network} | {method} | {len(rows)} | {means} |")
+        epochs = rows[0]["settings"].get("training.epochs", "-")
+        cells = [photo_cell(rows, column) for column in ("natural", "pgd20", "autoattack")]
+        minutes = fmean(row["minutes"] for row in rows)
+        lines.append(
+            f"| {network} | {method} | {len(rows)} | {epochs} | {' | '.join(cells)} "
+            f"| {minutes:.0f} |"
+        )
     first, machine = result["rows"][0], result["environment"]
     lines += [
         "",
-        "Percent of test photos that are right, means over seeds. Columns: `natural`, unchanged "
-        "photos; `pgd20`, after a 20-step attack; `autoattack`, after four strong attacks in turn, "
-        f"on the first {first['autoattack_n']} photos; attacks change each value of a pixel by at "
-        f"most 4/255. `minutes` of training on {first['threads']} threads "
-        f"({machine['processor']}). "
-        "Methods: `natural` is the start of the others, `plain` a short script without this "
-        "package.",
+        f"Percent of {first['pgd20_n']} test photos that are right (95 % interval over photos for "
+        "one seed, which says nothing about the spread between seeds; means for several). "
+        "`natural`: unchanged photos; `pgd20`: after a 20-step attack that changes each value of a "
+        "pixel by at most 4/255; `autoattack`: after four strong attacks in turn, `-` where it was "
+        "not run. "
+        f"`minutes` of training with {first['threads']} thread(s) on a machine with other work "
+        f"({machine['processor']}). The method `natural` is the start of the others.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def photo_cell(rows: list[dict[str, Any]], column: str) -> str:
+    """The accuracy of a method's rows: with its interval for one seed, a mean for several."""
+    known = [row for row in rows if row[column] is not None]
+    if not known:
+        return "-"
+    mean = f"{fmean(row[column] for row in known):.1f}"
+    if len(known) > 1:
+        return mean
+    low, high = known[0][f"{column}_interval"]
+    return f"{mean} ({low:.1f}-{high:.1f})"
 
 
 BULK = {"classes", "distance_curve", "passes"}
