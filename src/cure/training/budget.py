@@ -86,14 +86,11 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
     )
 
     def step(batch: Batch) -> None:
-        out = method.step(replace(batch, image=engine.arrange(batch.image)))
-        grads = out.grads
-        if grads is None:
-            assert out.loss is not None
-            grads = engine.gradients(out.loss, parameters)
-        for name, parameter in parameters.items():
-            parameter.grad = grads[name]
-        optimizer.step()
+        taken = method.take_step(replace(batch, image=engine.arrange(batch.image)))
+        for name, gradient in taken.gradients().items():
+            parameters[name].grad = gradient
+        with method.freeze(optimizer):
+            optimizer.step()
         method.after_step(batch.step)
 
     batches = [batch for batch, _ in zip(found, range(TIMED_STEPS), strict=False)]
