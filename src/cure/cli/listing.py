@@ -10,11 +10,12 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cure.config import MethodConfig, RunConfig, Section
-from cure.recipe import read_recipe, recipe_names
 from cure.utils.io import write_text
+
+if TYPE_CHECKING:
+    from cure.config import Section
 
 Rows = list[tuple[str, str]]
 
@@ -31,6 +32,8 @@ def listing(kind: str) -> Rows:
             "settings" (keys of a recipe with their defaults).
     """
     if kind == "recipes":
+        from cure.recipe import read_recipe, recipe_names
+
         return [(name, str(read_recipe(name).get("description", ""))) for name in recipe_names()]
     if kind == "data":
         from cure.data import known_sources
@@ -46,6 +49,7 @@ def listing(kind: str) -> Rows:
 def make_index() -> dict[str, Any]:
     """The content of ``listing.json``, from the registries."""
     from cure.attacks.registry import known_attacks
+    from cure.config import RunConfig
     from cure.evaluation.corruptions.operations import CORRUPTIONS
     from cure.registry import METHODS, MODELS, STUDIES
 
@@ -97,6 +101,8 @@ def _settings(section: type[Section], prefix: str, owner: str = "") -> Rows:
 
 
 def _inner_section(annotation: object) -> type[Section] | None:
+    from cure.config import MethodConfig, Section
+
     options = [annotation, *getattr(annotation, "__args__", ())]
     sections = [o for o in options if isinstance(o, type) and issubclass(o, Section)]
     return sections[0] if sections and sections[0] is not MethodConfig else None
