@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.config import NATURAL, RunConfig
-from cure.data import ImageSet, batches, load_split
+from cure.data import ImageSet, batches, carve, load_split
 from cure.errors import CheckpointError, ConfigError
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import core, load_weights, save_weights
@@ -116,13 +116,18 @@ def tradeoff(
         + (f", BatchNorm statistics from {len(training):,} training images" if recompute else "")
     )
     network = engine.place(network)
-    found: list[TradeoffPoint] = []
-    began = time.perf_counter()
-    for number, share in enumerate(shares):
-        _mix(network, ends, share)
+
+    def become(shares: Sequence[float]) -> None:
+        """Give the network the weights of a point, and statistics that fit them."""
+        _mix(network, ends, shares)
         if recompute:
             arranged = (engine.arrange(b.image.to(engine.device)) for b in batches(training, 128))
             recompute_statistics(network, arranged)
+
+    found: list[TradeoffPoint] = []
+    began = time.perf_counter()
+    for number, share in enumerate(shares):
+        become(share)
         point = _measured(network, share, validation, config, engine)
         found.append(point)
         say(_line(point, ends))
@@ -142,10 +147,7 @@ def tradeoff(
     )
     if chosen is None or not met:
         return record
-    _mix(network, ends, chosen.shares)
-    if recompute:
-        arranged = (engine.arrange(b.image.to(engine.device)) for b in batches(training, 128))
-        recompute_statistics(network, arranged)
+    become(chosen.shares)
     record = record.model_copy(update={"run": str(place)})
     _write(place, folders[0], network, found, chosen, record)
     return record
@@ -276,8 +278,6 @@ def _loaded(network: nn.Module, path: Path) -> dict[str, Tensor]:
 def _images(config: RunConfig, data: ImageSet | None, split: Any) -> ImageSet:
     if data is None:
         return load_split(config.data, split)
-    from cure.data import carve
-
     training, validation = carve(data.checked(), config.data.validation, config.data.split_seed)
     return training if split == "train" else validation
 
