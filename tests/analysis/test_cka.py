@@ -306,14 +306,21 @@ def test_features_are_dropped_layer_by_layer() -> None:
     layers = layers_of(network, torch.rand(4, 1, 40, 40))
     most = 0
 
-    def look(*_: object) -> None:
-        nonlocal most
-        alive = [
+    def large_tensors() -> list[Tensor]:
+        return [
             thing
             for thing in gc.get_objects()
             if type(thing) is Tensor and thing.numel() >= 8 * 1600
         ]
-        most = max(most, len(alive))
+
+    gc.collect()
+    others = large_tensors()  # of other tests; held, so that no id is used again
+    before = {id(thing) for thing in others}
+
+    def look(*_: object) -> None:
+        nonlocal most
+        alive = {id(thing) for thing in large_tensors()}
+        most = max(most, len(alive - before))
 
     for module in network:
         module.register_forward_hook(look)
