@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cure
 from cure.data import load
 from cure.data.augment import augment
-from cure.models import save_weights
+from cure.models import load_weights, save_weights
 from cure.models.batch_norm import freeze_statistics
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
@@ -93,15 +93,35 @@ def main() -> None:
     for seed in map(int, options.seeds.split(",")):
         start = natural_start(options, seed)
         for method in ["natural", *options.methods.split(",")]:
-            rows = json.loads(output.read_text())["rows"] if output.exists() else []
             key = {"method": method, "network": options.network, "seed": seed}
-            if any(all(row[k] == v for k, v in key.items()) for row in rows):
-                continue
-            row = key | measured(options, method, seed, start)
-            print(json.dumps(row), flush=True)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            kept = {"rows": [*rows, row], "environment": environment()}
-            write_json(output, kept)
+            row = next((row for row in rows_of(output) if same(row, key)), None)
+            if row is None:
+                target, facts = trained_by(options, method, seed, start)
+                row = key | facts | accuracies(options, target, ["pgd20"], None)
+                keep(output, row | {"autoattack": None})
+            if options.autoattack and row.get("autoattack") is None:
+                target, _ = trained_by(options, method, seed, start)
+                keep(output, row | accuracies(options, target, ["autoattack"], options.autoattack))
+
+
+def rows_of(output: Path) -> list[dict[str, Any]]:
+    """The rows that are done."""
+    rows: list[dict[str, Any]] = json.loads(output.read_text())["rows"] if output.exists() else []
+    return rows
+
+
+def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
+    """Whether a row has the method, network and seed of another."""
+    return all(row[name] == key[name] for name in ("method", "network", "seed"))
+
+
+def keep(output: Path, row: dict[str, Any]) -> None:
+    """Write a row in place of the one of the same method, network and seed."""
+    print(json.dumps(row), flush=True)
+    row["processor"] = {k: environment()[k] for k in ("processor", "cores", "commit")}
+    rows = [other for other in rows_of(output) if not same(other, row)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, {"rows": [*rows, row], "environment": environment()})
 
 
 def common(options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -139,64 +159,75 @@ def trained(path: Path, settings: dict[str, Any]) -> Path:
     return path
 
 
-def measured(options: argparse.Namespace, method: str, seed: int, start: Path) -> dict[str, Any]:
-    """One row: train where it is missing, evaluate on the test split."""
+def trained_by(
+    options: argparse.Namespace, method: str, seed: int, start: Path
+) -> tuple[Any, dict[str, Any]]:
+    """The network of a row, trained where it is missing; minutes, threads and settings."""
     path = Path(options.runs) / f"{options.network}-{method}-seed{seed}"
     if method == "natural":
-        target: Any = cure.Run(start)
-        minutes, settings = 0.0, {}
-    elif method == "plain":
-        target, minutes = plain(seed, start, path)
-        settings = {"epochs": 16}
-    else:
-        settings = dict(METHODS[method])
-        if options.minutes:
-            settings["training.minutes"] = options.minutes
-        if options.epochs:
-            settings["training.epochs"] = options.epochs
-        began = time.perf_counter()
-        trained(path, common(options, seed) | settings | {"start": str(start)})
-        minutes = (time.perf_counter() - began) / 60
-        timing = RunFolder.open(path).timing()
-        inside = sum((line.seconds or 0) + (line.validation_seconds or 0) for line in timing) / 60
+        return cure.Run(start), {"minutes": 0.0, "threads": options.threads, "settings": {}}
+    if method == "plain":
+        network, facts = plain(options.threads, seed, start, path)
+        return network, facts
+    settings = dict(METHODS[method])
+    if options.minutes:
+        settings["training.minutes"] = options.minutes
+    if options.epochs:
+        settings["training.epochs"] = options.epochs
+    began = time.perf_counter()
+    trained(path, common(options, seed) | settings | {"start": str(start)})
+    whole = (time.perf_counter() - began) / 60
+    run = RunFolder.open(path)
+    timing = run.timing()
+    inside = sum((line.seconds or 0) + (line.validation_seconds or 0) for line in timing) / 60
+    settings["training.epochs"] = run.config.training.epochs
+    return cure.Run(path), {
         # A resumed run's wall time here is that of its last part alone.
-        minutes = max(minutes, inside)
-        target = cure.Run(path)
-        settings["training.epochs"] = target.config.training.epochs
+        "minutes": round(max(whole, inside), 1),
+        # Without validation; of all threads, so other work on the machine hardly changes it.
+        "processor_minutes": round(sum(line.processor_seconds or 0 for line in timing) / 60, 1),
+        "threads": run.config.training.threads,
+        "settings": settings,
+    }
+
+
+def accuracies(
+    options: argparse.Namespace, target: Any, attacks: list[str], limit: int | None
+) -> dict[str, Any]:
+    """Accuracies on the test split, in percent, each with its interval and number of images."""
     config = load_recipe("photos", [f"data.source={options.data}", "model.name=resnet18"])
-    found: dict[str, Any] = {}
-    found |= {"autoattack": None}
-    measures: list[tuple[list[str], int | None]] = [(["pgd20"], None)]
-    if options.autoattack:
-        measures.append((["autoattack"], options.autoattack))
-    for attacks, limit in measures:
-        result = cure.evaluate(
-            target,
-            data=options.data,
-            data_options=config.data.model_dump(include={"resize", "fit", "color"}),
-            attacks=attacks,
-            epsilon="4/255",
-            batch_size=100,
-            limit=limit,
+    result = cure.evaluate(
+        target,
+        data=options.data,
+        data_options=config.data.model_dump(include={"resize", "fit", "color"}),
+        attacks=attacks,
+        epsilon="4/255",
+        batch_size=100,
+        limit=limit,
+    )
+    found = {name: result["attacks"][name] for name in attacks}
+    if limit is None:
+        found["natural"] = result["natural"]
+    return {
+        key: value
+        for name, accuracy in found.items()
+        for key, value in (
+            (name, round(accuracy["accuracy"], 2)),
+            (f"{name}_interval", accuracy["interval"]),
+            (f"{name}_n", accuracy["n"]),
         )
-        (accuracy,) = (result["attacks"][name] for name in attacks)
-        name = attacks[0]
-        found |= {
-            name: round(accuracy["accuracy"], 2),
-            f"{name}_interval": accuracy["interval"],
-            f"{name}_n": accuracy["n"],
-        }
-        if limit is None:
-            natural = result["natural"]
-            found |= {
-                "natural": round(natural["accuracy"], 2),
-                "natural_interval": natural["interval"],
-            }
-    return found | {"minutes": round(minutes, 1), "threads": options.threads, "settings": settings}
+    }
 
 
-def plain(seed: int, start: Path, path: Path) -> tuple[nn.Module, float]:
-    """The plain script: 16 epochs from the natural start; returns its averaged network."""
+def plain(threads: int, seed: int, start: Path, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The plain script: 16 epochs from the natural start; its averaged network, and its cost."""
+    weights, record = path / "weights.safetensors", path / "cost.json"
+    if record.exists():
+        network = cure.Run(start).model()
+        freeze_statistics(network)
+        load_weights(network, weights)
+        facts: dict[str, Any] = json.loads(record.read_text())
+        return network.eval(), facts
     epochs, batch, epsilon, rate = 16, 32, 4 / 255, 0.02
     run = cure.Run(start)
     network, images = run.model(), load(run.config.data, "train")
@@ -209,7 +240,7 @@ def plain(seed: int, start: Path, path: Path) -> tuple[nn.Module, float]:
         network.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True
     )
     steps = len(images) // batch
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), time.process_time()
     for done in range(epochs * steps):
         if done % steps == 0:
             order = torch.randperm(len(images), generator=draws)
@@ -232,10 +263,16 @@ def plain(seed: int, start: Path, path: Path) -> tuple[nn.Module, float]:
             decay = min(0.99, (done + 1) / (10 + done))
             for ours, theirs in zip(average.parameters(), network.parameters(), strict=True):
                 ours.lerp_(theirs, 1 - decay)
-    minutes = (time.perf_counter() - began) / 60
+    facts = {
+        "minutes": round((time.perf_counter() - began) / 60, 1),
+        "processor_minutes": round((time.process_time() - worked) / 60, 1),
+        "threads": threads,
+        "settings": {"epochs": epochs},
+    }
     path.mkdir(parents=True, exist_ok=True)
-    save_weights(average, path / "weights.safetensors", {"minutes": f"{minutes:.2f}"})
-    return average.eval(), minutes
+    save_weights(average, weights, {})
+    write_json(record, facts)
+    return average.eval(), facts
 
 
 def input_gradient(network: nn.Module, image: Tensor, label: Tensor) -> Tensor:
