@@ -39,6 +39,9 @@ MEMORY = "memory:"
 NATURAL = "natural"
 """Value of ``start`` and of a teacher's ``path`` that means the run's own natural training."""
 
+ROBUST = "robust:"
+"""Prefix of a ``start`` whose weights are robust already and get a new head."""
+
 
 class Ratio(float):
     """A number that may be written as a fraction, and remembers how it was written.
@@ -536,6 +539,22 @@ class NaturalConfig(Section):
     """Learning rate over the natural run."""
 
 
+class HeadConfig(Section):
+    """Training of the new head of ``start: robust:PATH``, before all layers learn.
+
+    A random head would send arbitrary gradients through a robust backbone and undo it.  So the head
+    is trained first, by adversarial training (``at``) with all other layers fixed.
+
+    Source: RoLI (robust linear initialisation), Hua et al., CVPR 2024.
+    """
+
+    share: float = Field(default=0.25, ge=0, le=1)
+    """Passes over the training images for the head, as a share of ``training.epochs`` and besides
+    them, at least one; 0 leaves the head as it was drawn."""
+    learning_rate: PositiveFloat | None = None
+    """Peak learning rate of the head; by default that of the run."""
+
+
 class LayersConfig(Section):
     """Which parts of the network learn (the paper's study U-b)."""
 
@@ -578,8 +597,9 @@ class RunConfig(Section):
     """Network."""
     start: str = "natural"
     """Weights at the beginning: ``natural`` trains naturally first; ``model`` or ``scratch`` keep
-    those the model is built with (trained ones for hub models, random ones otherwise); anything
-    else is the path of a checkpoint or run folder."""
+    those the model is built with (trained ones for hub models, random ones otherwise);
+    ``robust:PATH`` takes a robust backbone, of other images too, and trains a new head first (see
+    ``head``); anything else is the path of a checkpoint or run folder."""
     start_key: str | None = None
     """Where a checkpoint holds several sets of weights: the name of the one to take, such as
     ``ema``; also ``start.key``."""
@@ -589,6 +609,8 @@ class RunConfig(Section):
     that layer."""
     natural: NaturalConfig = NaturalConfig()
     """The natural training of ``start: natural``."""
+    head: HeadConfig = HeadConfig()
+    """The training of the head of ``start: robust:PATH``."""
     threat: ThreatConfig = ThreatConfig()
     """What the adversary may do."""
     attack: AttackConfig = AttackConfig()
@@ -603,6 +625,13 @@ class RunConfig(Section):
     """The default evaluation."""
     tracking: Annotated[tuple[str, ...], BeforeValidator(_alone)] = ()
     """Experiment trackers that receive the numbers of every epoch: tensorboard, wandb, mlflow."""
+
+    @property
+    def start_path(self) -> str | None:
+        """The checkpoint or run folder that ``start`` names, or None where it names none."""
+        if self.start in (NATURAL, "scratch", "model"):
+            return None
+        return self.start.removeprefix(ROBUST)
 
     @model_validator(mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cure.analysis.render import MISSING, StudyTable, View, listed, number, points
 from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
+from cure.config import NATURAL
 from cure.data import batches
 from cure.errors import ConfigError
 from cure.evaluation.metrics import accuracy_of
@@ -202,7 +203,7 @@ def start_of(target: TargetLike) -> Path:
     path = target.path if isinstance(target, Run) else target
     if isinstance(path, str | Path) and (Path(path) / "config.yaml").is_file():
         folder = RunFolder.open(path)
-        for place in (folder.path / "natural", Path(folder.config.start)):
+        for place in (folder.path / "natural", Path(folder.config.start_path or NATURAL)):
             if (place / "config.yaml").is_file():
                 return place
         what = f"{path} has no natural start of its own and its setting start names no run here"

@@ -252,10 +252,12 @@ def _start(folder: RunFolder, config: RunConfig, network: nn.Module) -> End:
         path: Path | None = kept
     elif config.start == NATURAL:
         path = RunFolder.open(folder.path / NATURAL).weights("best")
-    elif config.start in ("model", "scratch"):
+    elif config.start_path is None:
         path = None
+    elif (folder.path / "head").is_dir():
+        path = RunFolder.open(folder.path / "head").weights("best")
     else:
-        path = Path(config.start)
+        path = Path(config.start_path).expanduser()
         path = RunFolder.open(path).weights("best") if path.is_dir() else path
     if path is None or not path.exists():
         raise CheckpointError(

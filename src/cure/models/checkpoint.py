@@ -96,7 +96,7 @@ def load_weights(
     if not found:
         _tensors(content, path)  # Says what the file holds instead.
         raise CheckpointError(f"{path} holds no weights of {type(network).__name__}")
-    head = _head(model, new_head) if new_head else None
+    head = head_name(model, new_head) if new_head else None
     drawn = [] if head is None else [n for n in target if n.startswith(f"{head}.") or n == head]
     fitting = [fit for fit in found if not fit.missing and set(fit.differing) <= set(drawn)]
     if len(fitting) > 1:
@@ -132,8 +132,8 @@ def load_weights(
         draw_head(network, head, seed)
 
 
-def _head(model: nn.Module, new_head: bool | str) -> str:
-    """The layer of the logits."""
+def head_name(model: nn.Module, new_head: bool | str) -> str:
+    """The layer of the logits inside ``core(model)``, or the one that ``new_head`` names."""
     shape = traits_of(model).shape
     name = new_head if isinstance(new_head, str) else None
     return find_head(core(model), shape[1] if len(shape) == 2 else None, name)
@@ -155,7 +155,7 @@ def _unfitting(
     advice = "check model.name, model.options and the number of classes"
     if differing and not fit.missing:
         try:
-            head = _head(model, True)
+            head = head_name(model, True)
         except ModelError:
             head = None
         if head is not None and all(name.startswith(f"{head}.") for name in fit.differing):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from cure.analysis.study import find_study, unique
+from cure.config import ROBUST
 from cure.errors import CheckpointError, ConfigError, CureError
 from cure.experiments.compare.rows import Source, checked_config, current, no_place
 from cure.runs.records import (
@@ -322,7 +323,7 @@ _IDENTITY = ("method", "recipe", "run_seed", "weights", "name", "parameters", "e
 def _find_starts(entries: list[Entry]) -> None:
     """Link each run to the run of the page that it began from, where its settings say so."""
     for entry in entries:
-        start = str(entry.config.get("start") or "")
+        start = str(entry.config.get("start") or "").removeprefix(ROBUST)
         if entry.start is not None or start in ("", "natural", "scratch", "model"):
             continue
         # The path counts from where training was started, so only its name identifies the run;

@@ -1,4 +1,4 @@
-"""The runs that a run needs before its own first step: its natural start and its teachers.
+"""The runs that a run needs before its own first step: natural start, robust head, teachers.
 
 :func:`prerequisites` lists them in the order of training; :func:`carry_out` trains those that are
 missing, one after another, and then the run itself.
@@ -10,18 +10,26 @@ import copy
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from cure.config import NATURAL, LayersConfig, RunConfig
+from cure.config import NATURAL, ROBUST, LayersConfig, RunConfig
 from cure.errors import TrainingStopped
 from cure.models import load_weights
 from cure.models.blocks import blocks, chosen, reinitialise
 from cure.models.build import network_of
+from cure.models.checkpoint import head_name
 from cure.models.failure import network_errors
 from cure.registry import METHODS
 from cure.runs.folder import RunFolder
-from cure.training.setup import Prepared, build_method, teacher_config, teacher_networks
+from cure.training.setup import (
+    Prepared,
+    build_method,
+    choose_layers,
+    teacher_config,
+    teacher_networks,
+)
 from cure.training.tracking import TerminalTracker, Tracker, trackers_of
 from cure.training.trainer import Interrupted, Trainer
 from cure.utils.engine import Engine, configure
@@ -70,6 +78,11 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
         found.append(
             Prerequisite("natural start", inside(NATURAL), natural_config(config), own, receivers)
         )
+    if config.start.startswith(ROBUST) and config.head.share:
+        theirs = head_config(config, prepared.network)
+        own = replace(prepared, network=copy.deepcopy(prepared.network), teachers={})
+        choose_layers(own.network, theirs)
+        found.append(Prerequisite("head", inside("head"), theirs, own, [prepared.network]))
     for role, source in teachers.items():
         if source.recipe is None:
             continue
@@ -127,7 +140,7 @@ def _train_prerequisite(folder: RunFolder, needed: Prerequisite, quiet: bool) ->
             with ExitStack() as held:
                 with needed.prepared.engine.agreeing():
                     held.enter_context(inner.lock())
-                _train(inner, needed.config, needed.prepared, quiet)
+                _train(inner, needed.config, needed.prepared, quiet, verdict=False)
         except (Interrupted, TrainingStopped):
             folder.set_status(**(inner.status().content() | {"phase": needed.phase}))
             raise
@@ -135,7 +148,9 @@ def _train_prerequisite(folder: RunFolder, needed: Prerequisite, quiet: bool) ->
         load_weights(network, inner.weights("best"))
 
 
-def _train(folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool) -> None:
+def _train(
+    folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool, verdict: bool = True
+) -> None:
     """Train one run whose prerequisites are there, from the state in its folder if it has one."""
     engine = prepared.engine
     configure(config.training, engine.device)
@@ -150,7 +165,7 @@ def _train(folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool
         # A tracker that fails is reported also where the run is quiet.
         trackers += trackers_of(folder.path, config, terminal.warn)
     trainer = Trainer(
-        config, method, prepared.training, prepared.validation, engine, folder, trackers
+        config, method, prepared.training, prepared.validation, engine, folder, trackers, verdict
     )
     for sentence in method.warnings():
         for tracker in trackers:
@@ -191,5 +206,35 @@ def natural_config(config: RunConfig) -> RunConfig:
             "start": "model",
             "method": METHODS["natural"].Config(name="natural"),
             "training": training,
+        }
+    )
+
+
+def head_config(config: RunConfig, network: nn.Module) -> RunConfig:
+    """The run that trains the head of ``start: robust:PATH``: ``at`` with all other layers fixed.
+
+    Args:
+        config: the run that starts with the head.
+        network: its network, which names the layer.
+    """
+    head, training = config.head, config.training
+    changes: dict[str, Any] = {
+        "epochs": max(1, round(head.share * training.epochs)),
+        "minutes": None,
+        "averaging": None,
+        "weight_perturbation": None,
+        "keep_every": None,
+        "record_gradients": None,
+    }
+    if head.learning_rate is not None:
+        changes["optimizer"] = training.optimizer.model_copy(
+            update={"learning_rate": head.learning_rate}
+        )
+    return config.model_copy(
+        update={
+            "layers": LayersConfig(update=(head_name(network, config.new_head),)),
+            "name": f"{config.name}-head",
+            "method": METHODS["at"].Config(name="at"),
+            "training": training.model_copy(update=changes),
         }
     )

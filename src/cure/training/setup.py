@@ -17,7 +17,7 @@ from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.attacks.nfgsm import NFGSM
 from cure.attacks.registry import evaluation_attack
-from cure.config import NATURAL, DataConfig, RunConfig, TeacherConfig
+from cure.config import NATURAL, ROBUST, DataConfig, RunConfig, TeacherConfig
 from cure.data import ImageKind, ImageSet, batches, carve, load_training, steps_per_epoch
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, CureError, ModelError
@@ -123,15 +123,15 @@ def _prepared(
     if config.training.batch_norm == "frozen":
         freeze_statistics(network)
     fresh = folder is None or not folder.state.exists()
-    if fresh and config.start not in (NATURAL, "scratch", "model"):
+    if fresh and config.start_path is not None:
         load_weights(
             network,
-            _start_weights(config.start),
+            _start_weights(config.start_path),
             key=config.start_key,
-            new_head=config.new_head,
+            new_head=config.new_head or config.start.startswith(ROBUST),
             seed=derive(config.seed, "new head"),
         )
-    _choose_layers(network, config)
+    choose_layers(network, config)
     prepared = Prepared(engine, training, validation, network, initial)
     prepared = replace(prepared, teachers=teacher_networks(config, prepared))
     for role, teacher in prepared.teachers.items():
@@ -143,7 +143,7 @@ def _prepared(
     return prepared
 
 
-def _choose_layers(network: nn.Module, config: RunConfig) -> None:
+def choose_layers(network: nn.Module, config: RunConfig) -> None:
     """Freeze the layers that are not trained."""
     layers = config.layers
     if layers.update:

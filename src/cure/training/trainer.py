@@ -64,8 +64,11 @@ class Trainer:
         engine: Engine,
         folder: RunFolder,
         trackers: Sequence[Tracker] = (),
+        verdict: bool = True,
     ) -> None:
         self.config = config
+        # Whether start and end are compared: not in a run that another one needs first.
+        self.verdict = verdict and method.selection != "natural"
         self.method = method
         self.training = training.to(engine.device)
         self.validation = validation.to(engine.device)
@@ -299,7 +302,7 @@ class Trainer:
 
     def _measure_start(self) -> None:
         """Accuracies before the first step, printed and kept in the run."""
-        if self.method.selection == "natural" or self.done:
+        if not self.verdict or self.done:
             return
         if self.engine.first(lambda: self.folder.outcome() is not None):
             return
@@ -315,7 +318,7 @@ class Trainer:
 
     def _measure_end(self) -> None:
         """Accuracies of the best weights under a stronger attack, and what training gained."""
-        if self.method.selection == "natural":
+        if not self.verdict:
             return
         self.engine.any(False)  # The first rank has written the weights that the others read.
         network = copy.deepcopy(self.method.inference_model())
