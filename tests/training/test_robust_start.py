@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import bright_or_dark
 from safetensors.torch import load_file
 
 import cure
 from cure.errors import CheckpointError
 from cure.runs.folder import RunFolder
+from helpers import bright_or_dark
 
 SETTINGS = {
     "data.validation": 16,
@@ -60,9 +60,11 @@ def test_only_the_head_learns_first(robust: Path, tmp_path: Path) -> None:
     assert head.config.method.name == "at"
     after = weights(head.weights("last"))
     heads = [name for name in after if after[name].shape != before[name].shape]
-    assert heads and all("weight" in name or "bias" in name for name in heads)
+    assert heads
+    assert all("weight" in name or "bias" in name for name in heads)
     alike = [name for name in after if name not in heads]
-    assert alike and all(torch.equal(after[name], before[name]) for name in alike)
+    assert alike
+    assert all(torch.equal(after[name], before[name]) for name in alike)
     assert after[heads[0]].shape[0] == 2
     # Then everything learns, and the start that was measured is that of the trained head.
     end = weights(run.weights("last"))
@@ -79,6 +81,6 @@ def test_a_head_without_training_is_drawn(robust: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_backbone_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere.*does not exist"):
+    with pytest.raises(CheckpointError, match=r"nowhere.*does not exist"):
         started(tmp_path / "nowhere", tmp_path / "run")
     assert not (tmp_path / "run").exists()
