@@ -18,6 +18,7 @@ HOMES = {
     "corruptions": "cure.evaluation.corruptions.measure",
     "diagnose": "cure.evaluation.diagnosis.api",
     "evaluate": "cure.evaluation.evaluate",
+    "front": "cure.experiments.front",
     "load_recipe": "cure.recipe",
     "resume": "cure.training.run",
     "tradeoff": "cure.experiments.tradeoff",

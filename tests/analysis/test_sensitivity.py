@@ -15,9 +15,10 @@ import pytest
 from scipy.stats import spearmanr
 
 import cure
-from cure.analysis.sensitivity import front, view
+from cure.analysis.sensitivity import view
 from cure.errors import ConfigError
 from cure.experiments import sweep
+from cure.experiments.pareto import undominated
 from cure.experiments.sweep import Varied, fitting, read_varied
 from cure.methods import METHODS
 from cure.recipe import load_recipe, read_recipe, recipe_names
@@ -50,13 +51,6 @@ def told(folder: Path) -> dict[str, Any]:
 
 
 # Numbers.
-
-
-def test_the_front_by_hand() -> None:
-    points = [(80.0, 40.0), (70.0, 50.0), (75.0, 45.0), (74.0, 45.0), (80.0, 39.0), (60.0, 50.0)]
-    assert front(points) == [True, True, True, False, False, False]
-    assert front([(1.0, 1.0), (1.0, 1.0)]) == [True, True], "equal points do not beat each other"
-    assert front([]) == []
 
 
 def test_rank_correlation_is_spearmans() -> None:
@@ -381,7 +375,7 @@ def made_up(points: list[tuple[float, float]], choices: list[str] | None = None)
             **{"front": good, "command": f"cure train x {number}", "seconds": 1.0},
         }
         for number, (value, (natural, robust), good) in enumerate(
-            zip(values, points, front(points), strict=True)
+            zip(values, points, undominated(points), strict=True)
         )
     ]
     correlation = None if choices else {"rho": -0.9, "interval": [-0.99, -0.5], "n": len(points)}

@@ -20,6 +20,7 @@ from cure.analysis.study import STUDIES, Study, save_result
 from cure.errors import ConfigError
 from cure.evaluation.runner import Progress, Result
 from cure.experiments.executors import LocalExecutor, stopped_by_signals
+from cure.experiments.pareto import undominated
 from cure.experiments.sweep import Sweep, begin, fitting, read_varied, trials, work
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.training.trainer import Interrupted
@@ -30,19 +31,6 @@ NAME = "sensitivity"
 AIMS = ("natural", "robust")
 FEW = 20
 """Fewer trials leave most effects within chance."""
-
-# -- numbers -------------------------------------------------------------------------------------
-
-
-def front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other one beats: at least as good in both values and better in one.
-
-    Args:
-        points: pairs of which more is better, here natural and robust accuracy.
-
-    Source: the Pareto front of two aims.
-    """
-    return [not any(a >= x and b >= y and (a > x or b > y) for a, b in points) for x, y in points]
 
 
 # -- the study -----------------------------------------------------------------------------------
@@ -144,7 +132,7 @@ def _body(sweep: Sweep) -> Result:
     config, found = sweep.config, trials(sweep)
     n = int(config.data.validation)
     finished = [trial for trial in found if trial["state"] == "finished"]
-    on_front = front([(trial["natural"], trial["robust"]) for trial in finished])
+    on_front = undominated([(trial["natural"], trial["robust"]) for trial in finished])
     best = {trial["number"] for trial, good in zip(finished, on_front, strict=True) if good}
     for trial in found:
         trial["front"] = trial["number"] in best

@@ -21,6 +21,7 @@ from cure.cli.options import (
     OutputOption,
     RecipeArgument,
     SettingsArgument,
+    numbers,
     pairs,
     whole_numbers,
     with_options,
@@ -347,6 +348,85 @@ def table_(
         print_table(shown)
     if failures:
         raise TrainingStopped(f"{len(failures)} of the plan's runs failed: " + "; ".join(failures))
+
+
+@app.command()
+def front(
+    words_: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="METHOD... RECIPE [KEY=VALUE]...",
+            help="Methods to compare, a recipe, and settings of all runs; {seed} is the seed.",
+        ),
+    ],
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD=A,B,C",
+            help="Values of its trade-off setting, or METHOD:KEY=A,B,C of another; repeatable.",
+        ),
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="METHOD:KEY=VALUE", help="For one method; repeatable."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the runs: 0,1,2.")] = "0",
+    attacks: Annotated[
+        str, typer.Option(help="Attacks to measure; the first is that of the front.")
+    ] = "pgd20",
+    split: Annotated[Split, typer.Option(help="Which images are measured.")] = Split.test,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
+    reference: Annotated[
+        str, typer.Option(help="Natural and robust accuracy the hypervolume begins at.")
+    ] = "0,0",
+    at: Annotated[
+        str | None, typer.Option(help="Robust accuracies to compare at: 20,30 (default: one).")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Of runs and results (default: fronts/NAME).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file (default: front.json in the folder).")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time on this machine.")] = 1,
+) -> None:
+    """Train methods with several values of their trade-off setting; compare their fronts."""
+    from cure.experiments.front import front as compare_fronts
+    from cure.experiments.front import lines, read_values
+
+    plain = [word for word in words_ if "=" not in word]
+    if len(plain) < 2:
+        raise ConfigError(
+            f"expected one method or more and then a recipe, got '{' '.join(plain)}'; for example "
+            "cure front at trades cure cifar10-mini"
+        )
+    given = read_values(values or [])
+    only: dict[str, dict[str, object]] = {}
+    for word in own or []:
+        method, colon, setting = word.partition(":")
+        if not colon:
+            raise ConfigError(f"--with: expected METHOD:KEY=VALUE, got '{word}'")
+        only.setdefault(method, {}).update(pairs([setting]))
+    low = numbers("reference", reference) or []
+    made = compare_fronts(
+        plain[:-1],
+        plain[-1],
+        [word for word in words_ if "=" in word],
+        values=given,
+        own=only,
+        seeds=whole_numbers("seeds", seeds) or [],
+        attacks=words(attacks) or [],
+        split=split.value,
+        limit=limit,
+        reference=tuple(low),  # type: ignore[arg-type]
+        at=numbers("at", at),
+        folder=folder,
+        output=output,
+        jobs=jobs,
+        say=say,
+    )
+    for line in lines(made):
+        say(line)
 
 
 @app.command()

@@ -46,6 +46,7 @@ def evaluate(
     robustbench: str | Path | None = None,
     adversarial: str | Path | None = None,
     time_limit: float | None = None,
+    per_image: bool = False,
     progress: Progress = no_progress,
     **options: Unpack[TargetKeywords],
 ) -> Result:
@@ -73,6 +74,8 @@ def evaluate(
             written when all attacks are finished.  An interrupted call finds its images again.
         time_limit: seconds after which attacks stop; what is missing is then listed under
             "unfinished".
+        per_image: also keep which images are right, for paired comparisons
+            (:func:`cure.evaluation.metrics.unpack` reads it).
         progress: called with (attack, images done, images in all).
         options: ``data``, ``split``, ``limit``, ``checkpoint``, ``weights``, ``mean``, ``std``,
             ``options``, ``data_options``, ``batch_size``, ``device``, ``seed``: see
@@ -107,6 +110,7 @@ def evaluate(
         transfer,
         output,
         keep_images=adversarial is not None,
+        per_image=per_image,
     )
     with evaluation.journal, network_errors():
         result = _measure(evaluation, time_limit, progress)
@@ -129,6 +133,7 @@ class _Prepared:
         source: the network that the attack "transfer" uses.
         journal: batches that are finished.
         kept: the fooling images (see :func:`~cure.evaluation.runner.measure`), where asked for.
+        per_image: whether to say which images are right.
     """
 
     target: Target
@@ -141,6 +146,7 @@ class _Prepared:
     source: nn.Module | None
     journal: Journal
     kept: dict[str, Tensor] | None
+    per_image: bool
 
 
 def _prepare(
@@ -153,6 +159,7 @@ def _prepare(
     output: str | Path | None,
     *,
     keep_images: bool,
+    per_image: bool,
 ) -> _Prepared:
     """Load images and networks, and open the journal."""
     if keep_images and engine.world > 1:
@@ -183,6 +190,7 @@ def _prepare(
         source,
         journal,
         {} if keep_images else None,
+        per_image,
     )
 
 
@@ -203,6 +211,7 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
         source=this.source,
         curve=this.curve,
         keep=this.kept,
+        per_image=this.per_image,
     )
     diagnosis = engine.first(
         lambda: cheap_checks(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from base64 import b64decode, b64encode
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from cure.utils.stats import median_interval, wilson
@@ -30,6 +32,22 @@ def accuracy_of(correct: Tensor, seconds: float) -> Result:
         "n": count,
         "seconds": round(seconds, 2),
     }
+
+
+def pack(right: Tensor) -> str:
+    """Truth values [N] as text: a bit an image, most significant first, in base 64.
+
+    >>> import torch
+    >>> unpack(pack(torch.tensor([True, False, True])), 3).tolist()
+    [True, False, True]
+    """
+    return b64encode(np.packbits(right.cpu().numpy().astype(bool)).tobytes()).decode()
+
+
+def unpack(text: str, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """The ``count`` truth values that :func:`pack` wrote."""
+    bits = np.frombuffer(b64decode(text, validate=True), np.uint8)
+    return np.unpackbits(bits, count=count).astype(bool)
 
 
 def smallest(distances: Tensor) -> Result:

@@ -18,7 +18,7 @@ from cure.config import Ratio
 from cure.data import ImageSet, batches
 from cure.evaluation.journal import BatchResult, Identity, Journal
 from cure.evaluation.metrics import Result as Result
-from cure.evaluation.metrics import accuracy_of, nrr, smallest
+from cure.evaluation.metrics import accuracy_of, nrr, pack, smallest
 from cure.models import digest
 from cure.models.checks import check_outputs
 from cure.models.trial import traits_of
@@ -68,6 +68,7 @@ def measure(
     source: nn.Module | None = None,
     curve: Curve | None = None,
     keep: dict[str, Tensor] | None = None,
+    per_image: bool = False,
 ) -> Result:
     """Natural accuracy and accuracy under each attack, of one model on one set of images.
 
@@ -95,6 +96,8 @@ def measure(
         keep: receives the fooling images: for each attack, and for the worst case over all, a
             tensor like ``images.image`` in [0, 1], with the images themselves where none fooled.
             Only with one rank, and batches that are in the journal already have no images.
+        per_image: also say which images are right (see :func:`~cure.evaluation.metrics.pack`), as
+            ``right`` beside each accuracy.
 
     Returns:
         {"natural": ..., "attacks": {name: ...}, "worst_case": ..., "nrr": {...}, "curve": ...},
@@ -144,6 +147,10 @@ def measure(
             module.training = training
     if unfinished:
         result["unfinished"] = unfinished
+    if per_image:
+        result["natural"]["right"] = pack(natural)
+        for name, right in robust.items():
+            result["attacks"][name]["right"] = pack(right)
     if robust:
         worst = torch.stack(list(robust.values())).all(dim=0)
         result["worst_case"] = accuracy_of(worst, 0.0) | {"over": list(robust)}

@@ -36,6 +36,9 @@ from cure.utils.io import write_text
 REFERENCE = "run:"
 """A text ``run:ROW`` in a row's settings is the folder of that row's run of the same seed."""
 
+SEED = "{seed}"
+"""In a text of the settings: the seed of the run, as in ``start: runs/natural-seed{seed}``."""
+
 PACKED = "records.jsonl"
 """File of a plan's folder with the figures of all runs, see :mod:`cure.runs.records`."""
 
@@ -53,13 +56,17 @@ class Measurement(Section):
     attacks: tuple[str, ...] = ("pgd20", "cw")
     """Names from ``cure list attacks``."""
     limit: PositiveInt | None = None
-    """Only the first so many test images."""
+    """Only the first so many images."""
     checkpoints: tuple[Literal["best", "last"], ...] = ("best",)
     """Which weights. Where both are asked for and the best epoch is the last, only "best"."""
     seeds: tuple[NonNegativeInt, ...] | None = None
     """Only runs of these seeds."""
     rows: tuple[str, ...] | None = None
     """Only these rows."""
+    split: Literal["validation", "test"] = "test"
+    """Which images; tables are of test images."""
+    per_image: bool = False
+    """Also keep which images are right, for paired intervals."""
 
 
 class PlanRow(Section):
@@ -85,7 +92,7 @@ class Plan(Section):
     runs: str = "runs"
     """Folder of the runs; plans that share it share their runs."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Changes to the recipe, for all rows."""
+    """Changes to the recipe, for all rows; ``{seed}`` in a text is the run's seed."""
     seeds: tuple[NonNegativeInt, ...] = (0,)
     """Seeds of the rows that name none."""
     evaluations: tuple[Measurement, ...] = (Measurement(),)
@@ -163,6 +170,7 @@ def entries(plan: Plan) -> list[Entry]:
 
 def _entry(plan: Plan, label: str, seed: int) -> Entry:
     settings = plan.settings | plan.rows[label].settings | {"seed": seed, "name": label}
+    settings = _texts(settings, lambda text: text.replace(SEED, str(seed)))
     raw = read_recipe(plan.recipe)
     for key, value in settings.items():
         override(raw, key, value)
@@ -185,13 +193,21 @@ def _entry(plan: Plan, label: str, seed: int) -> Entry:
 
 def _referring(value: Any, replacement: Callable[[str], str]) -> Any:
     """The same data with every text ``run:ROW`` replaced."""
+    return _texts(
+        value,
+        lambda text: (
+            replacement(text.removeprefix(REFERENCE)) if text.startswith(REFERENCE) else text
+        ),
+    )
+
+
+def _texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same data with every text changed."""
     if isinstance(value, dict):
-        return {key: _referring(item, replacement) for key, item in value.items()}
+        return {key: _texts(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_referring(item, replacement) for item in value]
-    if isinstance(value, str) and value.startswith(REFERENCE):
-        return replacement(value.removeprefix(REFERENCE))
-    return value
+        return [_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def stages(plan: Plan) -> list[list[Entry]]:
@@ -299,11 +315,19 @@ class Wanted:
     checkpoint: Literal["best", "last"]
     attacks: tuple[str, ...]
     limit: int | None
+    split: Literal["validation", "test"]
+    per_image: bool
 
 
 def _wanted(plan: Plan, entry: Entry, last_is_best: bool) -> list[Wanted]:
     return [
-        Wanted(checkpoint, tuple(name for name in m.attacks if name != "natural"), m.limit)
+        Wanted(
+            checkpoint,
+            tuple(name for name in m.attacks if name != "natural"),
+            m.limit,
+            m.split,
+            m.per_image,
+        )
         for m in plan.evaluations
         if (m.seeds is None or entry.seed in m.seeds) and (m.rows is None or entry.label in m.rows)
         for checkpoint in m.checkpoints
@@ -315,9 +339,10 @@ def _found(results: Iterable[EvaluationRecord], wanted: Wanted) -> bool:
     """Whether one of the results answers ``wanted``."""
     return any(
         result.model.checkpoint == wanted.checkpoint
-        and result.data.split == "test"
+        and result.data.split == wanted.split
         and set(wanted.attacks) <= result.attacks.keys()
         and wanted.limit in (None, result.data.n)
+        and not (wanted.per_image and result.natural.right is None)
         for result in results
     )
 
@@ -358,6 +383,8 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
                 attacks=wanted.attacks,
                 limit=wanted.limit,
                 checkpoint=wanted.checkpoint,
+                split=wanted.split,
+                per_image=wanted.per_image,
                 device=settings.device,
             )
     record = RunRecord(

@@ -14,7 +14,7 @@ from cure.attacks.losses import Objective, cross_entropy, kl_divergence_per_samp
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.base import METHODS, AdversarialBatch, Method, Metrics, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, Metrics, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy, distillation
 from cure.models.batch_norm import untracked
 
@@ -126,6 +126,7 @@ class ACT(Method[ActBatch]):
     """
 
     Config = ActConfig
+    tradeoff = (Tradeoff("robust_alpha", (0.3, 0.6, 0.9, 1.0), None),)
 
     def setup(self) -> None:
         """G, a copy of F."""

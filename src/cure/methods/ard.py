@@ -12,7 +12,7 @@ from torch import Tensor
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy, distillation
 from cure.methods.common.teacher import Teacher
 
@@ -69,6 +69,7 @@ class ARD(Method[ArdBatch]):
     """
 
     Config = ArdConfig
+    tradeoff = (Tradeoff("alpha", (0.25, 0.5, 0.75, 1.0), "robust"),)
 
     def setup(self) -> None:
         """The teachers."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy
 
 
@@ -44,6 +44,7 @@ class AT(Method):
     """
 
     Config = AdversarialConfig
+    tradeoff = (Tradeoff("natural_share", (0.0, 0.25, 0.5, 0.75), "natural"),)
     soft_labels = True
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:

@@ -33,6 +33,30 @@ Metrics = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Tradeoff:
+    """A setting of a method that exchanges natural for robust accuracy.
+
+    Attributes:
+        setting: its place in the ``method`` section: "beta", "reward.natural".
+        values: a few values that span what is useful, in rising order.
+        more: the accuracy that a higher value favours; None where that is not known.
+    """
+
+    setting: str
+    values: tuple[float, ...]
+    more: Literal["natural", "robust"] | None
+
+    @property
+    def key(self) -> str:
+        """Its place in a recipe."""
+        return f"method.{self.setting}"
+
+    def __str__(self) -> str:
+        favours = "effect not known" if self.more is None else f"higher: more {self.more}"
+        return f"{self.setting} ({favours})"
+
+
+@dataclass(frozen=True)
 class AdversarialBatch:
     """What a loss needs besides the natural batch; methods that need more derive from it.
 
@@ -329,6 +353,9 @@ class Method(nn.Module, Generic[Attacked]):
     """Which accuracy on the validation split chooses the best checkpoint."""
     soft_labels: ClassVar[bool] = False
     """Whether the loss takes ``batch.target``: labels that are mixed or smoothed."""
+    tradeoff: ClassVar[tuple[Tradeoff, ...]] = ()
+    """Settings that exchange natural for robust accuracy, the usual one first; empty for a method
+    without one."""
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ from cure.methods.base import (
     Method,
     Metrics,
     StepOutput,
+    Tradeoff,
 )
 from cure.methods.common.losses import accuracy, kl_divergence
 from cure.methods.common.revision import RevisionConfig, RevisionModel
@@ -245,6 +246,11 @@ class CURE(Method):
     """
 
     Config = CureConfig
+    tradeoff = (
+        Tradeoff("gamma", (0.3, 1.0, 3.0, 10.0), "robust"),
+        Tradeoff("beta", (0.5, 1.0, 3.0, 6.0), "robust"),
+        Tradeoff("percent", (10.0, 30.0, 60.0), None),
+    )
     soft_labels = True
 
     def setup(self) -> None:

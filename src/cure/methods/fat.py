@@ -14,7 +14,7 @@ from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.attacks.threat import drawn
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy
 from cure.methods.mart import mart_output
 from cure.methods.trades import trades_output
@@ -129,6 +129,7 @@ class FAT(Method):
     """
 
     Config = FatConfig
+    tradeoff = (Tradeoff("tau", (0, 1, 2, 4), "robust"),)
 
     def setup(self) -> None:
         """The attack's objective, and tau of the first epoch."""

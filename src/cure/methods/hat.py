@@ -12,7 +12,7 @@ from torch import Tensor
 from cure.attacks.losses import KL
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy
 from cure.methods.common.teacher import Teacher
 from cure.methods.trades import trades_output
@@ -74,6 +74,10 @@ class HAT(Method[HatBatch]):
     """
 
     Config = HatConfig
+    tradeoff = (
+        Tradeoff("gamma", (0.1, 0.25, 0.5, 1.0), "natural"),
+        Tradeoff("beta", (1.0, 2.5, 5.0), "robust"),
+    )
 
     def setup(self) -> None:
         """The teachers."""

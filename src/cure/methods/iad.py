@@ -13,7 +13,7 @@ from torch import Tensor
 from cure.attacks.losses import CROSS_ENTROPY, kl_divergence_per_sample
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy, distillation
 from cure.methods.common.teacher import Teacher
 
@@ -137,6 +137,7 @@ class IAD(Method[IadBatch]):
     """
 
     Config = IadConfig
+    tradeoff = (Tradeoff("alpha", (0.25, 0.5, 0.75, 1.0), None),)
 
     def setup(self) -> None:
         """The teachers."""

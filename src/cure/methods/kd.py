@@ -12,7 +12,7 @@ from torch import Tensor
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy, soft_cross_entropy
 from cure.methods.common.teacher import Teacher
 
@@ -73,6 +73,7 @@ class KD(Method[KdBatch]):
     """
 
     Config = KdConfig
+    tradeoff = (Tradeoff("natural_teacher_weight", (0.1, 0.3, 0.6, 1.2), "natural"),)
 
     def setup(self) -> None:
         """The teachers."""

@@ -27,7 +27,7 @@ from cure.attacks.losses import CROSS_ENTROPY, KL, kl_divergence_per_sample
 from cure.attacks.pgd import Start, attack_mode
 from cure.config import MethodConfig, ModelConfig, Section
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy, smoothed_cross_entropy
 from cure.methods.fat import EarlyStop
 from cure.models import build_model
@@ -306,6 +306,7 @@ class LASAT(Method[LasAtBatch]):
     """
 
     Config = LasAtConfig
+    tradeoff = (Tradeoff("reward.natural", (0.5, 2.0, 8.0), None),)
 
     def setup(self) -> None:
         """The strategy network, for the images of the context."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy, mart_terms
 
 
@@ -64,6 +64,7 @@ class MART(Method):
     """
 
     Config = MartConfig
+    tradeoff = (Tradeoff("beta", (1.0, 2.5, 5.0, 10.0), "robust"),)
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Images that climb the cross-entropy."""

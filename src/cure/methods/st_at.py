@@ -16,7 +16,7 @@ from cure.attacks.pgd import starting_point
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy, symmetric_kl
 from cure.models.batch_norm import untracked
 
@@ -177,6 +177,7 @@ class STAT(Method[StAtBatch]):
     """
 
     Config = StAtConfig
+    tradeoff = (Tradeoff("beta", (1.0, 3.0, 6.0, 10.0), "robust"),)
 
     def setup(self) -> None:
         """Check that the attack starts away from the image."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from cure.attacks.losses import KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
 from cure.methods.common.losses import accuracy, trades_terms
 
 
@@ -64,6 +64,7 @@ class TRADES(Method):
     """
 
     Config = TradesConfig
+    tradeoff = (Tradeoff("beta", (1.0, 3.0, 6.0, 10.0), "robust"),)
     soft_labels = True
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:

@@ -385,6 +385,8 @@ class Accuracy(Share):
     correct: int | None = None
     n: int
     seconds: float | None = None
+    right: str | None = None
+    """Which images are right, where that was asked for: :func:`cure.evaluation.metrics.unpack`."""
 
 
 class AttackAccuracy(Accuracy):
@@ -592,6 +594,93 @@ class StudyRecord(FileRecord):
         return dict(self.model_extra or {})
 
 
+class FrontEstimate(Record):
+    """A mean over seeds with its 95 % intervals."""
+
+    mean: float
+    images: Interval
+    """Bootstrap over the images."""
+    seeds: Interval | None = None
+    """Student t over seeds; None for one seed."""
+
+
+class FrontRow(Record):
+    """One run; accuracy and interval under each attack stand at ``pgd20``, ``pgd20_interval``."""
+
+    method: str
+    knob: str | None
+    """The setting that varies; None where nothing does."""
+    value: Any
+    seed: int
+    natural: float
+    natural_interval: Interval
+    n: int
+    """Images."""
+
+
+class FrontPoint(Record):
+    """One value of one curve, over its seeds."""
+
+    curve: str
+    value: Any
+    seeds: list[int]
+    natural: FrontEstimate
+    robust: FrontEstimate
+    dominated: bool
+    """Whether another point of the record is as good in both accuracies and better in one."""
+
+
+class FrontCurve(Record):
+    """What the values of one method reach."""
+
+    method: str
+    knob: str | None
+    more: str | None
+    """The accuracy that a higher value favours; None where that is not known."""
+    seeds: list[int]
+    """Those of which all values are done; the figures here are theirs."""
+    hypervolume: FrontEstimate | None
+    """Percent of the area between the reference and (100, 100)."""
+    robust_range: Interval | None
+    """Robust accuracies between the curve's own points, for every seed."""
+
+
+class FrontComparison(Record):
+    """Natural accuracies at one robust accuracy, interpolated between a method's own points."""
+
+    robust: float
+    natural: dict[str, FrontEstimate | None]
+    """By curve; None where it does not reach so far."""
+
+
+class FrontRecord(FileRecord):
+    """Fronts of methods (``cure front``)."""
+
+    made_by: ClassVar[str] = "cure front"
+
+    format: Literal["cure-front-1"]
+    recipe: str
+    settings: dict[str, Any]
+    """Changes to the recipe for all runs."""
+    own_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Changes for one method, by its name."""
+    data: DataFacts
+    threat: ThreatFacts
+    attack: str
+    """The attack of the robust accuracies."""
+    reference: Interval
+    """Natural and robust accuracy from which the hypervolume counts."""
+    rows: list[FrontRow]
+    points: list[FrontPoint]
+    curves: dict[str, FrontCurve]
+    common_range: Interval | None
+    """Robust accuracies that all curves reach."""
+    comparisons: list[FrontComparison]
+    missing: list[str]
+    """Names of the runs that are not done."""
+    environment: Environment
+
+
 class RunRecord(FileRecord):
     """A run in one file, as a plan keeps it when the run's folder may be gone."""
 
@@ -687,8 +776,8 @@ PACKED_FORMAT = "cure-runs-1"
 
 _KEPT_OF_EVALUATION: dict[str, Any] = {
     **dict.fromkeys(("format", "target", "nrr", "threat", "model", "seed", "batch_size"), True),
-    "natural": {"accuracy", "interval", "correct", "n"},
-    "attacks": {"__all__": {"accuracy", "interval", "correct", "n", "settings", "seed"}},
+    "natural": {"accuracy", "interval", "correct", "n", "right"},
+    "attacks": {"__all__": {"accuracy", "interval", "correct", "n", "right", "settings", "seed"}},
     "data": {"name", "split", "n", "size"},
     "environment": {
         *("cure", "commit", "python", "packages", "processor", "cores", "threads", "gpu", "time"),

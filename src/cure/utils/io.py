@@ -67,6 +67,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all.
+
+    Raises:
+        CheckpointError: when it cannot be written.
+    """
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_json(path: Path, content: object, compact: bool = False) -> None:
     """Write a JSON file completely or not at all.
 

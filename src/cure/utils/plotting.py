@@ -99,6 +99,7 @@ class Series:
         style: number of its colour, marker and line; by default its place in the panel.
         line: whether points are connected.
         reference: a dotted line in ink without markers.
+        hollow: markers with a white inside.
     """
 
     label: str
@@ -109,6 +110,7 @@ class Series:
     style: int | None = None
     line: bool = True
     reference: bool = False
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
@@ -259,24 +261,36 @@ class Chart:
     def draw(self) -> Picture:
         """The figure as SVG."""
         with _drawing():
-            labels = {each.label for panel in self.panels for each in panel.series if each.label}
-            in_row = max(1, min(len(labels), int(self.width / 2.1)))
-            legend = 0.2 * math.ceil(len(labels) / in_row) if len(labels) > 1 else 0.0
-            rows = math.ceil(len(self.panels) / self.columns)
-            size = (self.width, rows * self.height + legend)
-            figure, axes = _canvas(rows, self.columns, *size)
-            handles: dict[str, Any] = {}
-            for place, panel in enumerate(self.panels):
-                _draw_panel(axes[place], panel)
-                for handle, label in zip(*axes[place].get_legend_handles_labels(), strict=True):
-                    handles.setdefault(label, handle)
-            for unused in axes[len(self.panels) :]:
-                unused.set_visible(False)
-            if len(handles) > 1:
-                figure.legend(
-                    list(handles.values()), list(handles), loc="outside lower center", ncols=in_row
-                )
-            return _finish(figure, self)
+            return _finish(self._figure(), self)
+
+    def png(self, dots: int = 150) -> bytes:
+        """The figure as a PNG file with so many pixels an inch."""
+        buffer = io.BytesIO()
+        with _drawing():
+            self._figure().savefig(
+                buffer, format="png", dpi=dots, facecolor="white", bbox_inches="tight"
+            )
+        return buffer.getvalue()
+
+    def _figure(self) -> Figure:
+        labels = {each.label for panel in self.panels for each in panel.series if each.label}
+        in_row = max(1, min(len(labels), int(self.width / 2.1)))
+        legend = 0.2 * math.ceil(len(labels) / in_row) if len(labels) > 1 else 0.0
+        rows = math.ceil(len(self.panels) / self.columns)
+        size = (self.width, rows * self.height + legend)
+        figure, axes = _canvas(rows, self.columns, *size)
+        handles: dict[str, Any] = {}
+        for place, panel in enumerate(self.panels):
+            _draw_panel(axes[place], panel)
+            for handle, label in zip(*axes[place].get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        for unused in axes[len(self.panels) :]:
+            unused.set_visible(False)
+        if len(handles) > 1:
+            figure.legend(
+                list(handles.values()), list(handles), loc="outside lower center", ncols=in_row
+            )
+        return figure
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -348,6 +362,8 @@ def _draw_series(axes: Axes, each: Series, place: int, shift: float, horizontal:
         axes.errorbar(x, y, xerr=bars, **_BARS, ecolor=look["color"])
     if not each.line:
         look["linestyle"] = "none"
+    if each.hollow:
+        look |= {"markerfacecolor": "white", "zorder": 3}
     axes.plot(x, y, label=label, markevery=max(1, len(x) // 12) if each.line else 1, **look)
 
 
