@@ -22,6 +22,7 @@ LAYERS = (
     "runs",
     "training",
     "evaluation",
+    "exporters",
     "experiments",
     "analysis",
     "report",

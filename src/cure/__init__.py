@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from cure.evaluation.evaluate import evaluate, verify
     from cure.experiments.compare import compare
     from cure.experiments.tradeoff import tradeoff
+    from cure.exporters.export import export
     from cure.methods.common import losses
+    from cure.models.artefact import from_pretrained
     from cure.recipe import load_recipe
     from cure.report.page import write_report
     from cure.runs.run import Run
@@ -39,6 +41,8 @@ __all__ = [
     "corruptions",
     "diagnose",
     "evaluate",
+    "export",
+    "from_pretrained",
     "load_recipe",
     "losses",
     "methods",

@@ -18,6 +18,8 @@ HOMES = {
     "corruptions": "cure.evaluation.corruptions.measure",
     "diagnose": "cure.evaluation.diagnosis.api",
     "evaluate": "cure.evaluation.evaluate",
+    "export": "cure.exporters.export",
+    "from_pretrained": "cure.models.artefact",
     "front": "cure.experiments.front",
     "load_recipe": "cure.recipe",
     "resume": "cure.training.run",

@@ -76,6 +76,7 @@ Kind = StrEnum(
     ["methods", "models", "recipes", "attacks", "corruptions", "data", "studies", "settings"],
 )
 Precision = StrEnum("Precision", ["fp32", "bf16_attack"])
+ExportFormat = StrEnum("ExportFormat", ["onnx", "safetensors", "torch-export", "hub"])
 Split = StrEnum("Split", ["train", "validation", "test"])
 
 RunOption = Annotated[
@@ -504,6 +505,31 @@ def watch(
             time.sleep(interval)
             drawn, ended = look()
             live.update(drawn, refresh=True)
+
+
+@app.command("export")
+@with_options("checkpoint", "data", "data_options", "limit", limit=1000)
+def export_(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write to, or the file.")],
+    options: dict[str, Any],
+    to: Annotated[ExportFormat, typer.Option(help="What to write.")] = ExportFormat.onnx,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="ONNX: also quantise, with validation images.")
+    ] = False,
+    opset: Annotated[int, typer.Option(help="ONNX: version of the operators.")] = 18,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="hub: also upload, to a private repository."),
+    ] = None,
+) -> None:
+    """Write a run's network for other programs; checks the file against the run."""
+    from cure.exporters.export import export
+
+    made = export(run, to.value, folder, int8=int8, opset=opset, push=push, **options)  # type: ignore[arg-type]
+    say(f"exported: {made}")
+    if to is not ExportFormat("torch-export"):
+        say(f"next: cure evaluate {made} --data IMAGES --float {run}")
 
 
 @app.command("list")

@@ -16,9 +16,14 @@ from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
 from cure.errors import CheckpointError, ConfigError
 from cure.evaluation.diagnosis import cheap_checks
-from cure.evaluation.export import check_claim, read_claim, robustbench_record, save_adversarial
 from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
 from cure.evaluation.options import TargetKeywords
+from cure.evaluation.robustbench import (
+    check_claim,
+    read_claim,
+    robustbench_record,
+    save_adversarial,
+)
 from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, no_progress
 from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
@@ -285,7 +290,7 @@ def verify(
         options: as in :func:`evaluate`.
 
     Returns:
-        ``format`` "cure-verification-1" and what :func:`~cure.evaluation.export.check_claim`
+        ``format`` "cure-verification-1" and what :func:`~cure.evaluation.robustbench.check_claim`
         returns.
 
     Raises:

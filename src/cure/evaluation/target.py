@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,12 @@ from cure.data.objects import as_images, is_object
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, DataError, unknown
 from cure.evaluation.options import TargetKeywords, TargetOptions
-from cure.models import MODELS, build_model, load_weights
+from cure.models import MODELS, Normalised, build_model, digest, load_weights
+from cure.models.artefact import WEIGHTS, contract_of, from_pretrained, is_artefact
 from cure.models.build import adapted_copy, network_of
+from cure.models.contract import Contract
+from cure.models.onnx_network import OnnxNetwork
+from cure.models.trial import traits_of, with_traits
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 
@@ -39,6 +44,7 @@ class Target:
         build: makes the network for some images.
         folder: of a run.
         config: of a run.
+        contract: of an exported network.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Target:
     build: Callable[[ImageSet], nn.Module]
     folder: RunFolder | None = None
     config: RunConfig | None = None
+    contract: Contract | None = None
 
     @classmethod
     def of(cls, given: TargetLike, **options: Unpack[TargetKeywords]) -> Target:
@@ -54,7 +61,8 @@ class Target:
 
         Args:
             given: a run (or its folder), a network, or the name of one (``cure list models``,
-                ``package.module:callable``, ``hf:...``, ``timm:...``).
+                ``package.module:callable``, ``hf:...``, ``timm:...``); or a file or hub folder of
+                ``cure export``, or an ONNX file of others.
             options: see :class:`~cure.evaluation.options.TargetOptions`.
 
         Raises:
@@ -69,6 +77,8 @@ class Target:
         path = Path(given).expanduser()
         if (path / "config.yaml").is_file():
             return cls._of_run(RunFolder.open(path), how, network)
+        if is_artefact(path):
+            return cls._of_artefact(path, how)
         if path.exists():
             raise CheckpointError(
                 f"{path} holds no run (no config.yaml); to evaluate a weights file, name its "
@@ -112,6 +122,48 @@ class Target:
         }
         return cls(folder.path.name, facts, how, build, folder, config)
 
+    @classmethod
+    def _of_artefact(cls, path: Path, how: TargetOptions) -> Target:
+        """A file or hub folder of ``cure export``, or an ONNX file of others."""
+        network = OnnxNetwork(path) if path.suffix == ".onnx" else None
+        contract = contract_of(path) if network is None else network.contract
+        given: list[Any] = [how.weights, how.options or None]
+        if contract is not None:
+            given += [how.mean, how.std]
+        if any(value is not None for value in given):
+            raise ConfigError(
+                f"{path} has its own network, weights and normalisation; weights, options, mean "
+                "and std go with the name of a model"
+            )
+
+        def build(images: ImageSet) -> nn.Module:
+            if contract is not None and images.kind != contract.kind:
+                wanted, came = contract.kind, images.kind
+                raise DataError(
+                    f"{path} takes images of {[wanted.channels, *wanted.size]}, '{images.name}' "
+                    f"has {[came.channels, *came.size]}; say --data-option resize={wanted.size[0]}"
+                )
+            if network is None:
+                return from_pretrained(path)
+            if how.mean is None or how.std is None:
+                return network
+            traits = traits_of(network)
+            return with_traits(Normalised(network, how.mean, how.std), traits)
+
+        facts: dict[str, Any] = {"artefact": path.name, "sha256": _file_digest(path)}
+        if contract is not None:
+            known = contract.run
+            facts |= {
+                "parameters": contract.network.get("parameters"),
+                "precision": contract.precision,
+                "method": known.get("method"),
+                "recipe": known.get("name"),
+                "run_seed": known.get("seed"),
+            }
+        elif network is not None:
+            facts["precision"] = "int8" if network.quantised else "float32"
+        return cls(path.name, facts, how, build, contract=contract)
+
     @property
     def batch_size(self) -> int:
         """Images at once: what was asked for, else the run's, else 256."""
@@ -130,7 +182,9 @@ class Target:
             source: Any = how.data
             config = self._data_config(source, how.data_options or {})
             images = load_split(config, how.split, how.limit)
-        return images if self.folder is None else relabelled(images, self.folder.kind)
+        if self.folder is not None:
+            return relabelled(images, self.folder.kind)
+        return images if self.contract is None else relabelled(images, self.contract.kind)
 
     def load(self) -> tuple[ImageSet, nn.Module]:
         """The images, up to the limit, and the network."""
@@ -144,6 +198,8 @@ class Target:
             ConfigError: when they are no radius or norm.
         """
         base = self.config.threat if self.config else ThreatConfig()
+        if self.contract is not None:
+            base = ThreatConfig.model_validate(self.contract.threat)
         wanted = {
             "epsilon": base.epsilon if epsilon is None else epsilon,
             "norm": base.norm if norm is None else norm,
@@ -169,6 +225,10 @@ class Target:
         if self.config is None and source is None:
             raise ConfigError("a model needs images: name them with data (--data)")
         known = self.config.data.model_dump(mode="json") if self.config else {}
+        if self.contract is not None:
+            needs = self.contract.preprocessing
+            known |= {"resize": needs.resize, "fit": needs.fit, "background": needs.background}
+            known["color"] = "rgb" if needs.channels == 3 else "grey"
         if source is not None:
             known["source"] = str(source)
         elif self.config is not None:
@@ -189,6 +249,7 @@ def describe_images(images: ImageSet) -> dict[str, Any]:
         "classes": list(images.classes),
         "classes_present": len(set(images.label.tolist())),
         "size": [images.channels, *images.size],
+        "sha256": digest({"image": images.image, "label": images.label}),
     }
 
 
@@ -200,6 +261,12 @@ def epoch_of(path: Path) -> int | None:
     except (SafetensorError, OSError):
         return None  # What is wrong with the file is said when its weights are read.
     return int(epoch) if epoch else None
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file, or of the weights file of a folder."""
+    file = path / WEIGHTS if path.is_dir() else path
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSet], nn.Module]:

@@ -73,6 +73,12 @@ def traits_of(model: nn.Module) -> Traits:
     return found
 
 
+def with_traits(model: nn.Module, traits: Traits) -> nn.Module:
+    """The same network, with what a trial of it would find."""
+    setattr(model, _TRAITS, traits)
+    return model
+
+
 def adapt(
     model: nn.Module,
     classes: int,

@@ -1,0 +1,305 @@
+"""Files that a run is exported to: read by other libraries, equal to the run, or refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.reference
+import onnxruntime
+import pytest
+import safetensors
+import torch
+import yaml
+from torch import Tensor, nn
+
+import cure
+from cure.data.images import ImageKind
+from cure.errors import CheckpointError, ConfigError, CureError, ModelError
+from cure.exporters import export as module
+from cure.exporters.onnx import captured, onnx_model
+from cure.models.contract import Contract, Preprocessing
+from helpers import Command, refused
+
+
+def images(count: int) -> Tensor:
+    return torch.rand((count, 1, 8, 8), generator=torch.Generator().manual_seed(count))
+
+
+def onnx_metadata(path: Path) -> dict[str, Any]:
+    found = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    return {key: json.loads(value) for key, value in found.items() if key != "cure_format"}
+
+
+def test_onnx_computes_what_the_run_does_in_another_library(run: cure.Run, folder: Path) -> None:
+    proto = onnx.load(folder / "model.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    assert [item.version for item in proto.opset_import if item.domain == ""] == [18]
+    (size, *rest) = proto.graph.input[0].type.tensor_type.shape.dim
+    assert size.dim_param == "batch"
+    assert [dim.dim_value for dim in rest] == [1, 8, 8]
+    # The reference implementation shares no code with onnxruntime, which checked the file.
+    reference = onnx.reference.ReferenceEvaluator(proto)
+    with torch.no_grad():
+        for count in (1, 3):
+            (logits,) = reference.run(None, {"image": images(count).numpy()})
+            np.testing.assert_allclose(logits, run.model()(images(count)).numpy(), atol=1e-4)
+
+
+def test_onnx_carries_its_contract(run: cure.Run, folder: Path) -> None:
+    found = onnx_metadata(folder / "model.onnx")
+    assert found["classes"] == [str(digit) for digit in range(10)]
+    assert found["preprocessing"]["size"] == [8, 8]
+    assert found["normalisation"]["mean"] == pytest.approx([0.3])
+    assert found["normalisation"]["inside"] is True
+    assert found["threat"] == {"norm": "Linf", "epsilon": "0.1"}
+    assert found["versions"]["cure"] == cure.__version__
+    by_attack = {part["attack"]: part for part in found["accuracies"]}
+    assert set(by_attack) == {"natural", "fgsm"}
+    evaluated = cure.evaluate(run, attacks="fgsm", limit=100)
+    assert by_attack["fgsm"]["accuracy"] == evaluated["attacks"]["fgsm"]["accuracy"]
+    assert by_attack["fgsm"]["interval"] == evaluated["attacks"]["fgsm"]["interval"]
+    assert by_attack["fgsm"]["n"] == 100
+    assert found["check"]["largest_difference"] <= found["check"]["tolerance"] < 0.01
+    assert found["data"]["n"] == 100
+    assert len(found["data"]["sha256"]) == 64
+
+
+def test_int8_is_quantised_smaller_and_says_how_often_it_agrees(folder: Path) -> None:
+    small, whole = folder / "model.int8.onnx", folder / "model.onnx"
+    assert small.stat().st_size < whole.stat().st_size
+    kinds = {node.op_type for node in onnx.load(small).graph.node}
+    assert "QuantizeLinear" in kinds
+    assert "QuantizeLinear" not in {node.op_type for node in onnx.load(whole).graph.node}
+    found = onnx_metadata(small)
+    assert found["precision"] == "int8"
+    assert found["check"]["n"] == found["check"]["calibration_images"] == 50
+    pixels = images(200).numpy()
+    logits = [
+        onnxruntime.InferenceSession(str(path)).run(None, {"image": pixels})[0]
+        for path in (small, whole)
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 0
+    assert (logits[0].argmax(1) == logits[1].argmax(1)).mean() > 0.9
+
+
+def test_safetensors_hold_the_weights_and_the_contract(run: cure.Run, tmp_path: Path) -> None:
+    made = cure.export(run, "safetensors", tmp_path / "own.safetensors")
+    with safetensors.safe_open(str(made), framework="np") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["normalisation"])["inside"] is False
+    read = cure.from_pretrained(made)
+    with torch.no_grad():
+        assert torch.equal(read(images(4)), run.model()(images(4)))
+    assert read.contract.classes == [str(digit) for digit in range(10)]
+
+
+def test_torch_export_needs_only_pytorch(run: cure.Run, tmp_path: Path) -> None:
+    made = cure.export(run, "torch-export", tmp_path)
+    extra = {"classes": ""}
+    program = torch.export.load(made, extra_files=extra).module()
+    with torch.no_grad():
+        for count in (1, 5):
+            difference = program(images(count)) - run.model()(images(count))
+            assert float(difference.abs().max()) < 1e-4
+    assert json.loads(extra["classes"])[9] == "9"
+    with pytest.raises(ConfigError, match="pickle"):
+        cure.evaluate(made, data="digits")
+
+
+def test_a_hub_folder_has_its_four_files_and_no_pickle(run: cure.Run, tmp_path: Path) -> None:
+    made = cure.export(run, "hub", tmp_path / "hub")
+    assert {file.name for file in made.iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    _, head, text = (made / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(head)
+    (results,) = card["model-index"][0]["results"]
+    names = {metric["name"]: metric["value"] for metric in results["metrics"]}
+    measured = cure.evaluate(run, attacks="fgsm", limit=100)
+    assert names["FGSM, Linf 0.1"] == round(measured["attacks"]["fgsm"]["accuracy"], 2)
+    assert card["pipeline_tag"] == results["task"]["type"] == "image-classification"
+    assert "95 % interval" in text
+    with torch.no_grad():
+        assert torch.equal(cure.from_pretrained(made)(images(3)), run.model()(images(3)))
+
+
+def test_the_card_is_one_that_the_hub_reads(run: cure.Run, tmp_path: Path) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    made = cure.export(run, "hub", tmp_path / "hub")
+    data = hub.ModelCard.load(made / "README.md").data
+    assert {result.metric_type for result in data.eval_results} == {"accuracy"}
+
+
+def test_a_network_of_transformers_loads_there(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        num_channels=3, embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic",
+        num_labels=2, id2label={0: "dark", 1: "bright"}, label2id={"dark": 0, "bright": 1},
+    )  # fmt: skip
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "start")
+    constants = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3, "rescale_factor": 1 / 255}
+    (tmp_path / "start" / "preprocessor_config.json").write_text(json.dumps(constants))
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    label = torch.arange(40) % 2
+    pixels = (pixels * (0.3 + 0.7 * label[:, None, None, None])).to(torch.uint8)
+    # The data's classes are in alphabetical order, not in that of the network's own labels.
+    data = (pixels, ["bright" if number else "dark" for number in label.tolist()])
+    settings = {
+        "method": "natural", "start": "model", "model": f"hf:{tmp_path / 'start'}",
+        "data.validation": 10, "training.epochs": 1, "training.batch_size": 10,
+        "training.threads": 1, "training.validation_steps": 1,
+    }  # fmt: skip
+    trained = cure.train("digits", settings, run=tmp_path / "run", data=data, quiet=True)
+    made = cure.export(trained, "hub", tmp_path / "hub", data=data)
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(
+        made, use_safetensors=True
+    ).eval()
+    assert theirs.config.id2label == {0: "bright", 1: "dark"}
+    written = json.loads((made / "preprocessor_config.json").read_text())
+    standard = (pixels[:4] / 255 - torch.tensor(written["image_mean"])[:, None, None]) / (
+        torch.tensor(written["image_std"])[:, None, None]
+    )
+    with torch.no_grad():
+        ours = trained.model()(pixels[:4] / 255)
+        torch.testing.assert_close(theirs(standard).logits, ours, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cure.from_pretrained(made)(pixels[:4] / 255), ours)
+
+
+KIND = ImageKind(("a", "b", "c"), 3, (8, 8))
+CONTRACT = Contract(
+    classes=["a", "b", "c"], preprocessing=Preprocessing(size=[8, 8], channels=3), threat={}
+)
+
+
+class Bessel(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.special.bessel_j0(image.mean((2, 3)))
+
+
+class Decides(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.mean((2, 3)) if image.mean() > 0.5 else image.amax((2, 3))
+
+
+class FixesBatch(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        return image.reshape(2, 3, -1).mean(2)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (Bessel(), ["the operator prims.bessel_j0"]),
+        (Decides(), ["the values of a tensor", "test_export.py, line"]),
+        (FixesBatch(), ["the number of images of a batch"]),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence(network: nn.Module, words: list[str]) -> None:
+    with pytest.raises(ModelError) as caught:
+        onnx_model(captured(network, KIND), CONTRACT)
+    for word in [*words, "--to safetensors"]:
+        assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    run: cure.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.network(image) + 0.01
+
+    monkeypatch.setattr(module, "captured", lambda model, kind: captured(Wrong(model).eval(), kind))
+    with pytest.raises(ModelError, match=r"differ from those of the run by 0\.0"):
+        cure.export(run, "torch-export", tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_nothing_is_overwritten_and_options_must_fit(
+    run: cure.Run, tmp_path: Path, command: Command
+) -> None:
+    (tmp_path / "model.safetensors").write_text("precious")
+    refused(command("export", run.path, tmp_path, "--to", "safetensors"), "exists")
+    assert (tmp_path / "model.safetensors").read_text() == "precious"
+    refused(command("export", run.path, tmp_path, "--to", "hub", "--int8"), "int8", "onnx")
+    refused(command("export", run.path, tmp_path, "--push", "a/b"), "push", "hub")
+    refused(
+        command("export", run.path, tmp_path / "h", "--to", "hub", "--push", "ab"), "owner/name"
+    )
+    refused(command("export", tmp_path / "none", tmp_path), "does not exist")
+
+
+def test_pushing_uploads_privately_only_when_asked(
+    run: cure.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    calls: list[tuple[str, Any]] = []
+
+    class Api:
+        def create_repo(self, name: str, **options: Any) -> None:
+            calls.append((name, options["private"]))
+
+        def upload_folder(self, **options: Any) -> None:
+            calls.append((options["repo_id"], options["folder_path"]))
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    cure.export(run, "hub", tmp_path / "first")
+    assert calls == []
+    cure.export(run, "hub", tmp_path / "second", push="me/robust")
+    assert calls == [("me/robust", True), ("me/robust", str(tmp_path / "second"))]
+
+
+def test_code_that_a_file_names_is_not_run(run: cure.Run, tmp_path: Path) -> None:
+    made = cure.export(run, "hub", tmp_path / "hub")
+    config = json.loads((made / "config.json").read_text())
+    config["cure"]["network"] = {"name": "os:mkdir", "options": {"path": str(tmp_path / "owned")}}
+    (made / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="not imported"):
+        cure.from_pretrained(made)
+    assert not (tmp_path / "owned").exists()
+    network = torch.nn.Module()
+    with pytest.raises(CureError):
+        cure.from_pretrained(made, network=network)
+
+
+def test_damage_is_said(run: cure.Run, tmp_path: Path) -> None:
+    made = cure.export(run, "safetensors", tmp_path)
+    content = bytearray(made.read_bytes())
+    content[-1] ^= 1
+    made.write_bytes(content)
+    with pytest.raises(CheckpointError, match="altered"):
+        cure.from_pretrained(made)
+    (tmp_path / "broken.onnx").write_bytes(b"not an onnx file")
+    with pytest.raises(CheckpointError, match="ONNX"):
+        cure.from_pretrained(tmp_path / "broken.onnx")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        cure.from_pretrained(tmp_path / "nothing" / "at" / "all")
+
+
+def test_the_weights_digest_is_that_of_the_run(run: cure.Run, folder: Path) -> None:
+    name = run.path / "checkpoints" / "best.safetensors"
+    with safetensors.safe_open(str(name), framework="pt") as file:
+        assert (
+            onnx_metadata(folder / "model.onnx")["run"]["weights_sha256"]
+            == (file.metadata()["sha256"])
+        )
+
+
+def test_an_evaluation_names_the_bytes_that_it_evaluated(folder: Path) -> None:
+    result = cure.evaluate(folder / "model.onnx", data="digits", attacks="noise", limit=20)
+    content = (folder / "model.onnx").read_bytes()
+    assert result["model"]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert result["threat"]["epsilon"] == 0.1
+    assert result["batch_size"] == 256
