@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from cure.errors import CureError
 from cure.experiments.tradeoff import barriers, choose, combinations
 from cure.runs.folder import RunFolder
 from cure.runs.records import TradeoffPoint
-from helpers import Command, bright_or_dark
+from helpers import Command, bright_or_dark, refused
 
 SETTINGS = {
     "natural.epochs": 3,
@@ -107,6 +109,12 @@ def test_the_ends_are_the_start_and_the_run_and_the_choice_is_a_run(
     assert found.met
     assert found.chosen == max(found.points, key=lambda p: p.robust)
     assert found.run == str(tmp_path / "chosen")
+    assert found.strong is not None
+    assert found.strong.attacks == ["apgd-ce"], "the targeted attack needs four classes"
+    strong = cure.evaluate(found.run, split="validation", attacks=["apgd-ce"])
+    assert strong["attacks"]["apgd-ce"]["accuracy"] == found.strong.robust <= found.chosen.robust
+    assert (tmp_path / "chosen" / "tradeoff.png").read_bytes()[1:4] == b"PNG"
+    assert "chosen" in (tmp_path / "chosen" / "tradeoff.svg").read_text()
     evaluated = cure.evaluate(found.run, split="validation", attacks=["natural"])
     assert evaluated["natural"]["accuracy"] == pytest.approx(found.chosen.natural)
 
@@ -143,6 +151,39 @@ def test_what_does_not_fit_together_is_one_sentence(runs: Path, tmp_path: Path) 
     cure.train("digits", settings, run=tmp_path / "near", quiet=True)
     with pytest.raises(CureError, match="differ in their threat"):
         cure.tradeoff([runs / "at", tmp_path / "near"])
+
+
+def test_runs_of_other_networks_and_class_orders_are_refused(runs: Path, tmp_path: Path) -> None:
+    for name, file, old, new, word in (
+        ("classes", "data.json", None, None, "differ in their classes"),
+        ("network", "config.yaml", "name: small_cnn", "name: resnet10", "differ in their network"),
+    ):
+        shutil.copytree(runs / "other", tmp_path / name)
+        path = tmp_path / name / file
+        if old is None:
+            content = json.loads(path.read_text())
+            content["classes"].reverse()
+            path.write_text(json.dumps(content))
+        else:
+            assert old in path.read_text()
+            path.write_text(path.read_text().replace(old, new))
+        with pytest.raises(CureError, match=word):
+            cure.tradeoff([runs / "at", tmp_path / name])
+
+
+def test_images_for_the_statistics_that_are_gone(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "at", tmp_path / "moved")
+    path = tmp_path / "moved" / "config.yaml"
+    path.write_text(path.read_text().replace(f"{runs}/images.npz", f"{tmp_path}/gone.npz"))
+    with pytest.raises(CureError, match=r"gone\.npz"):
+        cure.tradeoff(tmp_path / "moved", points=2)
+
+
+def test_an_unknown_strong_attack_is_refused_before_anything_is_measured(
+    runs: Path, command: Command
+) -> None:
+    ended = command("tradeoff", runs / "at", "--natural-at-least", 1, "--strong", "pdg20")
+    refused(ended, "pdg20")
 
 
 def test_three_ends_make_a_triangle(runs: Path) -> None:

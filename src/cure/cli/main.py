@@ -444,6 +444,10 @@ def tradeoff(
         typer.Option(metavar="PERCENT", help="Keep the most accurate point that is so robust."),
     ] = None,
     points: Annotated[int, typer.Option(help="Points on each line, with its ends.")] = 9,
+    strong: Annotated[
+        str | None,
+        typer.Option(help="Attacks on the chosen point (default: apgd-ce,apgd-t; '': none)."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run to write the chosen network to.")
     ] = None,
@@ -457,6 +461,7 @@ def tradeoff(
         natural_at_least=natural_at_least,
         robust_at_least=robust_at_least,
         points=points,
+        strong=words(strong),
         output=output,
         device=device,
         say=say,
@@ -475,6 +480,12 @@ def tradeoff(
         warn(f"no point has a {asked}; the nearest has {reached}")
         raise typer.Exit(UNFINISHED)
     say(f"chosen: {reached} of {found.chosen.n:,} validation images")
+    if found.strong is not None:
+        low, high = found.strong.robust_interval
+        say(
+            f"under {', '.join(found.strong.attacks)}: {found.strong.robust:.1f} % "
+            f"({low:.1f} to {high:.1f}) of the same images; the front: {found.run}/tradeoff.svg"
+        )
     _print_ended(Path(str(found.run)))
 
 

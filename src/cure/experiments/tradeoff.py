@@ -22,22 +22,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cure.attacks import Threat
 from cure.config import NATURAL, RunConfig
 from cure.data import ImageSet, batches, carve, load_split
 from cure.errors import CheckpointError, ConfigError
+from cure.evaluation.runner import measure
+from cure.experiments.pareto import undominated
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import core, load_weights, save_weights
 from cure.models.build import network_of
 from cure.runs.folder import RunFolder
-from cure.runs.records import MeasuredAccuracies, Outcome, TradeoffPoint, TradeoffRecord
+from cure.runs.records import (
+    MeasuredAccuracies,
+    Outcome,
+    StrongAccuracies,
+    TradeoffPoint,
+    TradeoffRecord,
+)
 from cure.runs.run import Run
+from cure.training.setup import check_attacks
 from cure.training.validation import validate
 from cure.utils.engine import Engine
-from cure.utils.io import check_free
+from cure.utils.io import check_free, write_bytes, write_text
+from cure.utils.plotting import Chart, Panel, Series
 from cure.utils.stats import wilson
 
 STEPS = 20
 """Steps of the PGD along the line."""
+
+STRONG = ("apgd-ce", "apgd-t")
+"""Attacks that measure the chosen point once more; the second needs four classes."""
 
 BARRIER = 2.0
 """Points of natural accuracy below both ends from which on a barrier is reported."""
@@ -64,6 +78,7 @@ def tradeoff(
     natural_at_least: float | None = None,
     robust_at_least: float | None = None,
     points: int = 9,
+    strong: Sequence[str] | None = None,
     output: str | Path | None = None,
     model: nn.Module | None = None,
     data: ImageSet | None = None,
@@ -81,6 +96,9 @@ def tradeoff(
             reach it, the most robust one is chosen.
         robust_at_least: the same for robust accuracy; the most accurate point is chosen.
         points: points on each line, with its ends.
+        strong: attacks that measure the chosen point once more on the validation images: names from
+            ``cure list attacks``; by default :data:`STRONG`, with fewer than four classes the first
+            alone; none when empty.
         output: folder of the run to write the chosen network to; by default
             ``RUN-natural75`` or ``RUN-robust40`` beside the first run.
         model: the network, when the runs were given one as a Python object.
@@ -101,9 +119,12 @@ def tradeoff(
     _check_runs(folders)
     wanted = natural_at_least is not None or robust_at_least is not None
     place = Path(output) if output else _place(folders[0], natural_at_least, robust_at_least)
+    kind = folders[0].kind
+    if strong is None:
+        strong = STRONG if len(kind.classes) >= 4 else STRONG[:1]
+    check_attacks(strong)
     if wanted:
         check_free(place)
-    kind = folders[0].kind
     network = network_of(config, kind, model)
     ends = [_start(folders[0], config, network), *(_end(folder, network) for folder in folders)]
     engine = Engine.for_evaluation(device)
@@ -114,6 +135,7 @@ def tradeoff(
     say(
         f"{len(shares)} points of {len(validation):,} validation images under PGD-{STEPS}"
         + (f", BatchNorm statistics from {len(training):,} training images" if recompute else "")
+        + (f"; the chosen point once more under {', '.join(strong)}" if wanted and strong else "")
     )
     network = engine.place(network)
 
@@ -148,7 +170,8 @@ def tradeoff(
     if chosen is None or not met:
         return record
     become(chosen.shares)
-    record = record.model_copy(update={"run": str(place)})
+    measured = _strong(network, validation, strong, config, engine) if strong else None
+    record = record.model_copy(update={"run": str(place), "strong": measured})
     _write(place, folders[0], network, found, chosen, record)
     return record
 
@@ -332,6 +355,74 @@ def _measured(
     )
 
 
+def _strong(
+    network: nn.Module,
+    validation: ImageSet,
+    attacks: Sequence[str],
+    config: RunConfig,
+    engine: Engine,
+) -> StrongAccuracies:
+    """The chosen network under stronger attacks, which count image by image."""
+    found = measure(
+        network,
+        validation,
+        attacks,
+        Threat.of(config.threat),
+        engine=engine,
+        batch_size=config.evaluation.batch_size,
+    )
+    worst = found["worst_case"]
+    return StrongAccuracies(
+        natural=found["natural"]["accuracy"],
+        robust=worst["accuracy"],
+        attacks=worst["over"],
+        robust_interval=worst["interval"],
+        n=len(validation),
+    )
+
+
+def chart(record: TradeoffRecord) -> Chart:
+    """Natural against robust accuracy of all points, the chosen one marked."""
+    good = undominated([(point.natural, point.robust) for point in record.points])
+
+    def series(label: str, points: Sequence[TradeoffPoint], style: int, hollow: bool) -> Series:
+        return Series(
+            label,
+            [point.natural for point in points],
+            [point.robust for point in points],
+            [point.robust_interval for point in points],
+            [point.natural_interval for point in points],
+            style=style,
+            line=False,
+            hollow=hollow,
+        )
+
+    pairs = list(zip(record.points, good, strict=True))
+    groups: list[tuple[str, list[TradeoffPoint], int, bool]] = [
+        ("front", [point for point, best in pairs if best], 0, False),
+        ("dominated", [point for point, best in pairs if not best], 0, True),
+        ("chosen", [record.chosen] if record.chosen is not None else [], 1, False),
+    ]
+    drawn = [series(*group) for group in groups if group[1]]
+    if record.strong is not None:
+        name = f"chosen, {', '.join(record.strong.attacks)}"
+        x, y, limits = record.strong.natural, record.strong.robust, record.strong.robust_interval
+        drawn.append(Series(name, [x], [y], [limits], style=2, line=False))
+    panel = Panel(
+        drawn,
+        "natural accuracy, %",
+        f"accuracy under PGD-{record.steps}, %",
+        names=[
+            (point.natural, point.robust, record.ends[point.shares.index(1.0)])
+            for point in record.points
+            if 1.0 in point.shares
+        ],
+    )
+    n = f"{record.points[0].n:,} validation images"
+    description = f"Networks between {', '.join(record.ends)}; Wilson 95 % intervals over {n}."
+    return Chart("tradeoff", f"Networks between weights, {n}", description, [panel], height=4.2)
+
+
 def _line(point: TradeoffPoint, ends: Sequence[End]) -> str:
     shares = ", ".join(
         f"{share:.2f} {end.name}" for share, end in zip(point.shares, ends, strict=True) if share
@@ -365,6 +456,9 @@ def _write(
     for checkpoint in ("best", "last"):
         save_weights(network, folder.checkpoints / f"{checkpoint}.safetensors", facts)
     record.write(folder.path / "tradeoff.json")
+    picture = chart(record)
+    write_text(folder.path / "tradeoff.svg", picture.draw().svg)
+    write_bytes(folder.path / "tradeoff.png", picture.png())
     start = next(p for p in points if p.shares[0] == 1.0)
 
     def accuracies(point: TradeoffPoint) -> MeasuredAccuracies:

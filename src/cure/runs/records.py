@@ -165,6 +165,16 @@ class TradeoffPoint(Accuracies):
     """Validation images."""
 
 
+class StrongAccuracies(Accuracies):
+    """Accuracies of the chosen network under stronger attacks, on the same images."""
+
+    attacks: list[str]
+    """An image is right where it withstands all of them."""
+    robust_interval: Interval
+    n: int
+    """Validation images."""
+
+
 class TradeoffRecord(FileRecord):
     """Networks on lines between trained weights (``tradeoff.json``)."""
 
@@ -177,6 +187,8 @@ class TradeoffRecord(FileRecord):
     """Sentences on points that are worse than both ends."""
     chosen: TradeoffPoint | None = None
     """The point that was asked for, or the nearest to it."""
+    strong: StrongAccuracies | None = None
+    """The chosen point once more, under stronger attacks."""
     met: bool | None = None
     """Whether the chosen point meets the requirement; None without one."""
     run: str | None = None
