@@ -1,0 +1,178 @@
+"""Robust overfitting: few images, many epochs; best minus last robust accuracy of each method.
+
+    python benchmarks/robust_overfitting.py [--recipe cifar10-mini] [--seeds 0,1,2] [KEY=VALUE ...]
+
+Trains AT, TRADES, AT with averaged weights, and CURE with and without revision and mask on 2,000
+images until training robust accuracy is high; the best checkpoint is chosen on validation images
+and both checkpoints are measured on test images.  What is done is skipped.  The output has a row a
+run with its curves, and the mean of best minus last over seeds; ``.svg`` and ``.png`` beside it
+show the robust accuracy of every method over the epochs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cure.errors import TrainingStopped
+from cure.experiments.compare.rows import no_place
+from cure.experiments.executors import LocalExecutor
+from cure.experiments.plan import Measurement, Plan, PlanRow, carry_out_plan, entries, results_of
+from cure.recipe import parse_override
+from cure.runs.records import RunRecord
+from cure.utils.environment import environment
+from cure.utils.io import write_bytes, write_json, write_text
+from cure.utils.plotting import Chart, Panel, Series
+from cure.utils.stats import student_t
+
+METHODS: dict[str, dict[str, Any]] = {
+    "at": {"method": "at"},
+    "trades": {"method": "trades"},
+    "at-averaged": {"method": "at", "training.averaging": {"decay": 0.98}},
+    "cure": {},
+    "cure-no-revision": {"method.gamma": 0},
+    "cure-no-mask": {"method.mask.kind": "none"},
+    "cure-no-mask-no-revision": {"method.mask.kind": "none", "method.gamma": 0},
+}
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """All methods and seeds."""
+    chosen = options.methods.split(",") if options.methods else METHODS
+    natural = {"method": "natural", "start": "scratch", "training.epochs": options.natural_epochs}
+    rows = {"natural": PlanRow(settings=natural)}
+    rows |= {name: PlanRow(settings=METHODS[name]) for name in chosen}
+    settings = {
+        "start": "run:natural",
+        "data.limit": options.images + options.validation,
+        "data.validation": options.validation,
+        "training.epochs": options.epochs,
+        "training.validate_every": options.validate_every,
+        "training.threads": 1,
+    }
+    return Plan(
+        name="robust-overfitting",
+        recipe=options.recipe,
+        runs=str(Path(options.folder) / "trained"),
+        settings=settings | dict(map(parse_override, options.settings)),
+        seeds=tuple(map(int, options.seeds.split(","))),
+        evaluations=(
+            Measurement(attacks=("pgd20",), limit=options.limit, checkpoints=("best", "last")),
+        ),
+        rows=rows,
+    )
+
+
+def row_of(name: str, seed: int, record: RunRecord) -> dict[str, Any]:
+    """Best and last checkpoint on test images, and the curves of one run."""
+    by_checkpoint = {str(found.model.checkpoint): found for found in record.evaluations}
+    best = by_checkpoint["best"].attacks["pgd20"]
+    # The best epoch can be the last, which is then measured once.
+    last = by_checkpoint.get("last", by_checkpoint["best"]).attacks["pgd20"]
+    curve = [
+        {
+            "epoch": line.epoch,
+            "train": round(100 * line.train["robust_accuracy"], 2)
+            if "robust_accuracy" in line.train
+            else None,
+            "validation": None if line.validation is None else line.validation.robust,
+        }
+        for line in record.metrics
+    ]
+    return {
+        "method": name,
+        "seed": seed,
+        "best_epoch": record.best_epoch,
+        "best": best.accuracy,
+        "best_interval": best.interval,
+        "last": last.accuracy,
+        "last_interval": last.interval,
+        "best_minus_last": best.accuracy - last.accuracy,
+        "n": best.n,
+        "curve": curve,
+    }
+
+
+def chart(rows: list[dict[str, Any]]) -> Chart:
+    """Robust accuracy on training and validation images over the epochs, means over seeds."""
+    panels = []
+    for kind in ("train", "validation"):
+        series = []
+        for style, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
+            curves = [row["curve"] for row in rows if row["method"] == name]
+            by_epoch: dict[int, list[float]] = {}
+            for point in (point for curve in curves for point in curve):
+                if point[kind] is not None:
+                    by_epoch.setdefault(point["epoch"], []).append(point[kind])
+            x = sorted(epoch for epoch, found in by_epoch.items() if len(found) == len(curves))
+            series.append(Series(name, x, [fmean(by_epoch[epoch]) for epoch in x], style=style))
+        panels.append(Panel(series, "epoch", f"robust accuracy on {kind} images, %"))
+    text = "Means over seeds; a gap that opens between the panels is robust overfitting."
+    title = "Robust accuracy over the epochs"
+    return Chart("robust-overfitting", title, text, panels, columns=2, width=9.6)
+
+
+def write(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
+    """Write the rows that are done, their means, and the picture."""
+    done = results_of(plan, folder)
+    rows = [
+        row_of(entry.label, entry.seed, done[entry.name])
+        for entry in entries(plan)
+        if entry.label != "natural" and entry.name in done
+    ]
+    means: dict[str, Any] = {}
+    for name in dict.fromkeys(row["method"] for row in rows):
+        each = [row["best_minus_last"] for row in rows if row["method"] == name]
+        interval = list(student_t(each)) if len(each) > 1 else None
+        means[name] = {"best_minus_last": fmean(each), "interval": interval, "seeds": len(each)}
+    found = {
+        "rows": rows,
+        "means": means,
+        "recipe": plan.recipe,
+        "settings": no_place(plan.settings),
+        "environment": environment(),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, found)
+    if rows:
+        write_text(output.with_suffix(".svg"), chart(rows).draw().svg)
+        write_bytes(output.with_suffix(".png"), chart(rows).png())
+    return found
+
+
+def main() -> None:
+    """Train and evaluate what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of all runs")
+    parser.add_argument("--recipe", default="cifar10-mini")
+    parser.add_argument("--methods", help=f"only these of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--validation", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--natural-epochs", type=int, default=25)
+    parser.add_argument("--validate-every", type=int, default=5)
+    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--folder", default="runs/robust_overfitting")
+    parser.add_argument("--output", default="results/robust_overfitting/cifar10-mini.json")
+    options = parser.parse_args()
+    plan, folder, output = plan_of(options), Path(options.folder), Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def tell(line: str) -> None:
+        print(line, flush=True)
+        if line.endswith(": done"):
+            write(plan, folder, output)
+
+    failures = carry_out_plan(plan, folder, LocalExecutor(options.jobs), tell=tell)
+    for name, mean in write(plan, folder, output)["means"].items():
+        print(name, mean)
+    if failures:
+        raise TrainingStopped("; ".join(failures))
+
+
+if __name__ == "__main__":
+    main()

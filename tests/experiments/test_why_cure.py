@@ -1,0 +1,98 @@
+"""The benchmark that compares variants of CURE: its rows are valid runs, its differences exact."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cure.evaluation.metrics import pack
+from cure.experiments.plan import entries
+from cure.runs.records import RunRecord
+from cure.utils.stats import student_t, wilson
+
+
+def script(name: str) -> Any:
+    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def options(**more: Any) -> argparse.Namespace:
+    usual = {
+        "recipe": "cifar10-mini",
+        "seeds": "0,1",
+        "limit": 100,
+        "natural_epochs": 1,
+        "folder": "runs",
+        "settings": [],
+        "variants": None,
+    }
+    return argparse.Namespace(**(usual | more))
+
+
+def test_every_variant_is_a_run_of_its_own() -> None:
+    module = script("why_cure")
+    made = entries(module.plan_of(options()))
+    assert len(made) == 2 * (1 + len(module.VARIANTS))
+    settings = [entry.config.model_copy(update={"name": ""}).model_dump_json() for entry in made]
+    assert len(set(settings)) == len(settings)
+    paper = next(entry.config for entry in made if entry.label == "paper")
+    assert paper.method.model_dump()["adversarial_term"] == "kl"
+    assert paper.attack.objective == "method"
+
+
+def test_differences_by_hand() -> None:
+    module = script("why_cure")
+    plan = module.plan_of(options(variants="paper,no-mask"))
+    configs = {entry.name: entry.config.model_dump(mode="json") for entry in entries(plan)}
+    figures = {"paper-seed0": 60, "no-mask-seed0": 64, "paper-seed1": 60, "no-mask-seed1": 62}
+
+    def record(name: str, correct: int) -> RunRecord:
+        right = pack(torch.arange(100) < correct)
+        accuracy = {"accuracy": float(correct), "interval": list(wilson(correct, 100))}
+        found = {**accuracy, "n": 100, "right": right}
+        evaluation = {
+            "format": "cure-evaluation-1",
+            "target": name,
+            "natural": found,
+            "attacks": {"pgd20": {**found, "settings": {}}},
+            "nrr": {},
+            "threat": {"norm": "Linf", "epsilon": 0.1, "epsilon_text": "0.1"},
+            "data": {"name": "x", "split": "test", "size": [1, 8, 8]},
+            "model": {},
+            "environment": {"time": "2026"},
+        }
+        return RunRecord.model_validate(
+            {"format": "cure-run-1", "config": configs[name], "evaluations": [evaluation]}
+        )
+
+    done = {name: record(name, correct) for name, correct in figures.items()}
+    found = module.differences(done, plan)
+    assert list(found) == ["no-mask"]
+    natural = found["no-mask"]["natural"]
+    assert natural["difference"] == 3.0
+    assert natural["seeds"] == pytest.approx(student_t([4.0, 2.0]))
+    assert natural["images"][0] < 3.0 < natural["images"][1]
+    # Two unpaired accuracies of 100 images would give an interval of about 27 points.
+    assert natural["images"][1] - natural["images"][0] < 8
+
+
+def test_every_method_of_the_overfitting_benchmark_is_a_run() -> None:
+    module = script("robust_overfitting")
+    plan = module.plan_of(
+        options(methods=None, images=2000, validation=1000, epochs=150, validate_every=5)
+    )
+    made = entries(plan)
+    assert {entry.label for entry in made} == {"natural", *module.METHODS}
+    averaged = next(entry.config for entry in made if entry.label == "at-averaged")
+    assert averaged.method.name == "at"
+    assert averaged.training.averaging is not None
