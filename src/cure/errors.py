@@ -8,7 +8,10 @@ of this project and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class CureError(Exception):
@@ -53,3 +56,29 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 
 class CureNote(UserWarning):
     """Something that was decided for the user, said once: what was found and what was done."""
+
+
+@contextmanager
+def notes_kept() -> Iterator[list[str]]:
+    """Collect the notes that are given inside, each once; they are shown as well.
+
+    >>> with warnings.catch_warnings(record=True), notes_kept() as notes:
+    ...     for _ in range(2):
+    ...         warnings.warn("half precision became float32", CureNote)
+    >>> notes
+    ['half precision became float32']
+    """
+    notes: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def keep(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, CureNote):
+                if str(message) in notes:
+                    return
+                notes.append(str(message))
+            show(message, category, *place)
+
+        warnings.showwarning = keep  # type: ignore[assignment]
+        warnings.simplefilter("always", CureNote)
+        yield notes

@@ -16,6 +16,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from sklearn.metrics import recall_score
 from torch import Tensor, nn
 
 import cure
@@ -25,12 +26,20 @@ from cure.attacks.autoattack import package_part
 from cure.attacks.early_exit import PlainLayout, early_exit, projection, standard_part
 from cure.attacks.registry import EvaluationAttack, Part, evaluation_attack
 from cure.data import ImageSet
-from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError
+from cure.errors import (
+    CheckpointError,
+    ConfigError,
+    CureError,
+    CureNote,
+    DataError,
+    ModelError,
+)
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.journal import Journal
-from cure.evaluation.metrics import accuracy_of, nrr
+from cure.evaluation.metrics import accuracy_of, by_class, nrr
 from cure.evaluation.runner import measure
 from cure.models.checks import check_outputs
+from cure.runs.records import EvaluationRecord
 from cure.utils.random import generator
 from cure.utils.stats import wilson
 from linear_models import ENGINE, image_set, linear, linear_case, unit
@@ -149,6 +158,61 @@ def test_accuracy_of_counts_truths() -> None:
         "n": 4,
         "seconds": 1.23,
     }
+
+
+def test_accuracy_by_class_agrees_with_scikit_learn() -> None:
+    draws = torch.Generator().manual_seed(1)
+    label = torch.randint(4, (200,), generator=draws).clamp(max=2)  # no image of class 3
+    predicted = torch.randint(4, (200,), generator=draws)
+    found = by_class(predicted == label, label, 4)
+    recall = recall_score(label, predicted, labels=[0, 1, 2], average=None, zero_division=0)
+    assert found["accuracy_by_class"][:3] == pytest.approx(list(100 * recall))
+    assert found["accuracy_by_class"][3] is None
+    expected = 100 * recall.mean()
+    assert found["balanced_accuracy"] == pytest.approx(expected)
+    low, high = found["balanced_interval"]
+    assert low < expected < high
+
+
+def test_a_network_that_always_names_the_largest_class() -> None:
+    label = torch.tensor([0] * 18 + [1] * 2)
+    images = ImageSet(
+        torch.zeros((20, 1, 4, 4), dtype=torch.uint8), label, ("healthy", "ill"), "ward", "test"
+    )
+    always = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    nn.init.zeros_(always[1].weight)
+    always[1].bias.data = torch.tensor([2.0, -1.0])
+    result = evaluate(always, data=images, attacks=["pgd20"], device="cpu")
+    assert result["majority"] == {"class": "healthy", "accuracy": 90.0}
+    for part in (result["natural"], result["attacks"]["pgd20"], result["worst_case"]):
+        assert part["accuracy"] == 90.0
+        assert part["balanced_accuracy"] == 50.0
+        assert part["accuracy_by_class"] == [100.0, 0.0]
+    assert result["data"]["images_by_class"] == [18, 2]
+
+
+class Noted(nn.Module):
+    """Half precision, of which the trial gives a note."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(16, 2).half()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.last(image.flatten(1))
+
+
+def test_notes_are_kept_in_the_result(tmp_path: Path) -> None:
+    with pytest.warns(CureNote, match="converted to float32"):
+        result = evaluate(
+            Noted(),
+            data=linear_case(2, 0.05)[1],
+            attacks=["pgd20"],
+            output=tmp_path / "noted.json",
+        )
+    (note,) = result["notes"]
+    assert "float16 and are converted to float32" in note
+    assert EvaluationRecord.read(tmp_path / "noted.json").notes == [note]
 
 
 # One model, one set of images.
@@ -739,6 +803,7 @@ def test_evaluate_a_module_on_images_in_memory() -> None:
         "n": len(images),
         "classes": ["0", "1"],
         "classes_present": 2,
+        "images_by_class": images.label.bincount().tolist(),
         "size": [1, 4, 4],
     }
     assert model.training

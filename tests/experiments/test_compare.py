@@ -126,6 +126,17 @@ def result(
     }
 
 
+def with_classes(correct: int) -> dict[str, Any]:
+    """A result on 90 images of one class, all right, and 10 of another, so many of them right."""
+    made = result(90 + correct, pgd20=90)
+    made["majority"] = {"class": "a", "accuracy": 90.0}
+    made["data"]["images_by_class"] = [90, 10]
+    for one, right in ((made["natural"], correct), (made["attacks"]["pgd20"], 0)):
+        one["balanced_accuracy"] = (100 + 10 * right) / 2
+        one["balanced_interval"] = [40.0, 99.0]
+    return made
+
+
 MakeRun = Callable[..., Path]
 
 
@@ -170,6 +181,23 @@ def seeds(make_run: MakeRun, method: str, correct: Mapping[int, int], **more: An
 
 
 # One row.
+
+
+def test_balanced_accuracy_is_shown_where_classes_are_unequal(make_run: MakeRun) -> None:
+    runs = [make_run("a", with_classes(10)), make_run("b", with_classes(5), seed=1, method="mart")]
+    first, _ = read_rows(runs)
+    assert (first["majority"], first["unequal"]) == (90.0, True)
+    assert (first["balanced_natural"], first["balanced_pgd20"]) == (100.0, 50.0)
+    shown = compare(runs)
+    assert shown.columns[:5] == [
+        *("natural", "pgd20", "majority", "balanced_natural", "balanced_pgd20")
+    ]
+    assert shown.cells()[0][2:7] == [
+        *("95.0 (88.8-97.8)", "90.0 (82.6-94.5)", "90.0", "75.0 (40.0-99.0)", "50.0 (40.0-99.0)")
+    ]
+    # Results of earlier versions do not know.
+    old = compare([make_run("c", result(80, pgd20=40), seed=2)])
+    assert old.columns == ["natural", "pgd20"]
 
 
 def test_every_number_of_a_row(make_run: MakeRun) -> None:

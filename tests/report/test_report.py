@@ -135,6 +135,40 @@ def test_a_difference_has_newcombes_interval() -> None:
     assert (round(low, 2), round(high, 2)) == (5.24, 33.39)
 
 
+def unequal(correct: int) -> dict[str, Any]:
+    """A result on 180 images of one class and 20 of another, ``correct`` of these right."""
+    result = evaluation("ward", natural=180 + correct, attacks={"pgd20": 180})
+    result["majority"] = {"class": "0", "accuracy": 90.0}
+    result["data"]["images_by_class"] = [180, 20]
+    for part, right in ((result["natural"], correct), (result["attacks"]["pgd20"], 0)):
+        share = 100 * right / 20
+        part["accuracy_by_class"] = [100.0, share]
+        part["balanced_accuracy"] = (100 + share) / 2
+        part["balanced_interval"] = [45.0, 99.0]
+    return result
+
+
+def test_classes_of_unequal_size(tmp_path: Path) -> None:
+    result = unequal(0) | {"notes": ["the network: its weights were float16"]}
+    page = write_report(plant(tmp_path / "ward", results=[result]))
+    tree = read(page)
+    said = section(tree, "verdict").text
+    assert "always naming the largest class is right on 90.0 %" in said
+    assert "It is no more accurate than always naming the largest class (90.0 %)" in said
+    assert "Noted while evaluating: the network: its weights were float16." in said
+    table = section(tree, "accuracies").all("table")[1]
+    assert [th.text for th in table.one("thead").all("th")] == [
+        *("class", "images", "natural", "PGD-20")
+    ]
+    assert cells(table) == [
+        ["balanced (mean over the classes)", "200", "50.0 (45.0-99.0)", "50.0 (45.0-99.0)"],
+        ["0", "180", "100.0", "100.0"],
+        ["1", "20", "0.0", "0.0"],
+    ]
+    better = write_report(plant(tmp_path / "better", results=[unequal(15)]))
+    assert "no more accurate" not in section(read(better), "verdict").text
+
+
 def test_findings_stand_beside_the_numbers_they_concern(tree: Element) -> None:
     table = section(tree, "accuracies").all("table")[0]
     row = table.one("tbody").all("tr")[0]

@@ -31,6 +31,29 @@ def test_student_t_is_scipys() -> None:
     assert stats.student_t(values) == pytest.approx(expected)
 
 
+def test_the_interval_of_balanced_accuracy_covers_what_it_says() -> None:
+    draws = np.random.default_rng(0)
+    counts, rates = [180, 20, 40], [0.95, 0.4, 0.7]
+    truth, covered = 100 * np.mean(rates), 0
+    for _ in range(1000):
+        right = [int(draws.binomial(n, rate)) for n, rate in zip(counts, rates, strict=True)]
+        _, low, high = stats.balanced_accuracy(right, counts)
+        covered += low <= truth <= high
+    # Three standard errors of 1,000 draws are 2 points.
+    assert 930 <= covered <= 985
+
+
+def test_guessing_stays_below_its_limit() -> None:
+    draws = np.random.default_rng(0)
+    counts = [180, 20]
+    found = [
+        stats.balanced_accuracy([int(draws.binomial(n, 0.5)) for n in counts], counts)[0]
+        for _ in range(1000)
+    ]
+    share = np.mean(np.array(found) > stats.balanced_guessing(counts))
+    assert 0.005 < share < 0.05
+
+
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (4, 4), (9, 1), (3, 17)])
 def test_mcnemar_is_the_two_sided_binomial_test(lost: int, gained: int) -> None:
     total = lost + gained

@@ -57,6 +57,9 @@ def show_progress() -> Iterator[Any]:
 MOST_COLUMNS = 4
 """Attacks that a table of results has columns for; more have rows."""
 
+MOST_CLASSES = 20
+"""Classes that a table of results has rows for."""
+
 
 def print_evaluation(result: dict[str, Any], kept: bool) -> None:
     """A result of ``cure evaluate``, and what casts doubt on it.
@@ -66,6 +69,7 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
         kept: whether the same command continues a result that is unfinished.
     """
     print_results([result])
+    print_classes(result)
     print_distances(result)
     for check in result["diagnosis"]["checks"]:
         if check["status"] != "pass":
@@ -85,15 +89,18 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     threat, data = results[0]["threat"], results[0]["data"]
     shown = [result["attacks"] | result.get("unfinished", {}) for result in results]
     names = list(dict.fromkeys(name for attacks in shown for name in attacks))
+    largest = results[0]["majority"]
+    baseline = f"always naming '{largest['class']}', the largest class: {largest['accuracy']:.1f}"
     table = Table(
         title=escape(
             f"{data['name']} {data['split']}, {data['n']:,} images, "
             f"{threat['norm']} {threat['epsilon_text']}"
         ),
-        caption="accuracy in percent, 95 % interval; NRR: harmonic mean with natural accuracy",
+        caption="accuracy in percent, 95 % interval; NRR: harmonic mean with natural accuracy; "
+        + escape(baseline),
     )
     if len(results) == 1 and len(names) > MOST_COLUMNS:
-        _by_attack(table, results[0], shown[0])
+        _by_attack(table, results[0], shown[0], baseline)
         return
     table.add_column("model")
     for name in ("natural", *names):
@@ -111,9 +118,14 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     out.print(table)
 
 
-def _by_attack(table: Table, result: dict[str, Any], attacks: dict[str, Any]) -> None:
+def _by_attack(
+    table: Table, result: dict[str, Any], attacks: dict[str, Any], baseline: str
+) -> None:
     """One row an attack, where there are too many for columns."""
-    table.caption = "accuracy in percent, 95 % interval; the worst case is over all, image by image"
+    table.caption = (
+        "accuracy in percent, 95 % interval; the worst case is over all, image by image; "
+        + escape(baseline)
+    )
     for heading in (escape(result["target"]), "accuracy", "seconds"):
         table.add_column(heading, justify="left" if table.columns == [] else "right")
     rows = {"natural": result["natural"]} | attacks
@@ -121,6 +133,31 @@ def _by_attack(table: Table, result: dict[str, Any], attacks: dict[str, Any]) ->
         rows["worst case"] = result["worst_case"]
     for name, part in rows.items():
         table.add_row(escape(name), _accuracy(part), f"{part.get('seconds', 0):,.0f}")
+    out.print(table)
+
+
+def print_classes(result: dict[str, Any]) -> None:
+    """Accuracy of each class and their mean; of many classes those with the lowest ones."""
+    data = result["data"]
+    parts = {"natural": result["natural"]} | result["attacks"]
+    if len(parts) > MOST_COLUMNS and "worst_case" in result:
+        parts = {"natural": result["natural"], "worst case": result["worst_case"]}
+    last = [part["accuracy_by_class"] for part in parts.values()][-1]
+    present = [k for k, count in enumerate(data["images_by_class"]) if count]
+    shown = sorted(present, key=lambda k: last[k])[:MOST_CLASSES]
+    what = "" if len(shown) == len(present) else f", the {len(shown)} lowest of {len(present)}"
+    table = Table(title=f"accuracy by class in percent{what}; balanced: mean over the classes")
+    for heading in ("class", "images", *parts):
+        table.add_column(escape(heading), justify="left" if heading == "class" else "right")
+    for k in sorted(shown) if not what else shown:
+        figures = (f"{part['accuracy_by_class'][k]:.1f}" for part in parts.values())
+        table.add_row(escape(data["classes"][k]), f"{data['images_by_class'][k]:,}", *figures)
+    table.add_section()
+    table.add_row(
+        "balanced",
+        f"{data['n']:,}",
+        *(_accuracy(part, "balanced_") for part in parts.values()),
+    )
     out.print(table)
 
 
@@ -264,14 +301,14 @@ def print_table(shown: ComparisonTable) -> None:
     out.print(table)
 
 
-def _accuracy(cell: dict[str, Any] | None) -> str:
+def _accuracy(cell: dict[str, Any] | None, kind: str = "") -> str:
     if cell is None:
         return "-"
     if "bounds" in cell:
         low, high = cell["bounds"]
         return f"unfinished: {low:.1f} to {high:.1f}"
-    low, high = cell["interval"]
-    return f"{cell['accuracy']:.1f} ({low:.1f}-{high:.1f})"
+    low, high = cell[f"{kind}interval"]
+    return f"{cell[f'{kind}accuracy']:.1f} ({low:.1f}-{high:.1f})"
 
 
 def _ratio(value: float | None) -> str:

@@ -14,7 +14,7 @@ from cure.attacks import Threat
 from cure.attacks.registry import evaluation_attack
 from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
-from cure.errors import CheckpointError, ConfigError
+from cure.errors import CheckpointError, ConfigError, notes_kept
 from cure.evaluation.diagnosis import cheap_checks
 from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
 from cure.evaluation.options import TargetKeywords
@@ -100,26 +100,28 @@ def evaluate(
         check_free(further)
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise ConfigError(f"time_limit: expected seconds above 0, got {time_limit:g}")
-    chosen = Target.of(target, **options)
-    names = _attack_names(attacks, chosen, transfer is not None)
-    if robustbench is not None and "autoattack" not in names:
-        raise ConfigError(
-            "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
+    with notes_kept() as notes:
+        chosen = Target.of(target, **options)
+        names = _attack_names(attacks, chosen, transfer is not None)
+        if robustbench is not None and "autoattack" not in names:
+            raise ConfigError(
+                "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
+            )
+        evaluation = _prepare(
+            chosen,
+            names,
+            _curve(curve, epsilons),
+            chosen.threat(epsilon, norm),
+            Engine.for_evaluation(chosen.options.device, precision),
+            transfer,
+            output,
+            keep_images=adversarial is not None,
+            per_image=per_image,
         )
-    evaluation = _prepare(
-        chosen,
-        names,
-        _curve(curve, epsilons),
-        chosen.threat(epsilon, norm),
-        Engine.for_evaluation(chosen.options.device, precision),
-        transfer,
-        output,
-        keep_images=adversarial is not None,
-        per_image=per_image,
-    )
-    with evaluation.journal, network_errors():
-        result = _measure(evaluation, time_limit, progress)
-        _record(evaluation, result, output, robustbench, adversarial)
+        with evaluation.journal, network_errors():
+            result = _measure(evaluation, time_limit, progress)
+            result["notes"] = notes
+            _record(evaluation, result, output, robustbench, adversarial)
     return result
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from base64 import b64decode, b64encode
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from cure.utils.stats import median_interval, wilson
+from cure.utils.stats import balanced_accuracy, median_interval, wilson
 
 Result = dict[str, Any]
 
@@ -48,6 +49,38 @@ def unpack(text: str, count: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """The ``count`` truth values that :func:`pack` wrote."""
     bits = np.frombuffer(b64decode(text, validate=True), np.uint8)
     return np.unpackbits(bits, count=count).astype(bool)
+
+
+def by_class(correct: Tensor, label: Tensor, classes: int) -> Result:
+    """Accuracy of each class and their mean, in percent.
+
+    Args:
+        correct: one truth value an image [N].
+        label: the class of each image [N].
+        classes: number of classes.
+
+    Returns:
+        ``accuracy_by_class``: a value a class, None without an image of it;
+        ``balanced_accuracy``: their mean; ``balanced_interval``: its 95 % interval
+        (:func:`~cure.utils.stats.balanced_accuracy`).
+    """
+    counts = label.bincount(minlength=classes).tolist()
+    right = label[correct].bincount(minlength=classes).tolist()
+    mean, low, high = balanced_accuracy(right, counts)
+    return {
+        "balanced_accuracy": mean,
+        "balanced_interval": [low, high],
+        "accuracy_by_class": [
+            100 * sure / count if count else None for sure, count in zip(right, counts, strict=True)
+        ],
+    }
+
+
+def majority(label: Tensor, classes: Sequence[str]) -> Result:
+    """The largest class and the accuracy in percent of always naming it."""
+    counts = label.bincount(minlength=len(classes))
+    largest = int(counts.argmax())
+    return {"class": classes[largest], "accuracy": 100 * int(counts[largest]) / len(label)}
 
 
 def smallest(distances: Tensor) -> Result:

@@ -18,7 +18,7 @@ from cure.config import Ratio
 from cure.data import ImageSet, batches
 from cure.evaluation.journal import BatchResult, Identity, Journal
 from cure.evaluation.metrics import Result as Result
-from cure.evaluation.metrics import accuracy_of, nrr, pack, smallest
+from cure.evaluation.metrics import accuracy_of, by_class, majority, nrr, pack, smallest
 from cure.models import digest
 from cure.models.checks import check_outputs
 from cure.models.trial import traits_of
@@ -100,9 +100,10 @@ def measure(
             ``right`` beside each accuracy.
 
     Returns:
-        {"natural": ..., "attacks": {name: ...}, "worst_case": ..., "nrr": {...}, "curve": ...},
-        accuracies in percent with Wilson 95 % intervals.  Attacks that ran out of time are
-        under "unfinished" instead, with bounds of what their accuracy can be.
+        {"natural": ..., "attacks": {name: ...}, "worst_case": ..., "nrr": {...}, "curve": ...,
+        "majority": ...}, accuracies in percent with Wilson 95 % intervals, and by class.  Attacks
+        that ran out of time are under "unfinished" instead, with bounds of what their accuracy
+        can be.
 
     Raises:
         ConfigError: for an unknown attack, before anything is computed.
@@ -119,7 +120,12 @@ def measure(
         check_outputs(model, engine.arrange(first.image), len(images.classes))
         began = time.perf_counter()
         natural = _predict(model, images, engine, batch_size) == images.label
-        result: Result = {"natural": accuracy_of(natural, time.perf_counter() - began)}
+        label, classes = images.label.cpu(), len(images.classes)
+        result: Result = {
+            "natural": accuracy_of(natural, time.perf_counter() - began)
+            | by_class(natural.cpu(), label, classes),
+            "majority": majority(label, images.classes),
+        }
         progress("natural", len(images), len(images))
         journal = journal or Journal()
         # Only the first rank reads and writes the file; the others receive what it read.
@@ -134,7 +140,9 @@ def measure(
             tally = runner.run(attack, natural)
             if tally.stopped_in is None:
                 robust[attack.name] = tally.robust
-                result["attacks"][attack.name] = tally.result()
+                result["attacks"][attack.name] = tally.result() | by_class(
+                    tally.robust.cpu(), label, classes
+                )
             else:
                 unfinished[attack.name] = tally.result()
         if curve is not None:
@@ -154,6 +162,7 @@ def measure(
     if robust:
         worst = torch.stack(list(robust.values())).all(dim=0)
         result["worst_case"] = accuracy_of(worst, 0.0) | {"over": list(robust)}
+        result["worst_case"] |= by_class(worst.cpu(), label, classes)
         del result["worst_case"]["seconds"]
     result["nrr"] = {
         name: nrr(result["natural"]["accuracy"], result["attacks"][name]["accuracy"])

@@ -248,6 +248,7 @@ def describe_images(images: ImageSet) -> dict[str, Any]:
         "n": len(images),
         "classes": list(images.classes),
         "classes_present": len(set(images.label.tolist())),
+        "images_by_class": images.label.bincount(minlength=len(images.classes)).tolist(),
         "size": [images.channels, *images.size],
         "sha256": digest({"image": images.image, "label": images.label}),
     }

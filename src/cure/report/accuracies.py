@@ -31,7 +31,7 @@ from cure.report.components import (
     written,
 )
 from cure.report.loader import Entry
-from cure.runs.records import Accuracy, Finding
+from cure.runs.records import Accuracy, EvaluationRecord, Finding
 from cure.utils.stats import newcombe
 
 # They change an image without asking the network which change would hurt it.
@@ -200,7 +200,12 @@ def verdict(entry: Entry, measured: Measured) -> Verdict:
         f"{entry.name} is right on {percent(row['natural'])} "
         f"({between(row['natural_interval'])}) of {images}"
     )
-    numbers = [_number("natural images", row, "natural", f"right on {images} as they are")]
+    baseline = row.get("majority")
+    detail = f"right on {images} as they are"
+    if baseline is not None:
+        detail += f"; always naming the largest class is right on {percent(baseline)}"
+    below = baseline is not None and row["natural"] <= baseline
+    numbers = [_number("natural images", row, "natural", detail, "fail" if below else "")]
     robust = None
     if attack is None:
         sentence += " as they are; under attack it was not measured."
@@ -307,6 +312,12 @@ def _warnings(entry: Entry, row: TableRow, attack: str | None) -> list[str]:
         warnings.append(
             f"Whether attacks were misled was checked briefly only: `cure diagnose {where}`."
         )
+    if row.get("majority") is not None and row["natural"] <= row["majority"]:
+        warnings.append(
+            f"It is no more accurate than always naming the largest class "
+            f"({percent(row['majority'])}); see the accuracy by class."
+        )
+    warnings += [f"Noted while evaluating: {note}." for note in _notes_given(entry, row)]
     if row["split"] != "test":
         warnings.append(
             f"These are {row['split']} images, which training has seen or chosen by; "
@@ -317,7 +328,13 @@ def _warnings(entry: Entry, row: TableRow, attack: str | None) -> list[str]:
     return warnings
 
 
-# The table.
+def _notes_given(entry: Entry, row: TableRow) -> list[str]:
+    """What was decided for the user while evaluating, each sentence once."""
+    results = entry.source.of(row["checkpoint"], tuple(row[name] for name in IMAGES))
+    return list(dict.fromkeys(note.rstrip(".") for result in results for note in result.notes))
+
+
+# The tables.
 
 
 def tables(entries: Sequence[Entry], measured: Measured) -> list[Block]:
@@ -332,6 +349,7 @@ def tables(entries: Sequence[Entry], measured: Measured) -> list[Block]:
             said = f"Measured differently, so not to be compared with the table above: {why}."
             blocks.append(Words([said]))
         blocks.append(_table(group, by_name, place, remarks))
+        blocks += [grid for row in group for grid in _by_class(by_name[row["run"]], row)]
     if remarks:
         blocks.append(Words([f"{note.status}: {note.text}" for note in remarks], "remarks"))
     unmeasured = [entry for entry in entries if entry.name not in measured.row]
@@ -397,6 +415,62 @@ def _table(
         + (f", {first['checkpoint']} checkpoint" if first["checkpoint"] else "")
     )
     return Grid(caption, header, cells, words=2, sortable=len(cells) > 1)
+
+
+MOST_CLASSES = 100
+"""Rows of a table of accuracies by class."""
+
+UNFOLDED_CLASSES = 12
+
+
+def _by_class(entry: Entry, row: TableRow) -> list[Grid]:
+    """Accuracy of each class, natural and under each attack; none for results without it."""
+    names = measured_attacks(row)[::-1]
+    results = entry.source.of(row["checkpoint"], tuple(row[name] for name in IMAGES))
+    counts = next((r.data.images_by_class for r in reversed(results) if _counted(r)), None)
+    if counts is None:
+        return []
+    parts: dict[str, Accuracy] = {}
+    for result in results:
+        if result.data.images_by_class == counts:
+            parts |= {"natural": result.natural} | result.attacks
+    parts = {
+        name: part
+        for name in ("natural", *names)
+        if (part := parts.get(name)) is not None
+        and len(part.accuracy_by_class or ()) == len(counts)
+    }
+    classes = next(r.data.classes for r in reversed(results) if _counted(r))
+    present = [k for k, count in enumerate(counts) if count]
+
+    def lowest(k: int) -> tuple[float, ...]:
+        return tuple((part.accuracy_by_class or [])[k] or 0.0 for part in list(parts.values())[1:])
+
+    shown = present if len(present) <= MOST_CLASSES else sorted(present, key=lowest)[:MOST_CLASSES]
+    cells = [
+        [
+            Cell("balanced (mean over the classes)"),
+            Cell(f"{sum(counts):,}", order=float(sum(counts))),
+            *(accuracy_cell(p.balanced_accuracy, p.balanced_interval) for p in parts.values()),
+        ]
+    ]
+    for k in shown:
+        figures = [(part.accuracy_by_class or [])[k] for part in parts.values()]
+        line = [Cell(classes[k]), Cell(f"{counts[k]:,}", order=float(counts[k]))]
+        cells.append([*line, *(Cell(written(value), order=value) for value in figures)])
+    caption = f"{entry.name}: accuracy by class in percent"
+    if len(shown) < len(present):
+        caption += f", the {len(shown)} lowest of {len(present)} classes"
+    header = ["class", "images", *(n if n == "natural" else attack_name(n) for n in parts)]
+    folded = len(cells) > UNFOLDED_CLASSES
+    return [Grid(caption, header, cells, sortable=True, folded=folded)]
+
+
+def _counted(result: EvaluationRecord) -> bool:
+    """Whether it has figures by class that fit its classes."""
+    counts, figures = result.data.images_by_class, result.natural.accuracy_by_class
+    sizes = {len(values) for values in (counts or [], figures or [], result.data.classes)}
+    return bool(counts) and len(sizes) == 1
 
 
 def _worst(entry: Entry, row: TableRow) -> Accuracy | None:

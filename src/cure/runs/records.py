@@ -392,13 +392,24 @@ class Share(Record):
 
 
 class Accuracy(Share):
-    """Accuracy on ``n`` images."""
+    """Accuracy on ``n`` images; results of earlier versions have no figures by class."""
 
     correct: int | None = None
     n: int
     seconds: float | None = None
     right: str | None = None
     """Which images are right, where that was asked for: :func:`cure.evaluation.metrics.unpack`."""
+    balanced_accuracy: Finite | None = None
+    """Mean of the accuracies of the classes, percent."""
+    balanced_interval: Interval | None = None
+    accuracy_by_class: list[Finite | None] | None = None
+    """In the order of ``data.classes``; null for a class without images."""
+
+
+class Majority(Record):
+    """Accuracy of always naming the largest class of the images."""
+
+    accuracy: Finite
 
 
 class AttackAccuracy(Accuracy):
@@ -471,6 +482,7 @@ class DataFacts(Record):
     n: int | None = None
     classes: list[str] = Field(default_factory=list)
     classes_present: int | None = None
+    images_by_class: list[int] | None = None
     size: list[int] | None = None
     """Channels, height, width."""
 
@@ -526,12 +538,15 @@ class EvaluationRecord(ResultRecord):
     format: Literal["cure-evaluation-1"]
     target: str
     natural: Accuracy
+    majority: Majority | None = None
     attacks: dict[str, AttackAccuracy]
     curve: Curve | None = None
     unfinished: dict[str, Unfinished] | None = None
     worst_case: Accuracy | None = None
     nrr: dict[str, float | None]
     diagnosis: Findings | None = None
+    notes: list[str] = Field(default_factory=list)
+    """What was decided for the user while evaluating, a sentence each."""
     threat: ThreatFacts
     data: SizedData
     model: ModelFacts
@@ -786,10 +801,12 @@ ResultKind = TypeVar("ResultKind", bound=ResultRecord)
 
 PACKED_FORMAT = "cure-runs-1"
 
+_KEPT_OF_ACCURACY = ("accuracy", "interval", "correct", "n", "right", "balanced_accuracy")
 _KEPT_OF_EVALUATION: dict[str, Any] = {
     **dict.fromkeys(("format", "target", "nrr", "threat", "model", "seed", "batch_size"), True),
-    "natural": {"accuracy", "interval", "correct", "n", "right"},
-    "attacks": {"__all__": {"accuracy", "interval", "correct", "n", "right", "settings", "seed"}},
+    "natural": {*_KEPT_OF_ACCURACY},
+    "majority": True,
+    "attacks": {"__all__": {*_KEPT_OF_ACCURACY, "settings", "seed"}},
     "data": {"name", "split", "n", "size"},
     "environment": {
         *("cure", "commit", "python", "packages", "processor", "cores", "threads", "gpu", "time"),

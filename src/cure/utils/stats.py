@@ -37,6 +37,59 @@ def wilson(correct: int, count: int, z: float = Z95) -> tuple[float, float]:
     return 100 * low, 100 * high
 
 
+def balanced_accuracy(correct: Sequence[int], counts: Sequence[int]) -> tuple[float, float, float]:
+    """Mean of the accuracies of the classes, and its interval, in percent.
+
+    A network that always names one class has 100 / K here, however many images that class has.
+    The interval adds up the squared distances of each class's Wilson limits from its accuracy.
+
+    Args:
+        correct: images of each class that are classified right.
+        counts: images of each class; a class without images is left out.
+
+    Returns:
+        balanced accuracy, lower limit, upper limit.
+
+    Source of the interval: Zou and Donner, Statistics in Medicine 2008 (MOVER).
+
+    >>> [round(value, 1) for value in balanced_accuracy([90, 0], [90, 10])]
+    [50.0, 48.0, 63.9]
+    """
+    having = [(right, count) for right, count in zip(correct, counts, strict=True) if count]
+    shares = [100 * right / count for right, count in having]
+    limits = [wilson(right, count) for right, count in having]
+    mean = statistics.fmean(shares)
+    below = math.hypot(*(share - low for share, (low, _) in zip(shares, limits, strict=True)))
+    above = math.hypot(*(high - share for share, (_, high) in zip(shares, limits, strict=True)))
+    return mean, mean - below / len(having), mean + above / len(having)
+
+
+def balanced_guessing(counts: Sequence[int]) -> float:
+    """Balanced accuracy, in percent, that guessing exceeds in about one of forty cases.
+
+    100 / K plus two standard deviations; of a network that guesses each class with probability
+    1 / K.
+
+    >>> round(balanced_guessing([100, 100]), 2), round(balanced_guessing([180, 20]), 2)
+    (57.07, 61.79)
+    """
+    having = [count for count in counts if count]
+    chance, classes = 1 / len(counts), len(having)
+    variance = chance * (1 - chance) * sum(1 / count for count in having) / classes**2
+    return 100 * (chance + 2 * math.sqrt(variance))
+
+
+def is_unequal(counts: Sequence[int]) -> bool:
+    """Whether one class is so large that accuracy says little about the others.
+
+    It has more than twice its even share 1 / K of the images, or more than two thirds of them.
+
+    >>> is_unequal([30, 10, 10, 10]), is_unequal([31, 10, 10, 10]), is_unequal([70, 30])
+    (False, True, True)
+    """
+    return max(counts) > min(2 / len(counts), 2 / 3) * sum(counts)
+
+
 def student_t(values: Sequence[float]) -> tuple[float, float]:
     """Student t interval of the mean of two or more values, in their unit.
 

@@ -28,6 +28,7 @@ from cure.evaluation.corruptions.operations import (
 )
 from cure.evaluation.corruptions.published import Published, open_published
 from cure.evaluation.corruptions.sheet import write_sheet
+from cure.evaluation.metrics import by_class
 from cure.evaluation.options import TargetKeywords
 from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike, describe_images
@@ -324,7 +325,10 @@ def _measure(
 
     some = corrupted(names[0], severities[0], 0, min(batch_size, count))
     check_outputs(model, arranged(some), len(images.classes))
-    alone = _cell(right("natural", None)) if natural else None
+    alone = None
+    if natural:
+        truths = right("natural", None)
+        alone = _cell(truths) | by_class(torch.from_numpy(truths), label, len(images.classes))
     truth: dict[tuple[str, int], Truths] = {}
     seconds = {}
     for name in names:
@@ -338,6 +342,12 @@ def _measure(
             return None
         together = _mean([truth[name, severity] for name in over for severity in at])
         return together | {"over": list(over), "severities": list(at)}
+
+    def classes_of(name: str) -> Result:
+        """By class, over severities; without an interval, because images come several times."""
+        together = torch.from_numpy(np.concatenate([truth[name, s] for s in severities]))
+        found = by_class(together, label.repeat(len(severities)), len(images.classes))
+        return {key: found[key] for key in ("balanced_accuracy", "accuracy_by_class")}
 
     by_group = {
         group: [name for name in names if CORRUPTIONS[name].group == group] for group in GROUPS
@@ -355,6 +365,7 @@ def _measure(
             name: {
                 "group": CORRUPTIONS[name].group,
                 **_mean([truth[name, severity] for severity in severities]),
+                **classes_of(name),
                 "severities": {str(s): _cell(truth[name, s]) for s in severities},
                 "seconds": seconds[name],
             }

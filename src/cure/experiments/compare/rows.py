@@ -22,6 +22,7 @@ from cure.runs.records import (
     read_packed,
 )
 from cure.utils.io import read_json
+from cure.utils.stats import is_unequal
 
 if TYPE_CHECKING:
     from cure.runs.run import Run
@@ -361,10 +362,16 @@ def _row(source: Source, rank: Callable[[Images], Any]) -> TableRow:
         **dict(zip(IMAGES, images, strict=True)),
         "epsilon_text": whole.threat.epsilon_text,
         "n": whole.natural.n,
+        "majority": whole.majority.accuracy if whole.majority is not None else None,
+        "unequal": is_unequal(counts) if (counts := whole.data.images_by_class) else None,
     }
     for name in ("natural", *attacks):
         part = whole.natural if name == "natural" else chosen[name].attacks[name]
         row |= {name: part.accuracy, f"{name}_interval": part.interval}
+        row |= {
+            f"balanced_{name}": part.balanced_accuracy,
+            f"balanced_{name}_interval": part.balanced_interval,
+        }
         row |= {} if name == "natural" else {f"{name}_n": part.n}
         row |= {f"nrr_{name}": chosen[name].nrr.get(name)} if name in RATIOS else {}
         row |= _last(name, part, last)
@@ -417,6 +424,8 @@ def _filled(rows: list[TableRow]) -> list[TableRow]:
     for name in names:
         columns += [name, f"{name}_interval"] + [f"{name}_n"] * (name != "natural")
     columns += [f"nrr_{name}" for name in RATIOS]
+    for name in names:
+        columns += [f"balanced_{name}", f"balanced_{name}_interval"]
     for name in names:
         columns += [f"last_{name}", f"last_{name}_interval", f"best_minus_last_{name}"]
     columns += COSTS

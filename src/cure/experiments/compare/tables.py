@@ -251,6 +251,8 @@ def _columns(rows: Sequence[TableRow]) -> list[str]:
     return [
         *("natural", *attacks),
         *(f"nrr_{name}" for name in RATIOS),
+        *(f"balanced_{name}" for name in ("natural", *attacks)),
+        "majority",
         *(f"last_{name}" for name in ("natural", *attacks)),
         *(f"best_minus_last_{name}" for name in ("natural", *attacks)),
         *COSTS,
@@ -263,6 +265,8 @@ def _usual_columns(rows: Sequence[TableRow]) -> list[str]:
     attacks = attacks_of(rows)
     first = next((name for name in attacks if any(row.get(name) is not None for row in rows)), "")
     usual = ["natural", *attacks, *(f"nrr_{name}" for name in RATIOS)]
+    if any(row.get("unequal") for row in rows):
+        usual += ["majority", *(f"balanced_{name}" for name in ("natural", *attacks))]
     usual += [f"best_minus_last_{first}", "seconds_per_epoch"]
     return [name for name in usual if any(row.get(name) is not None for row in rows)]
 
@@ -279,8 +283,8 @@ def _usual_sort(rows: Sequence[TableRow]) -> str:
 
 def _count(row: TableRow, column: str) -> int | None:
     """Images that a number of a row is about; None for columns that are about none."""
-    name = re.sub("^(nrr|last|best_minus_last)_", "", column)
-    if name == "natural":
+    name = re.sub("^(nrr|balanced|last|best_minus_last)_", "", column)
+    if name in ("natural", "majority"):
         return int(row["n"])
     count = row.get(f"{name}_n")
     return None if count is None else int(count)
