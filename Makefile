@@ -55,6 +55,7 @@ figures: setup
 	$(BIN)/python results/figures.py
 	$(BIN)/python docs/figures/front.py
 	$(BIN)/python docs/figures/batch.py
+	$(BIN)/python docs/figures/epsilon.py
 
 # What `cure list` prints, from the registries, after a method, model, attack or setting changed.
 index: setup

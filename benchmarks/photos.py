@@ -40,9 +40,7 @@ from cure.utils.io import write_json
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "efficientnet-lite0": {
-        "model.name": "photo_networks:efficientnet_lite0",
-        "model.mean": [0.485, 0.456, 0.406],
-        "model.std": [0.229, 0.224, 0.225],
+        "model.name": "efficientnet_lite0",
         "start": "model",
     },
     "resnet18": {

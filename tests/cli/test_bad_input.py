@@ -605,3 +605,11 @@ def test_a_run_with_images_in_memory_says_what_it_needs(
     assert result["natural"]["n"] == 120
     with pytest.raises(DataError, match="the network knows '0', '1'; '2' is unknown to it"):
         evaluate(run, data=pictures(classes=3), attacks=[])
+
+
+def test_the_photo_demonstration_asks_for_photographs(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CURE_DATA", str(tmp_path))
+    refused(command("demo", "--photos"), "imagenette224", "--data FOLDER")
+    refused(command("demo", "--data", "photos"), "--photos")

@@ -1,7 +1,8 @@
-"""The demonstration: train on handwritten digits, evaluate, study, and write a page."""
+"""The demonstrations: digits in a minute, photographs in three."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from cure.analysis.cka import cka
@@ -10,6 +11,7 @@ from cure.analysis.landscape import landscape
 from cure.analysis.minimal_perturbation import minimal_perturbation
 from cure.analysis.overfitting import overfitting
 from cure.analysis.prediction_flips import prediction_flips
+from cure.errors import DataError
 from cure.evaluation.corruptions.measure import corruptions
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.runner import Progress, Result, no_progress
@@ -21,6 +23,21 @@ SETTINGS = ("training.keep_every=8", "training.record_gradients=20")
 """What a run must record for the studies."""
 
 
+PHOTOS = "imagenette224"
+"""Folder of photographs that is looked for in CURE_DATA."""
+
+PHOTO_SETTINGS: dict[str, object] = {
+    "name": "photos-demo",
+    "model.name": "efficientnet_lite0",
+    "start": "natural",
+    "natural.epochs": 2,
+    "data.resize": 64,
+    "training.epochs": 3,
+    "training.validate_every": 3,
+}
+"""The recipe ``photos`` made so small that the demonstration takes about three minutes."""
+
+
 def begin(path: str | Path | None = None) -> Run:
     """Train naturally, then make robust with CURE.
 
@@ -28,6 +45,38 @@ def begin(path: str | Path | None = None) -> Run:
         path: folder to make for the run; by default a new one in ``runs``.
     """
     return train("digits", SETTINGS, run=path)
+
+
+def begin_photos(folder: str | Path | None = None, path: str | Path | None = None) -> Run:
+    """Fine-tune a pretrained network on photographs, then make it robust with recipe ``photos``.
+
+    Args:
+        folder: photographs, one sub-folder a class; by default ``$CURE_DATA/imagenette224``.
+        path: folder to make for the run; by default a new one in ``runs``.
+
+    Raises:
+        DataError: when there are no photographs.
+        ModelError: when the network is not installed.
+    """
+    if folder is None:
+        root = os.environ.get("CURE_DATA")
+        folder = Path(root).expanduser() / PHOTOS if root else PHOTOS
+        if not Path(folder).is_dir():
+            raise DataError(
+                f"expected photographs for the demonstration in the folder {PHOTOS} of CURE_DATA, "
+                "got none; give a folder of your own, with one sub-folder of photographs a class: "
+                "cure demo --photos --data FOLDER"
+            )
+    return train("photos", PHOTO_SETTINGS | {"data.source": str(folder)}, run=path)
+
+
+def examine_photos(run: Run, progress: Progress = no_progress) -> tuple[list[Result], Path]:
+    """Evaluate the network and its natural start on 100 test photographs; write the report."""
+    results = [
+        evaluate(folder, attacks=["pgd20"], limit=100, progress=progress)
+        for folder in (run.path / "natural", run.path)
+    ]
+    return results, write_report([run.path])
 
 
 def examine(run: Run, progress: Progress = no_progress) -> tuple[list[Result], Path]:

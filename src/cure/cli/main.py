@@ -567,13 +567,24 @@ def show(
 
 
 @app.command()
-def demo(run: RunOption = None) -> None:
+def demo(
+    run: RunOption = None,
+    photos: Annotated[
+        bool, typer.Option("--photos", help="Photographs and a pretrained network; three minutes.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="With --photos: a folder with one sub-folder a class."),
+    ] = None,
+) -> None:
     """Train on handwritten digits naturally and with CURE, study both, write a page."""
-    from cure.cli.demo import begin, examine
+    from cure.cli.demo import begin, begin_photos, examine, examine_photos
 
-    done = begin(run)
+    if data is not None and not photos:
+        raise ConfigError("--data: expected --photos with it; say cure demo --photos --data FOLDER")
+    done = begin_photos(data, run) if photos else begin(run)
     with show_progress() as progress:
-        results, page = examine(done, progress)
+        results, page = (examine_photos if photos else examine)(done, progress)
     print_results(results)
     _print_ended(done.path)
     say(f"open in a browser: {page}")

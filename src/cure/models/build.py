@@ -66,6 +66,8 @@ def build_model(
             builder = MODELS[config.name]
             options = _checked(config.name, builder, config.options)
             model = builder(classes, channels, size, **options)
+            if config.mean is not None and isinstance(model, Normalised):
+                model = model.network  # The constants that were given replace its own.
         if config.mean is not None and config.std is not None:
             model = Normalised(model, config.mean, config.std)
         model = adapt(model, classes, channels, size, title=f"model {config.name}")
