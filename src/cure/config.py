@@ -471,8 +471,16 @@ class TrainingConfig(Section):
 
     epochs: PositiveInt = 200
     """Passes over the training images."""
+    schedule_from: NonNegativeInt = 0
+    """Epoch from which the schedule of the learning rate runs to the end; ``cure resume RUN
+    training.epochs=N`` sets it to where a finished run ended."""
     batch_size: PositiveInt = 128
-    """Images a step; an incomplete last batch is left out."""
+    """Images a step; an incomplete last batch is left out.  ``auto`` on the command line keeps the
+    recipe's number and sets ``accumulation_steps=auto``."""
+    accumulation_steps: PositiveInt | Literal["auto"] = 1
+    """Parts that a batch is worked on in, one after another, so that only one is in memory
+    (gradient accumulation): the same step up to rounding, but BatchNorm normalises over a part.
+    ``auto`` takes the fewest parts that fit into the free memory, fixed for the run."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
     schedule: Annotated[ScheduleConfig, BeforeValidator(_by_name)] = ScheduleConfig()
@@ -521,6 +529,34 @@ class TrainingConfig(Section):
     """Processor threads; by default PyTorch's choice.  Part of what makes a run repeat."""
     deterministic: bool = True
     """On a GPU, prefer operations that repeat exactly; warns where PyTorch has none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _automatic_batch(cls, raw: object) -> object:
+        if not isinstance(raw, dict) or raw.get("batch_size") != "auto":
+            return raw
+        rest = {k: v for k, v in raw.items() if k != "batch_size"}
+        return {"accumulation_steps": "auto"} | rest
+
+    @model_validator(mode="after")
+    def _schedule_within_the_run(self) -> TrainingConfig:
+        if self.schedule_from >= self.epochs:
+            raise PydanticCustomError(
+                "schedule_from",
+                "schedule_from: expected less than the {epochs} epochs, got {given}",
+                {"epochs": self.epochs, "given": self.schedule_from},
+            )
+        return self
+
+    @property
+    def schedule_epochs(self) -> int:
+        """Epochs that the schedules of method and attack are shares of: before an extension."""
+        return self.schedule_from or self.epochs
+
+    @property
+    def parts(self) -> int:
+        """``accumulation_steps`` as a number; 1 where ``auto`` is not decided yet."""
+        return 1 if self.accumulation_steps == "auto" else self.accumulation_steps
 
 
 class NaturalConfig(Section):

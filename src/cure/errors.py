@@ -38,6 +38,10 @@ class RanksLost(CureError):
     """Another process of a run ended or cannot be reached."""
 
 
+class OutOfMemory(CureError):
+    """The memory of the machine or of its GPU does not hold what is computed at once."""
+
+
 class TrainingStopped(CureError):
     """Training ended itself: a loss that is not finite, or a network that fell to chance."""
 

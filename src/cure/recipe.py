@@ -140,12 +140,15 @@ def parse_override(word: str) -> tuple[str, object]:
 def override(raw: Raw, key: str, value: object) -> None:
     """Set one value in a recipe, in place: ``override(raw, "training.epochs", 10)``.
 
+    ``training.batch_size=auto`` keeps the number and sets ``training.accumulation_steps=auto``.
     Another ``method.name`` drops the settings of the method before, as ``method=NAME`` does, and
     logs which: settings of the same name mean other things in other methods.
 
     Raises:
         ConfigError: when the place lies inside a plain value.
     """
+    if key == "training.batch_size" and value == "auto":
+        key = "training.accumulation_steps"
     *sections, last = key.split(".")
     for section in sections:
         inner = raw.setdefault(section, {})

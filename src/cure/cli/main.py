@@ -47,6 +47,7 @@ from cure.errors import (
     CureError,
     CureNote,
     ModelError,
+    OutOfMemory,
     RanksLost,
     TrainingStopped,
 )
@@ -97,23 +98,24 @@ def train(
     from cure.training.run import train as start
 
     done = start(recipe, settings or [], run=run, quiet=quiet)
-    _print_ended(done.path)
+    _print_ended(done.path, quiet)
 
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    settings: SettingsArgument = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the run is.")] = False,
 ) -> None:
-    """Continue a run that was stopped or killed; the end is bit-identical to an unstopped run."""
+    """Continue a run that was stopped, bit-identically; or a finished one, for more epochs."""
     from cure.runs.folder import RunFolder
     from cure.training.run import resume as go_on
 
-    finished = RunFolder.open(run).status().finished
-    done = go_on(run, quiet=quiet)
+    finished = RunFolder.open(run).status().finished and not settings
+    done = go_on(run, settings or [], quiet=quiet)
     if finished:
         err.print(f"{run} had already finished; nothing was changed", markup=False)
-    _print_ended(done.path)
+    _print_ended(done.path, quiet or finished)
 
 
 @app.command()
@@ -590,9 +592,13 @@ def demo(
     say(f"open in a browser: {page}")
 
 
-def _print_ended(path: Path) -> None:
+def _print_ended(path: Path, quiet: bool = True) -> None:
+    """Where the run is, and what is next where the training has not said that already."""
+    from cure.runs.folder import RunFolder
+
     say(f"run folder: {path}")
-    say(f"next: cure evaluate {path}")
+    if quiet or RunFolder.open(path).outcome() is None:
+        say(f"next: cure evaluate {path}")
 
 
 def _say(word: str, error: CureError) -> None:
@@ -647,7 +653,13 @@ def _sentence(error: Exception) -> CureError | None:
     if "torch" not in sys.modules:
         return None
     from cure.models.failure import failed_in, network_error
+    from cure.utils.memory import is_out_of_memory
 
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            f"there is not enough memory ({str(error).splitlines()[0][:120]}); work on fewer or "
+            "smaller images at once (--batch-size, --limit, data.limit, data.resize)"
+        )
     if network_error(error) is None:
         return None
     return ModelError(failed_in(error, "the network", None) + "; --traceback shows the rest")

@@ -190,7 +190,7 @@ def warnings(run: RunSnapshot, now: float) -> Iterator[str]:
     if run.held is False:
         yield (
             "no process of this machine trains it; if none of another does, it was killed: "
-            f"`cure resume {run.path}` goes on"
+            f"`{RunFolder(Path(run.path)).resume_command()}` goes on"
         )
     each = run.epoch_seconds
     if each is not None and now - run.since > OVERDUE * each:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,6 +211,7 @@ class Batch:
         soft_label: [B, K] probabilities, where augmentation mixes or smooths labels.
         part: number of this batch among those of one optimiser step (gradient accumulation).
         weighted: [B, K] labels times the weight of their class, where classes are weighted.
+        parts: equal parts of the batch that this is one of, see :meth:`split`.
     """
 
     image: Tensor
@@ -219,6 +221,34 @@ class Batch:
     soft_label: Tensor | None = None
     part: int = 0
     weighted: Tensor | None = None
+    parts: int = 1
+
+    def split(self, parts: int) -> list[Batch]:
+        """The batch in equal parts, side by side.
+
+        Raises:
+            ValueError: when there are no ``parts`` equal parts.
+        """
+        size, rest = divmod(len(self.label), parts)
+        if rest:
+            raise ValueError(f"a batch of {len(self.label)} has no {parts} equal parts")
+
+        def of(tensor: Tensor | None, part: int) -> Any:
+            return None if tensor is None else tensor[part * size : (part + 1) * size]
+
+        return [
+            replace(
+                self,
+                image=of(self.image, part),
+                label=of(self.label, part),
+                index=of(self.index, part),
+                soft_label=of(self.soft_label, part),
+                weighted=of(self.weighted, part),
+                part=part,
+                parts=parts,
+            )
+            for part in range(parts)
+        ]
 
     @property
     def target(self) -> Tensor:

@@ -311,7 +311,7 @@ def _natural_start(sweep: Sweep) -> None:
     if not path.exists():
         config = natural_config(sweep.config)
         prepared = prepare(config, None, None)
-        RunFolder.create(path, settle(config, prepared), prepared.training.kind)
+        RunFolder.create(path, settle(config, prepared)[0], prepared.training.kind)
     resume(path, quiet=True)
 
 

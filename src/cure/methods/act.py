@@ -168,7 +168,7 @@ class ACT(Method[ActBatch]):
             natural.detach(),
             config.robust_alpha,
             config.attack_reduction,
-            self.context.engine.world,
+            self.context.engine.world * batch.parts,
         )
         return ActBatch(self.attack(batch, objective), natural)
 

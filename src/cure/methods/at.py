@@ -46,6 +46,12 @@ class AT(Method):
     Config = AdversarialConfig
     tradeoff = (Tradeoff("natural_share", (0.0, 0.25, 0.5, 0.75), "natural"),)
     soft_labels = True
+    graphs = 1
+
+    def setup(self) -> None:
+        """The natural images have a graph of their own."""
+        if self.config.natural_share:
+            self.graphs = 2  # type: ignore[misc]
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """Images that climb the cross-entropy."""

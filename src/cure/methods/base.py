@@ -138,16 +138,29 @@ class Context:
         """Optimiser steps in the whole run."""
         return self.steps_per_epoch * self.epochs
 
-    def generator(self, purpose: str, step: int, *more: int) -> torch.Generator:
+    def generator(
+        self, purpose: str, step: int, *more: int, part: int = 0, parts: int = 1
+    ) -> torch.Generator:
         """A fresh generator for one purpose at one step, in the same state on every rank.
 
         What is drawn for samples is drawn by :func:`~cure.utils.random.draw_for_batch`, which gives
-        each rank the numbers of its own samples.
+        each rank, and each part of its batch, the numbers of its own samples.
+
+        Args:
+            purpose: what is drawn.
+            step: number of the optimiser's step.
+            more: the rest of the key.
+            part: which of ``parts`` equal parts of a rank's batch draws.
+            parts: 1 for the whole batch.
         """
-        engine = self.engine
-        return shared_generator(
-            engine.device, engine.rank, engine.world, self.seed, purpose, step, *more
-        )
+        rank, world = self.engine.rank * parts + part, self.engine.world * parts
+        return shared_generator(self.engine.device, rank, world, self.seed, purpose, step, *more)
+
+    def generator_for(self, purpose: str, batch: Batch) -> torch.Generator:
+        """The generator of one purpose for a batch, or for a part of one."""
+        if batch.parts > 1:
+            return self.generator(purpose, batch.step, part=batch.part, parts=batch.parts)
+        return self.generator(purpose, batch.step, *((batch.part,) if batch.part else ()))
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,9 @@ class StepOutput:
     Attributes:
         loss: 0-dim mean over the samples at hand, which the trainer differentiates; or
         grads: finished gradients by parameter name, as the engine gives them: averaged over ranks.
+        terms: gradients of means over the samples at hand, by name and parameter name, of which
+            :meth:`Method.finish` makes ``grads``; in place of both (see
+            :meth:`Method.compute_terms`).
         frozen: by parameter name, True where the optimiser must not move a weight at all, neither
             by the gradient nor by momentum or weight decay.
         masking: the mask, at the steps that :attr:`Context.observed` selects.
@@ -183,6 +199,7 @@ class StepOutput:
 
     loss: Tensor | None = None
     grads: Grads | None = None
+    terms: dict[str, Grads] | None = None
     frozen: dict[str, Tensor] | None = None
     masking: Masking | None = None
     metrics: Metrics = field(default_factory=dict)
@@ -244,6 +261,52 @@ class Step:
             parameter = self._parameters[name]
             gradient = gradient if scale == 1 else scale * gradient
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+class PartMean:
+    """Mean of the outputs of equal parts of a batch, as terms."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._terms: dict[str, Grads] = {}
+        self._metrics: list[Metrics] = []
+
+    def add(self, out: StepOutput) -> None:
+        """Add the output of one part; its graph is freed.
+
+        Raises:
+            ConfigError: when the method returns finished gradients, whose mean is not that of the
+                batch.
+        """
+        if out.loss is not None:
+            parameters = self._method.trainable()
+            terms = {"loss": self._method.context.engine.gradients(out.loss, parameters)}
+        elif out.terms is not None:
+            terms = out.terms
+        else:
+            raise ConfigError(
+                f"training.accumulation_steps: {type(self._method).__name__} returns finished "
+                "gradients, which cannot be added over parts of a batch; say 1, or return terms "
+                "from its compute_terms"
+            )
+        self._metrics.append(out.metrics)
+        for name, gradients in terms.items():
+            if name not in self._terms:
+                self._terms[name] = {key: value.clone() for key, value in gradients.items()}
+            else:
+                own = self._terms[name]
+                torch._foreach_add_(list(own.values()), [gradients[key] for key in own])
+
+    def result(self) -> StepOutput:
+        """The mean of what was added."""
+        count = len(self._metrics)
+        for gradients in self._terms.values():
+            torch._foreach_div_(list(gradients.values()), count)
+        metrics = {
+            name: torch.stack([metrics[name] for metrics in self._metrics]).mean(dim=0)
+            for name in self._metrics[0]
+        }
+        return StepOutput(terms=self._terms, metrics=metrics)
 
 
 @dataclass
@@ -356,6 +419,10 @@ class Method(nn.Module, Generic[Attacked]):
     tradeoff: ClassVar[tuple[Tradeoff, ...]] = ()
     """Settings that exchange natural for robust accuracy, the usual one first; empty for a method
     without one."""
+    splits: ClassVar[bool] = True
+    """Whether a batch may come in parts (``training.accumulation_steps``)."""
+    graphs: ClassVar[int] = 2
+    """Batches of images whose autograd graph is in memory at once, to estimate memory."""
 
     def __init__(
         self,
@@ -417,9 +484,15 @@ class Method(nn.Module, Generic[Attacked]):
         progress.part, progress.version = progress.part + 1, weight._version
         return step
 
-    def take_step(self, batch: Batch) -> Step:
-        """The step of one batch; what :meth:`forward` and the trainer call."""
-        step = Step(self.step(batch), self.trainable(), self.context.engine)
+    def take_step(self, batch: Batch, parts: int = 1) -> Step:
+        """The step of one batch; what :meth:`forward` and the trainer call.
+
+        Args:
+            batch: the images and labels.
+            parts: work on so many equal parts one after another (gradient accumulation).
+        """
+        out = self.step(batch) if parts == 1 else self.step_in_parts(batch, parts)
+        step = Step(out, self.trainable(), self.context.engine)
         self.progress.hold(step.frozen)
         return step
 
@@ -462,6 +535,16 @@ class Method(nn.Module, Generic[Attacked]):
         attacked = self.make_adversarial(batch)
         return replace(self.compute_loss(batch, attacked), adversarial=attacked.image)
 
+    def step_in_parts(self, batch: Batch, parts: int) -> StepOutput:
+        """:meth:`step` with one of ``parts`` equal parts of the batch in memory at a time.
+
+        Equal up to rounding for networks whose samples do not depend on each other.
+        """
+        mean = PartMean(self)
+        for part in batch.split(parts):
+            mean.add(self.compute_terms(part, self.make_adversarial(part)))
+        return self.finish(mean.result(), batch)
+
     @abstractmethod
     def make_adversarial(self, batch: Batch) -> Attacked:
         """Adversarial images and whatever else the loss needs; called once a step.
@@ -477,6 +560,18 @@ class Method(nn.Module, Generic[Attacked]):
         Changes nothing but BatchNorm's running statistics.  Every call after the first for the same
         images takes ``attacked.without_graph()``.
         """
+
+    def compute_terms(self, batch: Batch, attacked: Attacked) -> StepOutput:
+        """:meth:`compute_loss` as far as it is a mean over the samples; :meth:`finish` is the rest.
+
+        A method whose gradients are no such mean, like CURE's masked ones, defines both and
+        returns ``terms`` here, so that parts of a batch can be added.
+        """
+        return self.compute_loss(batch, attacked)
+
+    def finish(self, out: StepOutput, batch: Batch) -> StepOutput:  # noqa: ARG002
+        """Finished gradients from the terms of a whole batch."""
+        return out if out.terms is None else replace(out, grads=out.terms["loss"], terms=None)
 
     def after_step(self, step: int) -> Metrics:  # noqa: ARG002
         """What follows the optimiser's step number ``step`` (0 the first): moving averages."""
@@ -510,8 +605,7 @@ class Method(nn.Module, Generic[Attacked]):
 
     def generator(self, purpose: str, batch: Batch) -> torch.Generator:
         """The generator of one purpose for a batch, see :meth:`Context.generator`."""
-        part = (batch.part,) if batch.part else ()
-        return self.context.generator(purpose, batch.step, *part)
+        return self.context.generator_for(purpose, batch)
 
     def logits(self, image: Tensor) -> Tensor:
         """The model's logits [B, K] for images [B, C, H, W], in the run's training precision."""

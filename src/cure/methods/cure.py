@@ -322,6 +322,10 @@ class CURE(Method):
 
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Masked gradients for one batch (natural loss during a warm-up)."""
+        return self.finish(self.compute_terms(batch, attacked), batch)
+
+    def compute_terms(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
+        """Gradient of the total loss, and the two of which the prominence is made."""
         image, label = batch.image, batch.label
         if batch.step < self.warmup_steps:
             loss = F.cross_entropy(self.logits(image), batch.target)
@@ -337,7 +341,24 @@ class CURE(Method):
         weights = {"natural": config.natural_weight, config.adversarial_term: config.beta}
         losses["consistency"] = losses[CONSISTENCY[0]] + losses[CONSISTENCY[1]]
         weights["consistency"] = config.gamma
-        gradients, scores = self._gradients(losses, weights, batch)
+        return StepOutput(
+            terms=self._gradients(losses, weights),
+            metrics={
+                "loss": weighted_sum(losses, weights).detach(),
+                "natural_loss": losses["natural"].detach(),
+                "adversarial_loss": losses[config.adversarial_term].detach(),
+                "consistency": losses["consistency"].detach(),
+                "accuracy": accuracy(natural, label),
+                "robust_accuracy": accuracy(adversarial, label),
+            },
+        )
+
+    def finish(self, out: StepOutput, batch: Batch) -> StepOutput:
+        """The gradient of the total loss, masked by the prominence over the whole batch."""
+        if out.terms is None or "loss" in out.terms:
+            return super().finish(out, batch)
+        config, gradients = self.config, out.terms["total"]
+        scores = self._scores(out.terms, batch)
         masks = rgp_mask(scores, config.percent, config.mask.scope)
         masking = None
         if masks and self.context.observed(batch.step):
@@ -351,15 +372,7 @@ class CURE(Method):
             grads=mask_gradients(gradients, masks),
             frozen=masks if config.mask.strict_freeze else None,
             masking=masking,
-            metrics={
-                "loss": weighted_sum(losses, weights).detach(),
-                "natural_loss": losses["natural"].detach(),
-                "adversarial_loss": losses[config.adversarial_term].detach(),
-                "consistency": losses["consistency"].detach(),
-                "accuracy": accuracy(natural, label),
-                "robust_accuracy": accuracy(adversarial, label),
-                "conserved": self._share(masks),
-            },
+            metrics=out.metrics | {"conserved": self._share(masks)},
         )
 
     def _consistency(
@@ -376,20 +389,19 @@ class CURE(Method):
         return {name: kl_divergence(*pair) for name, pair in zip(CONSISTENCY, pairs, strict=True)}
 
     def _gradients(
-        self, losses: Mapping[str, Tensor], weights: Mapping[str, float], batch: Batch
-    ) -> tuple[Grads, Grads]:
-        """Gradient of the total loss, and the scores that the mask is made of.
+        self, losses: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> dict[str, Grads]:
+        """Gradient of the total loss, and those of which the prominence is made.
 
         The losses whose gradients make the prominence are differentiated one by one, the rest of
         the total loss at once: gradients are linear.
         """
-        config, mask = self.config, self.config.mask
+        mask = self.config.mask
         parameters, engine = self.trainable(), self.context.engine
         if mask.kind == "prominence" and mask.source == "per_image":
             return self._gradients_per_image(losses, weights)
         if mask.kind != "prominence" or mask.source == "own_gradient":
-            total = engine.gradients(weighted_sum(losses, weights), parameters)
-            return total, self._other_scores(total, batch)
+            return {"total": engine.gradients(weighted_sum(losses, weights), parameters)}
 
         by_natural = engine.gradients(losses["natural"], parameters, retain=True)
         by_adversarial = engine.gradients(losses[mask.adversarial_loss], parameters, retain=True)
@@ -404,35 +416,32 @@ class CURE(Method):
             total = {name: total[name] + by_rest[name] for name in parameters}
         if weight:
             total = {name: total[name] + weight * by_adversarial[name] for name in parameters}
-        scores = prominence(
-            {name: by_natural[name] for name in self.masked},
-            by_adversarial,
-            config.alpha,
-            signed=mask.score == "signed",
-        )
-        return total, scores
+        return {"total": total, "natural": by_natural, "adversarial": by_adversarial}
 
     def _gradients_per_image(
         self, losses: Mapping[str, Tensor], weights: Mapping[str, float]
-    ) -> tuple[Grads, Grads]:
-        """Gradient of the total loss, and scores from its natural and its adversarial part."""
+    ) -> dict[str, Grads]:
+        """Gradient of the total loss, and of its natural and its adversarial part."""
         engine, parameters, gamma = self.context.engine, self.trainable(), self.config.gamma
-        parts = [
+        natural, adversarial = (
             engine.gradients(
                 weighted_sum(losses, {name: weights[name], consistency: gamma}), parameters
             )
             for name, consistency in zip(("natural", "ce"), CONSISTENCY, strict=True)
-        ]
-        scores = prominence(
-            {name: parts[0][name] for name in self.masked},
-            parts[1],
-            self.config.alpha,
-            signed=self.config.mask.score == "signed",
         )
-        return {name: parts[0][name] + parts[1][name] for name in parameters}, scores
+        total = {name: natural[name] + adversarial[name] for name in parameters}
+        return {"total": total, "natural": natural, "adversarial": adversarial}
 
-    def _other_scores(self, total: Grads, batch: Batch) -> Grads:
-        mask = self.config.mask
+    def _scores(self, terms: Mapping[str, Grads], batch: Batch) -> Grads:
+        """The scores that the mask is made of."""
+        mask, total = self.config.mask, terms["total"]
+        if "natural" in terms:
+            return prominence(
+                {name: terms["natural"][name] for name in self.masked},
+                terms["adversarial"],
+                self.config.alpha,
+                signed=mask.score == "signed",
+            )
         if mask.kind == "none":
             return {}
         if mask.kind == "random":

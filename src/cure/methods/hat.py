@@ -78,6 +78,7 @@ class HAT(Method[HatBatch]):
         Tradeoff("gamma", (0.1, 0.25, 0.5, 1.0), "natural"),
         Tradeoff("beta", (1.0, 2.5, 5.0), "robust"),
     )
+    graphs = 3
 
     def setup(self) -> None:
         """The teachers."""

@@ -74,6 +74,7 @@ class KD(Method[KdBatch]):
 
     Config = KdConfig
     tradeoff = (Tradeoff("natural_teacher_weight", (0.1, 0.3, 0.6, 1.2), "natural"),)
+    graphs = 1
 
     def setup(self) -> None:
         """The teachers."""

@@ -307,6 +307,7 @@ class LASAT(Method[LasAtBatch]):
 
     Config = LasAtConfig
     tradeoff = (Tradeoff("reward.natural", (0.5, 2.0, 8.0), None),)
+    splits = False
 
     def setup(self) -> None:
         """The strategy network, for the images of the context."""

@@ -38,6 +38,7 @@ class Natural(Method):
     Config = NaturalConfig
     selection = "natural"
     soft_labels = True
+    graphs = 1
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """The natural images themselves."""

@@ -178,6 +178,7 @@ class STAT(Method[StAtBatch]):
 
     Config = StAtConfig
     tradeoff = (Tradeoff("beta", (1.0, 3.0, 6.0, 10.0), "robust"),)
+    graphs = 3
 
     def setup(self) -> None:
         """Check that the attack starts away from the image."""

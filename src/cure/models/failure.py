@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure.errors import CureError, ModelError
+from cure.errors import CureError, ModelError, OutOfMemory
 from cure.models.wrapper import Wrapper
+from cure.utils.memory import is_out_of_memory
 
 _TORCH = str(Path(torch.__file__).parent)
 _CURE = str(Path(__file__).parents[1])
@@ -69,9 +70,14 @@ def network_errors() -> Iterator[None]:
     """Inside, an error that comes from a network becomes a :class:`ModelError`."""
     try:
         yield
-    except (CureError, MemoryError, torch.OutOfMemoryError):
+    except CureError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemory(
+                f"there is not enough memory for so many images at once ({reason_of(error)[:120]});"
+                " lower the batch size (--batch-size N, batch_size=N), first to a half"
+            ) from error
         if network_error(error) is None:
             raise
         raise ModelError(failed_in(error, "the network", None)) from error

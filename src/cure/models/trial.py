@@ -49,6 +49,7 @@ class Traits:
         no_gradient: why no gradient reaches the image; empty where one does.
         untrainable: why it cannot be trained; empty where it can.
         notes: what was decided for the user, a sentence each.
+        activation_bytes: memory that autograd keeps for one image between the passes.
     """
 
     channels_last: bool = True
@@ -60,6 +61,7 @@ class Traits:
     no_gradient: str = ""
     untrainable: str = ""
     notes: tuple[str, ...] = ()
+    activation_bytes: int = field(default=0, compare=False)
 
     @property
     def gradient(self) -> bool:
@@ -281,6 +283,7 @@ class _Pass:
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     no_gradient: str = ""
+    activation_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -339,6 +342,7 @@ def _tried(
         detaches=evaluated.detaches or training.detaches,
         no_gradient=evaluated.no_gradient,
         notes=tuple(dict.fromkeys(evaluated.notes + training.notes)),
+        activation_bytes=max(evaluated.activation_bytes, training.activation_bytes),
     )
     return _Trial(traits, training)
 
@@ -373,6 +377,7 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
             logits, found, note = main_output(output, classes)
         except OutputError as error:
             return _Pass(error=error)
+        kept = _kept_for_backward(logits, scratch) // len(image)
         no_gradient = _backward(logits, leaf, lost)
     return _Pass(
         output=found,
@@ -382,7 +387,32 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
         detaches=next(kept_tensors(scratch), None) is not None,
         notes=(note,) if note else (),
         no_gradient=no_gradient,
+        activation_bytes=kept,
     )
+
+
+def _kept_for_backward(logits: Tensor, model: nn.Module) -> int:
+    """Bytes of the tensors that the graph of ``logits`` keeps, without those of the network."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in _own_tensors(model)}
+    found: dict[int, int] = {}
+    nodes, seen = [logits.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for name in dir(node):
+            if name.startswith("_saved_") or name == "saved_tensors":
+                try:
+                    value = getattr(node, name)
+                except RuntimeError:  # changed in place since; the backward pass tells
+                    continue
+                for tensor in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(tensor, Tensor) and not tensor.is_sparse:
+                        storage = tensor.untyped_storage()
+                        found[storage.data_ptr()] = storage.nbytes()
+        nodes += [following for following, _ in node.next_functions]
+    return sum(size for place, size in found.items() if place not in own)
 
 
 def _without_gradient(scratch: nn.Module, image: Tensor, classes: int, error: Exception) -> _Pass:

@@ -26,15 +26,16 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cure.config import RunConfig
-from cure.errors import CheckpointError
+from cure.config import MEMORY, OBJECT, RunConfig
+from cure.errors import CheckpointError, CureError
 from cure.recipe import check_kept, dump
 from cure.runs.records import (
     RESULTS,
@@ -58,7 +59,7 @@ from cure.runs.records import (
     read_numbered,
 )
 from cure.utils.environment import environment
-from cure.utils.io import write_text
+from cure.utils.io import first_line, write_text
 
 if TYPE_CHECKING:
     from cure.data.images import ImageKind
@@ -130,7 +131,10 @@ class RunFolder:
             images.write(temporary / "data.json")
             write_text(temporary / "config.yaml", dump(config))
             temporary.rename(target)
-        except OSError as error:
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise CheckpointError(f"the run folder {target} cannot be made: {error}") from None
         return cls(target)
 
@@ -200,7 +204,7 @@ class RunFolder:
         if not path.is_file():
             raise CheckpointError(
                 f"{self.path} has no '{checkpoint}' checkpoint yet; "
-                f"let it finish an epoch with `cure resume {self.resumed_by}`"
+                f"let it finish an epoch with `{self.resume_command()}`"
             )
         return path
 
@@ -223,6 +227,49 @@ class RunFolder:
         """Record how far the run came; ``details`` are fields of :class:`Status`."""
         if self.writes:
             Status.model_validate({"state": state, **details}).write(self.path / "status.json")
+
+    def set_failed(self, error: BaseException, step: int | None = None) -> None:
+        """Record that the run ended by an error, which stays the one that is raised.
+
+        Args:
+            error: why.
+            step: optimiser steps that are done, where that is known.
+        """
+        if isinstance(error, CureError):
+            reason = str(error)
+        else:
+            said = first_line(error)
+            name = type(error).__name__
+            reason = name if said == name else f"{name}: {said}"
+        details: dict[str, Any] = {"reason": reason} | ({} if step is None else {"step": step})
+        with suppress(CureError):  # a disk that is full holds the last status
+            known = {k: v for k, v in self.status().content().items() if k != "state"}
+            self.set_status("failed", **(known | details))
+
+    def resume_command(self, settings: str = "") -> str:
+        """What goes on with the run: a command, or Python where the run was given objects.
+
+        Args:
+            settings: what to change, ``key=value``.
+        """
+        place = self.resumed_by
+        try:
+            raw = RunFolder(place).settings()
+        except CheckpointError:
+            raw = {}
+        objects = [
+            f"{word}={word}"
+            for word, section, key, prefix in (
+                ("model", "model", "name", OBJECT),
+                ("data", "data", "source", MEMORY),
+            )
+            if str((raw.get(section) or {}).get(key, "")).startswith(prefix)
+        ]
+        if not objects:
+            return " ".join(filter(None, ["cure resume", str(place), settings]))
+        key, _, value = settings.partition("=")
+        change = f", {{'{key}': {value}}}" if settings else ""
+        return f"cure.resume('{place}'{change}, {', '.join(objects)})"
 
     def outcome(self) -> Outcome | None:
         """What the training gained; None for natural trainings and runs of version 0.1.
@@ -336,7 +383,7 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be written ({error.strerror}); make room and "
-                f"continue with `cure resume {self.resumed_by}`"
+                f"continue with `{self.resume_command()}`"
             ) from None
 
     def rewind(self, epochs: int, steps: int) -> None:

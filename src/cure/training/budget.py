@@ -11,6 +11,7 @@ from cure.config import RunConfig
 from cure.data import Batch, epoch, steps_per_epoch
 from cure.errors import ConfigError
 from cure.training.optimizer import build_optimizer
+from cure.training.resources import fit_memory
 from cure.training.setup import Prepared, build_method
 from cure.training.validation import validate
 
@@ -20,14 +21,17 @@ MARGIN = 0.95
 """Share of the budget that is planned, for what is not timed: saving, the measured start."""
 
 
-def settle(config: RunConfig, prepared: Prepared) -> RunConfig:
-    """The run with numbers in the place of shares and budgets that depend on the machine and data.
+def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]:
+    """The run with numbers in the place of shares and budgets that depend on the machine and data,
+    and what to tell of its memory.
 
-    A share in ``data.validation`` becomes a count, ``training.minutes`` a number of epochs; what is
+    A share in ``data.validation`` becomes a count, ``training.minutes`` a number of epochs,
+    ``accumulation_steps=auto`` a number of parts; what is
     written to the run folder is what a resumed run repeats.
     """
     data = config.data.model_copy(update={"validation": len(prepared.validation)})
-    return fit_epochs(config.model_copy(update={"data": data}), prepared)
+    config, told = fit_memory(config.model_copy(update={"data": data}), prepared)
+    return fit_epochs(config, prepared), told
 
 
 def fit_epochs(config: RunConfig, prepared: Prepared) -> RunConfig:
@@ -86,7 +90,8 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
     )
 
     def step(batch: Batch) -> None:
-        taken = method.take_step(replace(batch, image=engine.arrange(batch.image)))
+        batch = replace(batch, image=engine.arrange(batch.image))
+        taken = method.take_step(batch, config.training.parts)
         for name, gradient in taken.gradients().items():
             parameters[name].grad = gradient
         with method.freeze(optimizer):

@@ -40,8 +40,10 @@ class CatastrophicOverfitting:
         self.every = every
         self.single_step = self.pgd = 0.0
 
-    def overfits(self, batch: Batch) -> bool:
+    def overfits(self, batch: Batch, parts: int = 1) -> bool:
         """Check after the step on ``batch``, where a check is due; False after the fallback.
+
+        ``parts`` equal parts of the batch are worked on one after another.
 
         Costs ``STEPS`` + 3 forward passes and ``STEPS`` + 1 backward passes of a batch.
         """
@@ -60,8 +62,9 @@ class CatastrophicOverfitting:
             attack.precision,
             attack.fold,
         )
-        self.single_step = self._accuracy(attack, batch)
-        self.pgd = self._accuracy(pgd, batch)
+        split = batch.split(parts) if parts > 1 else [batch]
+        self.single_step = sum(self._accuracy(attack, part) for part in split) / parts
+        self.pgd = sum(self._accuracy(pgd, part) for part in split) / parts
         count = len(batch.label) * context.engine.world
         error = math.sqrt(self.single_step * (100 - self.single_step) / count)
         above_chance = self.single_step > 200 / context.classes
@@ -70,7 +73,7 @@ class CatastrophicOverfitting:
     def _accuracy(self, attack: PGD, batch: Batch) -> float:
         context, model = self.method.context, self.method.model
         batch = replace(batch, image=context.engine.arrange(batch.image))
-        draws = context.generator("catastrophic", batch.step)
+        draws = context.generator_for("catastrophic", batch)
         image = attack(model, batch.image, batch.label, CROSS_ENTROPY, draws)
         training = [(module, module.training) for module in model.modules()]
         model.eval()

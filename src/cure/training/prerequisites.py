@@ -7,7 +7,8 @@ missing, one after another, and then the run itself.
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 from torch import nn
 
 from cure.config import NATURAL, ROBUST, LayersConfig, RunConfig
-from cure.errors import TrainingStopped
+from cure.errors import CureError
 from cure.models import load_weights
+from cure.models.batch_norm import running_statistics
 from cure.models.blocks import blocks, chosen, reinitialise
 from cure.models.build import network_of
 from cure.models.checkpoint import head_name
 from cure.models.failure import network_errors
 from cure.registry import METHODS
 from cure.runs.folder import RunFolder
+from cure.training.resources import memory_errors
 from cure.training.setup import (
     Prepared,
     build_method,
@@ -103,7 +106,11 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
 
 
 def carry_out(
-    folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool = False
+    folder: RunFolder,
+    config: RunConfig,
+    prepared: Prepared,
+    quiet: bool = False,
+    first: Callable[[], None] | None = None,
 ) -> None:
     """Start or resume training; trains missing prerequisites first.
 
@@ -112,16 +119,35 @@ def carry_out(
         config: the run.
         prepared: its data and networks.
         quiet: print nothing.
+        first: what one process does in the folder before the training.
     """
     engine = prepared.engine
     with ExitStack() as held:
         with engine.agreeing():
             held.enter_context(folder.lock())
+        if first is not None:
+            engine.first(first)
+        held.enter_context(recording_failure(folder))
         missing = prerequisites(folder, config, prepared)
         engine.first(lambda: _make_folders(missing))
         for needed in missing:
             _train_prerequisite(folder, needed, quiet)
         _train(folder, config, prepared, quiet)
+
+
+@contextmanager
+def recording_failure(folder: RunFolder) -> Iterator[None]:
+    """Whatever ends a run inside leaves its reason in the folder, where none is there yet."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(CureError):
+            ended = folder.status().state not in ("new", "running", "finished")
+            if isinstance(error, Interrupted | KeyboardInterrupt) and not ended:
+                folder.set_status(**(folder.status().content() | {"state": "stopped"}))
+            elif not ended or not isinstance(error, Interrupted | KeyboardInterrupt):
+                folder.set_failed(error)
+        raise
 
 
 def _make_folders(needed: list[Prerequisite]) -> None:
@@ -141,8 +167,9 @@ def _train_prerequisite(folder: RunFolder, needed: Prerequisite, quiet: bool) ->
                 with needed.prepared.engine.agreeing():
                     held.enter_context(inner.lock())
                 _train(inner, needed.config, needed.prepared, quiet, verdict=False)
-        except (Interrupted, TrainingStopped):
-            folder.set_status(**(inner.status().content() | {"phase": needed.phase}))
+        except BaseException:
+            with suppress(CureError):
+                folder.set_status(**(inner.status().content() | {"phase": needed.phase}))
             raise
     for network in needed.receivers:
         load_weights(network, inner.weights("best"))
@@ -170,7 +197,15 @@ def _train(
     for sentence in method.warnings():
         for tracker in trackers:
             tracker.warn(sentence)
-    with network_errors():
+    if config.training.parts > 1 and running_statistics(method):
+        images = config.training.batch_size // engine.world // config.training.parts
+        for tracker in trackers:
+            tracker.warn(f"BatchNorm normalises over the {images} images of a part of a batch")
+    with (
+        recording_failure(folder),
+        network_errors(),
+        memory_errors(config, method, prepared, folder),
+    ):
         trainer.fit()
 
 

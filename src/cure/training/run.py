@@ -12,18 +12,22 @@ from cure.config import MEMORY, OBJECT
 from cure.data import ImageSet
 from cure.data.accounting import account_of_run
 from cure.data.objects import as_images, is_object
-from cure.recipe import check, override, parse_override, read_recipe
+from cure.recipe import check, dump, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.training.budget import settle
+from cure.training.extend import changed
 from cure.training.prerequisites import carry_out
 from cure.training.setup import prepare
 from cure.training.tracking import TerminalTracker
+from cure.utils.io import write_text
+
+Overrides = str | Iterable[str] | Mapping[str, Any]
 
 
 def train(
     recipe: str | Path,
-    overrides: str | Iterable[str] | Mapping[str, Any] = (),
+    overrides: Overrides = (),
     *,
     run: str | Path | None = None,
     model: nn.Module | None = None,
@@ -49,12 +53,8 @@ def train(
         CureError: for every mistake a user can mend, before or while training.
     """
     raw = read_recipe(recipe)
-    if isinstance(overrides, Mapping):
-        for key, value in overrides.items():
-            override(raw, key, value)
-    else:
-        for word in [overrides] if isinstance(overrides, str) else overrides:
-            override(raw, *parse_override(word))
+    for key, value in _pairs(overrides):
+        override(raw, key, value)
     if model is not None:
         given = {"name": OBJECT + f"{type(model).__module__}.{type(model).__qualname__}"}
         old = raw.get("model")
@@ -69,7 +69,7 @@ def train(
     images = as_images(data, "train", config.data) if is_object(data) else None
     # All mistakes are found before the folder is made.
     prepared = prepare(config, images, model)
-    config = settle(config, prepared)
+    config, of_memory = settle(config, prepared)
     engine = prepared.engine
 
     def create() -> Path:
@@ -81,6 +81,8 @@ def train(
             terminal = TerminalTracker(config.name)
             for line in found.lines():
                 terminal.say(line)
+            for line in of_memory:
+                (terminal.warn if "training needs" in line else terminal.say)(line)
             for sentence in found.warnings():
                 terminal.warn(sentence)
         return made.path
@@ -91,8 +93,17 @@ def train(
     return Run(folder.path, model)
 
 
+def _pairs(overrides: Overrides) -> list[tuple[str, Any]]:
+    """Settings and their values, however they were given."""
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    words = [overrides] if isinstance(overrides, str) else overrides
+    return [parse_override(word) for word in words]
+
+
 def resume(
     run: str | Path,
+    overrides: Overrides = (),
     *,
     model: nn.Module | None = None,
     data: ImageSet | Any = None,
@@ -100,18 +111,37 @@ def resume(
 ) -> Run:
     """Continue a run that was stopped or killed; it ends with the bits it would have had.
 
+    With more ``training.epochs`` (or ``training.minutes``) a finished run goes on from its end; the
+    schedule of the learning rate starts again there.
+
     Args:
         run: its folder, which knows its recipe.
+        overrides: ``training.epochs`` or ``training.minutes`` of a finished run, in all;
+            ``training.accumulation_steps`` of any; as for :func:`train`.
         model: the network, when the run was given one as a Python object.
         data: the images, when the run was given images in memory, as for :func:`train`.
         quiet: print nothing.
+
+    Raises:
+        CureError: also for a setting that a run cannot change.
     """
     folder = RunFolder.open(run)
-    config = folder.config
-    if folder.status().finished:
+    config, told = changed(folder, _pairs(overrides))
+    if folder.status().finished and not told:
         return Run(folder.path, model)
     images = as_images(data, "train", config.data) if is_object(data) else None
     prepared = prepare(config, images, model, folder)
     folder.writes = prepared.engine.rank == 0
-    carry_out(folder, config, prepared, quiet)
+
+    def keep() -> None:
+        status = folder.status()
+        if status.finished:
+            # First: a run that is killed here is one that was not extended.
+            folder.set_status(**(status.content() | {"state": "stopped"}))
+        write_text(folder.path / "config.yaml", dump(config))
+        if not quiet:
+            for line in told:
+                TerminalTracker(config.name).say(line)
+
+    carry_out(folder, config, prepared, quiet, keep if told else None)
     return Run(folder.path, model)

@@ -7,6 +7,18 @@ import math
 from cure.config import ScheduleConfig, TrainingConfig
 
 
+def progress_at(training: TrainingConfig, step: int, steps_per_epoch: int) -> float:
+    """Share of the schedule of the learning rate that is done at a step.
+
+    >>> progress_at(TrainingConfig(epochs=4), 6, 2)
+    0.75
+    >>> progress_at(TrainingConfig(epochs=8, schedule_from=4), 12, 2)
+    0.5
+    """
+    first = training.schedule_from * steps_per_epoch
+    return max(0, step - first) / (training.epochs * steps_per_epoch - first)
+
+
 def learning_rate(training: TrainingConfig, progress: float) -> float:
     """The optimiser's rate when a share ``progress`` of the run's steps is done."""
     return training.optimizer.learning_rate * rate_factor(training.schedule, progress)

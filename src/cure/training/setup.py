@@ -32,7 +32,7 @@ from cure.models.checks import check_outputs
 from cure.models.trial import check_trainable, traits_of
 from cure.recipe import check, override, read_recipe
 from cure.runs.folder import RunFolder
-from cure.training.schedule import learning_rate
+from cure.training.schedule import learning_rate, progress_at
 from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
 from cure.utils.random import derive
@@ -103,9 +103,10 @@ def _prepared(
         training, validation = carve(images, config.data.validation, config.data.split_seed)
     steps_per_epoch(training, config.training.batch_size)
     initial = network_of(config, training.kind, model)
+    check_parts(config, engine)
     check_trainable(
         initial,
-        config.training.batch_size // engine.world,
+        config.training.batch_size // engine.world // config.training.parts,
         frozen_statistics=config.training.batch_norm == "frozen",
     )
     if not any(parameter.requires_grad for parameter in initial.parameters()):
@@ -166,6 +167,27 @@ def _limited(images: ImageSet, config: DataConfig) -> ImageSet:
     return images if config.limit is None else images.subset(slice(0, config.limit))
 
 
+def check_parts(config: RunConfig, engine: Engine) -> None:
+    """Refuse a batch that has no such parts, and a method that takes none."""
+    parts, size = config.training.accumulation_steps, config.training.batch_size // engine.world
+    if parts == 1:
+        return
+    if not METHODS[config.method.name].splits:
+        able = [name for name in METHODS.names() if METHODS[name].splits]
+        raise ConfigError(
+            f"training.accumulation_steps: {config.method.name} rewards strategies by the whole "
+            f"batch, which has to be in memory; lower training.batch_size, or take another method "
+            f"({', '.join(able)})"
+        )
+    if parts != "auto" and size % parts:
+        fitting = [n for n in range(2, size + 1) if size % n == 0]
+        near = min(fitting, key=lambda n: abs(n - parts), default=1)
+        raise ConfigError(
+            f"training.accumulation_steps: expected a divisor of the {size} images of a batch, got "
+            f"{parts}; say {near}"
+        )
+
+
 def _check_start(config: RunConfig) -> None:
     if config.start == "scratch" and config.model.name.startswith("hf:"):
         raise ConfigError(
@@ -224,6 +246,11 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
     if source.recipe is not None:
         theirs = teacher_config(place, source, config)
         prepared.engine.check_batch(theirs.training.batch_size)
+        check_parts(theirs, prepared.engine)
+        if theirs.training.accumulation_steps == "auto":
+            raise ConfigError(
+                f"{place}: accumulation_steps=auto is for the run itself; give its teacher a number"
+            )
         network = network_of(theirs, kind, None)
         inner = replace(prepared, network=network, initial=network, teachers={})
         inner = replace(inner, teachers=teacher_networks(theirs, inner))
@@ -324,13 +351,13 @@ def build_method(config: RunConfig, prepared: Prepared) -> Method:
         seed=config.seed,
         classes=len(prepared.training.classes),
         steps_per_epoch=per_epoch,
-        epochs=settings.epochs,
+        epochs=settings.schedule_epochs,
         teachers=prepared.teachers,
-        learning_rate=lambda step: learning_rate(settings, step / (per_epoch * settings.epochs)),
+        learning_rate=lambda step: learning_rate(settings, progress_at(settings, step, per_epoch)),
         weight_decay=settings.optimizer.weight_decay,
         natural_images=lambda: natural_images(prepared, config.evaluation.batch_size),
         attack_share=lambda step: warmup_share(
-            config.attack.warmup, step / (per_epoch * settings.epochs)
+            config.attack.warmup, step / (per_epoch * settings.schedule_epochs)
         ),
         two_step=two_step_attack(config, engine),
         fold_frozen=settings.batch_norm == "frozen",

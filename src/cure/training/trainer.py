@@ -34,7 +34,7 @@ from cure.training.gradient_logger import GradientRecorder
 from cure.training.optimizer import build_optimizer
 from cure.training.outcome import FINAL_STEPS, judge, start_warnings
 from cure.training.overfitting_detector import robust_overfitting
-from cure.training.schedule import learning_rate, momentum
+from cure.training.schedule import learning_rate, momentum, progress_at
 from cure.training.totals import Totals
 from cure.training.tracking import Tracker
 from cure.training.validation import validate
@@ -123,11 +123,11 @@ class Trainer:
                 while self.done < self.total_steps:
                     self._train_epoch(self.done // self.steps_per_epoch)
                 self._measure_end()
-        except TrainingStopped as error:
-            self.folder.set_status("failed", step=self.done, reason=str(error))
-            raise
-        except Interrupted:
+        except (Interrupted, KeyboardInterrupt):
             self.folder.set_status("stopped", step=self.done, steps=self.total_steps)
+            raise
+        except BaseException as error:
+            self.folder.set_failed(error, step=self.done)
             raise
         finally:
             for tracker in self.trackers:
@@ -156,7 +156,7 @@ class Trainer:
             metrics = self.train_step(batch)
             self.totals.add(metrics, batch.step)
             self.done += 1
-            if self.detector is not None and self.detector.overfits(batch):
+            if self.detector is not None and self.detector.overfits(batch, settings.parts):
                 self._go_back()
                 return
             for tracker in self.trackers:
@@ -207,7 +207,7 @@ class Trainer:
         of_rank = (self.engine.rank,) if self.engine.rank else ()
         torch.manual_seed(derive(self.config.seed, "network", batch.step, *of_rank))
         self._set_learning_rate(batch.step)
-        step = self.method.take_step(batch)
+        step = self.method.take_step(batch, self.config.training.parts)
         grads = step.gradients()
         if self.recorder is not None:
             self.recorder.step(batch.step, grads, step.masking)
@@ -235,12 +235,12 @@ class Trainer:
         return dict(zip(metrics, means, strict=False))
 
     def _set_learning_rate(self, step: int) -> None:
+        settings = self.config.training
+        progress = progress_at(settings, step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             if "momentum" in group:
-                group["momentum"] = momentum(self.config.training, step / self.total_steps)
-            group["lr"] = group.get("rate_factor", 1.0) * learning_rate(
-                self.config.training, step / self.total_steps
-            )
+                group["momentum"] = momentum(settings, progress)
+            group["lr"] = group.get("rate_factor", 1.0) * learning_rate(settings, progress)
 
     # -- measuring -----------------------------------------------------------------------------
 
@@ -491,7 +491,7 @@ class Trainer:
     def _interrupt(self) -> None:
         raise Interrupted(
             f"stopped after step {self.done} of {self.total_steps}; "
-            f"continue with `cure resume {self.folder.resumed_by}`"
+            f"continue with `{self.folder.resume_command()}`"
         )
 
     def _own_chance(self) -> AbstractContextManager[None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cure.config import WeightPerturbationConfig
 from cure.data.images import Batch
-from cure.methods.base import AdversarialBatch, Method, Metrics, StepOutput
+from cure.methods.base import AdversarialBatch, Method, Metrics, PartMean, StepOutput
 from cure.methods.wrappers.base import Wrapper
 from cure.utils.engine import Grads
 
@@ -85,13 +85,44 @@ class AWP(Wrapper):
 
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Gradients at the perturbed weights, where the weights are left for the optimiser."""
-        first = round(self.settings.start * self.context.epochs)
-        if batch.step < first * self.context.steps_per_epoch:
+        if not self._begun(batch.step):
             return self.inner.compute_loss(batch, attacked)
-        parameters = self.trainable()
         with keeping_buffers(self.inner):
             plain = self.inner.compute_loss(batch, attacked)
             gradients = self._gradients(plain)
+        with self._perturbed(gradients):
+            worst = self.inner.compute_loss(batch, attacked.without_graph())
+            gradients = self._gradients(worst)
+        metrics = plain.metrics | {"perturbed_loss": worst.metrics["loss"]}
+        return replace(worst, loss=None, grads=gradients, metrics=metrics)
+
+    def step_in_parts(self, batch: Batch, parts: int) -> StepOutput:
+        """The perturbation of the whole batch, then its gradients, each added over the parts."""
+        self._take_back()
+        if not self._begun(batch.step):
+            return self.inner.step_in_parts(batch, parts)
+        split, attacked, mean = batch.split(parts), [], PartMean(self.inner)
+        for part in split:
+            made = self.inner.make_adversarial(part)
+            with keeping_buffers(self.inner):
+                mean.add(self.inner.compute_terms(part, made))
+            attacked.append(made.without_graph())
+        plain = self.inner.finish(mean.result(), batch)
+        with self._perturbed(self._gradients(plain)):
+            mean = PartMean(self.inner)
+            for part, made in zip(split, attacked, strict=True):
+                mean.add(self.inner.compute_terms(part, made))
+            worst = self.inner.finish(mean.result(), batch)
+        return replace(worst, metrics=plain.metrics | {"perturbed_loss": worst.metrics["loss"]})
+
+    def _begun(self, step: int) -> bool:
+        first = round(self.settings.start * self.context.epochs)
+        return step >= first * self.context.steps_per_epoch
+
+    @contextmanager
+    def _perturbed(self, gradients: Grads) -> Iterator[None]:
+        """Move the weights to theta + v, where they stay unless what is done inside fails."""
+        parameters = self.trainable()
         with torch.no_grad():
             changes = perturbation(parameters, gradients, self.settings.gamma)
             for name, change in changes.items():
@@ -99,13 +130,10 @@ class AWP(Wrapper):
                 parameters[name].add_(change)
                 self._before[name] = before, parameters[name].clone()
         try:
-            worst = self.inner.compute_loss(batch, attacked.without_graph())
-            gradients = self._gradients(worst)
+            yield
         except BaseException:
             self._take_back()
             raise
-        metrics = plain.metrics | {"perturbed_loss": worst.metrics["loss"]}
-        return replace(worst, loss=None, grads=gradients, metrics=metrics)
 
     def _gradients(self, out: StepOutput) -> Grads:
         if out.grads is not None:

@@ -31,6 +31,8 @@ class Wrapper(Method):
         self.context = inner.context
         self.soft_labels = inner.soft_labels  # type: ignore[misc]
         self.selection = inner.selection  # type: ignore[misc]
+        self.splits = inner.splits  # type: ignore[misc]
+        self.graphs = inner.graphs  # type: ignore[misc]
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
@@ -53,6 +55,18 @@ class Wrapper(Method):
     def step(self, batch: Batch) -> StepOutput:
         """The method's own step."""
         return self.inner.step(batch)
+
+    def step_in_parts(self, batch: Batch, parts: int) -> StepOutput:
+        """The method's own step, in parts."""
+        return self.inner.step_in_parts(batch, parts)
+
+    def compute_terms(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
+        """The method's own terms."""
+        return self.inner.compute_terms(batch, attacked)
+
+    def finish(self, out: StepOutput, batch: Batch) -> StepOutput:
+        """The method's own gradients."""
+        return self.inner.finish(out, batch)
 
     def make_adversarial(self, batch: Batch) -> AdversarialBatch:
         """The method's own adversarial images."""
