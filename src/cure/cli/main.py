@@ -58,6 +58,7 @@ FAILED_CHECK = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
 UNFINISHED = 3
+NOT_MET = 4
 # Seconds in which the launcher ends the other ranks of a run after the first one has ended.
 SECONDS_FOR_THE_FIRST = 15
 
@@ -134,6 +135,22 @@ def evaluate(
     transfer: Annotated[
         str | None, typer.Option(help="Run on which the attack transfer makes its images.")
     ] = None,
+    float_: Annotated[
+        str | None,
+        typer.Option(
+            "--float", help="Of an ONNX file: the run it is of, to make images with gradients on."
+        ),
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Least accuracy: natural>=75, pgd20>=40; repeatable; else status 4."),
+    ] = None,
+    require_lower_bound: Annotated[
+        bool,
+        typer.Option("--require-lower-bound", help="Of the intervals' lower ends."),
+    ] = False,
+    junit: Annotated[Path | None, typer.Option(help="Write the requirements as JUnit XML.")] = None,
+    sarif: Annotated[Path | None, typer.Option(help="Write the requirements as SARIF.")] = None,
     curve: Annotated[
         str | None, typer.Option(help="Also accuracy over epsilon, by this attack: pgd20.")
     ] = None,
@@ -161,7 +178,13 @@ def evaluate(
 ) -> None:
     """Measure accuracy on natural and on attacked images."""
     from cure.evaluation import evaluate as api
+    from cure.evaluation.gate import write_junit, write_sarif
+    from cure.utils.io import check_free
 
+    if (junit or sarif or require_lower_bound) and not require:
+        raise ConfigError("--junit, --sarif and --require-lower-bound go with --require")
+    for file in (junit, sarif):
+        check_free(file)
     if verify is not None:
         print_verification(
             api.verify(verify, target, epsilon=epsilon, norm=norm, output=output, **options)
@@ -175,6 +198,9 @@ def evaluate(
             norm=norm,
             precision=precision.value,  # type: ignore[arg-type]
             transfer=transfer,
+            float_network=float_,
+            require=require or (),
+            require_lower_bound=require_lower_bound,
             curve=curve,
             epsilons=words(epsilons),
             output=output,
@@ -185,8 +211,14 @@ def evaluate(
             **options,
         )
     print_evaluation(result, kept=output is not None or "checkpoint" in result["model"])
+    if not QUIET and junit is not None:
+        write_junit(junit, result)
+    if not QUIET and sarif is not None:
+        write_sarif(sarif, result, target)
     if "unfinished" in result:
         sys.exit(UNFINISHED)
+    if not all(row["met"] for row in result.get("requirements", ())):
+        sys.exit(NOT_MET)
 
 
 @app.command()
@@ -675,7 +707,7 @@ def main() -> None:
         try:
             app()
         except SystemExit as ended:
-            if SEVERAL and ended.code in (None, 0, UNFINISHED):
+            if SEVERAL and ended.code in (None, 0, UNFINISHED, NOT_MET):
                 from cure.utils.distributed import leave
 
                 leave()

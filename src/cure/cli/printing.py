@@ -70,6 +70,8 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
     """
     print_results([result])
     print_classes(result)
+    if "float" in result:
+        print_replay(result)
     print_distances(result)
     for check in result["diagnosis"]["checks"]:
         if check["status"] != "pass":
@@ -82,6 +84,32 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
         )
     if "unfinished" in result:
         print_unfinished(result, kept)
+    for row in result.get("requirements", ()):
+        if row["met"]:
+            say(f"met: {row['requirement']} ({row['measured']})")
+        else:
+            warn(f"not met: {row['requirement']}: {row['measured']}")
+
+
+def print_replay(result: dict[str, Any]) -> None:
+    """The file beside the float network, on images made on the float network."""
+    table = Table(
+        title="images made on the float network, replayed on the file",
+        caption="accuracy in percent; difference in points, images paired; 95 % intervals",
+    )
+    for heading in ("", "float network", escape(result["target"]), "difference"):
+        table.add_column(heading, justify="right" if table.columns else "left")
+    own = {"natural": result["float"]["natural"]} | result["float"]["attacks"]
+    for name, part in result["float"]["differences"].items():
+        low, high = part["interval"]
+        theirs = result["natural"] if name == "natural" else result["attacks"][name]
+        table.add_row(
+            escape(name),
+            _accuracy(own[name]),
+            _accuracy(theirs),
+            f"{part['difference']:+.1f} ({low:+.1f} to {high:+.1f})",
+        )
+    out.print(table)
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:

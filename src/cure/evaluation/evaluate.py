@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,10 +15,12 @@ from cure.attacks import Threat
 from cure.attacks.registry import evaluation_attack
 from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
-from cure.errors import CheckpointError, ConfigError, notes_kept
+from cure.errors import CheckpointError, ConfigError, CureNote, notes_kept
 from cure.evaluation.diagnosis import cheap_checks
+from cure.evaluation.gate import Requirement, check_requirements
 from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
 from cure.evaluation.options import TargetKeywords
+from cure.evaluation.replay import compared, masking_note
 from cure.evaluation.robustbench import (
     check_claim,
     read_claim,
@@ -28,6 +31,7 @@ from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, mea
 from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
 from cure.models.failure import network_errors
+from cure.models.trial import traits_of
 from cure.runs.records import EvaluationRecord
 from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
@@ -45,6 +49,9 @@ def evaluate(
     norm: str | None = None,
     precision: Literal["fp32", "bf16_attack"] = "fp32",
     transfer: TargetLike | None = None,
+    float_network: TargetLike | None = None,
+    require: Sequence[str] = (),
+    require_lower_bound: bool = False,
     curve: str | None = None,
     epsilons: Sequence[str | float] | None = None,
     output: str | Path | None = None,
@@ -68,6 +75,12 @@ def evaluate(
             that counts as fooled is wrong in float32.
         transfer: a network to make the images of the attack "transfer" on: a run, or whatever
             ``target`` may be, for the same classes.
+        float_network: of an exported file without gradients: the run it was made from.  Attacks
+            with gradients make their images on it and try them on the file; it is measured too, and
+            "float" in the result has the differences.
+        require: limits such as "natural>=75" or "pgd20>40", percent; "requirements" in the result
+            says which are met (:mod:`cure.evaluation.gate`).  An attack that is named here is run.
+        require_lower_bound: compare the lower ends of the 95 % intervals instead.
         curve: also measure accuracy over epsilon with this attack, from 0.25/255 up to where none
             is right.
         epsilons: the radii of the curve instead: ["1/255", 0.01].
@@ -100,9 +113,13 @@ def evaluate(
         check_free(further)
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise ConfigError(f"time_limit: expected seconds above 0, got {time_limit:g}")
+    limits = [Requirement.parse(text) for text in require]
     with notes_kept() as notes:
         chosen = Target.of(target, **options)
-        names = _attack_names(attacks, chosen, transfer is not None)
+        names = _attack_names(attacks, chosen, transfer is not None, float_network is not None)
+        wanted = [limit.attack for limit in limits if limit.attack not in ("natural", WORST)]
+        names = [*names, *(name for name in dict.fromkeys(wanted) if name not in names)]
+        check_attacks(name for name in wanted if name != "transfer" or transfer is None)
         if robustbench is not None and "autoattack" not in names:
             raise ConfigError(
                 "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
@@ -117,10 +134,16 @@ def evaluate(
             output,
             keep_images=adversarial is not None,
             per_image=per_image,
+            float_network=float_network,
         )
         with evaluation.journal, network_errors():
             result = _measure(evaluation, time_limit, progress)
+            note = masking_note(result)
+            if note:
+                warnings.warn(note, CureNote, stacklevel=2)
             result["notes"] = notes
+            if limits:
+                result["requirements"] = check_requirements(result, limits, require_lower_bound)
             _record(evaluation, result, output, robustbench, adversarial)
     return result
 
@@ -141,6 +164,7 @@ class _Prepared:
         journal: batches that are finished.
         kept: the fooling images (see :func:`~cure.evaluation.runner.measure`), where asked for.
         per_image: whether to say which images are right.
+        replay: the float network that a file without gradients was made from.
     """
 
     target: Target
@@ -154,6 +178,7 @@ class _Prepared:
     journal: Journal
     kept: dict[str, Tensor] | None
     per_image: bool
+    replay: nn.Module | None = None
 
 
 def _prepare(
@@ -167,6 +192,7 @@ def _prepare(
     *,
     keep_images: bool,
     per_image: bool,
+    float_network: TargetLike | None = None,
 ) -> _Prepared:
     """Load images and networks, and open the journal."""
     if keep_images and engine.world > 1:
@@ -180,8 +206,16 @@ def _prepare(
         if transfer is not None:
             source = engine.place(Target.of(transfer).build(images))
             source = source.eval().requires_grad_(False)
+        replay = None
+        if float_network is not None:
+            if traits_of(model).gradient:
+                raise ConfigError(
+                    f"{target.name} has gradients, so attacks run on it; leave out float"
+                )
+            replay = engine.place(Target.of(float_network).build(images))
+            replay = replay.eval().requires_grad_(False)
     size, seed = target.batch_size, target.options.seed
-    identity = identify(model, images, attacks, threat, engine, size, seed, source, curve)
+    identity = identify(model, images, attacks, threat, engine, size, seed, source, curve, replay)
     with engine.agreeing():
         # A journal holds no images, so nothing can be continued where images are kept.
         resumable = engine.rank == 0 and not keep_images
@@ -198,6 +232,7 @@ def _prepare(
         journal,
         {} if keep_images else None,
         per_image,
+        replay,
     )
 
 
@@ -218,8 +253,22 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
         source=this.source,
         curve=this.curve,
         keep=this.kept,
-        per_image=this.per_image,
+        per_image=this.per_image or this.replay is not None,
+        replay=this.replay,
     )
+    beside: Result = {}
+    if this.replay is not None:
+        beside["float"] = compared(
+            measured,
+            this.replay,
+            images,
+            threat,
+            engine=engine,
+            batch_size=target.batch_size,
+            seed=target.options.seed,
+            time_limit=time_limit,
+            progress=progress,
+        )
     diagnosis = engine.first(
         lambda: cheap_checks(
             this.model,
@@ -234,6 +283,7 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
         "format": EVALUATION_FORMAT,
         "target": target.name,
         **measured,
+        **beside,
         "diagnosis": diagnosis,
         "threat": {
             "norm": threat.norm,
@@ -322,9 +372,11 @@ def verify(
 
 
 def _attack_names(
-    attacks: str | Sequence[str] | None, target: Target, with_source: bool
+    attacks: str | Sequence[str] | None, target: Target, with_source: bool, with_float: bool
 ) -> Sequence[str]:
     """The attacks that were asked for, else the run's; unknown ones are refused."""
+    if attacks is None and str(target.facts.get("artefact", "")).endswith(".onnx"):
+        attacks = [*(EvaluationConfig().attacks if with_float else ()), "noise", "square"]
     if isinstance(attacks, str):
         attacks = [name.strip() for name in attacks.split(",")]
     if attacks is None:

@@ -67,6 +67,7 @@ def measure(
     journal: Journal | None = None,
     source: nn.Module | None = None,
     curve: Curve | None = None,
+    replay: nn.Module | None = None,
     keep: dict[str, Tensor] | None = None,
     per_image: bool = False,
 ) -> Result:
@@ -93,6 +94,8 @@ def measure(
             ranks only the first one's is used.
         source: the network that the attack "transfer" makes its images on.
         curve: also measure accuracy over epsilon.
+        replay: the network that attacks with gradients make their images on, for a model that has
+            none; what they make is tried on the model.
         keep: receives the fooling images: for each attack, and for the worst case over all, a
             tensor like ``images.image`` in [0, 1], with the images themselves where none fooled.
             Only with one rank, and batches that are in the journal already have no images.
@@ -112,7 +115,7 @@ def measure(
     """
     ends = math.inf if time_limit is None else time.monotonic() + time_limit
     images = images.checked().to(engine.device)
-    chosen = _chosen(attacks, images, threat, source, model)
+    chosen = _chosen(attacks, images, threat, source, model, replay)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -183,10 +186,13 @@ def identify(
     seed: int,
     source: nn.Module | None = None,
     curve: Curve | None = None,
+    replay: nn.Module | None = None,
 ) -> Identity:
     """All that the result of a batch depends on, for :class:`Journal`; see :func:`measure`."""
-    chosen = _chosen(attacks, images, threat, source, model)
+    chosen = _chosen(attacks, images, threat, source, model, replay)
     further: Identity = {} if source is None else {"source": digest(_tensors_of(source))}
+    if replay is not None:
+        further["replay"] = digest(_tensors_of(replay))
     if curve is not None:
         further["curve"] = evaluation_attack(curve.attack, source).settings
     return {
@@ -208,21 +214,38 @@ def _chosen(
     threat: Threat,
     source: nn.Module | None,
     model: nn.Module,
+    replay: nn.Module | None = None,
 ) -> list[EvaluationAttack]:
     """The attacks of these names, each once, as far as images and network allow them."""
     return [
-        _possible(evaluation_attack(name, source), images, threat, model)
+        _possible(evaluation_attack(name, source), images, threat, model, replay)
         for name in dict.fromkeys(attacks)
         if name != "natural"
     ]
 
 
 def _possible(
-    attack: EvaluationAttack, images: ImageSet, threat: Threat, model: nn.Module
+    attack: EvaluationAttack,
+    images: ImageSet,
+    threat: Threat,
+    model: nn.Module,
+    replay: nn.Module | None = None,
 ) -> EvaluationAttack:
     defined = attack.defined(len(images.classes), threat)
+    if replay is not None and needs_gradient(attack):
+        return replace(
+            defined,
+            transferred=True,
+            settings=defined.settings | {"made_on": "float network"},
+            prepare=lambda _, image: attack.prepare(replay, image),
+        )
     reason = traits_of(model).no_gradient
     return defined.without_gradient(reason) if reason else defined
+
+
+def needs_gradient(attack: EvaluationAttack) -> bool:
+    """Whether a part of an attack needs the gradient of the network that it is tried on."""
+    return not attack.transferred and any(part.gradient for part in attack.parts.values())
 
 
 def _tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,50 @@
+"""Limits that an evaluation must meet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cure.errors import ConfigError
+from cure.evaluation.gate import Requirement, check_requirements
+from cure.evaluation.metrics import accuracy_of
+
+
+def accuracy(right: int, count: int) -> dict[str, Any]:
+    return accuracy_of(torch.arange(count) < right, 0.0)
+
+
+RESULT = {
+    "natural": accuracy(80, 100),
+    "attacks": {"pgd20": accuracy(40, 100)},
+    "unfinished": {"autoattack": {"bounds": [30.0, 90.0]}},
+    "worst_case": accuracy(40, 100),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "lower", "met"),
+    [
+        ("natural>=80", False, True),
+        ("natural > 80", False, False),
+        # Wilson's lower end of 80 of 100 is 71.1 (Brown, Cai, DasGupta 2001, by hand).
+        ("natural>=71", True, True),
+        ("natural>=71.2", True, False),
+        ("pgd20>=40%", False, True),
+        ("pgd20>=41", False, False),
+        ("autoattack>=1", False, False),
+        ("worst_case>=1", False, False),
+    ],
+)
+def test_limits(text: str, lower: bool, met: bool) -> None:
+    (row,) = check_requirements(RESULT, [Requirement.parse(text)], lower)
+    assert row["met"] is met
+    assert "\n" not in row["measured"]
+
+
+@pytest.mark.parametrize("text", ["pgd20", "pgd20<=40", "pgd20=>40", ">=40", "natural>=101", ""])
+def test_what_is_no_limit_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="natural>=75"):
+        Requirement.parse(text)
