@@ -38,6 +38,7 @@ from cure.evaluation.evaluate import evaluate
 from cure.evaluation.journal import Journal
 from cure.evaluation.metrics import accuracy_of, by_class, nrr
 from cure.evaluation.runner import measure
+from cure.models import digest
 from cure.models.checks import check_outputs
 from cure.runs.records import EvaluationRecord
 from cure.utils.random import generator
@@ -805,6 +806,7 @@ def test_evaluate_a_module_on_images_in_memory() -> None:
         "classes_present": 2,
         "images_by_class": images.label.bincount().tolist(),
         "size": [1, 4, 4],
+        "sha256": digest({"image": images.image, "label": images.label}),
     }
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -6,6 +6,7 @@ Each returns logits of images [B, C, H, W] in [0, 1], in evaluation mode unless 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -268,3 +269,75 @@ class Half(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.network(image.bfloat16()).float()
+
+
+# Failures of defences from the literature on adaptive attacks.
+
+
+class KWinners(nn.Module):
+    """Keeps the largest tenth of the activations.  Source: Xiao, Zhong and Zheng, ICLR 2020."""
+
+    def __init__(self, share: float = 0.1) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, value: Tensor) -> Tensor:
+        flat = value.flatten(1)
+        kept = max(1, int(self.share * flat.shape[1]))
+        least = flat.topk(kept, dim=1).values[:, -1]
+        return value * (value >= least.reshape(-1, *[1] * (value.dim() - 1))).to(value)
+
+
+class Thresholded(nn.Module):
+    """One where an activation is above a threshold, else zero; trained straight through."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        hard = (value > 0.5).to(value)
+        return hard + (value.clamp(0, 1) - value.clamp(0, 1).detach()) if self.training else hard
+
+
+class SparseMean(nn.Module):
+    """Features near their mean become the mean.  Source: MeanSparse (Amini et al., 2024)."""
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, value: Tensor, width: float) -> None:
+        super().__init__()
+        self.register_buffer("mean", value.mean(dim=(0, 2, 3), keepdim=True))
+        self.register_buffer("spread", width * value.std(dim=(0, 2, 3), keepdim=True))
+
+    def forward(self, value: Tensor) -> Tensor:
+        near = (value - self.mean).abs() <= self.spread
+        return torch.where(near, self.mean.expand_as(value), value)
+
+
+class StableODE(nn.Module):
+    """Features follow ``dz/dt = A z + b(z)`` towards a stable point of each class.
+
+    Stands for the block of Kang et al., NeurIPS 2021, after its regulariser has made every
+    eigenvalue of the Jacobian negative: the flow contracts around the class that the features are
+    nearest to, and with it the gradient.
+    """
+
+    def __init__(self, classes: int, steps: int = 60, size: float = 0.2) -> None:
+        super().__init__()
+        self.classes, self.steps, self.size = classes, steps, size
+
+    def forward(self, value: Tensor) -> Tensor:
+        for _ in range(self.steps):
+            points = (8 * value).softmax(dim=1)
+            value = value + self.size * (points - value)
+        return value
+
+
+def convolutional(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """A small network with its activations in modules."""
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        activation(),
+        nn.Conv2d(16, 16, 3, stride=2, padding=1),
+        activation(),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )

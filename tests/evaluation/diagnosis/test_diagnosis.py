@@ -34,11 +34,11 @@ ENGINE = Engine(torch.device("cpu"))
 Networks = dict[str, nn.Module]
 CHEAP = [
     *("input", "finite", "logits", "evaluation_mode", "determinism", "batch_dependence"),
-    *("normalisation", "natural_accuracy", "gradients", "gradient_direction"),
+    *("normalisation", "natural_accuracy", "one_class", "gradients", "gradient_direction"),
 ]
 ATTACKS = [
     *("single_step", "convergence", "families", "precision", "smoothed_gradient", "noise"),
-    *("black_box", "transfer", "growing_epsilon", "training_mode"),
+    *("black_box", "transfer", "growing_epsilon", "training_mode", "total_gap"),
 ]
 
 
@@ -201,6 +201,129 @@ def test_planted_failures_are_caught(trained: Networks, images: ImageSet, name: 
     model = plant(copy.deepcopy(trained[which])).eval()
     found = statuses(model, images.subset(slice(0, count)), list(expected))
     assert found == expected
+
+
+# Defences that were broken by adaptive attacks.
+
+
+@pytest.fixture(scope="module")
+def robust_layers() -> nn.Sequential:
+    """An adversarially trained network with its activations in modules."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = planted.train(planted.convolutional(nn.ReLU), 5, None)
+        model = planted.train(model, 5, PGD(THREAT, 3, 0.08, "uniform"))
+    assert isinstance(model, nn.Sequential)
+    return model
+
+
+def sparse_means(layers: nn.Sequential) -> nn.Module:
+    image = planted.digits(0, 500).image / 255
+    with torch.no_grad():
+        first, second = (
+            planted.SparseMean(layers[:2](image), 0.6),
+            planted.SparseMean(layers[:4](image), 0.6),
+        )
+    return nn.Sequential(*layers[:2], first, *layers[2:4], second, *layers[4:]).eval()
+
+
+def freshly(activation: Callable[[], nn.Module]) -> Plant:
+    def make(layers: nn.Module) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return planted.train(planted.convolutional(activation), 6, None)
+
+    return make
+
+
+LITERATURE: dict[str, tuple[Plant, list[str]]] = {
+    "k winners take all": (freshly(planted.KWinners), ["black_box", "total_gap"]),
+    "thresholded activations": (freshly(planted.Thresholded), ["gradients"]),
+    "sparsified means": (sparse_means, ["black_box", "total_gap"]),
+    "stable ODE": (
+        lambda layers: nn.Sequential(*layers, planted.StableODE(10)).eval(),
+        ["precision", "families", "gradients", "total_gap"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LITERATURE)
+def test_broken_defences_of_the_literature_are_caught(
+    robust_layers: nn.Sequential, images: ImageSet, name: str
+) -> None:
+    plant, names = LITERATURE[name]
+    few = images.subset(slice(0, 60))
+    found = statuses(plant(copy.deepcopy(robust_layers)), few, names)
+    assert {"warn", "fail"} & set(found.values()), found
+
+
+def test_the_network_without_the_defence_passes(
+    robust_layers: nn.Sequential, images: ImageSet
+) -> None:
+    names = ["gradients", "precision", "families", "black_box", "total_gap"]
+    found = statuses(robust_layers, images.subset(slice(0, 60)), names)
+    assert found == dict.fromkeys(names, "pass")
+
+
+def test_units_that_never_fire_are_named(robust_layers: nn.Sequential, images: ImageSet) -> None:
+    dead = copy.deepcopy(robust_layers)
+    dead[2].bias.data.fill_(-1e3)
+    context = CheckContext(dead, images, THREAT, engine=ENGINE)
+    (item,) = run_checks(context, ["gradients"])["checks"]
+    # One class is named for all images; those that are right have no gradient.
+    assert item["status"] == "fail"
+    assert "Units that never fire on these images: 16 of 16 in '3'" in item["meaning"]
+    few = copy.deepcopy(robust_layers)
+    few[2].bias.data[:3] = -1e3
+    context = CheckContext(few, images, THREAT, engine=ENGINE)
+    (item,) = run_checks(context, ["gradients"])["checks"]
+    with torch.no_grad():
+        fired = few[:4](images.image / 255).amax(dim=(0, 2, 3)) > 0
+    assert not fired[:3].any()
+    named = item["measured"]["units_that_never_fire"]
+    assert named["3"] == f"{int((~fired).sum())} of 16"
+
+
+# One class.
+
+
+def test_one_class_named_always(images: ImageSet) -> None:
+    draws = torch.Generator().manual_seed(0)
+    label = torch.tensor([0] * 180 + [1] * 20)[torch.randperm(200, generator=draws)]
+    ward = ImageSet(images.image, label, ("healthy", "ill"), "ward", "test")
+    always = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).eval()
+    nn.init.normal_(always[1].weight, std=1e-3, generator=draws)
+    always[1].bias.data = torch.tensor([2.0, -1.0])
+    names = ["natural_accuracy", "one_class"]
+    assert statuses(always, ward, names) == dict.fromkeys(names, "fail")
+    # Where the data is that class, so may the answers be.
+    healthy = ImageSet(images.image, 0 * label, ("healthy", "ill"), "ward", "test")
+    assert statuses(always, healthy, names) == dict.fromkeys(names, "pass")
+
+
+# Clamped inputs.
+
+
+class Contrast(nn.Module):
+    """Clamps its input, and is right on images of full contrast only."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image.clamp(0, 1))
+
+
+def test_a_network_that_clamps_is_not_said_to_expect_another_range(
+    trained: Networks, images: ImageSet
+) -> None:
+    pale = altered(images, images.image // 40)
+    context = CheckContext(Contrast(trained["plain"]), pale, THREAT, engine=ENGINE)
+    (item,) = run_checks(context, ["normalisation"])["checks"]
+    assert item["status"] == "warn"
+    assert "clamps its input to [0, 1]" in item["meaning"]
+    assert "0 to 255" not in item["meaning"]
 
 
 def test_what_is_said_tells_what_to_do(trained: Networks, images: ImageSet) -> None:

@@ -11,8 +11,16 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from cure.attacks import Objective, perturb
 from cure.attacks.losses import MARGIN, cross_entropy
-from cure.evaluation.diagnosis.context import RESTARTS, CheckContext
-from cure.evaluation.diagnosis.table import Finding, beyond, check, judged, short, worst
+from cure.evaluation.diagnosis.context import RESTARTS, CheckContext, RunAttack
+from cure.evaluation.diagnosis.table import (
+    Finding,
+    Status,
+    beyond,
+    check,
+    judged,
+    short,
+    worst,
+)
 from cure.utils.random import derive
 
 NOISES = 20
@@ -34,6 +42,13 @@ Sound networks keep a gap to AutoAttack, of up to 6.2 points in the tables of CU
 AutoAttack took more than 10 from many published ones, broken defences among them (Croce and Hein,
 ICML 2020).
 """
+
+
+TOTAL_GAP = (5.0, 10.0)
+"""Points between PGD-20 and all attacks together from which ``total_gap`` warns and fails."""
+
+TARGETS = 9
+"""Other classes that ``total_gap`` aims at, as AutoAttack's targeted parts do."""
 
 
 def pair_margin(logits: Tensor, pair: Tensor) -> Tensor:
@@ -338,7 +353,7 @@ def growing_epsilon(context: CheckContext) -> Finding:
             attack = Objective(objective)
             # From the image itself: in such a ball a random start alone would fool many.
             run = context.pgd(name, 40, 1 / 10, attack, threat=ball, random=False)
-            standing = context.withstand(standing, run)
+            standing = context.withstand(standing, run, in_ball=False)
         curve[f"{epsilon:.4g}"] = short(100 * int(standing.sum()) / context.count)
     return judged(
         beyond(int(standing.sum()), context.count),
@@ -380,3 +395,52 @@ def training_mode(context: CheckContext) -> Finding:
         "what is measured: a defence that acts in training mode only. Let it act in evaluation "
         "mode, or leave it out.",
     )
+
+
+@check("total_gap")
+def total_gap(context: CheckContext) -> Finding:
+    """PGD-20 is near the worst of all attacks of the diagnosis, image by image.
+
+    All that the checks before it found inside the ball, and PGD-20 on the margin to each of the
+    ``TARGETS`` most likely other classes.  It warns from 5 points and fails from 10, provided that
+    more than one point is certain: each check may find too little to warn where together they find
+    much, as on networks trained with label smoothing.
+    Source: Croce and Hein, ICML 2020 (targeted attacks; what AutoAttack takes from PGD).
+    """
+    left = context.after_white_box & ~context.fooled
+    for rank in range(min(TARGETS, context.classes - 1)):
+        left = context.withstand(left, _towards(context, rank))
+    more = context.after_pgd20 & ~left
+    measured = {
+        "pgd20": short(100 * int(context.after_pgd20.sum()) / context.count),
+        "all_attacks": short(100 * int(left.sum()) / context.count),
+        **context.points(more),
+    }
+    status: Status = "pass"
+    if beyond(int(more.sum()), context.count) != "pass":
+        warn, fail = TOTAL_GAP
+        found = measured["points"]
+        status = "fail" if found >= fail else "warn" if found >= warn else "pass"
+    return judged(
+        status,
+        measured,
+        "All attacks together find hardly more than PGD-20.",
+        f"PGD-20 leaves {measured['pgd20']} % right and all attacks of this diagnosis together "
+        f"{measured['all_attacks']} %: PGD-20 is too high. Report AutoAttack, or the worst case "
+        "over several attacks.",
+    )
+
+
+def _towards(context: CheckContext, rank: int) -> RunAttack:
+    """PGD-20 on the margin to the other class with the ``rank``-th highest logit."""
+
+    def run(image: Tensor, label: Tensor, number: int) -> Tensor:
+        with torch.no_grad():
+            others = context.model(image).scatter(1, label[:, None], -torch.inf)
+        aim = others.topk(rank + 1, dim=1).indices[:, rank]
+        towards = Objective(
+            lambda logits, label, _: pair_margin(logits, torch.stack([label, aim], dim=1))
+        )
+        return context.pgd(f"target {rank}", 20, 1 / 4, towards)(image, label, number)
+
+    return run

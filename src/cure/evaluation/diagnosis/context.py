@@ -118,6 +118,9 @@ class CheckContext:
         batch_size: images at once.
         expected: natural accuracy that is known of the network on such images, percent.
         other: another network for such images, whose adversarial images may transfer.
+
+    Attributes:
+        fooled: which images an attack on this ball has fooled so far, beyond PGD-20 [N].
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class CheckContext:
         self.engine = engine
         self.count, self.classes = len(images), len(images.classes)
         self.image, self.label = to_unit(self.images.image), self.images.label
+        self.fooled = torch.zeros_like(self.label, dtype=torch.bool)
 
     @contextmanager
     def evaluating(self) -> Iterator[CheckContext]:
@@ -256,13 +260,20 @@ class CheckContext:
             changed[part] = run(image, self.label[part], number)
         return changed
 
-    def withstand(self, standing: Tensor, run: RunAttack, share: int = 1) -> Tensor:
-        """Which of the images that are ``standing`` [N] are still right after ``run``, [N]."""
+    def withstand(
+        self, standing: Tensor, run: RunAttack, share: int = 1, *, in_ball: bool = True
+    ) -> Tensor:
+        """Which of the images that are ``standing`` [N] are still right after ``run``, [N].
+
+        ``in_ball``: whether ``run`` stays in the ball, so that its images count in ``fooled``.
+        """
         index = standing.nonzero().flatten()
         left = standing.clone()
         if len(index):
             changed = self.attacked(standing, run, share)[index]
             left[index] = self.logits(changed).argmax(dim=1) == self.label[index]
+        if in_ball:
+            self.fooled |= standing & ~left
         return left
 
     @cached_property

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cure.evaluation.diagnosis.context import CheckContext
 from cure.evaluation.diagnosis.table import LEVEL, Finding, Status, beyond, check, judged, short
 from cure.models import Normalised
-from cure.utils.stats import at_least, wilson
+from cure.utils.stats import at_least, balanced_accuracy, balanced_guessing, wilson
 
 TOLERANCE = 1e-3
 """Largest difference of two equal calls, as a share of the spread of the logits.
@@ -27,6 +30,9 @@ images at hand decide by chance is in the test.
 LEAST_SPREAD = 0.05
 """Difference of an image's highest and lowest logit, below which their scale is unusual: logits of
 networks with random weights already differ by tenths."""
+
+ONE_CLASS = 0.95
+"""Share of the images from which a network is said to name one class only."""
 
 REPEATS = 4
 ALONE = 8
@@ -235,7 +241,9 @@ def normalisation(context: CheckContext) -> Finding:
     """No usual way to standardise, or to undo it, makes the network better.
 
     By the exact test of McNemar, on the images that only one of the two gets right; the level is
-    shared by the candidates.
+    shared by the candidates.  Where the network clamps its input to [0, 1], a candidate outside it
+    reaches the network as an image of another contrast, so it says nothing of the range that the
+    network expects and only warns.
     """
     mean = context.image.mean(dim=(0, 2, 3), keepdim=True)
     std = context.image.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -247,17 +255,21 @@ def normalisation(context: CheckContext) -> Finding:
     }
     measured = {"as_it_is": 100 * float(context.right.float().mean())}
     better: dict[str, float] = {}
+    clamped: list[str] = []
     for name, image in candidates.items():
         right = context.correct(image)
         measured[name] = 100 * float(right.float().mean())
         gained, lost = int((right & ~context.right).sum()), int((context.right & ~right).sum())
         if at_least(gained, gained + lost, 0.5) < LEVEL / len(candidates):
-            better[name] = measured[name]
+            if _is_clamped(context, image):
+                clamped.append(name)
+            else:
+                better[name] = measured[name]
     measured = {name: short(value) for name, value in measured.items()}
     remedy = {
         "standardised": "It expects standardised images: give mean and std.",
-        "standardising_undone": "Images are standardised twice: leave out mean and std, or the "
-        "standardising inside the network.",
+        "standardising_undone": "It takes images as they are, or standardises them itself: leave "
+        "out mean and std, or the standardising inside the network.",
         "from_0_to_255": "It expects values from 0 to 255: give mean 0 and std 1/255.",
         "from_-1_to_1": "It expects values from -1 to 1: give mean 0.5 and std 0.5.",
     }
@@ -270,6 +282,14 @@ def normalisation(context: CheckContext) -> Finding:
             f"The network is more accurate on images that are treated otherwise ({best}), so it is "
             f"given what it was not trained on. {remedy[best]}",
         )
+    if clamped:
+        return Finding(
+            "warn",
+            measured | {"times_standardised": times},
+            f"The network clamps its input to [0, 1], and is more accurate on images of another "
+            f"contrast ({clamped[0]}, then clamped). It needs no mean and std for that: compare "
+            "brightness and contrast of these images with those it was trained on.",
+        )
     return judged(
         "warn" if times > 1 else "pass",
         measured | {"times_standardised": times},
@@ -279,15 +299,33 @@ def normalisation(context: CheckContext) -> Finding:
     )
 
 
+def _is_clamped(context: CheckContext, image: Tensor) -> bool:
+    """Whether the network gives images that leave [0, 1] the logits of the clamped images."""
+    inside = image.clamp(0, 1)
+    if torch.equal(inside, image):
+        return False
+    given, cut = context.logits(image), context.logits(inside)
+    return difference(given, cut, cut) <= TOLERANCE
+
+
 @check("natural_accuracy", cheap=True, attacks=False)
 def natural_accuracy(context: CheckContext) -> Finding:
-    """Better than guessing, and not far below what is known of the network."""
+    """Better than guessing and than naming the largest class, and not far below what is known.
+
+    A network that is no more accurate than always naming the largest class warns, and fails when
+    its balanced accuracy (mean over the classes) is no better than guessing either.
+    """
     right = int(context.right.sum())
+    counts = context.label.bincount(minlength=context.classes).tolist()
+    of_class = context.label[context.right].bincount(minlength=context.classes).tolist()
+    balanced, _, _ = balanced_accuracy(of_class, counts)
     measured = {
         "accuracy": short(100 * right / context.count),
         "interval": [short(limit) for limit in wilson(right, context.count)],
         "of": context.count,
         "expected": context.expected,
+        "balanced_accuracy": short(balanced),
+        "always_the_largest_class": short(100 * max(counts) / context.count),
     }
     # With one class among the images, always naming it would be right always: nothing to compare.
     several = len(torch.unique(context.label)) > 1
@@ -297,6 +335,16 @@ def natural_accuracy(context: CheckContext) -> Finding:
             measured,
             "The network is not better than guessing on these images. Compare the order of the "
             "classes, the weights and the standardisation with those it was trained with.",
+        )
+    if several and right <= max(counts):
+        guessing = balanced <= balanced_guessing(counts)
+        return Finding(
+            "fail" if guessing else "warn",
+            measured,
+            "The network is no more accurate than always naming the largest class"
+            + (", and its balanced accuracy is that of guessing" if guessing else "")
+            + ". Look at its accuracy by class, and train it with data.sampler=balanced or "
+            "training.class_weights=balanced.",
         )
     if context.expected is None:
         return Finding("pass", measured, "Better than guessing; no other accuracy is known of it.")
@@ -311,11 +359,42 @@ def natural_accuracy(context: CheckContext) -> Finding:
     )
 
 
+@check("one_class", cheap=True, attacks=False)
+def one_class(context: CheckContext) -> Finding:
+    """The network does not name one class on more than 95 % of the images where the data does not.
+
+    Such a network withstands every attack on the images of that class.  The share has to be
+    certainly above that of the class in the data, so that few images decide nothing.
+    """
+    named = context.natural.argmax(dim=1).bincount(minlength=context.classes)
+    most = int(named.argmax())
+    count, there = int(named[most]), int((context.label == most).sum())
+    measured = {
+        "class": context.images.classes[most],
+        "percent_of_predictions": short(100 * count / context.count),
+        "percent_of_images": short(100 * there / context.count),
+    }
+    share = there / context.count
+    always = count > ONE_CLASS * context.count and share <= ONE_CLASS
+    always &= at_least(count, context.count, share) < LEVEL
+    return judged(
+        "fail" if always else "pass",
+        measured,
+        "The network names more than one class.",
+        f"The network names '{measured['class']}' on {measured['percent_of_predictions']} % of the "
+        f"images, {measured['percent_of_images']} % of which are: it has learnt nothing else, and "
+        "no attack changes its answer. Train it again with data.sampler=balanced or "
+        "training.class_weights=balanced, or a lower learning rate.",
+    )
+
+
 @check("gradients", cheap=True)
 def gradients(context: CheckContext) -> Finding:
     """Images from which cross-entropy has no gradient: there an attack on it goes nowhere.
 
-    As many points of accuracy as there are such images are not attacked at all.
+    As many points of accuracy as there are such images are not attacked at all.  Units that are
+    zero after a ReLU at all images pass no gradient; they are named where the check does not pass,
+    and a layer of nothing but such units warns.
     """
     gradient = context.loss_gradient[context.right].flatten(1)
     if not len(gradient):
@@ -330,13 +409,26 @@ def gradients(context: CheckContext) -> Finding:
         "error": context.model.error,
     }
     status: Status = beyond(int(zero.sum()), len(zero))
+    dead = _units_that_never_fire(context)
+    measured["units_that_never_fire"] = {name: f"{n} of {of}" for name, (n, of) in dead.items()}
+    named = "; ".join(f"{n} of {of} in '{name}'" for name, (n, of) in dead.items())
+    said = f" Units that never fire on these images: {named}." if dead else ""
+    whole = [name for name, (n, of) in dead.items() if n == of]
     if not context.model.connected:
         return Finding(
             "fail",
             measured,
             "No gradient reaches the image: a step of the network is not differentiable or "
             "detached. Attack through a differentiable stand-in for it (BPDA), and without "
-            "gradients (Square).",
+            "gradients (Square)." + said,
+        )
+    if status == "pass" and whole:
+        return Finding(
+            "warn",
+            measured,
+            f"No unit after the ReLU of layer '{whole[0]}' fires on any image, so no gradient "
+            "passes it and the layer does nothing: lower the learning rate, or check the bias "
+            "before it." + said,
         )
     return judged(
         status,
@@ -344,5 +436,71 @@ def gradients(context: CheckContext) -> Finding:
         "Cross-entropy has a gradient at the images.",
         "The gradient of cross-entropy is exactly zero at images that are then not attacked. Look "
         "for rounding, thresholds and detached values in the network, and for logits so large that "
-        "the softmax is flat; attack a differentiable stand-in (BPDA) or the margin of the logits.",
+        "the softmax is flat; attack a differentiable stand-in (evaluate --attacks bpda-pgd20) or "
+        "the margin of the logits." + said,
     )
+
+
+MOST_LAYERS = 5
+"""Layers that are named, those with the largest share of such units."""
+
+
+class _Rectified(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers which units were above zero after each ReLU, module or function."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.inside: list[str] = []
+        self.fired: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.relu, torch.ops.aten.relu_):
+            name = self.inside[-1] if self.inside else "the network"
+            # Units are channels of pictures and vectors, the last dimension of sequences.
+            axis = found.dim() - 1 if found.dim() == 3 else 1
+            over = [d for d in range(found.dim()) if d != axis]
+            alive = (found > 0).any(dim=over[0]) if len(over) == 1 else (found > 0).amax(dim=over)
+            before = self.fired.get(name)
+            self.fired[name] = (
+                alive if before is None or before.shape != alive.shape else (before | alive)
+            )
+        return found
+
+
+def _units_that_never_fire(context: CheckContext) -> dict[str, tuple[int, int]]:
+    """By layer with a ReLU: units that are zero at all images, units in all."""
+    watch, handles = _Rectified(), []
+    for name, module in context.given.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            return {}  # takes no hooks
+
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:  # noqa: ARG001
+            watch.inside.append(name or "the network")
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
+            watch.inside.pop()
+
+        handles += [
+            module.register_forward_pre_hook(enter),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+    try:
+        with watch:
+            context.logits(context.image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    dead = {
+        name: (int((~fired).sum()), fired.numel())
+        for name, fired in watch.fired.items()
+        if not bool(fired.all())
+    }
+    worst_first = sorted(dead.items(), key=lambda item: -item[1][0] / item[1][1])
+    return dict(worst_first[:MOST_LAYERS])
