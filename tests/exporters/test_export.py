@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 import cure
+from cure.cli.demo import deploy
 from cure.data.images import ImageKind
 from cure.errors import CheckpointError, ConfigError, CureError, ModelError
 from cure.exporters import export as module
@@ -303,3 +305,21 @@ def test_an_evaluation_names_the_bytes_that_it_evaluated(folder: Path) -> None:
     assert result["model"]["sha256"] == hashlib.sha256(content).hexdigest()
     assert result["threat"]["epsilon"] == 0.1
     assert result["batch_size"] == 256
+
+
+def test_a_missing_package_is_one_sentence(
+    run: cure.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ModelError, match=r"cure-at\[export\]"):
+        cure.export(run, "onnx", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demonstration_ends_with_a_file_and_its_evaluation(run: cure.Run) -> None:
+    made, result = deploy(run)
+    assert onnx_metadata(made)["precision"] == "float32"
+    differences = result["float"]["differences"]
+    assert set(differences) == {"natural", "pgd20"}
+    assert all(abs(part["difference"]) <= 1 for part in differences.values())
+    assert (made.parent / "evaluation.json").is_file()

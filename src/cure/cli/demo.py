@@ -15,6 +15,7 @@ from cure.errors import DataError
 from cure.evaluation.corruptions.measure import corruptions
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.runner import Progress, Result, no_progress
+from cure.exporters.export import export
 from cure.report.page import write_report
 from cure.runs.run import Run
 from cure.training.run import train
@@ -105,3 +106,29 @@ def examine(run: Run, progress: Progress = no_progress) -> tuple[list[Result], P
     minimal_perturbation(run.path, start, limit=100, progress=progress)
     landscape(run.path, start, limit=100, progress=progress)
     return results, write_report([run.path])
+
+
+def deploy(run: Run, progress: Progress = no_progress) -> tuple[Path, Result]:
+    """Export the network to ONNX, and evaluate the file.
+
+    Args:
+        run: from :func:`begin`.
+        progress: called with (attack, images done, images in all).
+
+    Returns:
+        The file; its evaluation on images made on the run.
+
+    Raises:
+        ModelError: when the packages of the extra ``export`` are missing.
+    """
+    made = export(run, "onnx", run.path / "deploy")
+    result = evaluate(
+        made,
+        data=run.config.data.source,
+        attacks="noise,pgd20",
+        float_network=run,
+        limit=200,
+        output=made.with_name("evaluation.json"),
+        progress=progress,
+    )
+    return made, result

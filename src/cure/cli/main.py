@@ -35,6 +35,7 @@ from cure.cli.printing import (
     print_corruptions,
     print_diagnosis,
     print_evaluation,
+    print_replay,
     print_results,
     print_table,
     print_verification,
@@ -611,8 +612,8 @@ def demo(
         typer.Option("--data", help="With --photos: a folder with one sub-folder a class."),
     ] = None,
 ) -> None:
-    """Train on handwritten digits naturally and with CURE, study both, write a page."""
-    from cure.cli.demo import begin, begin_photos, examine, examine_photos
+    """Train on handwritten digits naturally and with CURE, study both, write a page, export."""
+    from cure.cli.demo import begin, begin_photos, deploy, examine, examine_photos
 
     if data is not None and not photos:
         raise ConfigError("--data: expected --photos with it; say cure demo --photos --data FOLDER")
@@ -620,6 +621,15 @@ def demo(
     with show_progress() as progress:
         results, page = (examine_photos if photos else examine)(done, progress)
     print_results(results)
+    if not photos:
+        try:
+            with show_progress() as progress:
+                file, result = deploy(done, progress)
+        except ModelError as error:
+            warn(f"not exported: {error}")
+        else:
+            print_replay(result)
+            say(f"exported: {file}")
     _print_ended(done.path)
     say(f"open in a browser: {page}")
 

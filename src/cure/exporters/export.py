@@ -322,11 +322,11 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _write_onnx(source: _Source, scratch: Path, int8: bool, opset: int) -> Path:
-    import onnx
-
     made = scratch / "model.onnx"
     program = captured(source.model, source.contract.kind)
-    proto = onnx_model(program, source.contract, opset)
+    proto = onnx_model(program, source.contract, opset)  # Says where a package is missing.
+    import onnx
+
     onnx.save(proto, made)
     contract = source.checked(OnnxNetwork(made), "onnx")
     if int8:
