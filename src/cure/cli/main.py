@@ -126,7 +126,8 @@ def evaluate(
     target: str,
     options: dict[str, Any],
     attacks: Annotated[
-        str | None, typer.Option(help="For example natural,pgd20,cw,autoattack.")
+        str | None,
+        typer.Option(help="For example pgd20,cw,autoattack; auto: what fits into --time-limit."),
     ] = None,
     epsilon: EpsilonOption = None,
     norm: NormOption = None,

@@ -16,6 +16,7 @@ from cure.attacks.registry import evaluation_attack
 from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
 from cure.errors import CheckpointError, ConfigError, CureNote, notes_kept
+from cure.evaluation.auto import AUTO, choose_attacks
 from cure.evaluation.diagnosis import cheap_checks
 from cure.evaluation.gate import Requirement, check_requirements
 from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
@@ -68,7 +69,8 @@ def evaluate(
         target: a run (or its folder), a network, or the name of one (``cure list models``,
             ``package.module:callable``, ``hf:...``, ``timm:...``).
         attacks: names from ``cure list attacks``, as a list or as "pgd20,cw"; "natural" is
-            implied.
+            implied.  "auto", with ``time_limit``, takes the strongest set that fits into the time
+            (:data:`cure.evaluation.auto.LADDER`) and says in a note what was left out.
         epsilon: radius of the threat, "8/255" or a number; by default the run's, else 8/255.
         norm: "Linf", "L2" or "L1"; by default the run's, else Linf.
         precision: "bf16_attack" attacks in bfloat16, in less time and less strongly; every image
@@ -120,6 +122,10 @@ def evaluate(
         wanted = [limit.attack for limit in limits if limit.attack not in ("natural", WORST)]
         names = [*names, *(name for name in dict.fromkeys(wanted) if name not in names)]
         check_attacks(name for name in wanted if name != "transfer" or transfer is None)
+        if AUTO in names and time_limit is None:
+            raise ConfigError(
+                "attacks: auto needs a time limit in seconds; say --attacks auto --time-limit 600"
+            )
         if robustbench is not None and "autoattack" not in names:
             raise ConfigError(
                 "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
@@ -135,6 +141,7 @@ def evaluate(
             keep_images=adversarial is not None,
             per_image=per_image,
             float_network=float_network,
+            time_limit=time_limit,
         )
         with evaluation.journal, network_errors():
             result = _measure(evaluation, time_limit, progress)
@@ -193,6 +200,7 @@ def _prepare(
     keep_images: bool,
     per_image: bool,
     float_network: TargetLike | None = None,
+    time_limit: float | None,
 ) -> _Prepared:
     """Load images and networks, and open the journal."""
     if keep_images and engine.world > 1:
@@ -215,6 +223,15 @@ def _prepare(
             replay = engine.place(Target.of(float_network).build(images))
             replay = replay.eval().requires_grad_(False)
     size, seed = target.batch_size, target.options.seed
+    model = engine.place(model)
+    if AUTO in attacks:
+        assert time_limit is not None
+        limit, network = time_limit, model.eval()
+        found, sentence = engine.first(
+            lambda: choose_attacks(network, images, threat, engine, size, limit)
+        )
+        attacks = list(dict.fromkeys([*found, *(name for name in attacks if name != AUTO)]))
+        warnings.warn(sentence, CureNote, stacklevel=2)
     identity = identify(model, images, attacks, threat, engine, size, seed, source, curve, replay)
     with engine.agreeing():
         # A journal holds no images, so nothing can be continued where images are kept.
@@ -223,7 +240,7 @@ def _prepare(
     return _Prepared(
         target,
         images,
-        engine.place(model),
+        model,
         attacks,
         curve,
         threat,
@@ -381,7 +398,8 @@ def _attack_names(
         attacks = [name.strip() for name in attacks.split(",")]
     if attacks is None:
         attacks = target.config.evaluation.attacks if target.config else EvaluationConfig().attacks
-    check_attacks(name for name in attacks if name != "transfer" or not with_source)
+    known = (AUTO, "transfer") if with_source else (AUTO,)
+    check_attacks(name for name in attacks if name not in known)
     return attacks
 
 
