@@ -515,6 +515,10 @@ class TrainingConfig(Section):
     """PGD steps for robust accuracy on the validation split, with the training attack's size."""
     checkpoint_every: PositiveInt | None = None
     """Also write the resumable state every so many steps inside an epoch."""
+    select: Literal["auto", "accuracy", "balanced"] = "auto"
+    """Validation figure that the best weights are chosen by: accuracy, or balanced accuracy, the
+    mean over the classes.  ``auto`` takes balanced accuracy where one class has more than twice its
+    even share of the validation images, or more than two thirds of them."""
     keep_every: PositiveInt | None = None
     """Keep the weights of every so many epochs, and of the last one, as
     ``checkpoints/epoch-0005.safetensors``."""

@@ -106,6 +106,10 @@ class Accuracies(Record):
 
     natural: float
     robust: float
+    natural_balanced: float | None = None
+    """Mean over the classes, where checkpoints are chosen by it; else not there."""
+    robust_balanced: float | None = None
+    """As ``natural_balanced``."""
 
 
 class MeasuredAccuracies(Accuracies):
@@ -117,9 +121,15 @@ class MeasuredAccuracies(Accuracies):
     """Steps of PGD."""
 
     def __str__(self) -> str:
+        balanced = ""
+        if self.natural_balanced is not None and self.robust_balanced is not None:
+            balanced = (
+                f"; mean over classes {self.natural_balanced:.1f} % and "
+                f"{self.robust_balanced:.1f} %"
+            )
         return (
             f"natural {self.natural:.1f} %, robust {self.robust:.1f} % "
-            f"(PGD-{self.steps}, {self.n:,} validation images)"
+            f"(PGD-{self.steps}, {self.n:,} validation images{balanced})"
         )
 
 

@@ -40,6 +40,7 @@ from cure.training.tracking import Tracker
 from cure.training.validation import validate
 from cure.utils.engine import Engine
 from cure.utils.random import derive
+from cure.utils.stats import balanced_guessing, is_unequal
 
 # Steps between two checks of the loss: each check waits for the device.
 GUARD_EVERY = 50
@@ -75,6 +76,11 @@ class Trainer:
         self.engine = engine
         self.folder = folder
         self.trackers = trackers
+        self.counts = torch.bincount(validation.label.cpu(), minlength=len(validation.classes))
+        select = config.training.select
+        self.balanced = select == "balanced" or (
+            select == "auto" and is_unequal(self.counts.tolist())
+        )
         self.parameters = method.trainable()
         self.optimizer = build_optimizer(config.training.optimizer, method.model, self.parameters)
         self.steps_per_epoch = steps_per_epoch(training, config.training.batch_size)
@@ -298,7 +304,7 @@ class Trainer:
         model = self.method.inference_model()
         if self.config.training.batch_norm == "train":
             recompute_statistics(model, self.method.context.natural_images())
-        return validate(model, self.validation, self.config, self.engine)
+        return validate(model, self.validation, self.config, self.engine, balanced=self.balanced)
 
     def _measure_start(self) -> None:
         """Accuracies before the first step, printed and kept in the run."""
@@ -313,6 +319,8 @@ class Trainer:
         self.folder.set_outcome(Outcome(start=start))
         for tracker in self.trackers:
             tracker.say(f"start: {start}")
+            if self.balanced:
+                tracker.say(self._why_balanced())
             for sentence in start_warnings(start, self.config, len(self.training.classes)):
                 tracker.warn(sentence)
 
@@ -325,17 +333,28 @@ class Trainer:
         load_weights(network, self.folder.weights("best"))
         network = self.engine.place(network)
         steps = max(FINAL_STEPS, self.config.training.validation_steps)
-        found = validate(network, self.validation, self.config, self.engine, steps)
+        found = validate(
+            network, self.validation, self.config, self.engine, steps, balanced=self.balanced
+        )
         end = self._measured(found, steps)
         before = self.folder.outcome()
         # A run that an earlier version began has no measured start: nothing was robust there.
         start = before.start if before else end.model_copy(update={"natural": 0.0, "robust": 0.0})
-        baseline = 100 * int(self.validation.label.bincount().max()) / len(self.validation)
+        baseline = 100 * int(self.counts.max()) / len(self.validation)
         result = judge(start, end, self.folder.metrics(), self.config, baseline)
         self.folder.set_outcome(result)
         for tracker in self.trackers:
             for line in result.lines(str(self.folder.resumed_by)):
                 tracker.say(line)
+
+    def _why_balanced(self) -> str:
+        """Says that the best weights are chosen by balanced accuracy, and how not to."""
+        largest = self.validation.classes[int(self.counts.argmax())]
+        share = 100 * int(self.counts.max()) / len(self.validation)
+        return (
+            f"the best weights are chosen by balanced accuracy: '{largest}' has {share:.0f} % of "
+            "the validation images (training.select=accuracy chooses by accuracy)"
+        )
 
     def _measured(self, found: dict[str, float], steps: int) -> MeasuredAccuracies:
         return MeasuredAccuracies(**found, n=len(self.validation), steps=steps)
@@ -368,6 +387,10 @@ class Trainer:
         # Two standard deviations above the accuracy of guessing on so many images.
         limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
         natural = validation["natural"] / 100
+        if self.balanced:
+            # Always naming the largest class is at chance, too.
+            natural = validation["natural_balanced"] / 100
+            limit = balanced_guessing(self.counts.tolist()) / 100
         # A fifth of the way from guessing to 100 %, which chance does not reach.
         self.risen |= natural > limit + 0.2 * (1 - limit)
         self.at_chance = self.at_chance + 1 if natural <= limit else 0
@@ -376,7 +399,8 @@ class Trainer:
         if self.at_chance >= self.config.training.collapse_patience or ended:
             raise TrainingStopped(
                 f"natural accuracy on the validation split was at chance "
-                f"({validation['natural']:.1f} %) {self.at_chance} times in a row up to epoch "
+                f"({100 * natural:.1f} %{' balanced' if self.balanced else ''}) "
+                f"{self.at_chance} times in a row up to epoch "
                 f"{self.done // self.steps_per_epoch}; {self._kept()}. Try a lower "
                 "training.optimizer.learning_rate, a training.schedule.warmup, a smaller "
                 "threat.epsilon at first, or start=natural in a new run"
@@ -462,9 +486,10 @@ class Trainer:
         validation = record.get("validation")
         facts = {"epoch": str(record["epoch"]), "run": self.config.name}
         if validation is not None:
-            score = validation[self.method.selection]
+            figure = self.method.selection + ("_balanced" if self.balanced else "")
+            score = validation[figure]
             facts |= {f"validation_{name}": str(value) for name, value in validation.items()}
-            if self.best is None or score > self.best["validation"][self.method.selection]:
+            if self.best is None or score > self.best["validation"].get(figure, 0.0):
                 self.best = {"epoch": record["epoch"], "validation": validation}
                 self._write(model, "best", facts)
         self._write(model, "last", facts)

@@ -36,6 +36,7 @@ def validate(
     config: RunConfig,
     engine: Engine,
     steps: int | None = None,
+    balanced: bool = False,
 ) -> dict[str, float]:
     """Natural and robust accuracy in percent.
 
@@ -49,9 +50,12 @@ def validate(
         config: the run.
         engine: where it runs.
         steps: steps of PGD; by default ``training.validation_steps``.
+        balanced: add ``natural_balanced`` and ``robust_balanced``, the means over the classes that
+            have images.
     """
     attack = validation_attack(config, engine, steps)
-    natural = robust = 0
+    counts = torch.bincount(images.label, minlength=len(images.classes))
+    right = torch.zeros(2, len(counts), dtype=torch.int64, device=counts.device)
     was_training = model.training
     model.eval()
     for batch in batches(images, config.evaluation.batch_size):
@@ -61,8 +65,18 @@ def validate(
         draws = engine.generator(0, "validation", batch.step)
         adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
         with torch.no_grad():
-            natural += int((model(image).argmax(dim=1) == batch.label).sum())
-            robust += int((model(adversarial).argmax(dim=1) == batch.label).sum())
+            for row, shown in zip(right, (image, adversarial), strict=True):
+                hit = batch.label[model(shown).argmax(dim=1) == batch.label]
+                row += torch.bincount(hit, minlength=len(counts))
     model.train(was_training)
-    right = engine.sums(natural, robust)
-    return {"natural": 100 * right[0] / len(images), "robust": 100 * right[1] / len(images)}
+    by_class = engine.total(right).cpu()
+    names = ("natural", "robust")
+    found = {
+        name: 100 * int(row.sum()) / len(images) for name, row in zip(names, by_class, strict=True)
+    }
+    if balanced:
+        having = counts.cpu() > 0
+        shares = by_class[:, having].double() / counts.cpu()[having]
+        means = (100 * shares.mean(dim=1)).tolist()
+        found |= {f"{name}_balanced": mean for name, mean in zip(names, means, strict=True)}
+    return found
