@@ -334,7 +334,7 @@ def photos() -> str:
         f"pixel by at most 4/255; `autoattack`: {strong}. "
         "`processor minutes` of training, of all threads, on a machine with other work "
         f"({machine['processor']}); with nothing else running they are fewer. The method "
-        "`natural` is the start of the others, `plain` a script of 50 lines without this package.",
+        "`natural` is the start of the others, `plain` a plain loop of 50 lines.",
     ]
     return "\n".join(lines) + "\n"
 
