@@ -42,6 +42,13 @@ def test_attacks_with_gradients_are_one_sentence(folder: Path, command: Command)
     refused(command("evaluate", folder / "model.onnx"), "--data")
 
 
+def test_a_file_is_not_warned_of_for_having_no_gradients(folder: Path) -> None:
+    result = cure.evaluate(folder / "model.onnx", data="digits", attacks="noise", limit=40)
+    names = {check["name"] for check in result["diagnosis"]["checks"]}
+    assert "normalisation" in names
+    assert not names & {"gradients", "gradient_direction"}
+
+
 def test_corruptions_take_a_file(run: cure.Run, folder: Path) -> None:
     given = {"severity": "3", "only": "brightness", "limit": 40}
     ours = cure.corruptions(run, **given)

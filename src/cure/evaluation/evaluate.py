@@ -294,6 +294,7 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
             engine=replace(engine, rank=0, world=1, precision="fp32"),
             seed=target.options.seed,
             expected=target.validation_accuracy(),
+            gradients=not _is_onnx(target),
         )
     )
     return {
@@ -392,7 +393,7 @@ def _attack_names(
     attacks: str | Sequence[str] | None, target: Target, with_source: bool, with_float: bool
 ) -> Sequence[str]:
     """The attacks that were asked for, else the run's; unknown ones are refused."""
-    if attacks is None and str(target.facts.get("artefact", "")).endswith(".onnx"):
+    if attacks is None and _is_onnx(target):
         attacks = [*(EvaluationConfig().attacks if with_float else ()), "noise", "square"]
     if isinstance(attacks, str):
         attacks = [name.strip() for name in attacks.split(",")]
@@ -401,6 +402,11 @@ def _attack_names(
     known = (AUTO, "transfer") if with_source else (AUTO,)
     check_attacks(name for name in attacks if name not in known)
     return attacks
+
+
+def _is_onnx(target: Target) -> bool:
+    """Whether the target is an exported file, which computes no gradients."""
+    return str(target.facts.get("artefact", "")).endswith(".onnx")
 
 
 def _curve(attack: str | None, epsilons: Sequence[str | float] | None) -> Curve | None:
