@@ -387,6 +387,7 @@ if __name__ == "__main__":
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
     insert(HERE.parent / "README.md", "results/cifar10-mini/records.jsonl", comparison(*IN_README))
     insert(HERE.parent / "README.md", "results/photos/table.json", photos())
+    insert(HERE / "README.md", "photos/table.json", photos())
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "evaluation", evaluations())
     for name in studies():
