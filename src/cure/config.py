@@ -212,6 +212,11 @@ class DataConfig(Section):
     checkpoint uses them alone."""
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     """Share carved as the test split from a source that has none."""
+    cache: Literal["memory", "disk", "none"] = "memory"
+    """Where decoded images are: in memory; in a file that later runs on the same images use again
+    (``disk``); or nowhere, decoded again for each batch (``none``).  Batches are the same."""
+    cache_folder: str | None = None
+    """Folder of ``cache=disk``; by default ``decoded-images`` beside the run."""
     split_seed: NonNegativeInt = 0
     """Seed of both carvings; not the run's seed, so that runs share their splits."""
     augment: AugmentConfig = AugmentConfig()

@@ -83,8 +83,8 @@ def test_a_limit_decodes_no_more_than_it_needs(image_folder, monkeypatch, split,
     source = source if source == "digits" else image_folder(two_classes(count=20))
     whole = load_split(config(source, validation=10), split)
     opened = []
-    real = decode._decode_one
-    monkeypatch.setattr(decode, "_decode_one", lambda *a: opened.append(a) or real(*a))
+    real = decode.decode_one
+    monkeypatch.setattr(decode, "decode_one", lambda *a: opened.append(a) or real(*a))
     few = load_split(config(source, validation=10), split, limit=3)
     assert len(opened) == 3
     assert torch.equal(few.image, whole.image[:3])

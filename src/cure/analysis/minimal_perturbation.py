@@ -337,7 +337,7 @@ def _shown(
     kept: Mapping[str, Mapping[int, Tensor]],
 ) -> dict[str, Any]:
     """What the grid shows, as small PNG files: all changes on one scale."""
-    natural = {place: images.image[place].float() / 255 for place in chosen}
+    natural = {place: images.rows(slice(place, place + 1))[0].float() / 255 for place in chosen}
     changes = {
         (name, place): kept[name][place] - natural[place]
         for name in found

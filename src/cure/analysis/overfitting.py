@@ -27,6 +27,7 @@ from cure.attacks import PGD
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import ImageSet, batches, load_split
+from cure.data.cache import CachePlace
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError
 from cure.evaluation.options import check_counts
@@ -147,8 +148,9 @@ class _Opened:
         """Some images of each split."""
         check_not_memory(self.config)
         found = {}
+        place = CachePlace.beside(self.folder.path)
         for name in SPLITS:
-            images = load_split(self.config.data, name)  # type: ignore[arg-type]
+            images = load_split(self.config.data, name, place=place)  # type: ignore[arg-type]
             if name == "train":
                 draws = generator("cpu", seed, "overfitting")
                 order = torch.randperm(len(images), generator=draws)
@@ -276,7 +278,7 @@ def _key(
     weights: str, images: ImageSet, settings: Mapping[str, Any], batch_size: int, engine: Engine
 ) -> str:
     """All that verdicts depend on, as one word."""
-    pictures = digest({"image": images.image, "label": images.label})
+    pictures = images.digest()
     parts = [weights, pictures, settings, batch_size, engine.device.type, torch.__version__]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

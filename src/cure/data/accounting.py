@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cure.config import DataConfig
+from cure.data.cache import CachePlace
 from cure.data.images import ImageSet, Skipped
 from cure.data.sources import load
 from cure.errors import DataError
@@ -184,7 +185,11 @@ def account(
 
 
 def account_of_run(
-    config: DataConfig, training: ImageSet, validation: ImageSet, with_test: bool
+    config: DataConfig,
+    training: ImageSet,
+    validation: ImageSet,
+    with_test: bool,
+    place: CachePlace | None = None,
 ) -> DataAccount:
     """The account of a run's images.
 
@@ -193,11 +198,14 @@ def account_of_run(
         training: the images to train on.
         validation: those that validate.
         with_test: whether the test split is read, to count duplicates in it.
+        place: where ``data.cache`` keeps it.
     """
     test: ImageSet | str | None = None
     if with_test:
         try:
-            test = load(config, "test").with_channels(training.channels)
+            test = load(config, "test", place=place or CachePlace()).with_channels(
+                training.channels
+            )
         except DataError as error:
             test = str(error)
     return account(training, validation, test)
@@ -206,7 +214,10 @@ def account_of_run(
 def _duplicates(splits: Mapping[str, ImageSet]) -> dict[str, int]:
     """Images whose pixels are in another split as well."""
     names = list(splits)
-    hashes = {name: [_hash(image) for image in splits[name].image.cpu()] for name in names}
+    hashes = {
+        name: [_hash(image) for part in splits[name].parts() for image in part.cpu()]
+        for name in names
+    }
     found = {}
     for i, name in enumerate(names):
         seen = set(hashes[name])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from cure.config import DataConfig
 from cure.data.images import Findings
+from cure.data.lazy import THREADS, LazyImages
 from cure.errors import DataError
 
 Color = Literal["keep", "rgb", "grey"]
@@ -49,7 +49,7 @@ _ALPHA_MODES = frozenset(["RGBA", "RGBa", "LA", "La", "PA"])
 _WIDE_MODES = frozenset(["I", "F"])
 _ORIENTATION = 0x0112
 _MOVING = "cure: several pictures"
-_CHUNK = 256
+_CHUNK = 32
 _NAMED = 10
 
 
@@ -60,10 +60,12 @@ class Cell:
     Attributes:
         open: returns the Pillow image; may raise what Pillow raises.
         name: what an error calls the image, for example ``row 3 of train ('a.png')``.
+        content: the bytes that decide what ``open`` returns; None for Python objects.
     """
 
     open: Callable[[], Any]
     name: str
+    content: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,21 +105,61 @@ class Decoded:
         kept: [n] int64, their positions among all.
         findings: sizes and conversions.
         failures: those that could not be read.
+        lazy: where they are when they are not in memory; ``image`` has no values then.
     """
 
     image: Tensor
     kept: NDArray[np.int64]
     findings: Findings
     failures: tuple[Failure, ...]
+    lazy: LazyImages | None = None
+
+
+class Sink(Protocol):
+    """Where decoded images go, one after the other."""
+
+    def begin(self, count: int, shape: tuple[int, int, int]) -> None:
+        """Make room for ``count`` images of shape (H, W, C)."""
+
+    def widen(self, images: int, channels: int) -> None:
+        """Make the first ``images``, which are grey, images of so many equal channels."""
+
+    def put(self, place: int, pixels: Pixels) -> None:
+        """Take image number ``place``, [H, W, C]."""
+
+
+class MemorySink:
+    """Decoded images in one array [N, H, W, C]."""
+
+    def __init__(self) -> None:
+        self.pixels: Pixels = np.empty((0, 0, 0, 1), dtype=np.uint8)
+
+    def begin(self, count: int, shape: tuple[int, int, int]) -> None:
+        """See :class:`Sink`."""
+        self.pixels = np.empty((count, *shape), dtype=np.uint8)
+
+    def widen(self, images: int, channels: int) -> None:  # noqa: ARG002
+        """See :class:`Sink`."""
+        self.pixels = np.repeat(self.pixels, channels, axis=3)
+
+    def put(self, place: int, pixels: Pixels) -> None:
+        """See :class:`Sink`."""
+        self.pixels[place] = pixels
 
 
 @dataclass(frozen=True)
-class _One:
-    """A decoded image, its size (height, width) as it was, and what was converted."""
+class Picture:
+    """A decoded image [H, W, C], its size (height, width) as it was, and what was converted."""
 
     pixels: Pixels
     size: tuple[int, int]
     converted: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.pixels.shape
+        return height, width, channels
 
 
 @cache
@@ -217,7 +259,7 @@ def to_pixels(image: Any, treatment: Treatment) -> Pixels:
     return _convert(image, treatment).pixels
 
 
-def _convert(image: Any, treatment: Treatment) -> _One:
+def _convert(image: Any, treatment: Treatment) -> Picture:
     size = (image.height, image.width)
     converted = []
     if image.info.get(_MOVING):
@@ -243,7 +285,7 @@ def _convert(image: Any, treatment: Treatment) -> _One:
     if treatment.resize is not None:
         image = _resized(image, treatment.resize, treatment.fit)
     pixels: Pixels = np.asarray(image, dtype=np.uint8)
-    return _One(pixels[:, :, None] if grey else pixels, size, tuple(converted))
+    return Picture(pixels[:, :, None] if grey else pixels, size, tuple(converted))
 
 
 def _on_background(image: Any, background: str) -> Any:
@@ -288,16 +330,24 @@ def decode(cells: Iterable[Cell], count: int, treatment: Treatment) -> Decoded:
     Raises:
         DataError: two images differ in size.
     """
-    threads = min(8, os.cpu_count() or 1)
+    sink = MemorySink()
+    decoded = decode_to(sink, cells, count, treatment)
+    pixels = sink.pixels[: len(decoded.kept)]
+    image = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return replace(decoded, image=image)
 
-    def decode_chunk(chunk: list[Cell]) -> list[_One | Failure]:
-        return [_decode_one(cell, treatment) for cell in chunk]
 
-    stack = _Stack(count)
+def decode_to(sink: Sink, cells: Iterable[Cell], count: int, treatment: Treatment) -> Decoded:
+    """:func:`decode` into a sink; the images of the result have no values."""
+
+    def decode_chunk(chunk: list[Cell]) -> list[Picture | Failure]:
+        return [decode_one(cell, treatment) for cell in chunk]
+
+    stack = _Stack(count, sink)
     iterator = iter(cells)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         # One round of chunks at a time: pool.map submits all its input at once.
-        while chunks := [c for c in (list(islice(iterator, _CHUNK)) for _ in range(threads)) if c]:
+        while chunks := [c for c in (list(islice(iterator, _CHUNK)) for _ in range(THREADS)) if c]:
             for chunk, decoded in zip(chunks, pool.map(decode_chunk, chunks), strict=True):
                 for cell, one in zip(chunk, decoded, strict=True):
                     stack.add(cell.name, one)
@@ -310,48 +360,51 @@ def decode(cells: Iterable[Cell], count: int, treatment: Treatment) -> Decoded:
 
 
 class _Stack:
-    """Decoded images one behind the other in one array."""
+    """Decoded images one behind the other: what they have in common, and what went wrong."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, count: int, sink: Sink) -> None:
+        self.count, self.sink = count, sink
         self.read = 0
         self.kept: list[int] = []
         self.failures: list[Failure] = []
         self.converted: Counter[str] = Counter()
         self.sizes: set[tuple[int, int]] = set()
-        self.pixels: NDArray[np.uint8] = np.empty((0, 0, 0, 1), dtype=np.uint8)
+        self.shape = (0, 0, 1)
         self.first_name = ""
 
-    def add(self, name: str, one: _One | Failure) -> None:
+    def add(self, name: str, one: Picture | Failure) -> None:
         position, place = self.read, len(self.kept)
         self.read += 1
         if isinstance(one, Failure):
             self.failures.append(one)
             return
         if not place:
-            self.pixels = np.empty((self.count, *one.pixels.shape), dtype=np.uint8)
-            self.first_name = name
-        height, width, channels = self.pixels.shape[1:]
-        if one.pixels.shape[:2] != (height, width):
+            self.shape, self.first_name = one.shape, name
+            self.sink.begin(self.count, self.shape)
+        height, width, channels = self.shape
+        if one.shape[:2] != (height, width):
             raise DataError(
                 f"expected images of one size, but {self.first_name} is {width}x{height} and "
-                f"{name} is {one.pixels.shape[1]}x{one.pixels.shape[0]} pixels; set data.resize="
+                f"{name} is {one.shape[1]}x{one.shape[0]} pixels; set data.resize="
                 f"{min(height, width)} or another side in pixels"
             )
-        theirs = one.pixels.shape[2]
+        theirs = one.shape[2]
         if theirs > channels:
-            self.pixels = np.repeat(self.pixels, theirs, axis=3)
+            self.sink.widen(place, theirs)
+            self.shape = one.shape
             self.converted["grey to RGB"] += place
         elif theirs < channels:
             self.converted["grey to RGB"] += 1
-        self.pixels[place] = one.pixels
+        self.sink.put(place, one.pixels)
         self.kept.append(position)
         self.sizes.add(one.size)
         self.converted.update(one.converted)
 
     def result(self) -> Decoded:
-        pixels = self.pixels[: len(self.kept)]
-        image = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        height, width, channels = self.shape
+        image = torch.empty(
+            (len(self.kept), channels, height, width), dtype=torch.uint8, device="meta"
+        )
         sizes = sorted(self.sizes, key=lambda size: (size[0] * size[1], size))
         ends = (sizes[0], sizes[-1]) if sizes else None
         findings = Findings(ends, dict(self.converted))
@@ -360,14 +413,14 @@ class _Stack:
 
 def damaged(cells: Iterable[Cell]) -> list[Failure]:
     """The images that cannot be read."""
-    return [one for cell in cells if isinstance(one := _decode_one(cell, Treatment()), Failure)]
+    return [one for cell in cells if isinstance(one := decode_one(cell, Treatment()), Failure)]
 
 
 def file_cell(path: Path) -> Cell:
     """The cell of an image file."""
     # TGA has no mark of its own: any file might be one.
     more = ("TGA",) if path.suffix.lower() == ".tga" else ()
-    return Cell(lambda: open_image(path, more), f"'{path}'")
+    return Cell(lambda: open_image(path, more), f"'{path}'", path.read_bytes)
 
 
 def failures_text(failures: Sequence[Failure]) -> str:
@@ -386,7 +439,8 @@ def failures_text(failures: Sequence[Failure]) -> str:
     )
 
 
-def _decode_one(cell: Cell, treatment: Treatment) -> _One | Failure:
+def decode_one(cell: Cell, treatment: Treatment) -> Picture | Failure:
+    """One image, or why it cannot be used."""
     try:
         return _convert(cell.open(), treatment)
     except MemoryError:

@@ -228,6 +228,7 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
         partial(path_cells, paths),
         _skipped(reasons),
         order_notes(names),
+        any_order=True,
     )
 
 
@@ -300,7 +301,8 @@ def _labelled_table(rows: Sequence[LabelRow], skipped: tuple[Skipped, ...]) -> T
     classes = in_order(row.label for row in rows)
     paths, labels = dealt([[r.path for r in rows if r.label == name] for name in classes])
     label = np.array(labels, dtype=np.int64)
-    return Table(label, classes, partial(path_cells, paths), skipped, order_notes(classes))
+    cells = partial(path_cells, paths)
+    return Table(label, classes, cells, skipped, order_notes(classes), any_order=True)
 
 
 # Files.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cure.data.lazy import Index, LazyImages
 from cure.errors import DataError
+
+_PART = 256
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,19 @@ class Findings:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images and labels of one split, decoded once and held as one tensor.
+    """Images and labels of one split: one tensor, or read when they are needed (``data.cache``).
+
+    :meth:`rows`, :meth:`parts` and :meth:`stream` give the pixels of both kinds.
 
     Attributes:
-        image: [N, C, H, W] uint8, 0..255, C is 1 or 3.
+        image: [N, C, H, W] uint8, 0..255, C is 1 or 3; of a lazy set a tensor on the device
+            ``meta``, which has this shape and no values.
         label: [N] int64, 0..len(classes)-1.
         classes: name of each class, by label.
         name: where the images came from, for results ("cifar10", "digits", a folder).
         split: "train", "validation" or "test".
         findings: what was found when they were read; of images in memory nothing.
+        lazy: where the images are when they are not in memory.
     """
 
     image: Tensor
@@ -83,6 +91,7 @@ class ImageSet:
     name: str
     split: str
     findings: Findings = field(default=Findings(), compare=False, repr=False)
+    lazy: LazyImages | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Shapes and types only: reading values could wait for the device.
@@ -172,26 +181,81 @@ class ImageSet:
         """Classes, channels and size."""
         return ImageKind(self.classes, self.channels, self.size)
 
-    def subset(self, index: Tensor | slice, split: str | None = None) -> ImageSet:
+    @property
+    def device(self) -> torch.device:
+        """Where labels are, and where images come to."""
+        return self.label.device
+
+    def rows(self, index: Index) -> Tensor:
+        """The images at ``index``, in that order, [B, C, H, W] uint8 on the set's device."""
+        if self.lazy is None:
+            return self.image[index]
+        return self.lazy.request(index)().to(self.device)
+
+    def stream(self, indices: Iterable[Index]) -> Iterator[Tensor]:
+        """The images at each index in turn, as :meth:`rows` gives them.
+
+        Of a lazy set the next ones are read in other threads while these are used.
+        """
+        if self.lazy is None:
+            yield from map(self.rows, indices)
+            return
+        waiting = None
+        for index in indices:
+            pending = self.lazy.request(index)
+            if waiting is not None:
+                yield waiting().to(self.device)
+            waiting = pending
+        if waiting is not None:
+            yield waiting().to(self.device)
+
+    def parts(self, size: int = _PART) -> Iterator[Tensor]:
+        """All images in order, ``size`` at a time."""
+        return self.stream(slice(k, k + size) for k in range(0, len(self), size))
+
+    def in_memory(self) -> ImageSet:
+        """The same set with its images in memory, on its device."""
+        if self.lazy is None:
+            return self
+        return replace(self, image=self.rows(slice(None)), lazy=None)
+
+    def digest(self) -> str:
+        """What :func:`cure.models.digest` says of ``image`` and ``label``, a part at a time."""
+        total = hashlib.sha256()
+        for name, whole, parts in (
+            ("image", self.image, self.parts()),
+            ("label", self.label, iter([self.label])),
+        ):
+            total.update(repr((name, str(whole.dtype), tuple(whole.shape))).encode())
+            for part in parts:
+                total.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+    def subset(self, index: Index, split: str | None = None) -> ImageSet:
         """The images at ``index``, in that order."""
-        return replace(
-            self, image=self.image[index], label=self.label[index], split=split or self.split
-        )
+        label, split = self.label[index], split or self.split
+        if self.lazy is None:
+            return replace(self, image=self.image[index], label=label, split=split)
+        lazy = self.lazy.part(index)
+        return replace(self, image=lazy.stand_in(), label=label, split=split, lazy=lazy)
 
     def with_channels(self, channels: int) -> ImageSet:
         """The same set, grey images as RGB where ``channels`` is 3."""
         if self.channels == channels or channels != 3:
             return self
         converted = {**self.findings.converted, "grey to RGB": len(self)}
+        lazy = None if self.lazy is None else replace(self.lazy, shape=(3, *self.size))
         return replace(
             self,
             image=self.image.expand(-1, 3, -1, -1).contiguous(),
             findings=replace(self.findings, converted=converted),
+            lazy=lazy,
         )
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """The same set on ``device``."""
-        return replace(self, image=self.image.to(device), label=self.label.to(device))
+        """The same set on ``device``; a lazy one brings its batches there."""
+        image = self.image.to(device) if self.lazy is None else self.image
+        return replace(self, image=image, label=self.label.to(device))
 
 
 def replace_labels(images: ImageSet, label: Tensor, classes: tuple[str, ...]) -> ImageSet:

@@ -70,7 +70,7 @@ def epoch(
         ValueError: ``world`` does not divide ``batch_size`` (at once, too).
     """
     steps = steps_per_epoch(images, batch_size)
-    device = images.image.device
+    device = images.device
     part, rest = divmod(batch_size, world)
     if rest:
         raise ValueError(f"a batch of {batch_size} has no {world} equal parts")
@@ -89,29 +89,35 @@ def epoch(
         # Drawn on the CPU, so that every device sees the same order.
         draws = generator("cpu", seed, "order", epoch)
         if sampler == "balanced":
-            order = balanced_order(images.label.cpu(), draws).to(device)
+            order = balanced_order(images.label.cpu(), draws)
         else:
-            order = torch.randperm(len(images), generator=draws).to(device)
-        for k in range(start, steps):
+            order = torch.randperm(len(images), generator=draws)
+        # Lazy images are looked up on the CPU, where no queue of a GPU is waited for.
+        wanted = order if images.lazy is not None else order.to(device)
+        order = order.to(device)
+        mixing = augment is not None and augment.soft_labels
+        # Images are mixed across the whole batch, which each rank makes for itself.
+        own = slice(rank * part, (rank + 1) * part)
+        ours = slice(0, batch_size) if mixing else own
+        pixels = images.stream(
+            wanted[k * batch_size + ours.start : k * batch_size + ours.stop]
+            for k in range(start, steps)
+        )
+        for k, image in zip(range(start, steps), pixels, strict=True):
             step = epoch * steps + k
-            first = k * batch_size + rank * part
-            index = order[first : first + part]
-            if augment is not None and augment.soft_labels:
-                # Images are mixed across the whole batch, which each rank makes for itself.
-                whole = order[k * batch_size : (k + 1) * batch_size]
+            whole = order[k * batch_size : (k + 1) * batch_size]
+            index = whole[own]
+            label = images.label[index]
+            if augment is not None and mixing:
                 noise = generator(device, seed, "augment", step)
-                image = to_unit(augmented(images.image[whole], augment, noise))
+                image = to_unit(augmented(image, augment, noise))
                 image, soft = mixed(image, images.label[whole], len(images.classes), augment, noise)
-                own = slice(rank * part, (rank + 1) * part)
-                label = images.label[index]
                 both = soft[own], weighted(label, soft[own])
                 yield Batch(image[own], label, index, step, both[0], weighted=both[1])
                 continue
-            image = images.image[index]
             if augment is not None:
                 noise = shared_generator(device, rank, world, seed, "augment", step)
                 image = augmented(image, augment, noise)
-            label = images.label[index]
             yield Batch(to_unit(image), label, index, step, weighted=weighted(label))
 
     return iterate()
@@ -177,10 +183,10 @@ def batches(images: ImageSet, batch_size: int, limit: int | None = None) -> Iter
         Batches of float32 images in [0, 1]; ``step`` is the number of the batch, from 0.
     """
     count = len(images) if limit is None else min(limit, len(images))
-    for step, first in enumerate(range(0, count, batch_size)):
-        part = slice(first, min(first + batch_size, count))
-        index = torch.arange(part.start, part.stop, device=images.image.device)
-        yield Batch(to_unit(images.image[part]), images.label[part], index, step)
+    parts = [slice(k, min(k + batch_size, count)) for k in range(0, count, batch_size)]
+    for step, (part, image) in enumerate(zip(parts, images.stream(parts), strict=True)):
+        index = torch.arange(part.start, part.stop, device=images.device)
+        yield Batch(to_unit(image), images.label[part], index, step)
 
 
 def to_unit(image: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def as_images(
     if isinstance(given, ImageSet):
         if treatment.nothing:
             return given.checked().subset(slice(limit))
-        pixels = given.image.cpu().permute(0, 2, 3, 1).numpy()
+        pixels = given.rows(slice(None)).cpu().permute(0, 2, 3, 1).numpy()
         squeezed = pixels[..., 0] if pixels.shape[3] == 1 else pixels
         label = given.label.cpu().numpy()
         table = Table(label, given.classes, partial(array_cells, squeezed, given.split))

@@ -219,7 +219,7 @@ def _cifar_table(files: list[Path], key: str, names: tuple[str, ...]) -> Table:
         pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += label
     cells = partial(array_cells, np.concatenate(pixels), files[0].name)
-    return Table(np.array(labels, dtype=np.int64), names, cells)
+    return Table(np.array(labels, dtype=np.int64), names, cells, any_order=True)
 
 
 # MNIST.
@@ -254,7 +254,8 @@ def _idx_table(images: Path, labels: Path, split: str) -> Table:
             f"expected images [N, H, W] in '{images}' and as many labels in '{labels.name}', got "
             f"shapes {list(pixels.shape)} and {list(label.shape)}; download both files again"
         )
-    return Table(label.astype(np.int64), None, partial(array_cells, pixels, split))
+    cells = partial(array_cells, pixels, split)
+    return Table(label.astype(np.int64), None, cells, any_order=True)
 
 
 def _idx(path: Path) -> NDArray[np.uint8]:

@@ -33,7 +33,7 @@ VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "eval")
 _DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 # Rows of encoded images held at once while reading.
-_ROWS = 1024
+_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Table:
         label: [N] int64, as the source has them.
         classes: name of each class, by label, or None when the source names none.
         cells: the images at some rows; takes ascending rows.
+        any_order: ``cells`` takes rows in any order, and a single row costs little.
         skipped: files that were left out.
         notes: sentences for the user, such as the order of classes.
     """
@@ -53,6 +54,7 @@ class Table:
     cells: Callable[[Sequence[int]], Iterable[Cell]]
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
+    any_order: bool = False
 
 
 Splits = Mapping[str, Callable[[], Table]]
@@ -100,7 +102,7 @@ def read_digits(config: DataConfig) -> Splits:
         pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
         names = tuple(str(name) for name in bunch.target_names)
         label = bunch.target.astype(np.int64)
-        return Table(label, names, partial(array_cells, pixels, "digits"))
+        return Table(label, names, partial(array_cells, pixels, "digits"), any_order=True)
 
     return {config.train_split: table}
 
@@ -294,15 +296,20 @@ def _encoded_cell(value: Any, name: str) -> Cell:
     if path:
         name = f"{name} ('{os.path.basename(path)}')"
 
-    def opened() -> Any:
+    def encoded() -> bytes:
         if content is not None:
-            return open_image(io.BytesIO(content))
+            return content
         if path:
             # Hub data sets made of plain files have the path of the cached file alone.
-            return open_image(path)
+            return Path(path).read_bytes()
         raise ValueError("the row holds no image")
 
-    return Cell(opened, name)
+    return encoded_cell(encoded, name)
+
+
+def encoded_cell(content: Callable[[], bytes], name: str) -> Cell:
+    """The cell of an image of which ``content`` gives the encoded bytes."""
+    return Cell(lambda: open_image(io.BytesIO(content())), name, content)
 
 
 def _bytes_and_path(value: Mapping[str, Any]) -> tuple[bytes | None, str | None]:
@@ -400,8 +407,8 @@ def _npz_table(path: Path, split: str, image: str, label: str) -> Table:
     cells = partial(array_cells, pixels, split)
     if labels.dtype.kind == "U":
         numbers, classes = named_labels(labels.tolist())
-        return Table(numbers, classes, cells, notes=order_notes(classes))
-    return Table(labels.astype(np.int64), None, cells)
+        return Table(numbers, classes, cells, notes=order_notes(classes), any_order=True)
+    return Table(labels.astype(np.int64), None, cells, any_order=True)
 
 
 def _open_npz(path: Path) -> Any:
@@ -476,7 +483,12 @@ def array_cells(pixels: NDArray[np.uint8], split: str, rows: Sequence[int]) -> I
     """The cells of some rows of an array [N, H, W] or [N, H, W, C]."""
     for row in rows:
         one = np.ascontiguousarray(pixels[row])
-        yield Cell(partial(Image.fromarray, one), f"row {row} of {split}")
+        content = partial(_array_content, one)
+        yield Cell(partial(Image.fromarray, one), f"row {row} of {split}", content)
+
+
+def _array_content(pixels: NDArray[np.uint8]) -> bytes:
+    return repr(pixels.shape).encode() + pixels.tobytes()
 
 
 def listing(names: Iterable[str]) -> str:

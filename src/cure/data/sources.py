@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from cure.config import MEMORY, DataConfig, RunConfig
-from cure.data.decode import Failure, Treatment, damaged, decode, failures_text
+from cure.data.cache import CachePlace, decode_rows
+from cure.data.decode import Failure, damaged, failures_text
 from cure.data.folders import read_folder, read_table
 from cure.data.images import ImageSet, Skipped
 from cure.data.labels_file import LABEL_FILES
@@ -57,6 +58,8 @@ _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<subset>[
 
 
 Split = Literal["train", "validation", "test"]
+
+_PLACE = CachePlace()
 
 CARVE = "carve"
 """Value of ``data.validation_split`` for a validation split carved from the training split."""
@@ -113,7 +116,12 @@ class _Chosen:
         return replace(self, rows=self.rows[positions])
 
 
-def load(config: DataConfig, split: Literal["train", "test"], limit: int | None = None) -> ImageSet:
+def load(
+    config: DataConfig,
+    split: Literal["train", "test"],
+    limit: int | None = None,
+    place: CachePlace = _PLACE,
+) -> ImageSet:
     """Read the training or test images, decoded once.
 
     A source without a test split has one carved from its training split (``test_fraction``,
@@ -125,6 +133,7 @@ def load(config: DataConfig, split: Literal["train", "test"], limit: int | None 
         config: the data section of a recipe.
         split: which images.
         limit: only the first so many images; no others are decoded.
+        place: where ``data.cache`` keeps them.
 
     Returns:
         The images, [N, C, H, W] uint8, with the class names of the training split.
@@ -134,16 +143,19 @@ def load(config: DataConfig, split: Literal["train", "test"], limit: int | None 
     """
     opened = _Opened.of(config)
     chosen = _training(opened, config) if split == "train" else _test(opened, config)
-    return _read(chosen.part(slice(limit)), opened, config, split)
+    return _read(chosen.part(slice(limit)), opened, config, split, place)
 
 
-def load_split(config: DataConfig, split: Split, limit: int | None = None) -> ImageSet:
+def load_split(
+    config: DataConfig, split: Split, limit: int | None = None, place: CachePlace = _PLACE
+) -> ImageSet:
     """Read the images of one split: "train" without those that validate, "validation" or "test".
 
     Args:
         config: the data section of a recipe.
         split: which images.
         limit: only the first so many images; no others are decoded.
+        place: where ``data.cache`` keeps them.
 
     Raises:
         DataError: the source, its images or its labels cannot be used.
@@ -158,14 +170,18 @@ def load_split(config: DataConfig, split: Split, limit: int | None = None) -> Im
         if opened.validation is None:
             rest, held = _held_out(chosen, config)
             chosen = chosen.part(rest if split == "train" else held)
-    return _read(chosen.part(slice(limit)), opened, config, split)
+    return _read(chosen.part(slice(limit)), opened, config, split, place)
 
 
-def load_training(config: DataConfig) -> tuple[ImageSet, ImageSet]:
+def load_training(config: DataConfig, place: CachePlace = _PLACE) -> tuple[ImageSet, ImageSet]:
     """Read the training images and those that validate.
 
     The validation split is the source's own (``data.validation_split``) or carved from the
     training split; both have the same classes and channels.
+
+    Args:
+        config: the data section of a recipe.
+        place: where ``data.cache`` keeps them.
 
     Raises:
         DataError: the source, its images or its labels cannot be used.
@@ -173,11 +189,11 @@ def load_training(config: DataConfig) -> tuple[ImageSet, ImageSet]:
     opened = _Opened.of(config)
     chosen = _training(opened, config)
     if opened.validation is not None:
-        training = _read(chosen, opened, config, "train")
+        training = _read(chosen, opened, config, "train", place)
         own = _named(opened, opened.validation, "validation_split")
-        return same_kind(training, _read(own, opened, config, "validation"))
+        return same_kind(training, _read(own, opened, config, "validation", place))
     _, held = _held_out(chosen, config)
-    images, kept = _decoded(chosen, opened, config, "train")
+    images, kept = _decoded(chosen, opened, config, "train", place)
     is_held = np.isin(kept, held)
     return (
         images.subset(torch.from_numpy(np.flatnonzero(~is_held))),
@@ -395,16 +411,17 @@ def _held_out(chosen: _Chosen, config: DataConfig) -> tuple[NDArray[np.int64], N
     return rest.numpy(), held.numpy()
 
 
-def _read(chosen: _Chosen, opened: _Opened, config: DataConfig, split: str) -> ImageSet:
-    return _decoded(chosen, opened, config, split)[0]
+def _read(
+    chosen: _Chosen, opened: _Opened, config: DataConfig, split: str, place: CachePlace
+) -> ImageSet:
+    return _decoded(chosen, opened, config, split, place)[0]
 
 
 def _decoded(
-    chosen: _Chosen, opened: _Opened, config: DataConfig, split: str
+    chosen: _Chosen, opened: _Opened, config: DataConfig, split: str, place: CachePlace
 ) -> tuple[ImageSet, NDArray[np.int64]]:
     """The images of some rows, and the positions of those rows that could be read."""
-    cells = chosen.table.cells(chosen.rows.tolist())
-    decoded = decode(cells, len(chosen.rows), Treatment.of(config))
+    decoded = decode_rows(chosen.table, chosen.rows, config, place)
     failures, skipped = decoded.failures, chosen.table.skipped
     if failures and (config.damaged == "refuse" or not len(decoded.kept)):
         if split == "train":
@@ -417,7 +434,9 @@ def _decoded(
     notes = chosen.table.notes + (opened.notes(config) if split == "train" else ())
     findings = replace(decoded.findings, skipped=skipped, notes=notes)
     label = torch.from_numpy(chosen.label[chosen.rows[decoded.kept]])
-    images = ImageSet(decoded.image, label, chosen.classes, opened.name, split, findings)
+    images = ImageSet(
+        decoded.image, label, chosen.classes, opened.name, split, findings, decoded.lazy
+    )
     return images, decoded.kept
 
 

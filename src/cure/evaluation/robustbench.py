@@ -16,7 +16,6 @@ from cure.data import ImageSet, batches
 from cure.errors import ConfigError, DataError
 from cure.evaluation.metrics import accuracy_of
 from cure.evaluation.runner import Result
-from cure.models import digest
 from cure.utils.engine import Engine
 
 ADVERSARIAL_FORMAT = "cure-adversarial-1"
@@ -84,7 +83,7 @@ def save_adversarial(
         "attacks": list(result["attacks"]),
         "claimed_correct": worst["correct"],
         "data": f"{images.name} {images.split}",
-        "natural_images": digest({"image": images.image, "label": images.label}),
+        "natural_images": images.digest(),
     }
     torch.save(content, path)
 
@@ -178,9 +177,7 @@ def check_claim(
             f"{list(claim.images.shape)}; name the data they were made from"
         )
     chosen = images.subset(slice(0, count)).to(engine.device)
-    if claim.natural is not None and claim.natural != digest(
-        {"image": chosen.image, "label": chosen.label}
-    ):
+    if claim.natural is not None and claim.natural != chosen.digest():
         raise DataError(
             f"the file was made from other images than the first {count} of {images.name} "
             f"{images.split}; name the data, split and limit it was made with"

@@ -198,7 +198,7 @@ def identify(
     return {
         "network": hashlib.sha256(str(model).encode()).hexdigest(),
         "weights": digest(_tensors_of(model)),
-        "images": digest({"image": images.image, "label": images.label}),
+        "images": images.digest(),
         "attacks": {attack.name: _settings(attack, engine) for attack in chosen},
         "threat": [threat.norm, threat.epsilon],
         "device": engine.device.type,

@@ -15,6 +15,7 @@ from torch import nn
 from cure.attacks import Threat
 from cure.config import DataConfig, ModelConfig, RunConfig, ThreatConfig
 from cure.data import ImageSet, load_split
+from cure.data.cache import CachePlace
 from cure.data.labels import relabelled
 from cure.data.objects import as_images, is_object
 from cure.data.sources import check_not_memory
@@ -181,7 +182,8 @@ class Target:
         else:
             source: Any = how.data
             config = self._data_config(source, how.data_options or {})
-            images = load_split(config, how.split, how.limit)
+            place = CachePlace.beside(None if self.folder is None else self.folder.path)
+            images = load_split(config, how.split, how.limit, place)
         if self.folder is not None:
             return relabelled(images, self.folder.kind)
         return images if self.contract is None else relabelled(images, self.contract.kind)

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 import yaml
 
 from cure.config import NATURAL, Ratio, RunConfig
+from cure.data.cache import CachePlace
 from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, no_progress
 from cure.recipe import check, override, parse_override, read_recipe
@@ -275,6 +276,9 @@ def begin(sweep: Sweep) -> None:
     # Whatever can be refused is refused before anything is written: data, network, storage.
     _optuna()
     middle = changed(sweep.raw, {one.key: one.points(1)[0] for one in sweep.varied})
+    # Nothing is written yet, so images that go to a file later are decoded and dropped here.
+    if sweep.config.data.cache == "disk":
+        override(middle, "data.cache", "none")
     prepare(check(middle, f"recipe {sweep.recipe}"), None, None)
     if sweep.storage is not None:
         open_study(sweep)
@@ -310,7 +314,7 @@ def _natural_start(sweep: Sweep) -> None:
         return
     if not path.exists():
         config = natural_config(sweep.config)
-        prepared = prepare(config, None, None)
+        prepared = prepare(config, None, None, place=CachePlace.beside(path))
         RunFolder.create(path, settle(config, prepared)[0], prepared.training.kind)
     resume(path, quiet=True)
 

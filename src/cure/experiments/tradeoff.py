@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cure.attacks import Threat
 from cure.config import NATURAL, RunConfig
 from cure.data import ImageSet, batches, carve, load_split
+from cure.data.cache import CachePlace
 from cure.errors import CheckpointError, ConfigError
 from cure.evaluation.runner import measure
 from cure.experiments.pareto import undominated
@@ -128,8 +129,8 @@ def tradeoff(
     network = network_of(config, kind, model)
     ends = [_start(folders[0], config, network), *(_end(folder, network) for folder in folders)]
     engine = Engine.for_evaluation(device)
-    validation = _images(config, data, "validation").to(engine.device)
-    training = _images(config, data, "train")
+    validation = _images(folders[0], data, "validation").to(engine.device)
+    training = _images(folders[0], data, "train")
     recompute = _statistics_moved(network, ends)
     shares = combinations(len(ends), points)
     say(
@@ -300,9 +301,10 @@ def _loaded(network: nn.Module, path: Path) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in twin.state_dict().items()}
 
 
-def _images(config: RunConfig, data: ImageSet | None, split: Any) -> ImageSet:
+def _images(folder: RunFolder, data: ImageSet | None, split: Any) -> ImageSet:
+    config = folder.config
     if data is None:
-        return load_split(config.data, split)
+        return load_split(config.data, split, place=CachePlace.beside(folder.path))
     training, validation = carve(data.checked(), config.data.validation, config.data.split_seed)
     return training if split == "train" else validation
 

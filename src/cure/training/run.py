@@ -11,6 +11,7 @@ from torch import nn
 from cure.config import MEMORY, OBJECT
 from cure.data import ImageSet
 from cure.data.accounting import account_of_run
+from cure.data.cache import CachePlace, no_words
 from cure.data.objects import as_images, is_object
 from cure.recipe import check, dump, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
@@ -68,17 +69,20 @@ def train(
     config = check(raw, f"recipe {recipe}")
     images = as_images(data, "train", config.data) if is_object(data) else None
     # All mistakes are found before the folder is made.
-    prepared = prepare(config, images, model)
+    terminal = TerminalTracker(config.name)
+    place = CachePlace.beside(run, no_words if quiet else terminal.say)
+    prepared = prepare(config, images, model, place=place)
     config, of_memory = settle(config, prepared)
     engine = prepared.engine
 
     def create() -> Path:
         # A quiet run shows nobody the duplicates, so the test images are not decoded for them.
         with_test = images is None and not quiet
-        found = account_of_run(config.data, prepared.training, prepared.validation, with_test)
+        found = account_of_run(
+            config.data, prepared.training, prepared.validation, with_test, place
+        )
         made = RunFolder.create(run, config, prepared.training.kind, found.content())
         if not quiet:
-            terminal = TerminalTracker(config.name)
             for line in found.lines():
                 terminal.say(line)
             for line in of_memory:
@@ -130,7 +134,8 @@ def resume(
     if folder.status().finished and not told:
         return Run(folder.path, model)
     images = as_images(data, "train", config.data) if is_object(data) else None
-    prepared = prepare(config, images, model, folder)
+    place = CachePlace.beside(folder.path, no_words) if quiet else None
+    prepared = prepare(config, images, model, folder, place)
     folder.writes = prepared.engine.rank == 0
 
     def keep() -> None:

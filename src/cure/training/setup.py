@@ -19,6 +19,7 @@ from cure.attacks.nfgsm import NFGSM
 from cure.attacks.registry import evaluation_attack
 from cure.config import NATURAL, ROBUST, DataConfig, RunConfig, TeacherConfig
 from cure.data import ImageKind, ImageSet, batches, carve, load_training, steps_per_epoch
+from cure.data.cache import CachePlace, no_words
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, CureError, ModelError
 from cure.methods import METHODS, Context, Method
@@ -64,6 +65,7 @@ def prepare(
     images: ImageSet | None,
     model: nn.Module | None,
     folder: RunFolder | None = None,
+    place: CachePlace | None = None,
 ) -> Prepared:
     """Data, splits, device and networks of a run: whatever can be refused is refused here.
 
@@ -73,10 +75,15 @@ def prepare(
         model: its network, when it is a Python object.
         folder: where it already is; a run with a state takes its weights from there, not from its
             start.
+        place: where ``data.cache`` keeps decoded images; by default beside ``folder``.
     """
     engine = Engine.of(config.training)
+    if place is None:
+        place = CachePlace.beside(None if folder is None else folder.path)
+    if engine.rank:
+        place = replace(place, say=no_words)
     with engine.agreeing():
-        return _prepared(config, images, model, folder, engine)
+        return _prepared(config, images, model, folder, engine, place)
 
 
 def _prepared(
@@ -85,6 +92,7 @@ def _prepared(
     model: nn.Module | None,
     folder: RunFolder | None,
     engine: Engine,
+    place: CachePlace,
 ) -> Prepared:
     _check_start(config)
     if config.threat.norm == "L1":
@@ -97,7 +105,7 @@ def _prepared(
     check_trackers(config.tracking)
     if images is None:
         check_not_memory(config)
-        training, validation = load_training(config.data)
+        training, validation = load_training(config.data, place)
     else:
         images = _limited(images, config.data)
         training, validation = carve(images, config.data.validation, config.data.split_seed)

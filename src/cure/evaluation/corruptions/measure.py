@@ -149,7 +149,9 @@ def corruptions(
         "environment": environment(),
     }
     if sheet is not None:
-        first = images.image[0].permute(1, 2, 0).contiguous().numpy() if natural else None
+        first = (
+            images.rows(slice(0, 1))[0].permute(1, 2, 0).contiguous().numpy() if natural else None
+        )
         write_sheet(Path(sheet), first, lambda name, s: give(name, s, 0, 1)[0], names, severities)
     if output is not None:
         CorruptionRecord.parse(result, output).write(Path(output))
@@ -257,10 +259,11 @@ def _names(
 
 def _corrupted(images: ImageSet, seed: int) -> Give:
     """Corrupts images when they are asked for."""
-    pixels = images.image.permute(0, 2, 3, 1).contiguous().numpy()
 
     def give(name: str, severity: int, first: int, last: int) -> Pixels:
-        return np.stack([corrupt(pixels[i], name, severity, seed, i) for i in range(first, last)])
+        pixels = images.rows(slice(first, last)).permute(0, 2, 3, 1).contiguous().numpy()
+        whole = enumerate(pixels, first)
+        return np.stack([corrupt(one, name, severity, seed, i) for i, one in whole])
 
     return give
 
@@ -315,7 +318,7 @@ def _measure(
         for first in range(0, count, batch_size):
             last = min(first + batch_size, count)
             if severity is None:
-                pixels = images.image[first:last]
+                pixels = images.rows(slice(first, last))
             else:
                 pixels = corrupted(name, severity, first, last)
             found.append(model(arranged(pixels)).argmax(dim=1).cpu() == label[first:last])

@@ -141,7 +141,7 @@ class CheckContext:
         self.seed, self.batch_size, self.expected = seed, batch_size, expected
         self.engine = engine
         self.count, self.classes = len(images), len(images.classes)
-        self.image, self.label = to_unit(self.images.image), self.images.label
+        self.image, self.label = to_unit(self.images.rows(slice(None))), self.images.label
         self.fooled = torch.zeros_like(self.label, dtype=torch.bool)
 
     @contextmanager

@@ -87,7 +87,7 @@ def cheap_checks(
     """
     count = min(CHEAP_IMAGES, len(images))
     spread = torch.linspace(0, len(images) - 1, count).long()
-    few = images.subset(spread.to(images.image.device))
+    few = images.subset(spread.to(images.device))
     context = CheckContext(
         model, few, threat, engine=engine, seed=seed, batch_size=count, expected=expected
     )
