@@ -100,6 +100,7 @@ def test_batches_are_equal_bit_for_bit(source: Path, kind: str, place: CachePlac
         want = memory[split]
         assert images.lazy is not None
         assert images.image.device.type == "meta"
+        assert images.nbytes == 0 < want.nbytes == want.image.numel()
         assert want.lazy is None
         assert images.kind == want.kind
         assert images.findings == want.findings

@@ -186,6 +186,11 @@ class ImageSet:
         """Where labels are, and where images come to."""
         return self.label.device
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the images take: none where they are not in memory."""
+        return self.image.nbytes if self.lazy is None else 0
+
     def rows(self, index: Index) -> Tensor:
         """The images at ``index``, in that order, [B, C, H, W] uint8 on the set's device."""
         if self.lazy is None:

@@ -21,7 +21,7 @@ from cure.data.objects import as_images, is_object
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, DataError, unknown
 from cure.evaluation.options import TargetKeywords, TargetOptions
-from cure.models import MODELS, Normalised, build_model, digest, load_weights
+from cure.models import MODELS, Normalised, build_model, load_weights
 from cure.models.artefact import WEIGHTS, contract_of, from_pretrained, is_artefact
 from cure.models.build import adapted_copy, network_of
 from cure.models.contract import Contract
@@ -252,7 +252,7 @@ def describe_images(images: ImageSet) -> dict[str, Any]:
         "classes_present": len(set(images.label.tolist())),
         "images_by_class": images.label.bincount(minlength=len(images.classes)).tolist(),
         "size": [images.channels, *images.size],
-        "sha256": digest({"image": images.image, "label": images.label}),
+        "sha256": images.digest(),
     }
 
 

@@ -155,7 +155,7 @@ class _Source:
             raise ConfigError(f"expected a run folder to export, got {target.name}")
         images, model = target.load()
         model = deepcopy(model).cpu().eval().requires_grad_(False)
-        pixels = to_unit(images.image)
+        pixels = to_unit(images.rows(slice(None)))
         with torch.no_grad():
             logits = torch.cat([model(part) for part in torch.split(pixels, 256)])
         temperature = fit_temperature(logits, images.label)
@@ -246,7 +246,7 @@ def _contract(
             "name": images.name,
             "split": images.split,
             "n": len(images),
-            "sha256": digest({"image": images.image, "label": images.label}),
+            "sha256": images.digest(),
         },
         network={
             "name": config.model.name,

@@ -72,7 +72,7 @@ def memory_need(config: RunConfig, method: Method, prepared: Prepared) -> Memory
     owned = sum(value.nbytes for value in method.state_dict().values() if isinstance(value, Tensor))
     fixed = owned + COPIES * trainable
     if engine.device.type == "cuda":
-        fixed += prepared.training.image.nbytes + prepared.validation.image.nbytes
+        fixed += prepared.training.nbytes + prepared.validation.nbytes
     return MemoryNeed(
         fixed,
         round((method.graphs + PASSING) * activations),
