@@ -367,9 +367,9 @@ def test_training_only_compares_the_test_split(
     opened = []
     load = accounting.load
 
-    def spy(config: Any, split: str) -> Any:
+    def spy(config: Any, split: str, **more: Any) -> Any:
         opened.append(split)
-        return load(config, split)
+        return load(config, split, **more)
 
     monkeypatch.setattr(accounting, "load", spy)
     monkeypatch.setattr(sources, "load", None)
