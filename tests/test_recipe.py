@@ -228,7 +228,11 @@ def test_a_folder_with_the_name_of_a_recipe_does_not_hide_it(
     [
         ("threat.epsilon", 8, "for images in \\[0, 1\\], got 8; .* say 8/255"),
         ("threat", {"norm": "L2", "epsilon": 128}, "16 or less in L2 .* say 128/255"),
-        ("attack.step_size", 2, "no longer than the radius .* got 2; say attack.step_size=2/255"),
+        (
+            "attack.step_size",
+            2,
+            "  - attack.step_size: .* got 2; say attack.step_size=2/255",
+        ),
         (
             "model",
             {"name": "resnet18", "mean": [124, 116, 104], "std": [58, 57, 57]},

@@ -258,7 +258,8 @@ def _explain(item: Any, root: type[BaseModel], prefix: tuple[str, ...]) -> str:
     message = item["msg"][0].lower() + item["msg"][1:]
     came = item["input"]
     shown = "" if "got" in message or isinstance(came, dict) else f", got {came!r}"
-    return f"{name}: {message}{shown}"
+    # A mistake in how several settings fit together names them itself.
+    return f"{name}: {message}{shown}" if name else f"{message}{shown}"
 
 
 def _section_at(root: type[BaseModel], location: tuple[str, ...]) -> type[BaseModel]:
