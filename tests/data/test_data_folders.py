@@ -148,6 +148,17 @@ def test_a_folder_beside_the_splits_is_counted(image_folder) -> None:
     assert "1 .txt file skipped: they are no images" in skipped(images)
 
 
+def test_what_lies_in_a_split_of_any_name_is_counted_once(image_folder) -> None:
+    files = two_classes("train/", 5) | two_classes("holdout/", 2, 50)
+    files |= {"train/a.txt": b"text", "holdout/b.txt": b"text"}
+    folder = image_folder(files)
+    for images in both(folder, test_split="holdout"):
+        assert skipped(images) == ["1 .txt file skipped: they are no images"]
+    assert skipped(load(config(folder / "train"), "train")) == [
+        "1 .txt file skipped: they are no images"
+    ]
+
+
 def test_classes_that_hold_splits_are_refused(image_folder) -> None:
     files = {f"{c}/{s}/0.png": picture(0) for c in ("ant", "bee") for s in ("train", "val")}
     fails(r"classes 'ant', 'bee' that hold the splits 'train', 'val'; arrange", image_folder(files))

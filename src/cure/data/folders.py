@@ -141,7 +141,9 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
         if labelled is not None:
             found_splits[path.name] = partial(_first, labelled)
             continue
-        left_out = Counter(beside) if path == (train or splits)[0] else Counter()
+        left_out = _outside(path)
+        if path == (train or splits)[0]:
+            left_out.update(beside)
         found_splits[path.name] = partial(_class_table, path, left_out, path in train)
     return found_splits
 
@@ -219,8 +221,6 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
             )
         files.append(found)
         reasons.update(left_out)
-    if folder.name.lower() in (*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS):
-        reasons.update(_outside(folder))
     paths, labels = dealt(files)
     return Table(
         np.array(labels, dtype=np.int64),
