@@ -349,6 +349,35 @@ def test_batches_of_one_are_refused_where_batch_norm_trains() -> None:
     check_trainable(network, 1, frozen_statistics=True)
 
 
+class Squeezes(Base):
+    """``squeeze()`` takes the batch dimension of one image away as well."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits(image)[:, :, None, None].squeeze()
+
+
+class FailsAlone(Base):
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.body(image).unsqueeze(1).squeeze()
+        return self.head(features.flatten(1))
+
+
+@pytest.mark.parametrize("make", [Squeezes, FailsAlone])
+@pytest.mark.filterwarnings("ignore::cure.errors.CureNote")
+def test_one_image_alone_gets_the_logits_that_it_has_in_a_batch(make: type[Base]) -> None:
+    network = taken(make()).eval()
+    assert traits_of(network).pairs
+    image = IMAGE[:1].clone().requires_grad_()
+    logits = network(image)
+    torch.testing.assert_close(logits, network(IMAGE)[:1])
+    (gradient,) = torch.autograd.grad(logits.sum(), image)
+    (expected,) = torch.autograd.grad(network.network.logits(image).sum(), image)
+    torch.testing.assert_close(gradient, expected)
+    # Nine images in batches of four leave one alone.
+    data = bright_or_dark(9, "test")
+    assert cure.evaluate(make(), data=data, attacks="pgd2", batch_size=4)["natural"]["n"] == 9
+
+
 class FailsLater(Base):
     def forward(self, image: Tensor) -> Tensor:
         if len(image) > 2:

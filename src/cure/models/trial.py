@@ -46,6 +46,8 @@ class Traits:
         cast: logits come in another floating-point type than the images.
         in_place: it changes its input, so it is given a copy.
         detaches: it keeps tensors of a computation, which are detached in its copies.
+        pairs: it fails on one image alone, or loses the batch dimension of one (``squeeze()``), so
+            it is given the image twice.
         no_gradient: why no gradient reaches the image; empty where one does.
         untrainable: why it cannot be trained; empty where it can.
         notes: what was decided for the user, a sentence each.
@@ -58,6 +60,7 @@ class Traits:
     cast: bool = False
     in_place: bool = False
     detaches: bool = False
+    pairs: bool = False
     no_gradient: str = ""
     untrainable: str = ""
     notes: tuple[str, ...] = ()
@@ -144,6 +147,7 @@ def adapt(
             copies_input=traits.in_place,
             takes_main=traits.output != "tensor",
             casts=traits.cast,
+            pairs=traits.pairs,
         )
     setattr(model, _TRAITS, traits)
     return model
@@ -340,11 +344,24 @@ def _tried(
         cast=evaluated.cast or training.cast,
         in_place=evaluated.in_place or training.in_place,
         detaches=evaluated.detaches or training.detaches,
+        pairs=evaluated.shape == (2, classes) and _fails_alone(scratch, image[:1], classes),
         no_gradient=evaluated.no_gradient,
         notes=tuple(dict.fromkeys(evaluated.notes + training.notes)),
         activation_bytes=max(evaluated.activation_bytes, training.activation_bytes),
     )
     return _Trial(traits, training)
+
+
+def _fails_alone(scratch: nn.Module, image: Tensor, classes: int) -> bool:
+    """Whether one image gives no logits [1, classes] where two give [2, classes]."""
+    _set_mode(scratch, False)
+    devices = [image.device] if image.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        try:
+            logits, _, _ = main_output(scratch(image.clone()), classes)
+        except Exception:
+            return True
+    return logits.shape != (1, classes)
 
 
 def _set_mode(model: nn.Module, mode: bool) -> bool:
@@ -518,6 +535,7 @@ def _needs_wrapper(traits: Traits) -> bool:
         or traits.cast
         or traits.in_place
         or traits.detaches
+        or traits.pairs
     )
 
 

@@ -159,9 +159,21 @@ def only_main_output(output: object, classes: int) -> Tensor:
     return main_output(output, classes)[0]
 
 
+def two_at_least(image: Tensor) -> Tensor:
+    """Images [B, C, H, W]; one alone is given twice."""
+    return torch.cat([image, image]) if len(image) == 1 else image
+
+
+def as_many(logits: Tensor, image: Tensor) -> Tensor:
+    """The logits of ``image``, without those of a second copy."""
+    return logits[: len(image)]
+
+
 # torch.fx keeps them as calls, so that a network inside can still be traced and folded.
 fx.wrap("contiguous_input")
 fx.wrap("only_main_output")
+fx.wrap("two_at_least")
+fx.wrap("as_many")
 
 
 class Adapted(Wrapper):
@@ -175,6 +187,7 @@ class Adapted(Wrapper):
         takes_main: the network returns more than a tensor of logits.
         casts: the network returns another floating-point type than that of the images, or tensors
             of ``torch.inference_mode()``.
+        pairs: the network does not take one image alone, which it is given twice.
     """
 
     def __init__(
@@ -186,19 +199,24 @@ class Adapted(Wrapper):
         copies_input: bool = False,
         takes_main: bool = False,
         casts: bool = False,
+        pairs: bool = False,
     ) -> None:
         super().__init__(network)
         self.training = network.training
         self.classes, self.contiguous, self.copies_input = classes, contiguous, copies_input
-        self.takes_main, self.casts = takes_main, casts
+        self.takes_main, self.casts, self.pairs = takes_main, casts, pairs
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
         inside = contiguous_input(image) if self.contiguous else image
         if self.copies_input:
             inside = inside.clone()
+        if self.pairs:
+            inside = two_at_least(inside)
         output = self.network(inside)
         logits: Tensor = only_main_output(output, self.classes) if self.takes_main else output
+        if self.pairs:
+            logits = as_many(logits, image)
         if not self.casts:
             return logits
         # Attacks write into logits, which those of torch.inference_mode() do not allow.
