@@ -63,8 +63,8 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "damaged": ("skip", "refuse"),
     "validation": (0.3, 2, 0.2),
     "test_fraction": (0.2, 0.5),
-    "validation_split": (None, None, None, "carve", "val", "test"),
-    "test_split": (None, None, None, None, None, "test", "holdout"),
+    "validation_split": (*[None] * 9, "carve", "carve", "val", "test"),
+    "test_split": (*[None] * 12, "test", "holdout"),
     "color": ("keep", "rgb", "grey"),
 }
 
