@@ -406,14 +406,13 @@ def errors(name: str, net: Net) -> dict[str, float]:
     expected, expected_masks = yardstick.gradients(plain.image, plain.label, theirs)
     torch.backends.cudnn.allow_tf32 = rounded
     seen: dict[str, dict[str, Tensor]] = {}
-    whole = method._gradients  # type: ignore[attr-defined]
+    whole = method._scores  # type: ignore[attr-defined]
 
-    def watched(*arguments: Any) -> Any:
-        gradient, scores = whole(*arguments)
-        seen["gradient"], seen["scores"] = dict(gradient), scores
-        return gradient, scores
+    def watched(terms: Any, *arguments: Any) -> Any:
+        seen["gradient"], seen["scores"] = dict(terms["total"]), whole(terms, *arguments)
+        return seen["scores"]
 
-    method._gradients = watched  # type: ignore[attr-defined]
+    method._scores = watched  # type: ignore[attr-defined]
     engine = method.context.engine
     method.compute_loss(ours.batch, AdversarialBatch(engine.arrange(theirs)))
     masks = rgp_mask(seen["scores"], method.config.percent)

@@ -347,6 +347,7 @@ def photo_cell(rows: list[dict[str, Any]], column: str) -> str:
     values = [row[column] for row in known]
     if len(known) > 1:
         low, high = student_t(values)
+        low = max(0.0, low)
     else:
         low, high = known[0][f"{column}_interval"]
     return f"{fmean(values):.1f} ({low:.1f}-{high:.1f})"

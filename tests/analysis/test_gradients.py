@@ -54,15 +54,15 @@ def scores() -> list[dict[str, Tensor]]:
 @pytest.fixture(scope="module")
 def run(workshop: Path, scores: list[dict[str, Tensor]]) -> Path:
     """CURE with a record every two steps."""
-    gradients_of = CURE._gradients
+    scores_of = CURE._scores
 
     def seen(self: CURE, *arguments: Any) -> Any:
-        found = gradients_of(self, *arguments)
-        scores.append({name: score.clone() for name, score in found[1].items()})
+        found = scores_of(self, *arguments)
+        scores.append({name: score.clone() for name, score in found.items()})
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CURE, "_gradients", seen)
+        patch.setattr(CURE, "_scores", seen)
         return trained(workshop / "run", RECORDED)
 
 

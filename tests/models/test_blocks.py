@@ -15,7 +15,7 @@ from cure.errors import ConfigError
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import MODELS, build_model
 from cure.models.blocks import blocks, chosen, learn_only, reinitialise
-from cure.models.wrapper import Normalised
+from cure.models.wrapper import Normalised, core
 
 SMALL: dict[str, dict[str, Any]] = {
     "resnet18": {},
@@ -90,7 +90,7 @@ def test_a_single_list_is_cut_into_four_and_the_head_is_no_block():
 def test_every_parameter_belongs_to_one_part(name):
     model = network(name)
     names = [parameter for part in blocks(model).values() for parameter in part]
-    assert sorted(names) == sorted(key for key, _ in model.named_parameters())
+    assert sorted(names) == sorted(key for key, _ in core(model).named_parameters())
     assert len(blocks(model)["B1"]) > 0
 
 

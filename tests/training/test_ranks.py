@@ -326,7 +326,8 @@ def test_an_evaluation_by_two_ranks_is_that_of_one_process(
         assert without_seconds(found[0][part]) == json.loads(
             json.dumps(without_seconds(alone[part]))
         )
-    assert ended.stdout.count("pgd3") == 1
+    # By one rank: the table of accuracies and that of accuracies by class.
+    assert ended.stdout.count("pgd3") == 2
 
 
 @pytest.fixture(scope="module")
@@ -377,7 +378,9 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path) -> None:
     assert ended.returncode != 0
     assert "rank 0 lost another rank" in ended.stderr
     assert "SIGKILL" in ended.stderr, "torchrun says which"
-    assert RunFolder.open(run).status().state == "running"
+    status = RunFolder.open(run).status().content()
+    assert status["state"] == "failed"
+    assert "lost another rank" in status["reason"]
     # Far below the half hour that a rank waits for one that has not died.
     assert time.monotonic() - began < 250
 

@@ -137,7 +137,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(brightness, monkeypatch, phase):
             self._interrupt()
 
     monkeypatch.setattr(Trainer, "_finish_epoch", interrupting)
-    with pytest.raises(Interrupted, match="cure resume cut"):
+    with pytest.raises(Interrupted, match=r"cure\.resume\('cut', data=data\)"):
         quick("cut", brightness, method=settings)
     monkeypatch.setattr(Trainer, "_finish_epoch", original)
     if phase == "teacher":

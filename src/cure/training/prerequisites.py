@@ -137,10 +137,17 @@ def carry_out(
 
 @contextmanager
 def recording_failure(folder: RunFolder) -> Iterator[None]:
-    """Whatever ends a run inside leaves its reason in the folder, where none is there yet."""
+    """Whatever ends a run inside leaves its reason in the folder, where none is there yet.
+
+    A run that is refused before it goes on, for example since its state is damaged, stays as it is.
+    """
+    before = folder.status().content()
     try:
         yield
     except BaseException as error:
+        refused = isinstance(error, CureError) and folder.state.exists()
+        if refused and folder.status().content() == before:
+            raise
         with suppress(CureError):
             ended = folder.status().state not in ("new", "running", "finished")
             if isinstance(error, Interrupted | KeyboardInterrupt) and not ended:
