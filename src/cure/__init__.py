@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cure.methods.common import losses
     from cure.models.artefact import from_pretrained
     from cure.recipe import load_recipe
+    from cure.report.evidence import write_evidence
     from cure.report.page import write_report
     from cure.runs.run import Run
     from cure.training.run import resume, train
@@ -50,6 +51,7 @@ __all__ = [
     "tradeoff",
     "train",
     "verify",
+    "write_evidence",
     "write_report",
 ]
 

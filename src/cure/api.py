@@ -27,6 +27,7 @@ HOMES = {
     "train": "cure.training.run",
     "verify": "cure.evaluation.evaluate",
     "write_report": "cure.report.page",
+    "write_evidence": "cure.report.evidence",
 }
 """Public name -> module."""
 

@@ -336,12 +336,49 @@ def report(
         typer.Option(help="New file (default: report.html in the first run, which is replaced)."),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading (default: names of the runs).")] = None,
+    evidence: Annotated[
+        bool,
+        typer.Option(
+            "--evidence",
+            help="For a reviewer of one run: evidence.html, evidence.pdf and SHA256SUMS in it.",
+        ),
+    ] = False,
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="With --evidence: private SSH key that signs SHA256SUMS."),
+    ] = None,
+    calibration_images: Annotated[
+        int | None,
+        typer.Option(help="With --evidence: test images of the calibration (default 200)."),
+    ] = None,
 ) -> None:
     """Write one HTML page with the settings and results of runs."""
+    if evidence:
+        _write_evidence(runs, output, sign, calibration_images, title)
+        return
+    if sign is not None or calibration_images is not None:
+        raise ConfigError("--sign and --calibration-images go with --evidence; add it")
     from cure.report.page import write_report
 
     made = write_report(runs, output=output, title=title)
     say(f"report: {made}")
+
+
+def _write_evidence(
+    runs: list[str], output: Path | None, sign: Path | None, images: int | None, title: str | None
+) -> None:
+    """``cure report --evidence``."""
+    from cure.report.evidence import CALIBRATION_IMAGES, write_evidence
+
+    if len(runs) != 1 or output is not None:
+        raise ConfigError("--evidence takes one run and writes into its folder; leave out --output")
+    count = CALIBRATION_IMAGES if images is None else images
+    made = write_evidence(runs[0], sign=sign, calibration_images=count, title=title)
+    for name in ("page", "pdf", "hashes", "signature"):
+        if (path := getattr(made, name)) is not None:
+            say(f"{name}: {path}")
+    for note in made.notes:
+        say(note)
 
 
 @app.command("table")

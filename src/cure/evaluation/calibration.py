@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from scipy.optimize import minimize_scalar
-from torch import Tensor
+from torch import Tensor, nn
+
+from cure.attacks import Threat
+from cure.attacks.registry import evaluation_attack
+from cure.data import ImageSet
+from cure.data.loader import batches
+from cure.utils.engine import Engine
 
 BINS = 15
 
@@ -49,6 +55,49 @@ def reliability(logits: Tensor, label: Tensor, bins: int = BINS) -> Reliability:
         found.append((count, mean, accuracy))
         error += count / len(label) * abs(accuracy - mean)
     return Reliability(error, found)
+
+
+def calibration_under_attack(
+    model: nn.Module,
+    images: ImageSet,
+    threat: Threat,
+    *,
+    attack: str = "pgd20",
+    batch_size: int = 100,
+    seed: int = 0,
+    engine: Engine,
+) -> dict[str, Reliability]:
+    """The reliability of a network on images as they are and on attacked ones.
+
+    Every image is attacked, those that are misclassified as they are too; of each, the last
+    iterate counts, whether or not it fools the network.
+
+    Args:
+        model: in evaluation mode, on the device of the engine; takes images in [0, 1].
+        images: of one split.
+        threat: the ball.
+        attack: name of an evaluation attack with one part.
+        batch_size: images at once.
+        seed: of random starts.
+        engine: device.
+
+    Returns:
+        By "natural" and the name of the attack.
+
+    Raises:
+        ConfigError: for an unknown attack, or one that is not defined in the threat's norm.
+    """
+    images = images.to(engine.device)
+    (part,) = evaluation_attack(attack).defined(len(images.classes), threat).parts.values()
+    found: dict[str, list[Tensor]] = {"natural": [], attack: []}
+    for batch in batches(images, batch_size):
+        image = engine.arrange(batch.image)
+        attacked = part.run(model, image, batch.label, threat, seed, batch.step)
+        with torch.no_grad():
+            found["natural"].append(model(image).float().cpu())
+            found[attack].append(model(attacked).float().cpu())
+    label = images.label.cpu()
+    return {name: reliability(torch.cat(logits), label) for name, logits in found.items()}
 
 
 def fit_temperature(logits: Tensor, label: Tensor) -> float:

@@ -19,7 +19,7 @@ from cure.analysis.study import STUDIES
 from cure.errors import ConfigError, CureError
 from cure.experiments.compare.rows import TableRow, flattened, no_place
 from cure.report import figures
-from cure.report.accuracies import Measured, attack_name, measure, tables, verdict
+from cure.report.accuracies import Measured, Verdict, attack_name, measure, tables, verdict
 from cure.report.components import (
     DASH,
     Block,
@@ -43,6 +43,10 @@ from cure.utils.version import VERSION
 HERE = Path(__file__).parent
 GENERATOR = "cure report"
 """What a page says made it, so that only such a page is ever replaced."""
+
+FROM_FILES = (
+    "From the files of the runs alone: nothing was computed anew, nothing is loaded from a network."
+)
 
 LARGEST = 5_000_000
 """Bytes of a page; drawings that would make it larger are left out, the largest first."""
@@ -100,27 +104,55 @@ def _place(inputs: PageInputs, output: str | Path | None) -> Path:
     if inputs.first is None:
         raise ConfigError("a page of result files has no run to stand in; name it with --output")
     path = inputs.first / "report.html"
-    if path.exists() and f'content="{GENERATOR}' not in _beginning(path):
+    if not is_ours(path):
         raise ConfigError(f"{path} was not made by `cure report` and is kept; use --output")
     return path
 
 
-def _beginning(path: Path) -> str:
+def is_ours(path: Path) -> bool:
+    """Whether a page may be written there: it is free, or holds a page of this command."""
+    if not path.exists():
+        return True
     with path.open(encoding="utf-8", errors="replace") as file:
-        return file.read(2000)
+        return f'content="{GENERATOR}' in file.read(2000)
 
 
 # The page.
 
 
 def _page(inputs: PageInputs, title: str | None) -> str:
+    measured = measure(inputs.entries)
+    return render(inputs, measured, page_sections(inputs, measured), title)
+
+
+def render(
+    inputs: PageInputs,
+    measured: Measured,
+    sections: list[Section],
+    title: str | None,
+    *,
+    verdicts: Sequence[Verdict] | None = None,
+    kind: str = GENERATOR,
+    meaning: str = FROM_FILES,
+) -> str:
+    """The page as HTML.
+
+    Args:
+        inputs: what it is about.
+        measured: the rows of its networks.
+        sections: between what was trained and the glossary; drawings that are too large leave.
+        title: heading; by default the names of the runs.
+        verdicts: one a network; by default :func:`~cure.report.accuracies.verdict`.
+        kind: the command that makes such a page.
+        meaning: what its numbers were made from.
+    """
     import jinja2
     from markupsafe import Markup
 
     shown = [entry for entry in inputs.entries if not entry.is_start]
     place = {entry.name: index for index, entry in enumerate(inputs.entries)}
-    measured = measure(inputs.entries)
-    sections = _sections(inputs, measured, place)
+    if verdicts is None:
+        verdicts = [verdict(entry, measured) for entry in shown]
     left_out = _fit(sections)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -141,11 +173,13 @@ def _page(inputs: PageInputs, title: str | None) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template("page.html").render(
         title=title or _title(shown) or "Studies",
-        generator=f"{GENERATOR} {VERSION}",
+        generator=f"{kind} {VERSION}",
+        kind=kind,
+        meaning=meaning,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
-        verdicts=[verdict(entry, measured) for entry in shown],
+        verdicts=verdicts,
         entries=inputs.entries,
         place=place,
         swatches=[Markup(_swatch(index)) for index in range(len(inputs.entries))],
@@ -191,8 +225,10 @@ def _swatch(index: int) -> str:
 # Sections.
 
 
-def _sections(inputs: PageInputs, measured: Measured, place: Mapping[str, int]) -> list[Section]:
+def page_sections(inputs: PageInputs, measured: Measured) -> list[Section]:
+    """The sections of the page of a run, in their order."""
     entries = inputs.entries
+    place = {entry.name: index for index, entry in enumerate(entries)}
     runs = [entry for entry in entries if entry.folder is not None]
     names = [entry.typed for entry in entries if not entry.is_start and entry.folder is not None]
     where = names[0] if names else "RUN"
