@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from cure.config import NATURAL, ROBUST, LayersConfig, RunConfig
-from cure.errors import CureError
+from cure.errors import CureError, RanksLost
 from cure.models import load_weights
 from cure.models.batch_norm import running_statistics
 from cure.models.blocks import blocks, chosen, reinitialise
@@ -144,6 +144,8 @@ def recording_failure(folder: RunFolder) -> Iterator[None]:
     before = folder.status().content()
     try:
         yield
+    except RanksLost:
+        raise  # At once: the launcher ends this process before it could write and say why.
     except BaseException as error:
         refused = isinstance(error, CureError) and folder.state.exists()
         if refused and folder.status().content() == before:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from cure.config import RunConfig
 from cure.data import Batch, ImageSet, epoch, steps_per_epoch
-from cure.errors import CheckpointError, CureError, TrainingStopped
+from cure.errors import CheckpointError, CureError, RanksLost, TrainingStopped
 from cure.methods import Method, Metrics
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import load_weights
@@ -76,11 +77,6 @@ class Trainer:
         self.engine = engine
         self.folder = folder
         self.trackers = trackers
-        self.counts = torch.bincount(validation.label.cpu(), minlength=len(validation.classes))
-        select = config.training.select
-        self.balanced = select == "balanced" or (
-            select == "auto" and is_unequal(self.counts.tolist())
-        )
         self.parameters = method.trainable()
         self.optimizer = build_optimizer(config.training.optimizer, method.model, self.parameters)
         self.steps_per_epoch = steps_per_epoch(training, config.training.batch_size)
@@ -99,6 +95,19 @@ class Trainer:
         self.detector = detector_of(config, method)
         self._stop_asked = False
         self._shown = time.monotonic()
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Validation images of each class."""
+        label = self.validation.label.cpu()
+        found: list[int] = torch.bincount(label, minlength=len(self.validation.classes)).tolist()
+        return found
+
+    @cached_property
+    def balanced(self) -> bool:
+        """Whether the best weights are chosen by balanced accuracy."""
+        select = self.config.training.select
+        return select == "balanced" or (select == "auto" and is_unequal(self.counts))
 
     # -- one run -------------------------------------------------------------------------------
 
@@ -132,6 +141,8 @@ class Trainer:
         except (Interrupted, KeyboardInterrupt):
             self.folder.set_status("stopped", step=self.done, steps=self.total_steps)
             raise
+        except RanksLost:
+            raise  # At once: the launcher ends this process before it could write and say why.
         except BaseException as error:
             self.folder.set_failed(error, step=self.done)
             raise
@@ -340,7 +351,7 @@ class Trainer:
         before = self.folder.outcome()
         # A run that an earlier version began has no measured start: nothing was robust there.
         start = before.start if before else end.model_copy(update={"natural": 0.0, "robust": 0.0})
-        baseline = 100 * int(self.counts.max()) / len(self.validation)
+        baseline = 100 * max(self.counts) / len(self.validation)
         result = judge(start, end, self.folder.metrics(), self.config, baseline)
         self.folder.set_outcome(result)
         for tracker in self.trackers:
@@ -349,8 +360,8 @@ class Trainer:
 
     def _why_balanced(self) -> str:
         """Says that the best weights are chosen by balanced accuracy, and how not to."""
-        largest = self.validation.classes[int(self.counts.argmax())]
-        share = 100 * int(self.counts.max()) / len(self.validation)
+        largest = self.validation.classes[self.counts.index(max(self.counts))]
+        share = 100 * max(self.counts) / len(self.validation)
         return (
             f"the best weights are chosen by balanced accuracy: '{largest}' has {share:.0f} % of "
             "the validation images (training.select=accuracy chooses by accuracy)"
@@ -390,7 +401,7 @@ class Trainer:
         if self.balanced:
             # Always naming the largest class is at chance, too.
             natural = validation["natural_balanced"] / 100
-            limit = balanced_guessing(self.counts.tolist()) / 100
+            limit = balanced_guessing(self.counts) / 100
         # A fifth of the way from guessing to 100 %, which chance does not reach.
         self.risen |= natural > limit + 0.2 * (1 - limit)
         self.at_chance = self.at_chance + 1 if natural <= limit else 0
