@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from cure.evaluation.diagnosis.api import diagnose
     from cure.evaluation.evaluate import evaluate, verify
     from cure.experiments.compare import compare
+    from cure.experiments.front import front
     from cure.experiments.tradeoff import tradeoff
     from cure.exporters.export import export
     from cure.methods.common import losses
@@ -44,6 +45,7 @@ __all__ = [
     "evaluate",
     "export",
     "from_pretrained",
+    "front",
     "load_recipe",
     "losses",
     "methods",
