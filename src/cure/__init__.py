@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cure.evaluation.evaluate import evaluate, verify
     from cure.experiments.compare import compare
     from cure.experiments.front import front
+    from cure.experiments.recommend import recommend
     from cure.experiments.tradeoff import tradeoff
     from cure.exporters.export import export
     from cure.methods.common import losses
@@ -49,6 +50,7 @@ __all__ = [
     "load_recipe",
     "losses",
     "methods",
+    "recommend",
     "resume",
     "tradeoff",
     "train",

@@ -22,6 +22,7 @@ HOMES = {
     "from_pretrained": "cure.models.artefact",
     "front": "cure.experiments.front",
     "load_recipe": "cure.recipe",
+    "recommend": "cure.experiments.recommend",
     "resume": "cure.training.run",
     "tradeoff": "cure.experiments.tradeoff",
     "train": "cure.training.run",

@@ -504,6 +504,24 @@ def front(
 
 
 @app.command()
+def recommend(
+    run: Annotated[Path, typer.Argument(help="An evaluated run.")],
+    fronts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--front", help="File of `cure front`; repeatable (default: those of the package)."
+        ),
+    ] = None,
+) -> None:
+    """Say where a run lies beside the measured front of its recipe, and what to change."""
+    from cure.experiments.recommend import recommend as compare_run
+
+    found = compare_run(run, fronts)
+    say(found.place)
+    say(found.change)
+
+
+@app.command()
 def tradeoff(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Robust runs of one network and data.")
