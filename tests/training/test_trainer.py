@@ -304,6 +304,31 @@ def test_a_network_that_falls_to_chance_keeps_its_last_good_state(tmp_path: Path
     assert again.done == 8, "the state of the second epoch"
 
 
+class Lost(Plain):
+    """A network that loses everything in its first step."""
+
+    def after_step(self, step: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.zero_()
+        return {}
+
+
+def test_a_start_that_was_good_and_falls_to_chance_is_told_of_at_once(tmp_path: Path) -> None:
+    good = trainer_of(tmp_path / "good", config_of("training.epochs=6"))
+    good.fit()
+    told: list[str] = []
+    recorder = Recorder()
+    recorder.warn = told.append  # type: ignore[method-assign]
+    trainer = trainer_of(tmp_path, config_of("training.epochs=3"), Lost, recorder)
+    trainer.method.model.load_state_dict(read_weights(good.folder.weights("last")))
+    trainer.verdict = True
+    with pytest.raises(TrainingStopped, match="3 times in a row up to epoch 3"):
+        trainer.fit()
+    assert ["fell to chance" in line and "epoch 1" in line for line in told] == [True]
+    assert not (trainer.folder.checkpoints / "last.safetensors").exists()
+
+
 def test_a_network_that_ends_at_chance_after_learning_is_a_failure(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, config_of("training.epochs=3"), Forgetful)
     with pytest.raises(TrainingStopped, match="1 times in a row up to epoch 3"):

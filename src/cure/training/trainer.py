@@ -326,7 +326,9 @@ class Trainer:
         if self.config.start == "model":
             # Nothing else keeps these weights, which `cure tradeoff` goes back towards.
             self._write(self.method.model, "start", {"run": self.config.name, "epoch": "0"})
-        start = self._measured(self.validate(), self.config.training.validation_steps)
+        found = self.validate()
+        self._above_chance(found)
+        start = self._measured(found, self.config.training.validation_steps)
         self.folder.set_outcome(Outcome(start=start))
         for tracker in self.trackers:
             tracker.say(f"start: {start}")
@@ -394,19 +396,17 @@ class Trainer:
         fallen = self.risen and self.at_chance > 0
         if validation is None:
             return not fallen
-        chance = 1 / len(self.training.classes)
-        # Two standard deviations above the accuracy of guessing on so many images.
-        limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
-        natural = validation["natural"] / 100
-        if self.balanced:
-            # Always naming the largest class is at chance, too.
-            natural = validation["natural_balanced"] / 100
-            limit = balanced_guessing(self.counts) / 100
-        # A fifth of the way from guessing to 100 %, which chance does not reach.
-        self.risen |= natural > limit + 0.2 * (1 - limit)
+        natural, limit = self._above_chance(validation)
         self.at_chance = self.at_chance + 1 if natural <= limit else 0
         fallen = self.risen and self.at_chance > 0
         ended = fallen and self.done == self.total_steps
+        if fallen and self.at_chance == 1 and not ended:
+            for tracker in self.trackers:
+                tracker.warn(
+                    f"natural accuracy on the validation split fell to chance ({100 * natural:.1f} "
+                    f"%) at epoch {self.done // self.steps_per_epoch}; the training stops when it "
+                    f"stays there for {self.config.training.collapse_patience} validations"
+                )
         if self.at_chance >= self.config.training.collapse_patience or ended:
             raise TrainingStopped(
                 f"natural accuracy on the validation split was at chance "
@@ -417,6 +417,20 @@ class Trainer:
                 "threat.epsilon at first, or start=natural in a new run"
             )
         return not fallen
+
+    def _above_chance(self, validation: dict[str, float]) -> tuple[float, float]:
+        """Natural accuracy, and how far guessing reaches; notes that a network had learnt."""
+        chance = 1 / len(self.training.classes)
+        # Two standard deviations above the accuracy of guessing on so many images.
+        limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
+        natural = validation["natural"] / 100
+        if self.balanced:
+            # Always naming the largest class is at chance, too.
+            natural = validation["natural_balanced"] / 100
+            limit = balanced_guessing(self.counts) / 100
+        # A fifth of the way from guessing to 100 %, which chance does not reach.
+        self.risen |= natural > limit + 0.2 * (1 - limit)
+        return natural, limit
 
     def _kept(self) -> str:
         weights = self.folder.checkpoints / "last.safetensors"
