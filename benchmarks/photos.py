@@ -8,7 +8,8 @@ reading of images and the final evaluation: N-FGSM, epsilon rising over half of 
 BatchNorm, averaged weights, 16 epochs.  Every choice in training uses images carved from the
 training split; the final figures are of the test split.  Rows that are done are skipped, so the
 script can be stopped and called again.  ``results/photos/table.json`` holds a row a method, network
-and seed.
+and seed.  ``--pixels``, ``--epsilon`` and ``--epochs`` with another ``--output``
+(``results/photos/budgets.json``) show what a budget buys.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import math
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,8 @@ def main() -> None:
         "--minutes", type=float, help="budget of each method; default: the recipe's epochs"
     )
     parser.add_argument("--epochs", type=int, help="of each method; default: the recipe's")
+    parser.add_argument("--pixels", type=int, default=96, help="side of the resized photographs")
+    parser.add_argument("--epsilon", default="4/255", help="radius of the threat")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--autoattack", type=int, default=200, help="test images for AutoAttack; 0: leave it out"
@@ -91,7 +95,7 @@ def main() -> None:
     for seed in map(int, options.seeds.split(",")):
         start = natural_start(options, seed)
         for method in ["natural", *options.methods.split(",")]:
-            key = {"method": method, "network": options.network, "seed": seed}
+            key = {"method": method, "network": options.network, "seed": seed} | budget(options)
             row = next((row for row in rows_of(output) if same(row, key)), None)
             if row is None:
                 target, facts = trained_by(options, method, seed, start)
@@ -108,9 +112,29 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def budget(options: argparse.Namespace) -> dict[str, Any]:
+    """What of a row's key is not the table's: empty for the table itself."""
+    asked = {"pixels": options.pixels, "epsilon": options.epsilon}
+    if asked == {"pixels": 96, "epsilon": "4/255"} and Path(options.output).stem == "table":
+        return {}
+    return asked | {"epochs": options.epochs}
+
+
 def same(row: dict[str, Any], key: dict[str, Any]) -> bool:
-    """Whether a row has the method, network and seed of another."""
-    return all(row[name] == key[name] for name in ("method", "network", "seed"))
+    """Whether a row has the method, network, seed and budget of another."""
+    names = ("method", "network", "seed", "pixels", "epsilon", "epochs")
+    return all(row.get(name) == key.get(name) for name in names)
+
+
+def place(options: argparse.Namespace, method: str, seed: int) -> Path:
+    """Folder of a run."""
+    words = [options.network, method, f"seed{seed}"]
+    extra = budget(options)
+    if extra and method == "natural":
+        words.append(f"{options.pixels}px")
+    elif extra:
+        words.append("-".join(str(value).replace("/", "_") for value in extra.values()))
+    return Path(options.runs) / "-".join(words)
 
 
 def keep(output: Path, row: dict[str, Any]) -> None:
@@ -126,6 +150,8 @@ def common(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Settings of every run."""
     return NETWORKS[options.network] | {
         "data.source": options.data,
+        "data.resize": options.pixels,
+        "threat.epsilon": options.epsilon,
         "seed": seed,
         "training.threads": options.threads,
     }
@@ -133,9 +159,8 @@ def common(options: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 def natural_start(options: argparse.Namespace, seed: int) -> Path:
     """The run that all methods of a seed begin with, trained where it is missing."""
-    path = Path(options.runs) / f"{options.network}-natural-seed{seed}"
     return trained(
-        path,
+        place(options, "natural", seed),
         common(options, seed)
         | NATURAL[options.network]
         | {
@@ -161,17 +186,20 @@ def trained_by(
     options: argparse.Namespace, method: str, seed: int, start: Path
 ) -> tuple[Any, dict[str, Any]]:
     """The network of a row, trained where it is missing; minutes, threads and settings."""
-    path = Path(options.runs) / f"{options.network}-{method}-seed{seed}"
+    path = place(options, method, seed)
     if method == "natural":
         return cure.Run(start), {"minutes": 0.0, "threads": options.threads, "settings": {}}
     if method == "plain":
-        network, facts = plain(options.threads, seed, start, path)
+        network, facts = plain(options, seed, start, path)
         return network, facts
     settings = dict(METHODS[method])
     if options.minutes:
         settings["training.minutes"] = options.minutes
     if options.epochs:
         settings["training.epochs"] = options.epochs
+    if options.epsilon != "4/255" and "attack.epsilon" not in settings:
+        # The recipe's training attack has 5/4 of the threat's radius.
+        settings["attack.epsilon"] = str(Fraction(options.epsilon) * Fraction(5, 4))
     began = time.perf_counter()
     trained(path, common(options, seed) | settings | {"start": str(start)})
     whole = (time.perf_counter() - began) / 60
@@ -193,13 +221,16 @@ def accuracies(
     options: argparse.Namespace, target: Any, attacks: list[str], limit: int | None
 ) -> dict[str, Any]:
     """Accuracies on the test split, in percent, each with its interval and number of images."""
-    config = load_recipe("photos", [f"data.source={options.data}", "model.name=resnet18"])
+    config = load_recipe(
+        "photos",
+        [f"data.source={options.data}", "model.name=resnet18", f"data.resize={options.pixels}"],
+    )
     result = cure.evaluate(
         target,
         data=options.data,
         data_options=config.data.model_dump(include={"resize", "fit", "color"}),
         attacks=attacks,
-        epsilon="4/255",
+        epsilon=options.epsilon,
         batch_size=100,
         limit=limit,
     )
@@ -217,7 +248,9 @@ def accuracies(
     }
 
 
-def plain(threads: int, seed: int, start: Path, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def plain(
+    options: argparse.Namespace, seed: int, start: Path, path: Path
+) -> tuple[nn.Module, dict[str, Any]]:
     """The plain script: 16 epochs from the natural start; its averaged network, and its cost."""
     weights, record = path / "weights.safetensors", path / "cost.json"
     if record.exists():
@@ -226,7 +259,7 @@ def plain(threads: int, seed: int, start: Path, path: Path) -> tuple[nn.Module, 
         load_weights(network, weights)
         facts: dict[str, Any] = json.loads(record.read_text())
         return network.eval(), facts
-    epochs, batch, epsilon, rate = 16, 32, 4 / 255, 0.02
+    epochs, batch, epsilon, rate = 16, 32, float(Fraction(options.epsilon)), 0.02
     run = cure.Run(start)
     network, images = run.model(), load(run.config.data, "train")
     network = network.to(memory_format=torch.channels_last)
@@ -264,7 +297,7 @@ def plain(threads: int, seed: int, start: Path, path: Path) -> tuple[nn.Module, 
     facts = {
         "minutes": round((time.perf_counter() - began) / 60, 1),
         "processor_minutes": round((time.process_time() - worked) / 60, 1),
-        "threads": threads,
+        "threads": options.threads,
         "settings": {"epochs": epochs},
     }
     path.mkdir(parents=True, exist_ok=True)
