@@ -115,7 +115,9 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 def budget(options: argparse.Namespace) -> dict[str, Any]:
     """What of a row's key is not the table's: empty for the table itself."""
     asked = {"pixels": options.pixels, "epsilon": options.epsilon}
-    if asked == {"pixels": 96, "epsilon": "4/255"} and Path(options.output).stem == "table":
+    if asked == {"pixels": 96, "epsilon": "4/255"} and Path(options.output).stem.startswith(
+        "table"
+    ):
         return {}
     return asked | {"epochs": options.epochs}
 
@@ -165,6 +167,7 @@ def natural_start(options: argparse.Namespace, seed: int) -> Path:
         | NATURAL[options.network]
         | {
             "method": "natural",
+            "data.augment.cutmix": 0,
             "training.batch_norm": "eval_attack",
             "training.schedule": {"name": "one_cycle", "peak": 0.3},
             "training.averaging": None,
