@@ -73,6 +73,17 @@ def test_a_shipped_recipe_runs_when_shrunk(name: str, tmp_path: Path) -> None:
     assert (run.path / "natural").exists() == (run.config.start == "natural")
 
 
+def test_a_method_without_soft_labels_is_told_what_to_set(tmp_path: Path) -> None:
+    changes = [*OWN["photos"], "method=mart", "data.augment.label_smoothing=0.1"]
+    expected = (
+        "cutmix and label_smoothing need .* got mart; set data.augment.cutmix=0 "
+        "data.augment.label_smoothing=0$"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        cure.train("photos", changes, run=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def paper(name: str) -> tuple[float, float, float]:
     method = load_recipe(name).method
     return method.percent, method.alpha, method.gamma  # type: ignore[attr-defined]

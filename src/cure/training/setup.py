@@ -208,9 +208,12 @@ def _check_augmentation(config: RunConfig) -> None:
     """Refuse soft labels and single-step attacks where method or threat do not take them."""
     if config.data.augment.soft_labels and not METHODS[config.method.name].soft_labels:
         able = [name for name in METHODS.names() if METHODS[name].soft_labels]
+        names = ("mixup", "cutmix", "label_smoothing")
+        used = [name for name in names if getattr(config.data.augment, name)]
         raise ConfigError(
-            f"data.augment: mixup, cutmix and label_smoothing need a method whose loss takes soft "
-            f"labels ({', '.join(able)}), got {config.method.name}; leave them out"
+            f"data.augment: {' and '.join(used)} need a method whose loss takes soft labels "
+            f"({', '.join(able)}), got {config.method.name}; set "
+            f"{' '.join(f'data.augment.{name}=0' for name in used)}"
         )
     if config.training.class_weights != "none" and not METHODS[config.method.name].soft_labels:
         able = [name for name in METHODS.names() if METHODS[name].soft_labels]
