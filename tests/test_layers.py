@@ -23,6 +23,7 @@ LAYERS = (
     "training",
     "evaluation",
     "exporters",
+    "integrations",
     "experiments",
     "analysis",
     "report",

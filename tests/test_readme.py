@@ -21,6 +21,7 @@ from PIL import Image
 
 from cure.cli.listing import listing
 from cure.cli.main import app
+from cure.errors import ModelError
 from cure.experiments.plan import entries, is_done, read_plan, results_of, write_tables
 from cure.models import save_weights
 from cure.recipe import load_recipe
@@ -108,6 +109,16 @@ def test_the_one_command_runs_and_its_run_can_be_evaluated(place: Path) -> None:
     assert "pgd20" in done.stdout
 
 
+def imported(name: str) -> Any:
+    """A module; None where it says which package it needs."""
+    try:
+        return importlib.import_module(name)
+    except ModelError as error:
+        if "pip install 'cure-at[" in str(error):
+            return None
+        raise
+
+
 def pages(pattern: str) -> list[Any]:
     """A parameter for each match in all pages: name of the page, then the groups."""
     return [
@@ -174,8 +185,8 @@ def test_the_python_names_of_pages_exist(page: str, name: str) -> None:
     parts = name.split(".")
     found: Any = importlib.import_module(parts[0])
     for number, part in enumerate(parts[1:], 2):
-        if not hasattr(found, part):
-            importlib.import_module(".".join(parts[:number]))
+        if not hasattr(found, part) and imported(".".join(parts[:number])) is None:
+            pytest.skip("needs a package that is not installed")
         found = getattr(found, part)
 
 
@@ -202,8 +213,8 @@ def test_the_code_of_pages_is_python_and_its_imports_exist() -> None:
             count += 1
             for node in ast.walk(tree):
                 if isinstance(node, ast.ImportFrom) and str(node.module).startswith("cure"):
-                    module = importlib.import_module(str(node.module))
-                    for alias in node.names:
+                    module = imported(str(node.module))
+                    for alias in node.names if module is not None else []:
                         assert hasattr(module, alias.name), f"{path.name}: {alias.name}"
     assert count >= 5
 

@@ -209,6 +209,39 @@ def test_gradients_of_batches_accumulate_and_batches_draw_anew(name):
     assert (method.progress.done, method.progress.part) == (1, 0)
 
 
+@pytest.mark.parametrize("case", ["act", "fat for trades", "las-at, updating", "cure, warm-up"])
+def test_a_loop_that_is_resumed_ends_with_the_same_weights(case):
+    (name, settings), done = CASES[case], 3
+    parts = [
+        given
+        for number in range(EPOCHS)
+        for given in epoch(images(), batch_size=SIZE, epoch=number, seed=0, augment=None)
+    ]
+
+    def steps(method: Method, optimizer: torch.optim.Optimizer, batches: list[Batch]) -> None:
+        for given in batches:
+            step = method(given.image, given.label)
+            optimizer.zero_grad()
+            step.backward()
+            with method.freeze(optimizer):
+                optimizer.step()
+            method.update()
+
+    whole = plain(name, tiny_network(3), **settings)
+    steps(whole, optimizer_of(whole), parts)
+    first = plain(name, tiny_network(3), **settings)
+    steps(first, optimizer := optimizer_of(first), parts[:done])
+    second = plain(name, tiny_network(4), **settings)
+    second.load_state_dict(first.state_dict())
+    second.resume(first.progress.done)
+    continued = optimizer_of(second)
+    continued.load_state_dict(optimizer.state_dict())
+    steps(second, continued, parts[done:])
+    assert second.progress.done == whole.progress.done == STEPS * EPOCHS
+    for key, tensor in whole.inference_model().state_dict().items():
+        assert torch.equal(tensor, second.inference_model().state_dict()[key]), key
+
+
 def test_awp_takes_each_batch_of_a_step_at_the_unperturbed_weights():
     given, model = batch(count=SIZE), tiny_network(3)
     before = copy.deepcopy(model.state_dict())

@@ -56,9 +56,10 @@ def as_images(
     Args:
         given: (images, labels) as NumPy arrays or tensors, images uint8 or floats in [0, 1],
             [N, H, W], [N, H, W, C] or [N, C, H, W]; a ``TensorDataset``; a data set whose items are
-            (image, label) or dictionaries, images being Pillow images, arrays or tensors; a
-            ``DataLoader``; a ``datasets.Dataset``; a dictionary of splits (``DatasetDict``); or an
-            ``ImageSet``.  Labels are whole numbers from 0, rows with a single one, or names.
+            (image, label) or dictionaries, images being Pillow images, arrays or tensors (also a
+            data set of MAITE); a ``DataLoader``; a ``datasets.Dataset``; a dictionary of splits
+            (``DatasetDict``); or an ``ImageSet``.  Labels are whole numbers from 0, rows
+            with a single one, or names.
         split: "train", "validation" or "test".
         config: settings for resizing and colour; by default images are taken as they are.
         limit: only the first so many images.
@@ -226,12 +227,16 @@ def _default(loader: DataLoader[Any]) -> bool:
 
 
 def _class_names(given: Any) -> tuple[str, ...] | None:
-    """``classes`` of a data set in the style of torchvision, or of what it is a part of."""
+    """Of a data set in the style of torchvision or MAITE, or of what it is a part of."""
     while isinstance(given, Subset):
         given = given.dataset
     names = getattr(given, "classes", None)
     if isinstance(names, Sequence) and not isinstance(names, str) and len(names):
         return tuple(map(str, names))
+    metadata = getattr(given, "metadata", None)
+    known = metadata.get("index2label") if isinstance(metadata, Mapping) else None
+    if known:
+        return tuple(str(known.get(number, number)) for number in range(1 + max(known)))
     return None
 
 
@@ -414,7 +419,7 @@ def _levels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
 def _labels(given: Any, count: int) -> tuple[NDArray[np.int64], tuple[str, ...] | None]:
     """Labels as numbers, and the class names where labels are names."""
     if isinstance(given, Sequence) and any(isinstance(one, Tensor) for one in given):
-        given = [_scalar(one) for one in given]
+        given = [_array(one) for one in given]
     labels = _array(given)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

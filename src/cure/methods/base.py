@@ -404,7 +404,7 @@ class Method(nn.Module, Generic[Attacked]):
             - ``learning_rate`` (a number, or a function of the step) and ``weight_decay`` of the
               optimiser, which LASAT simulates.
 
-    To resume, load ``method.state_dict()`` and set ``method.progress.done``.  Several processes:
+    To resume, load ``method.state_dict()`` and say :meth:`resume`.  Several processes:
     the trainer of this package averages gradients over them; here the caller has to.
 
     It is a Module so that whatever it owns besides the model (a revision model, a teacher) moves,
@@ -527,6 +527,14 @@ class Method(nn.Module, Generic[Attacked]):
             self.after_epoch(progress.done // per_epoch - 1)
             self.on_epoch(progress.done // per_epoch)
         return metrics
+
+    def resume(self, done: int) -> None:
+        """Go on after ``done`` optimiser steps (``method.progress.done`` when they were saved).
+
+        Call it after ``load_state_dict``: schedules are not part of the state.
+        """
+        self.progress.done = done
+        self.on_epoch(done // self.context.steps_per_epoch)
 
     # -- what a method defines -----------------------------------------------------------------
 
