@@ -219,8 +219,32 @@ class DataConfig(Section):
     """Folder of ``cache=disk``; by default ``decoded-images`` beside the run."""
     split_seed: NonNegativeInt = 0
     """Seed of both carvings; not the run's seed, so that runs share their splits."""
+    extra: str | None = Field(default=None, min_length=1)
+    """More images to train on, generated ones for example: whatever ``source`` may be (of several
+    splits the training split), or a ``.npz`` file or folder of images without labels.  Nothing is
+    validated or evaluated on them."""
+    extra_share: float = Field(default=0.7, gt=0, lt=1)
+    """Share of every batch that is drawn from the extra images (0.7: Rebuffi et al. 2021, Wang et
+    al. 2023).  A pass has as many steps as without them, over fewer images of the source."""
+    extra_labels: str | None = None
+    """Network that labels the extra images that have no label: the folder of a run (its best
+    weights), or a weights file of the run's own network."""
+    extra_leaks: Literal["report", "remove", "refuse"] = "report"
+    """What to do with extra images that copy a test or validation image: count them, leave them
+    out, or stop."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of training images."""
+
+    @field_validator("extra_labels")
+    @classmethod
+    def _labels_of_extra_images(cls, labels: str | None, info: ValidationInfo) -> str | None:
+        if labels is not None and info.data.get("extra") is None:
+            raise PydanticCustomError("extra", "expected data.extra, whose images it labels")
+        if labels == NATURAL:
+            raise PydanticCustomError(
+                "extra", "expected a run that is trained already, got natural; name its folder"
+            )
+        return labels
 
     @field_validator("background")
     @classmethod

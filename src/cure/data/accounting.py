@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cure.config import DataConfig
 from cure.data.cache import CachePlace
+from cure.data.extra import ExtraAccount
 from cure.data.images import ImageSet, Skipped
 from cure.data.sources import load
 from cure.errors import DataError
@@ -46,6 +47,7 @@ class DataAccount:
         missing: classes without an image, by split.
         notes: sentences on classes and splits.
         untested: why the test split cannot be used.
+        extra: what is told of extra images.
     """
 
     name: str
@@ -63,6 +65,7 @@ class DataAccount:
     missing: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...] = ()
     untested: str | None = field(default=None)
+    extra: ExtraAccount | None = None
 
     @property
     def unequal(self) -> bool:
@@ -84,7 +87,7 @@ class DataAccount:
         for split, skipped in self.skipped.items():
             place = "" if split == "train" else f" ({split})"
             lines += [f"{one}{place}" for one in skipped]
-        return lines + list(self.notes)
+        return [*lines, *self.notes, *(self.extra.lines() if self.extra is not None else ())]
 
     def warnings(self) -> list[str]:
         """What is likely a mistake or makes figures misleading, a sentence each."""
@@ -112,7 +115,7 @@ class DataAccount:
             )
         if self.untested is not None:
             found.append(f"the test split cannot be used: {self.untested}")
-        return found
+        return found + (self.extra.warnings() if self.extra is not None else [])
 
     def content(self) -> dict[str, Any]:
         """For JSON."""

@@ -24,6 +24,7 @@ from cure.data.original import read_original
 from cure.data.readers import (
     TEST_SPLITS,
     TRAIN_SPLITS,
+    UNLABELLED,
     VALIDATION_SPLITS,
     Splits,
     Table,
@@ -85,6 +86,19 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
         left_out = "".join(f" ({one})" for one in _skipped(_reasons(top)) if "heic" in one.what)
         raise DataError(f"{expected}, got {found}{left_out}; arrange the files that way")
     return {config.train_split: partial(_class_table, top, beside, True)}
+
+
+def read_loose(folder: Path, config: DataConfig) -> Splits | None:
+    """Images without labels that lie in a folder itself; None where it has any other form."""
+    files = _files(folder)
+    images = [path for path in files if file_kind(path) == "image"]
+    other = any(_walk(path)[0] for path in _folders(folder))
+    if other or not images or read_label_files(folder, config) is not None:
+        return None
+    label = np.full(len(images), UNLABELLED)
+    reasons = Counter(_other(path) for path in files if file_kind(path) == "other")
+    table = Table(label, None, partial(path_cells, images), _skipped(reasons), any_order=True)
+    return {config.train_split: lambda: table}
 
 
 # Splits.

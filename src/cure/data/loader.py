@@ -42,12 +42,18 @@ def epoch(
     start: int = 0,
     rank: int = 0,
     world: int = 1,
+    extra: ImageSet | None = None,
+    extra_share: float = 0.0,
 ) -> Iterator[Batch]:
     """One pass over the images in random order.
 
     The order is keyed by (seed, "order", epoch) and the augmentation of a batch by
     (seed, "augment", step), so a pass taken up at ``start`` gives the batches that an
     uninterrupted one would have given.
+
+    With ``extra``, a pass has as many batches as without, each with the same number of extra
+    images at random places.  Every extra image is used once before one is used again, whatever
+    pass that falls into; of ``images`` each pass leaves out others.
 
     Args:
         images: the training images; batches are made on their device.
@@ -60,13 +66,17 @@ def epoch(
         start: batches at the beginning to skip without computing them.
         rank: with ``world``: which of so many equal parts of every batch to give, 0 the first.
         world: divides ``batch_size``.  The parts side by side are the batch that ``world=1`` gives.
+        extra: more images, of the same kind and on the same device; their ``index`` in a batch
+            begins at ``len(images)``.
+        extra_share: share of each batch that they make up.
 
     Returns:
         Batches k = start, ..., steps_per_epoch - 1 of float32 images in [0, 1], with
         ``step = epoch * steps_per_epoch + k``.
 
     Raises:
-        DataError: there are fewer images than one batch has (at once, not at the first batch).
+        DataError: there are fewer images than one batch has, or a batch would have no extra image
+            or no other one (at once, not at the first batch).
         ValueError: ``world`` does not divide ``batch_size`` (at once, too).
     """
     steps = steps_per_epoch(images, batch_size)
@@ -74,11 +84,15 @@ def epoch(
     part, rest = divmod(batch_size, world)
     if rest:
         raise ValueError(f"a batch of {batch_size} has no {world} equal parts")
+    drawn = 0 if extra is None else extra_images(batch_size, extra_share)
 
     def iterate() -> Iterator[Batch]:
         classes = len(images.classes)
         balanced = class_weights == "balanced"
+        labels = images.label if extra is None else torch.cat([images.label, extra.label])
         weights = balanced_weights(images.label, classes) if balanced else None
+        if balanced and extra is not None:
+            weights = _mixture_weights(images.label, extra.label, classes, drawn / batch_size)
 
         def weighted(label: Tensor, soft: Tensor | None = None) -> Tensor | None:
             if weights is None:
@@ -92,28 +106,38 @@ def epoch(
             order = balanced_order(images.label.cpu(), draws)
         else:
             order = torch.randperm(len(images), generator=draws)
-        # Lazy images are looked up on the CPU, where no queue of a GPU is waited for.
-        wanted = order if images.lazy is not None else order.to(device)
+        if extra is not None:
+            first = epoch * steps * drawn
+            more = _passes(extra.label.cpu(), first, steps * drawn, seed, sampler)
+            own = order[: steps * (batch_size - drawn)].view(steps, -1)
+            both = torch.cat([own, len(images) + more.view(steps, -1)], dim=1)
+            # Mixed, so that all parts of a batch (ranks, accumulation) have some of both.
+            chances = torch.rand(both.shape, generator=generator("cpu", seed, "places", epoch))
+            order = both.gather(1, chances.argsort(dim=1, stable=True)).flatten()
+        # Lazy and extra images are looked up on the CPU, where no queue of a GPU is waited for.
+        on_cpu = images.lazy is not None or extra is not None
+        wanted = order if on_cpu else order.to(device)
         order = order.to(device)
         mixing = augment is not None and augment.soft_labels
         # Images are mixed across the whole batch, which each rank makes for itself.
-        own = slice(rank * part, (rank + 1) * part)
-        ours = slice(0, batch_size) if mixing else own
-        pixels = images.stream(
+        mine = slice(rank * part, (rank + 1) * part)
+        ours = slice(0, batch_size) if mixing else mine
+        indices = (
             wanted[k * batch_size + ours.start : k * batch_size + ours.stop]
             for k in range(start, steps)
         )
+        pixels = images.stream(indices) if extra is None else _from_both(images, extra, indices)
         for k, image in zip(range(start, steps), pixels, strict=True):
             step = epoch * steps + k
             whole = order[k * batch_size : (k + 1) * batch_size]
-            index = whole[own]
-            label = images.label[index]
+            index = whole[mine]
+            label = labels[index]
             if augment is not None and mixing:
                 noise = generator(device, seed, "augment", step)
                 image = to_unit(augmented(image, augment, noise))
-                image, soft = mixed(image, images.label[whole], len(images.classes), augment, noise)
-                both = soft[own], weighted(label, soft[own])
-                yield Batch(image[own], label, index, step, both[0], weighted=both[1])
+                image, soft = mixed(image, labels[whole], classes, augment, noise)
+                soft = soft[mine]
+                yield Batch(image[mine], label, index, step, soft, weighted=weighted(label, soft))
                 continue
             if augment is not None:
                 noise = shared_generator(device, rank, world, seed, "augment", step)
@@ -121,6 +145,67 @@ def epoch(
             yield Batch(to_unit(image), label, index, step, weighted=weighted(label))
 
     return iterate()
+
+
+def extra_images(batch_size: int, share: float) -> int:
+    """Extra images of a batch.
+
+    Raises:
+        DataError: there would be none, or nothing else.
+
+    >>> extra_images(128, 0.7)
+    90
+    """
+    count = round(batch_size * share)
+    if not 0 < count < batch_size:
+        raise DataError(
+            f"expected 1 to {batch_size - 1} extra images in a batch of {batch_size}, got {count} "
+            f"with data.extra_share={share:g}; change it or training.batch_size"
+        )
+    return count
+
+
+def _passes(label: Tensor, first: int, count: int, seed: int, sampler: str) -> Tensor:
+    """Numbers ``first`` to ``first + count - 1`` of an endless row of passes over the images."""
+    size = len(label)
+
+    def order(number: int) -> Tensor:
+        draws = generator("cpu", seed, "extra order", number)
+        if sampler == "balanced":
+            return balanced_order(label, draws)
+        return torch.randperm(size, generator=draws)
+
+    before, skipped = divmod(first, size)
+    last = (first + count - 1) // size
+    row = torch.cat([order(number) for number in range(before, last + 1)])
+    return row[skipped : skipped + count]
+
+
+def _from_both(images: ImageSet, extra: ImageSet, indices: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The images at each index in turn; those from ``len(images)`` on are extra ones."""
+    wanted = list(indices)
+    here = [index < len(images) for index in wanted]
+
+    def part(of: ImageSet, positions: Iterator[Tensor]) -> Iterator[Tensor]:
+        return of.stream(one if of.lazy is not None else one.to(of.device) for one in positions)
+
+    own = part(images, (i[h] for i, h in zip(wanted, here, strict=True)))
+    more = part(extra, (i[~h] - len(images) for i, h in zip(wanted, here, strict=True)))
+    for first, second, is_own in zip(own, more, here, strict=True):
+        # Own images lie before the extra ones; this is where each of them belongs.
+        back = (~is_own).to(torch.uint8).argsort(stable=True).argsort()
+        yield torch.cat([first, second])[back.to(images.device)]
+
+
+def _mixture_weights(label: Tensor, extra: Tensor, classes: int, share: float) -> Tensor:
+    """:func:`balanced_weights` for batches of which a share has the labels ``extra``."""
+    counts = sum(
+        part * torch.bincount(one, minlength=classes).float() / len(one)
+        for one, part in ((label, 1 - share), (extra, share))
+    )
+    assert isinstance(counts, Tensor)
+    weights: Tensor = 1 / (counts * (counts > 0).sum())
+    return torch.where(counts > 0, weights, 0.0)
 
 
 def balanced_weights(label: Tensor, classes: int) -> Tensor:

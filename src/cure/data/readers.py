@@ -30,6 +30,9 @@ TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("test", "testing")
 VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "eval")
 
+UNLABELLED = -1
+"""Label of an extra image that has none."""
+
 _DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 # Rows of encoded images held at once while reading.
@@ -347,8 +350,13 @@ def _choose(
 # Arrays.
 
 
-def read_npz(path: Path, config: DataConfig) -> Splits:
+def read_npz(path: Path, config: DataConfig, unlabelled: bool = False) -> Splits:
     """The arrays of a ``.npz`` file, by name: ``image``/``label``, ``x_train``/``y_train``, ...
+
+    Args:
+        path: the file.
+        config: names of arrays.
+        unlabelled: whether images may have no labels; these are :data:`UNLABELLED` then.
 
     Raises:
         DataError: the file cannot be read without pickle, or has no images and labels by name.
@@ -363,7 +371,11 @@ def read_npz(path: Path, config: DataConfig) -> Splits:
             split = _npz_split(name.lower(), bases)
             if split is not None:
                 found.setdefault(split or config.train_split, {}).setdefault(kind, name)
-    splits = {split: pair for split, pair in found.items() if len(pair) == 2}
+    splits = {
+        split: pair
+        for split, pair in found.items()
+        if "image" in pair and (unlabelled or "label" in pair)
+    }
     if not splits:
         raise DataError(
             f"expected arrays 'image' and 'label' (or x_train, y_train, x_test, y_test) in "
@@ -371,7 +383,7 @@ def read_npz(path: Path, config: DataConfig) -> Splits:
             "and data.label_column"
         )
     return {
-        split: partial(_npz_table, path, split, pair["image"], pair["label"])
+        split: partial(_npz_table, path, split, pair["image"], pair.get("label"))
         for split, pair in splits.items()
     }
 
@@ -388,9 +400,11 @@ def _npz_split(name: str, bases: Sequence[str]) -> str | None:
     return None
 
 
-def _npz_table(path: Path, split: str, image: str, label: str) -> Table:
+def _npz_table(path: Path, split: str, image: str, label: str | None) -> Table:
     with _open_npz(path) as file:
-        pixels, labels = _array(file, image, path), _array(file, label, path)
+        pixels = _array(file, image, path)
+        none = np.full(len(pixels), UNLABELLED)
+        labels: NDArray[Any] = none if label is None else _array(file, label, path)
     pixels = _as_nhwc(_as_uint8(pixels, image, path), image, path)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]

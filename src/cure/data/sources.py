@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cure.config import MEMORY, DataConfig, RunConfig
 from cure.data.cache import CachePlace, decode_rows
 from cure.data.decode import Failure, damaged, failures_text
-from cure.data.folders import read_folder, read_table
+from cure.data.folders import read_folder, read_loose, read_table
 from cure.data.images import ImageSet, Skipped
 from cure.data.labels_file import LABEL_FILES
 from cure.data.readers import (
@@ -85,8 +85,8 @@ class _Opened:
 
     @classmethod
     def of(cls, config: DataConfig) -> _Opened:
-        name, splits = _open(config)
-        train = _training_split(config, splits)
+        name, splits = open_source(config)
+        train = training_split(config, splits)
         test = _test_split(config, splits, name, train)
         return cls(name, splits, train, test, _validation_split(config, splits, name, train, test))
 
@@ -251,8 +251,13 @@ def _data_root(check: bool = True) -> Path | None:
     return None
 
 
-def _open(config: DataConfig) -> tuple[str, Splits]:
-    """The name for results, and the splits of the source."""
+def open_source(config: DataConfig, unlabelled: bool = False) -> tuple[str, Splits]:
+    """The name for results, and the splits of the source.
+
+    Args:
+        config: the data section.
+        unlabelled: whether a ``.npz`` file or a folder of images may have no labels.
+    """
     source = config.source
     if source == "digits":
         return source, read_digits(config)
@@ -260,9 +265,10 @@ def _open(config: DataConfig) -> tuple[str, Splits]:
     # A folder that happens to be called cifar10 does not shadow the short name; ./cifar10 does.
     if source not in SHORT_NAMES:
         if path.is_dir():
-            return path.resolve().name or source, read_folder(path, config)
+            loose = read_loose(path, config) if unlabelled else None
+            return path.resolve().name or source, loose or read_folder(path, config)
         if path.is_file() and path.suffix.lower() == ".npz":
-            return path.stem, read_npz(path, config)
+            return path.stem, read_npz(path, config, unlabelled)
         if path.is_file() and path.suffix.lower() in LABEL_FILES:
             return path.resolve().parent.name, read_table(path, config)
         if path.is_file():
@@ -314,7 +320,8 @@ def _first_of(names: tuple[str, ...], splits: Splits, used: tuple[str | None, ..
     return next((name for name in found if name is not None and name not in used), None)
 
 
-def _training_split(config: DataConfig, splits: Splits) -> str | None:
+def training_split(config: DataConfig, splits: Splits) -> str | None:
+    """The split to train on, or None where there is none of the name."""
     found = _match(config.train_split, splits)
     if found is None and config.train_split in TRAIN_SPLITS:
         found = _first_of(TRAIN_SPLITS, splits, ())

@@ -3,7 +3,8 @@
 What a folder holds:
 
 - ``config.yaml``: every setting of the run; ``environment.json``: versions and hardware.
-- ``data.json``: classes and size of the images.
+- ``data.json``: classes and size of the images, and what was found in them.
+- ``extra.safetensors``: which extra images are trained on, and their labels.
 - ``metrics.jsonl``: a line an epoch, the same bits for the same run; ``timing.jsonl``: seconds.
 - ``gradients.jsonl``, ``gradients.safetensors``: what ``training.record_gradients`` records.
 - ``status.json``: how far the run came; ``outcome.json``: what it gained.

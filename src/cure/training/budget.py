@@ -87,6 +87,8 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
         class_weights=config.training.class_weights,
         rank=engine.rank,
         world=engine.world,
+        extra=None if prepared.extra is None else prepared.extra.images.to(engine.device),
+        extra_share=config.data.extra_share,
     )
 
     def step(batch: Batch) -> None:

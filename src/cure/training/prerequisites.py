@@ -201,7 +201,15 @@ def _train(
         # A tracker that fails is reported also where the run is quiet.
         trackers += trackers_of(folder.path, config, terminal.warn)
     trainer = Trainer(
-        config, method, prepared.training, prepared.validation, engine, folder, trackers, verdict
+        config,
+        method,
+        prepared.training,
+        prepared.validation,
+        engine,
+        folder,
+        trackers,
+        verdict,
+        None if prepared.extra is None else prepared.extra.images,
     )
     for sentence in method.warnings():
         for tracker in trackers:

@@ -73,6 +73,7 @@ def memory_need(config: RunConfig, method: Method, prepared: Prepared) -> Memory
     fixed = owned + COPIES * trainable
     if engine.device.type == "cuda":
         fixed += prepared.training.nbytes + prepared.validation.nbytes
+        fixed += 0 if prepared.extra is None else prepared.extra.images.nbytes
     return MemoryNeed(
         fixed,
         round((method.graphs + PASSING) * activations),

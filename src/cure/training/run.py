@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ def train(
         found = account_of_run(
             config.data, prepared.training, prepared.validation, with_test, place
         )
+        if prepared.extra is not None:
+            found = replace(found, extra=prepared.extra.account)
         made = RunFolder.create(run, config, prepared.training.kind, found.content())
+        if prepared.extra is not None:
+            prepared.extra.save(made)
         if not quiet:
             for line in found.lines():
                 terminal.say(line)

@@ -33,6 +33,7 @@ from cure.models.checks import check_outputs
 from cure.models.trial import check_trainable, traits_of
 from cure.recipe import check, override, read_recipe
 from cure.runs.folder import RunFolder
+from cure.training.extra import Extra, choose_extra, is_chosen
 from cure.training.schedule import learning_rate, progress_at
 from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
@@ -50,6 +51,7 @@ class Prepared:
         network: the network at its start; a natural start is loaded later.
         initial: the same network as it was built.
         teachers: networks by role; one that is yet to be trained has its first weights.
+        extra: more images to train on.
     """
 
     engine: Engine
@@ -58,6 +60,7 @@ class Prepared:
     network: nn.Module
     initial: nn.Module
     teachers: dict[str, nn.Module] = field(default_factory=dict)
+    extra: Extra | None = None
 
 
 def prepare(
@@ -82,8 +85,17 @@ def prepare(
         place = CachePlace.beside(None if folder is None else folder.path)
     if engine.rank:
         place = replace(place, say=no_words)
+    labeller = None
     with engine.agreeing():
-        return _prepared(config, images, model, folder, engine, place)
+        prepared = _prepared(config, images, model, folder, engine, place)
+        if config.data.extra_labels is not None and not is_chosen(folder):
+            source = TeacherConfig(path=config.data.extra_labels)
+            labeller = _teacher("data.extra_labels", source, config, prepared)
+    if config.data.extra is None:
+        return prepared
+    training, validation = prepared.training, prepared.validation
+    extra = choose_extra(config, training, validation, labeller, engine, folder, place)
+    return replace(prepared, extra=extra)
 
 
 def _prepared(

@@ -67,6 +67,7 @@ class Trainer:
         folder: RunFolder,
         trackers: Sequence[Tracker] = (),
         verdict: bool = True,
+        extra: ImageSet | None = None,
     ) -> None:
         self.config = config
         # Whether start and end are compared: not in a run that another one needs first.
@@ -74,6 +75,7 @@ class Trainer:
         self.method = method
         self.training = training.to(engine.device)
         self.validation = validation.to(engine.device)
+        self.extra = None if extra is None else extra.to(engine.device)
         self.engine = engine
         self.folder = folder
         self.trackers = trackers
@@ -169,6 +171,8 @@ class Trainer:
             start=self.done % self.steps_per_epoch,
             rank=self.engine.rank,
             world=self.engine.world,
+            extra=self.extra,
+            extra_share=self.config.data.extra_share,
         ):
             metrics = self.train_step(batch)
             self.totals.add(metrics, batch.step)
