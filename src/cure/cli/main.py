@@ -177,6 +177,18 @@ def evaluate(
             help="Stop attacking after so long and say what is missing; the same command goes on.",
         ),
     ] = None,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="Also attack in the other norms, at customary radii.")
+    ] = False,
+    bounds: Annotated[
+        bool, typer.Option("--bounds", help="Also prove accuracy in Linf by interval bounds.")
+    ] = False,
+    smoothing: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SIGMA", help="Also certify the network that Gaussian noise smooths: 0.25."
+        ),
+    ] = None,
 ) -> None:
     """Measure accuracy on natural and on attacked images."""
     from cure.evaluation import evaluate as api
@@ -209,6 +221,9 @@ def evaluate(
             robustbench=robustbench,
             adversarial=adversarial,
             time_limit=time_limit,
+            unseen=unseen,
+            bounds=bounds,
+            smoothing=smoothing,
             progress=progress,
             **options,
         )

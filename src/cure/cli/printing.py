@@ -73,6 +73,7 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
     if "float" in result:
         print_replay(result)
     print_distances(result)
+    print_beyond(result)
     for check in result["diagnosis"]["checks"]:
         if check["status"] != "pass":
             warn(f"warning: {check['name']}: {check['meaning']}")
@@ -89,6 +90,36 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
             say(f"met: {row['requirement']} ({row['measured']})")
         else:
             warn(f"not met: {row['requirement']}: {row['measured']}")
+
+
+def print_beyond(result: dict[str, Any]) -> None:
+    """Unseen threats and certificates, where they were asked for."""
+    rows = []
+    for name, part in result.get("unseen", {}).items():
+        if name == "all_threats":
+            rows.append(("every attack in every norm", part))
+            continue
+        threat = f"{name} {part['threat']['epsilon_text']}, not trained for: "
+        rows += [(threat + attack, found) for attack, found in part["attacks"].items()]
+        rows += [(threat + attack, found) for attack, found in part.get("unfinished", {}).items()]
+        if "worst_case" in part:
+            rows.append((threat + "worst case", part["worst_case"]))
+    if "verified" in result:
+        threat = f"{result['threat']['norm']} {result['threat']['epsilon_text']}"
+        rows.append((f"proved by interval bounds, {threat}", result["verified"]))
+    if "smoothed" in result:
+        part = result["smoothed"]
+        sigma = part["settings"]["sigma"]
+        smooth = f"network smoothed by noise {sigma:g}"
+        rows += [(f"{smooth}, certified in L2 {p['radius']:g}", p) for p in part["points"]]
+    if not rows:
+        return
+    table = Table(title="beyond the threat: accuracy in percent, 95 % interval")
+    for heading in ("", "accuracy"):
+        table.add_column(heading, justify="right" if table.columns else "left")
+    for name, part in rows:
+        table.add_row(escape(name), _accuracy(part))
+    out.print(table)
 
 
 def print_replay(result: dict[str, Any]) -> None:

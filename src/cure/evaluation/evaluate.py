@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Any, Literal, Unpack
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
 from cure.errors import CheckpointError, ConfigError, CureNote, notes_kept
 from cure.evaluation.auto import AUTO, choose_attacks
+from cure.evaluation.bounds import check_linf, verified_accuracy
 from cure.evaluation.diagnosis import cheap_checks
 from cure.evaluation.gate import Requirement, check_requirements
 from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
@@ -29,7 +30,9 @@ from cure.evaluation.robustbench import (
     save_adversarial,
 )
 from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, no_progress
+from cure.evaluation.smoothing import check_sigma, smoothed_accuracy
 from cure.evaluation.target import Target, TargetLike, describe_images
+from cure.evaluation.unseen import unseen_threats
 from cure.models import describe
 from cure.models.failure import network_errors
 from cure.models.trial import traits_of
@@ -60,6 +63,9 @@ def evaluate(
     adversarial: str | Path | None = None,
     time_limit: float | None = None,
     per_image: bool = False,
+    unseen: bool = False,
+    bounds: bool = False,
+    smoothing: float | None = None,
     progress: Progress = no_progress,
     **options: Unpack[TargetKeywords],
 ) -> Result:
@@ -96,6 +102,12 @@ def evaluate(
             "unfinished".
         per_image: also keep which images are right, for paired comparisons
             (:func:`cure.evaluation.metrics.unpack` reads it).
+        unseen: also attack in the other two norms, at customary radii
+            (:func:`cure.evaluation.unseen.customary`).
+        bounds: also prove accuracy within the threat by interval bounds
+            (:mod:`cure.evaluation.bounds`).
+        smoothing: standard deviation of Gaussian noise, such as 0.25: also certify the network that
+            this noise smooths (:mod:`cure.evaluation.smoothing`).
         progress: called with (attack, images done, images in all).
         options: ``data``, ``split``, ``limit``, ``checkpoint``, ``weights``, ``mean``, ``std``,
             ``options``, ``data_options``, ``batch_size``, ``device``, ``seed``: see
@@ -139,12 +151,19 @@ def evaluate(
             transfer,
             output,
             keep_images=adversarial is not None,
-            per_image=per_image,
+            per_image=per_image or unseen,
             float_network=float_network,
             time_limit=time_limit,
         )
+        if bounds:
+            check_linf(evaluation.threat)
+        if smoothing is not None:
+            check_sigma(smoothing)
         with evaluation.journal, network_errors():
             result = _measure(evaluation, time_limit, progress)
+            if unseen:
+                result["unseen"] = _unseen(evaluation, result, time_limit, progress)
+            result |= _certificates(evaluation, bounds, smoothing, progress)
             note = masking_note(result)
             if note:
                 warnings.warn(note, CureNote, stacklevel=2)
@@ -314,6 +333,42 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
         "batch_size": target.batch_size,
         "environment": environment(),
     }
+
+
+def _unseen(
+    this: _Prepared, result: Result, time_limit: float | None, progress: Progress
+) -> Result:
+    """Accuracy in the other norms."""
+    return unseen_threats(
+        result,
+        this.model,
+        this.images,
+        this.threat,
+        engine=this.engine,
+        batch_size=this.target.batch_size,
+        seed=this.target.options.seed,
+        time_limit=time_limit,
+        progress=progress,
+    )
+
+
+def _certificates(
+    this: _Prepared, bounds: bool, smoothing: float | None, progress: Progress
+) -> Result:
+    """What can be proved; the first rank does it for all."""
+    size, engine, found = this.target.batch_size, this.engine, Result()
+    alone = replace(engine, rank=0, world=1, precision="fp32")
+    common: dict[str, Any] = {"engine": alone, "batch_size": size, "progress": progress}
+    if bounds:
+        found["verified"] = engine.first(
+            lambda: verified_accuracy(this.model, this.images, this.threat, **common)
+        )
+    if smoothing is not None:
+        seed = this.target.options.seed
+        found["smoothed"] = engine.first(
+            lambda: smoothed_accuracy(this.model, this.images, smoothing, seed=seed, **common)
+        )
+    return found
 
 
 def _record(

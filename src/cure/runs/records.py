@@ -540,6 +540,22 @@ class ResultRecord(FileRecord):
         return self.environment.time
 
 
+class UnseenThreat(Record):
+    """Accuracy under a threat that the network was not trained for."""
+
+    threat: ThreatFacts
+    attacks: dict[str, AttackAccuracy]
+    worst_case: Accuracy | None = None
+
+
+class Smoothed(Accuracy):
+    """Certified accuracy of the network that Gaussian noise smooths."""
+
+    abstained: float
+    points: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+
 class EvaluationRecord(ResultRecord):
     """A result of ``cure evaluate``; docs/result-files.md explains its keys."""
 
@@ -554,6 +570,11 @@ class EvaluationRecord(ResultRecord):
     unfinished: dict[str, Unfinished] | None = None
     worst_case: Accuracy | None = None
     nrr: dict[str, float | None]
+    unseen: dict[str, UnseenThreat | Accuracy] | None = None
+    """By norm; and "all_threats" over all of them."""
+    verified: Accuracy | None = None
+    """What interval bounds prove."""
+    smoothed: Smoothed | None = None
     diagnosis: Findings | None = None
     notes: list[str] = Field(default_factory=list)
     """What was decided for the user while evaluating, a sentence each."""

@@ -1,0 +1,117 @@
+"""Accuracy under threats that a network was not trained for: the other norms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cure.attacks import Threat
+from cure.config import Ratio
+from cure.data import ImageSet
+from cure.evaluation.metrics import Result, accuracy_of, unpack
+from cure.evaluation.runner import Progress, measure, no_progress
+from cure.utils.engine import Engine
+
+ATTACKS = ("apgd-ce", "apgd-t")
+"""What runs in each unseen norm; of fewer than four classes, the first alone."""
+
+_VALUES = {"small": 3 * 32 * 32, "photo": 3 * 224 * 224}
+_LARGEST_SMALL = 3 * 64 * 64
+
+
+def customary(norm: Literal["Linf", "L2", "L1"], values: int) -> Threat:
+    """The radius that papers use in a norm, for images of so many values (channels x pixels).
+
+    CIFAR-10: 8/255, 0.5 and 12; ImageNet: 4/255, 2 and 255.  Other sizes take those of CIFAR-10 up
+    to 64x64 RGB, else of ImageNet: in L2 times the root of the ratio of values, in L1 times the
+    ratio.
+
+    Source: Croce and Hein, "Adversarial robustness against multiple and single lp-threat models via
+    quick fine-tuning of robust classifiers", ICML 2022.
+
+    >>> customary("L2", 3 * 32 * 32).epsilon, customary("L1", 32 * 32).epsilon
+    (0.5, 4.0)
+    """
+    kind = "small" if values <= _LARGEST_SMALL else "photo"
+    ratio = values / _VALUES[kind]
+    if norm == "Linf":
+        return Threat(norm, Ratio("8/255" if kind == "small" else "4/255"))
+    if norm == "L2":
+        return Threat(norm, Ratio(f"{(0.5 if kind == 'small' else 2) * ratio**0.5:.4g}"))
+    return Threat(norm, Ratio(f"{(12 if kind == 'small' else 255) * ratio:.4g}"))
+
+
+def unseen_threats(
+    measured: Result,
+    model: nn.Module,
+    images: ImageSet,
+    threat: Threat,
+    *,
+    engine: Engine,
+    batch_size: int,
+    seed: int = 0,
+    time_limit: float | None = None,
+    progress: Progress = no_progress,
+) -> Result:
+    """Accuracy in the norms that ``threat`` has not, and under all threats together.
+
+    Args:
+        measured: what :func:`~cure.evaluation.runner.measure` gave under ``threat``, with
+            ``per_image``.
+        model: as for :func:`~cure.evaluation.runner.measure`.
+        images: as there.
+        threat: the threat that is not unseen.
+        engine: in bfloat16 attacks it is used in float32 here.
+        batch_size: images attacked at once.
+        seed: of random starts.
+        time_limit: seconds for each norm.
+        progress: called as there.
+
+    Returns:
+        By norm ``threat``, ``attacks``, ``worst_case`` and, out of time, ``unfinished``; and
+        ``all_threats``, images that are right under every attack in every norm.
+    """
+    classes = len(images.classes)
+    attacks = ATTACKS if classes >= 4 else ATTACKS[:1]
+    rights = [unpack(part["right"], part["n"]) for part in measured["attacks"].values()]
+    found: Result = {}
+    norms: tuple[Literal["Linf", "L2", "L1"], ...] = ("Linf", "L2", "L1")
+    for norm in norms:
+        if norm == threat.norm:
+            continue
+        other = customary(norm, images.image[0].numel())
+
+        def tell(name: str, done: int, count: int, norm: str = norm) -> None:
+            progress(f"{norm} {name}", done, count)
+
+        own = measure(
+            model,
+            images,
+            attacks,
+            other,
+            engine=replace(engine, precision="fp32"),
+            batch_size=batch_size,
+            seed=seed,
+            time_limit=time_limit,
+            progress=tell,
+            per_image=True,
+        )
+        rights += [unpack(part.pop("right"), part["n"]) for part in own["attacks"].values()]
+        kept = {k: own[k] for k in ("attacks", "worst_case", "unfinished") if k in own}
+        found[norm] = {
+            "threat": {
+                "norm": norm,
+                "epsilon": float(other.epsilon),
+                "epsilon_text": str(other.epsilon),
+            },
+            **kept,
+        }
+    complete = not any("unfinished" in part for part in (measured, *found.values()))
+    if complete and rights:
+        union = torch.stack([torch.from_numpy(right) for right in rights]).all(0)
+        found["all_threats"] = accuracy_of(union, 0.0)
+        del found["all_threats"]["seconds"]
+    return found
