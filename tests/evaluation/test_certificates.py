@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import cure
 from cure.attacks import Threat
+from cure.cli.printing import print_beyond
 from cure.data import ImageSet
 from cure.errors import ConfigError, ModelError
 from cure.evaluation.bounds import logit_bounds, verified_accuracy
@@ -20,6 +22,7 @@ from cure.evaluation.smoothing import certified_radius, lower_bound, smoothed_ac
 from cure.evaluation.unseen import customary
 from cure.models.resnet import resnet10
 from cure.models.small_cnn import small_cnn
+from cure.runs.records import EvaluationRecord
 from cure.utils.engine import Engine
 
 ENGINE = Engine.for_evaluation("cpu")
@@ -72,7 +75,7 @@ class Mixed(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         hidden = torch.relu(self.norm(self.first((image - 0.5) / -0.25)))
         hidden = hidden + self.second(hidden)
-        hidden = torch.cat([nn.functional.relu(hidden), 2 - 3 * hidden], 1)
+        hidden = torch.cat([nn.functional.relu(hidden) - hidden, 2 + -3 * hidden], 1)
         return self.last(self.pool(hidden).mean(dim=(2, 3)).view(image.size(0), -1))
 
 
@@ -204,7 +207,9 @@ def test_customary_radii_are_those_of_papers_and_grow_with_images() -> None:
     assert given["L1", tiny] == 0.25
 
 
-def test_an_evaluation_has_unseen_threats_and_certificates() -> None:
+def test_an_evaluation_has_unseen_threats_and_certificates(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     torch.manual_seed(5)
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 4)).eval()
     data = images(16)
@@ -212,8 +217,34 @@ def test_an_evaluation_has_unseen_threats_and_certificates() -> None:
         label = network(data.image / 255).argmax(1)
     data = ImageSet.of(data.image, label, data.classes)
     result = cure.evaluate(
-        network, data=data, attacks="pgd20", epsilon=0.01, unseen=True, bounds=True, smoothing=0.1
+        network,
+        data=data,
+        attacks="pgd20",
+        epsilon=0.01,
+        unseen=True,
+        bounds=True,
+        smoothing=0.1,
+        output=tmp_path / "result.json",
     )
+    kept = EvaluationRecord.read(tmp_path / "result.json")
+    titles = [title for title, _ in kept.beyond()]
+    assert titles[:4] == [
+        "L2 0.07217, not asked for: apgd-ce",
+        "L2 0.07217, not asked for: apgd-t",
+        "L2 0.07217, not asked for: worst case",
+        "L1 0.25, not asked for: apgd-ce",
+    ]
+    assert titles[6:] == [
+        "every attack in every norm",
+        "proved by interval bounds, Linf 0.01",
+        "smoothed by noise 0.1, certified in L2 0",
+        "smoothed by noise 0.1, certified in L2 0.1",
+        "smoothed by noise 0.1, certified in L2 0.2",
+    ]
+    print_beyond(result)
+    printed = " ".join(capsys.readouterr().out.split())
+    proved = f"{result['verified']['accuracy']:.1f} ("
+    assert f"proved by interval bounds, Linf 0.01 │ {proved}" in printed
     assert list(result["unseen"]) == ["L2", "L1", "all_threats"]
     assert result["unseen"]["L1"]["threat"] == {
         "norm": "L1",

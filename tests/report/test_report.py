@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted_runs import corruptions, diagnosis, evaluation, hostile_runs, plant, whole_run, write
+from planted_runs import (
+    cell,
+    corruptions,
+    diagnosis,
+    evaluation,
+    hostile_runs,
+    plant,
+    whole_run,
+    write,
+)
 from reading_pages import SECTIONS, Element, cells, drawings, read
 
 import cure
@@ -114,6 +123,30 @@ def test_accuracies_are_those_of_the_results(tree: Element, written: Path) -> No
     assert natural[0] == "2 robust/natural"
     assert natural[2].startswith("95.0 (")
     assert natural[4].startswith("0.0 (0.0-1.9)")
+
+
+def test_unseen_threats_and_certificates_stand_below_the_accuracies(tmp_path: Path) -> None:
+    ball = {"norm": "L2", "epsilon": 0.5, "epsilon_text": "0.5"}
+    attacks = {"apgd-ce": cell(31, 200) | {"settings": {}}}
+    left = {"bounds": [5.0, 15.5], "undecided": 21, "n": 200, "stopped_in": "apgd-t"}
+    result = evaluation("wide") | {
+        "unseen": {
+            "L2": {"threat": ball, "attacks": attacks, "unfinished": {"apgd-t": left}},
+            "all_threats": cell(17, 200),
+        },
+        "verified": cell(3, 200),
+    }
+    file = write(tmp_path / "wide.json", result)
+    page = write_report([file], output=tmp_path / "page.html").read_text(encoding="utf-8")
+    words = " ".join(re.sub("<[^>]*>", " ", page).split())
+    assert "L2 0.5, not asked for: apgd-ce 15.5" in words
+    assert "L2 0.5, not asked for: apgd-t unfinished: 5.0 to 15.5" in words
+    assert "every attack in every norm 8.5" in words
+    assert "proved by interval bounds, Linf 0.1 1.5" in words
+    plain = write_report(
+        [write(tmp_path / "plain.json", evaluation("wide"))], output=tmp_path / "p"
+    )
+    assert "Beyond the threat" not in plain.read_text(encoding="utf-8")
 
 
 def test_the_verdict_has_numbers_intervals_images_and_the_start(tree: Element) -> None:

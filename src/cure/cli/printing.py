@@ -94,31 +94,16 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
 
 def print_beyond(result: dict[str, Any]) -> None:
     """Unseen threats and certificates, where they were asked for."""
-    rows = []
-    for name, part in result.get("unseen", {}).items():
-        if name == "all_threats":
-            rows.append(("every attack in every norm", part))
-            continue
-        threat = f"{name} {part['threat']['epsilon_text']}, not trained for: "
-        rows += [(threat + attack, found) for attack, found in part["attacks"].items()]
-        rows += [(threat + attack, found) for attack, found in part.get("unfinished", {}).items()]
-        if "worst_case" in part:
-            rows.append((threat + "worst case", part["worst_case"]))
-    if "verified" in result:
-        threat = f"{result['threat']['norm']} {result['threat']['epsilon_text']}"
-        rows.append((f"proved by interval bounds, {threat}", result["verified"]))
-    if "smoothed" in result:
-        part = result["smoothed"]
-        sigma = part["settings"]["sigma"]
-        smooth = f"network smoothed by noise {sigma:g}"
-        rows += [(f"{smooth}, certified in L2 {p['radius']:g}", p) for p in part["points"]]
+    from cure.runs.records import EvaluationRecord
+
+    rows = EvaluationRecord.parse(result, "the result").beyond()
     if not rows:
         return
     table = Table(title="beyond the threat: accuracy in percent, 95 % interval")
     for heading in ("", "accuracy"):
         table.add_column(heading, justify="right" if table.columns else "left")
     for name, part in rows:
-        table.add_row(escape(name), _accuracy(part))
+        table.add_row(escape(name), _accuracy(part.content()))
     out.print(table)
 
 

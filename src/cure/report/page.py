@@ -30,10 +30,11 @@ from cure.report.components import (
     Missing,
     Section,
     Words,
+    share_cell,
     written,
 )
 from cure.report.loader import Entry, PageInputs, StudyResult, load_inputs
-from cure.runs.records import Environment
+from cure.runs.records import Environment, Unfinished
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.utils.io import check_free, write_text
@@ -329,7 +330,24 @@ def _accuracies(
     if not measured.groups:
         return [Missing("No network of this page was evaluated.", [f"cure evaluate {where}"])]
     drawn = figures.by_attack(main, place)
-    return [*tables(entries, measured), *([drawn] if drawn else [])]
+    beyond = _beyond(entries, place)
+    return [*tables(entries, measured), *([drawn] if drawn else []), *beyond]
+
+
+def _beyond(entries: Sequence[Entry], place: Mapping[str, int]) -> list[Block]:
+    """Unseen threats and certificates of the newest results that have any."""
+    rows = []
+    for entry in entries:
+        found = [told for result in entry.evaluations if (told := result.beyond())]
+        for title, part in found[-1] if found else ():
+            if isinstance(part, Unfinished):
+                low, high = part.bounds
+                cell = Cell(f"unfinished: {written(low)} to {written(high)}")
+            else:
+                cell = share_cell(part)
+            rows.append([Cell(entry.name, series=place[entry.name]), Cell(title), cell])
+    caption = "Beyond the threat: other norms, and what is proved; images correct in %"
+    return [Grid(caption, ["network", "measured", "accuracy"], rows, words=2)] if rows else []
 
 
 def _trade_off(

@@ -546,13 +546,20 @@ class UnseenThreat(Record):
     threat: ThreatFacts
     attacks: dict[str, AttackAccuracy]
     worst_case: Accuracy | None = None
+    unfinished: dict[str, Unfinished] | None = None
+
+
+class CertifiedPoint(Share):
+    """Accuracy that is certified at one radius."""
+
+    radius: float
 
 
 class Smoothed(Accuracy):
     """Certified accuracy of the network that Gaussian noise smooths."""
 
     abstained: float
-    points: list[dict[str, Any]]
+    points: list[CertifiedPoint]
     settings: dict[str, Any]
 
 
@@ -584,6 +591,26 @@ class EvaluationRecord(ResultRecord):
     seed: int | None = None
     batch_size: int | None = None
     environment: TimedEnvironment
+
+    def beyond(self) -> list[tuple[str, Share | Unfinished]]:
+        """What was measured beyond the threat: unseen threats and certificates, with titles."""
+        rows: list[tuple[str, Share | Unfinished]] = []
+        for norm, part in (self.unseen or {}).items():
+            if isinstance(part, Accuracy):
+                rows.append(("every attack in every norm", part))
+                continue
+            title = f"{norm} {part.threat.epsilon_text}, not asked for"
+            found = part.attacks | (part.unfinished or {})
+            rows += [(f"{title}: {attack}", cell) for attack, cell in found.items()]
+            if part.worst_case is not None:
+                rows.append((f"{title}: worst case", part.worst_case))
+        if self.verified is not None:
+            ball = f"{self.threat.norm} {self.threat.epsilon_text}"
+            rows.append((f"proved by interval bounds, {ball}", self.verified))
+        if self.smoothed is not None:
+            title = f"smoothed by noise {self.smoothed.settings['sigma']:g}, certified in L2"
+            rows += [(f"{title} {point.radius:g}", point) for point in self.smoothed.points]
+        return rows
 
 
 class CorruptionAccuracy(Share):
