@@ -168,3 +168,15 @@ def test_the_workflow_runs_here(
     uploads = [step["with"] for step in steps if "upload" in step.get("uses", "")]
     assert uploads[0]["sarif_file"] in words
     assert set(uploads[1]["path"].split()) <= set(words)
+
+
+def test_a_program_is_evaluated_as_its_run(run: cure.Run, tmp_path: Path) -> None:
+    file = cure.export(run, "torch-export", tmp_path)
+    given = {"attacks": "pgd5", "limit": 40}
+    ours = cure.evaluate(run, **given)
+    theirs = cure.evaluate(file, data="digits", **given)
+    assert theirs["natural"]["correct"] == ours["natural"]["correct"]
+    assert theirs["attacks"]["pgd5"]["accuracy"] == ours["attacks"]["pgd5"]["accuracy"]
+    assert theirs["threat"] == ours["threat"]
+    assert theirs["model"]["method"] == "at"
+    assert cure.from_pretrained(file).contract.classes == [str(n) for n in range(10)]

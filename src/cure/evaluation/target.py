@@ -22,7 +22,7 @@ from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, DataError, unknown
 from cure.evaluation.options import TargetKeywords, TargetOptions
 from cure.models import MODELS, Normalised, build_model, load_weights
-from cure.models.artefact import WEIGHTS, contract_of, from_pretrained, is_artefact
+from cure.models.artefact import WEIGHTS, WHOLE, contract_of, from_pretrained, is_artefact
 from cure.models.build import adapted_copy, network_of
 from cure.models.contract import Contract
 from cure.models.onnx_network import OnnxNetwork
@@ -63,7 +63,7 @@ class Target:
         Args:
             given: a run (or its folder), a network, or the name of one (``cure list models``,
                 ``package.module:callable``, ``hf:...``, ``timm:...``); or a file or hub folder of
-                ``cure export``, or an ONNX file of others.
+                ``cure export``, or an ONNX or torch.export file of others.
             options: see :class:`~cure.evaluation.options.TargetOptions`.
 
         Raises:
@@ -125,8 +125,8 @@ class Target:
 
     @classmethod
     def _of_artefact(cls, path: Path, how: TargetOptions) -> Target:
-        """A file or hub folder of ``cure export``, or an ONNX file of others."""
-        network = OnnxNetwork(path) if path.suffix == ".onnx" else None
+        """A file or hub folder of ``cure export``, or an ONNX or torch.export file of others."""
+        network = WHOLE[path.suffix](path) if path.suffix in WHOLE else None
         contract = contract_of(path) if network is None else network.contract
         given: list[Any] = [how.weights, how.options or None]
         if contract is not None:
@@ -162,7 +162,8 @@ class Target:
                 "run_seed": known.get("seed"),
             }
         elif network is not None:
-            facts["precision"] = "int8" if network.quantised else "float32"
+            quantised = isinstance(network, OnnxNetwork) and network.quantised
+            facts["precision"] = "int8" if quantised else "float32"
         return cls(path.name, facts, how, build, contract=contract)
 
     @property

@@ -1,4 +1,4 @@
-"""Exported networks read back: ONNX and safetensors files with a contract, and hub folders."""
+"""Exported networks read back: ONNX, safetensors and torch.export files, and hub folders."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cure.config import ModelConfig
-from cure.errors import CheckpointError, ConfigError, ModelError
+from cure.errors import CheckpointError, ModelError
 from cure.models.build import adapted_copy, build_model
 from cure.models.checkpoint import load_weights
 from cure.models.contract import Contract
 from cure.models.onnx_network import OnnxNetwork
+from cure.models.program_network import ProgramNetwork
 from cure.models.registry import MODELS
 from cure.utils.io import first_line, read_json
 
 CONFIG, WEIGHTS, SECTION = "config.json", "model.safetensors", "cure"
 """Files of a hub folder, and the key of the contract in the first."""
+
+WHOLE: dict[str, type[OnnxNetwork] | type[ProgramNetwork]] = {
+    ".onnx": OnnxNetwork,
+    ".pt2": ProgramNetwork,
+}
+"""Files that hold the computation too, by suffix."""
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -28,7 +35,7 @@ def contract_of(path: str | Path) -> Contract | None:
     """The contract of an exported file or hub folder; None where it has none.
 
     Args:
-        path: an ``.onnx`` or ``.safetensors`` file, or a folder with ``config.json``.
+        path: an ``.onnx``, ``.pt2`` or ``.safetensors`` file, or a folder with ``config.json``.
 
     Raises:
         CheckpointError: when the file or its contract is damaged.
@@ -39,8 +46,8 @@ def contract_of(path: str | Path) -> Contract | None:
         content = read_json(file) if file.is_file() else None
         found = content.get(SECTION) if isinstance(content, dict) else None
         return None if found is None else Contract.parse(found, file)
-    if path.suffix == ".onnx":
-        return OnnxNetwork(path).contract
+    if path.suffix in WHOLE:
+        return WHOLE[path.suffix](path).contract
     try:
         with safe_open(str(path), framework="pt") as opened:
             return Contract.of_metadata(opened.metadata() or {}, path)
@@ -51,17 +58,8 @@ def contract_of(path: str | Path) -> Contract | None:
 
 
 def is_artefact(path: Path) -> bool:
-    """Whether a file or folder is an exported network.
-
-    Raises:
-        ConfigError: of a torch.export program, which is not read.
-    """
-    if path.suffix == ".pt2":
-        raise ConfigError(
-            f"{path} is a torch.export program, which PyTorch reads with pickle, and pickle can "
-            "run code; evaluate what was exported beside it: --to onnx or --to safetensors"
-        )
-    if path.suffix == ".onnx":
+    """Whether a file or folder is an exported network."""
+    if path.suffix in WHOLE:
         return True
     if path.is_dir() or (path.suffix == ".safetensors" and path.is_file()):
         return contract_of(path) is not None
@@ -71,11 +69,12 @@ def is_artefact(path: Path) -> bool:
 def from_pretrained(name: str | Path, *, network: nn.Module | None = None) -> nn.Module:
     """A network that ``cure export`` wrote: a hub folder, its name on the hub, or one file.
 
-    A folder or file is read without a connection, and nothing in it is run: weights are
-    safetensors or ONNX, and code that a file names is not imported.
+    A folder or file is read without a connection and without pickle: of ONNX and torch.export
+    files nothing but operators on tensors is run, and code that a file names is not imported.
 
     Args:
-        name: a folder, an ``.onnx`` or ``.safetensors`` file, or ``owner/name`` on the hub.
+        name: a folder, an ``.onnx``, ``.pt2`` or ``.safetensors`` file, or ``owner/name`` on the
+            hub.
         network: a new instance of your own network, where it is none of ``cure list models``; the
             weights are put into a copy.
 
@@ -102,8 +101,8 @@ def from_pretrained(name: str | Path, *, network: nn.Module | None = None) -> nn
 
 
 def _built(path: Path, contract: Contract, network: nn.Module | None) -> nn.Module:
-    if path.suffix == ".onnx":
-        return OnnxNetwork(path)
+    if path.suffix in WHOLE:
+        return WHOLE[path.suffix](path)
     name, kind = str(contract.network.get("name", "")), contract.kind
     options: dict[str, Any] = dict(contract.network.get("options", {}))
     constants: dict[str, Any] = {}
