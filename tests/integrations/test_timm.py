@@ -175,3 +175,36 @@ def test_a_missing_timm_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "timm.task", None)
     with pytest.raises(ModelError, match=r"needs timm 1.0.27 or newer .* pip install 'cure-at"):
         importlib.import_module("cure.integrations.timm")
+
+
+def test_a_hub_folder_of_a_timm_network_loads_in_timm(
+    timm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``cure export --to hub`` of a network of timm: timm builds the same network from it."""
+    monkeypatch.chdir(tmp_path)
+    pixels = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    data = (pixels, ["bright" if number else "dark" for number in (torch.arange(40) % 2).tolist()])
+    settings = {
+        "method": "natural",
+        "start": "scratch",
+        "model": "timm:test_resnet",
+        "model.mean": [0.4] * 3,
+        "model.std": [0.2] * 3,
+        "data.validation": 10,
+        "training.epochs": 1,
+        "training.batch_size": 10,
+        "training.threads": 1,
+        "training.validation_steps": 1,
+    }
+    run = cure.train("digits", settings, run=tmp_path / "run", data=data, quiet=True)
+    made = cure.export(run, "hub", tmp_path / "hub", data=data)
+    theirs = timm.create_model(f"local-dir:{made}", pretrained=True).eval()
+    about = theirs.pretrained_cfg
+    assert about["label_names"] == ["bright", "dark"]
+    assert about["mean"] == pytest.approx([0.4] * 3)
+    assert about["std"] == pytest.approx([0.2] * 3)
+    assert tuple(about["input_size"]) == (3, 32, 32)
+    with torch.no_grad():
+        logits = theirs((pixels[:4] / 255 - 0.4) / 0.2)
+        torch.testing.assert_close(logits, run.model()(pixels[:4] / 255), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(cure.from_pretrained(made)(pixels[:4] / 255), logits)

@@ -70,6 +70,7 @@ def _config(model: nn.Module, contract: Contract) -> dict[str, Any]:
     if name.startswith("timm:"):
         size = [contract.preprocessing.channels, *contract.preprocessing.size]
         constants = contract.normalisation
+        known = getattr(core(model), "pretrained_cfg", None) or {}
         options = {
             key: value
             for key, value in contract.network["options"].items()
@@ -83,7 +84,8 @@ def _config(model: nn.Module, contract: Contract) -> dict[str, Any]:
             "pretrained_cfg": {
                 "num_classes": len(classes),
                 "input_size": size,
-                "fixed_input_size": True,
+                # timm gives networks with a fixed size the argument img_size, which others lack.
+                "fixed_input_size": bool(known.get("fixed_input_size")),
                 "interpolation": "bicubic",
                 "crop_pct": 1.0,
                 "crop_mode": "center" if contract.preprocessing.fit == "crop" else "squash",
