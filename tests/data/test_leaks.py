@@ -14,7 +14,7 @@ from cure.data import ImageSet, load
 from cure.data.decode import open_image
 from cure.data.leaks import COPY, alignment, dhash, nearest, threshold
 
-CHANGES = ("exact", "mirrored", "jpeg", "moved", "cropped", "mirrored and cropped")
+CHANGES = ("exact", "mirrored", "jpeg", "moved", "moved far", "cropped", "mirrored and cropped")
 
 
 def scenes(count: int, seed: int, split: str = "train", side: int = 32) -> ImageSet:
@@ -56,8 +56,9 @@ def planted(image: torch.Tensor, how: str) -> torch.Tensor:
         image = inner.round().to(torch.uint8)
     if how == "jpeg":
         image = jpeg(image, 60)
-    if how == "moved":
-        image = F.pad(image, (0, 2, 2, 0))[..., :-2, 2:]
+    if how.startswith("moved"):
+        far = 4 if how == "moved far" else 2
+        image = F.pad(image, (0, far, far, 0))[..., :-far, far:]
     return image
 
 
@@ -150,7 +151,7 @@ def test_planted_copies_among_the_test_images_of_cifar10(real_data) -> None:
     training = load(DataConfig(source="cifar10"), "train", limit=300)
     limit = threshold(training, test)
     assert (nearest(training, test).similarity >= limit).float().mean() < 0.03
-    for how in CHANGES:
+    for how in ("exact", "mirrored", "jpeg", "moved", "cropped", "mirrored and cropped"):
         found = nearest(as_set(planted(test.image[:40], how)), test)
         right = (found.similarity >= limit) & (found.position == torch.arange(40))
         assert right.float().mean() >= 0.95, how
