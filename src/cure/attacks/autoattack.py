@@ -14,6 +14,7 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from cure.attacks.early_exit import AnySizeSquare, PlainLayout, standard_part
+from cure.attacks.local_forward import LocalNetwork
 from cure.attacks.pgd import attack_mode
 from cure.attacks.registry import EvaluationAttack, Part, add_attack, unchanged
 from cure.attacks.threat import Threat
@@ -118,7 +119,8 @@ def _part(kind: str, part: str) -> Part:
 def _prepared(model: nn.Module, image: Tensor) -> nn.Module:
     """The network with BatchNorm folded, channels innermost, without weight gradients."""
     network = folded_copy(model, image)
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return LocalNetwork(network, image)
 
 
 def _version(

@@ -9,7 +9,8 @@ it asks for one version of it.
 - FAB projects on a hyperplane by Newton's method instead of sorting all pixels; in L2 this is
   also more accurate than the package's running sums in float32 (error 3e-5 against 3e-2 at worst
   on random planes), so there the two drift apart by rounding.
-- Square (Linf) changes the pixels of its square only, and computes no cross-entropy.
+- Square (Linf) changes the pixels of its square only, computes no cross-entropy, and of the first
+  feature maps only what the square reaches (:mod:`cure.attacks.local_forward`).
 
 Source: Croce & Hein, Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks, ICML 2020; FAB: Croce & Hein, ICML 2020; Square: Andriushchenko et al., ECCV
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +31,7 @@ from pyautoattack.fab_pt import FABAttack_PT
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
+from cure.attacks.local_forward import LocalNetwork
 from cure.attacks.threat import Threat
 from cure.errors import ConfigError
 
@@ -132,7 +135,7 @@ def early_exit(part: str, network: nn.Module, image: Tensor, threat: Threat, see
     return FastSquare(network, n_queries=QUERIES, resc_schedule=False, **common)
 
 
-class _EarlyExit:
+class EarlyExit:
     """APGD loop that drops misclassified samples from the batch."""
 
     def attack_single_run(self: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,7 +156,7 @@ class _EarlyExit:
             "reduced": torch.ones(len(x), device=x.device),
             "losses": torch.zeros(len(x), steps, device=x.device),
         }
-        if self.loss == "dlr-targeted":
+        if self.y_target is not None:
             state["target"] = self.y_target
         if self.norm == "Linf":
             state["low"], state["high"] = x - epsilon, x + epsilon
@@ -163,11 +166,7 @@ class _EarlyExit:
             point = state["point"].requires_grad_()
             with torch.enable_grad():
                 logits = self.model(point)
-                if "target" in state:
-                    self.y_target = state["target"]
-                    losses = self.dlr_loss_targeted(logits, state["label"])
-                else:
-                    losses = nn.functional.cross_entropy(logits, state["label"], reduction="none")
+                losses = self._losses(logits, state)
                 (gradient,) = torch.autograd.grad(losses.sum(), point)
             state["point"], losses = point.detach(), losses.detach()
             logits = logits.detach()
@@ -211,6 +210,14 @@ class _EarlyExit:
                 since_check, period = 0, max(period - self.size_decr, self.n_iter_min)
         return found, stands, losses, found
 
+    def _losses(self: Any, logits: Tensor, state: dict[str, Tensor]) -> Tensor:
+        """What is maximised, one number a sample [B]."""
+        if "target" in state:
+            self.y_target = state["target"]
+            targeted: Tensor = self.dlr_loss_targeted(logits, state["label"])
+            return targeted
+        return nn.functional.cross_entropy(logits, state["label"], reduction="none")
+
     def _moved(self: Any, state: dict[str, Tensor], before: Tensor, share: float) -> Tensor:
         image, point = state["image"], state["point"]
         momentum = (point - before) * (1 - share)
@@ -247,11 +254,11 @@ class _EarlyExit:
         state["gradient"][stuck] = state["best_gradient"][stuck]
 
 
-class EarlyExitAPGD(_EarlyExit, APGDAttack):  # type: ignore[misc]
+class EarlyExitAPGD(EarlyExit, APGDAttack):  # type: ignore[misc]
     """APGD on cross-entropy."""
 
 
-class EarlyExitTargetedAPGD(_EarlyExit, APGDAttack_targeted):  # type: ignore[misc]
+class EarlyExitTargetedAPGD(EarlyExit, APGDAttack_targeted):  # type: ignore[misc]
     """APGD on the targeted DLR loss."""
 
 
@@ -464,6 +471,8 @@ class FastSquare(AnySizeSquare):
         found = best.clone()
         low, high = (x - self.eps).clamp_min(0.0), (x + self.eps).clamp_max(1.0)
         index = torch.arange(len(x), device=x.device)
+        local = next((m for m in self.predict.modules() if isinstance(m, LocalNetwork)), None)
+        planned = 0
         for query in range(self.n_queries):
             stands = margin > 0
             if not bool(stands.all()):
@@ -472,8 +481,13 @@ class FastSquare(AnySizeSquare):
                 low, high, y = low[stands], high[stands], y[stands]
                 if not len(index):
                     break
+                if local is not None:
+                    local.select(stands)
             side = max(round(math.sqrt(self.p_selection(query) * pixels / channels)), 1)
             side = min(side, height, width)
+            if local is not None and side != planned:
+                local.begin(best.clone(memory_format=torch.channels_last), side)
+                planned = side
             top, left = (
                 int(self.random_int(0, height - side)),
                 int(self.random_int(0, width - side)),
@@ -483,8 +497,15 @@ class FastSquare(AnySizeSquare):
             # Outside the square nothing changes, so the rest of the image is left alone.
             before = best[square].clone()
             best[square] = torch.minimum(torch.maximum(before + change, low[square]), high[square])
-            new, _ = self.margin_and_loss(best, y)
+            with nullcontext() if local is None else local.changed(top, left, side):
+                new, _ = self.margin_and_loss(best, y)
+            fools = new <= 0
+            if local is not None and bool(fools.any()):
+                # What ends the attack on an image is decided by the whole network.
+                new[fools], _ = self.margin_and_loss(best[fools], y[fools])
             better = (new < margin) | (new <= 0)
+            if local is not None:
+                local.settle(better)
             worse = ~better
             best[worse, :, top : top + side, left : left + side] = before[worse]
             margin = torch.where(better, new, margin)

@@ -1,0 +1,158 @@
+"""Screened AutoAttack: its verdicts beside AutoAttack's, image by image, and its two screens."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import pytest
+import torch
+from attack_networks import linear_network
+from torch import nn
+
+from cure.attacks import PGD, Threat, early_exit
+from cure.attacks.autoattack import AUTOATTACK
+from cure.attacks.registry import evaluation_attack
+from cure.attacks.screened import SCREENS, nearest_classes, probability_margin
+from cure.data import ImageSet
+from cure.evaluation.metrics import unpack
+from cure.evaluation.runner import WORST, measure
+from linear_models import ENGINE, linear_case, unit
+
+BOTH = ["autoattack", "screened"]
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """AutoAttack with fewer steps, for networks that are small as well."""
+    monkeypatch.setattr(early_exit, "STEPS", 12)
+    monkeypatch.setattr(early_exit, "QUERIES", 50)
+
+
+def pictures(count: int, seed: int = 99) -> ImageSet:
+    """Noisy copies of one fixed picture a class, [count, 3, 8, 8], of five classes."""
+    classes = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(1234))
+    draws = torch.Generator().manual_seed(seed)
+    label = torch.randint(5, (count,), generator=draws)
+    image = classes[label] + 0.5 * torch.randn(count, 3, 8, 8, generator=draws)
+    return ImageSet((image.clamp(0, 1) * 255).to(torch.uint8), label, tuple("abcde"), "x", "test")
+
+
+@functools.cache
+def network(epsilon: float) -> nn.Module:
+    """A small network after fifty steps, adversarial ones where epsilon is above 0."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 16, 5),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(50):
+        data = pictures(64, seed=step)
+        image = unit(data)
+        if epsilon:
+            image = PGD(Threat("Linf", epsilon), 2)(model, image, data.label)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(image), data.label).backward()
+        optimizer.step()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("trained_with", [0, 0.06])
+def test_no_image_stands_that_falls_to_autoattack(trained_with, norm):
+    model, data = network(trained_with), pictures(40)
+    threat = Threat(norm, 0.06 if norm == "Linf" else 1.0)
+    kept: dict[str, torch.Tensor] = {}
+    found = measure(
+        model, data, BOTH, threat, engine=ENGINE, batch_size=25, per_image=True, keep=kept
+    )
+    right = torch.tensor(unpack(found["natural"]["right"], len(data)))
+    stand = {
+        name: torch.tensor(unpack(found["attacks"][name]["right"], len(data))) for name in BOTH
+    }
+    assert 0 < int(stand["screened"].sum()) < int(right.sum())
+    assert not bool((stand["screened"] & ~stand["autoattack"]).any())
+    # What only a screen fools is listed, and rare.
+    only = (stand["autoattack"] & ~stand["screened"]).nonzero().flatten().tolist()
+    assert len(only) <= 1, only
+    assert found["worst_case"]["correct"] == int(stand["screened"].sum())
+    # Each broken image, with the network in float64: inside the ball and [0, 1], and wrong.
+    broken = right & ~stand["screened"]
+    adversarial, natural = kept["screened"][broken], unit(data)[broken]
+    assert bool((adversarial >= 0).all() & (adversarial <= 1).all())
+    change = (adversarial - natural).flatten(1).double()
+    length = change.norm(p=math.inf if norm == "Linf" else 2, dim=1)
+    assert float(length.max() if len(length) else 0) <= threat.epsilon * (1 + 1e-5)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(adversarial.double())
+    lead = logits.gather(1, data.label[broken][:, None]).squeeze(1) - logits.amax(dim=1)
+    # Rounding may decide an exact tie.
+    assert bool(((logits.argmax(dim=1) != data.label[broken]) | (lead > -1e-5)).all())
+    assert float((lead < -1e-5).float().mean()) > 0.95
+    assert torch.equal(kept[WORST][broken], adversarial)
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("classes", [2, 4])
+def test_linear_networks_by_closed_form(classes):
+    model, data, right, robust = linear_case(classes, 0.03, count=30, gap=0.02)
+    found = measure(model, data, ["screened"], Threat("Linf", 0.03), engine=ENGINE)
+    made = found["attacks"]["screened"]
+    assert made["correct"] == int(robust.sum())
+    # The screens alone find all that can be found here; AutoAttack's parts run on the rest.
+    assert made["fooled_by"]["pma"] + made["fooled_by"]["malt"] == int((right & ~robust).sum())
+    assert list(made["fooled_by"]) == [*SCREENS, *AUTOATTACK.defined(classes, Threat()).parts]
+
+
+@pytest.mark.usefixtures("short")
+def test_what_stands_takes_every_step_of_autoattack():
+    model, data, _, robust = linear_case(4, 0.03, count=30, gap=0.02)
+    data = data.subset(robust.nonzero().flatten())
+    found = measure(model, data, BOTH, Threat("Linf", 0.03), engine=ENGINE)["attacks"]
+    assert found["screened"]["correct"] == found["autoattack"]["correct"] == len(data) > 3
+    passes = {name: found[name]["passes"]["forward"] for name in BOTH}
+    # 21 of the first screen; one for the order, and 21 for each of the three other classes.
+    assert passes["screened"] - passes["autoattack"] == len(data) * (21 + 1 + 63)
+
+
+def test_targets_by_hand():
+    # The second class has the larger logit, but the third is nearer: its slope is steeper.
+    weight = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 9.0]])
+    model = linear_network(weight, torch.tensor([3.0, 1.0, -7.0]))
+    image = torch.full((1, 2, 1, 1), 0.5)
+    # Leads 3 - 1.5 and 3 + 2.5; distances 1.5 / 1 and 5.5 / 9.
+    assert nearest_classes(model, image, torch.tensor([0]), "Linf").tolist() == [[2, 1]]
+    # The slope (3, 4) has the length 5 and the sum 7, which turns the order.
+    weight = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 6.0]])
+    model = linear_network(weight, torch.tensor([4.65, 0.0, 0.55]))
+    leads = [4.65 - 3.5, 4.65 - 3.55]
+    assert leads[0] / 5 > leads[1] / 6 > leads[0] / 7
+    assert nearest_classes(model, image, torch.tensor([0]), "L2").tolist() == [[2, 1]]
+    assert nearest_classes(model, image, torch.tensor([0]), "Linf").tolist() == [[1, 2]]
+
+
+def test_probability_margin_by_hand():
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, 0.0, 0.0]]).log()
+    logits[1] = torch.tensor([2.0, 1.0, 1.0]).log()
+    made = probability_margin(logits, torch.tensor([0, 0]))
+    assert made.tolist() == pytest.approx([3 / 6 - 1 / 6, 1 / 4 - 2 / 4])
+
+
+def test_it_is_deterministic_and_leaves_the_global_generator():
+    model, data = network(0), pictures(20)
+    threat, attack = Threat("Linf", 0.04), evaluation_attack("screened")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    for part in SCREENS.values():
+        made = [
+            part.run(attack.prepare(model, unit(data)), unit(data), data.label, threat, 3, 0)
+            for _ in range(2)
+        ]
+        assert torch.equal(*made)
+    assert torch.equal(torch.get_rng_state(), before)
