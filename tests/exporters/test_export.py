@@ -109,8 +109,6 @@ def test_torch_export_needs_only_pytorch(run: cure.Run, tmp_path: Path) -> None:
             difference = program(images(count)) - run.model()(images(count))
             assert float(difference.abs().max()) < 1e-4
     assert json.loads(extra["classes"])[9] == "9"
-    with pytest.raises(ConfigError, match="pickle"):
-        cure.evaluate(made, data="digits")
 
 
 def test_a_hub_folder_has_its_four_files_and_no_pickle(run: cure.Run, tmp_path: Path) -> None:
