@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import cure
 from cure.cli.demo import deploy
 from cure.data.images import ImageKind
-from cure.errors import CheckpointError, ConfigError, CureError, ModelError
+from cure.errors import CheckpointError, CureError, ModelError
 from cure.exporters import export as module
 from cure.exporters.onnx import captured, onnx_model
 from cure.models.contract import Contract, Preprocessing
