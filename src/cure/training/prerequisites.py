@@ -150,12 +150,12 @@ def recording_failure(folder: RunFolder) -> Iterator[None]:
         refused = isinstance(error, CureError) and folder.state.exists()
         if refused and folder.status().content() == before:
             raise
+        asked = isinstance(error, Interrupted | KeyboardInterrupt)
         with suppress(CureError):
-            ended = folder.status().state not in ("new", "running", "finished")
-            if isinstance(error, Interrupted | KeyboardInterrupt) and not ended:
-                folder.set_status(**(folder.status().content() | {"state": "stopped"}))
-            elif not ended or not isinstance(error, Interrupted | KeyboardInterrupt):
+            if not asked:
                 folder.set_failed(error)
+            elif folder.status().state in ("new", "running", "finished"):
+                folder.set_status(**(folder.status().content() | {"state": "stopped"}))
         raise
 
 
