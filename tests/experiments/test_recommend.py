@@ -127,6 +127,16 @@ def test_other_images_give_changes_but_no_place(run: Path) -> None:
     found = recommend(run, [planted(run, points, data=data)])
     assert found.ahead is None
     assert "compare changes only" in found.place
+    (file,) = (run / "evaluations").glob("*.json")
+    # The same images at another size are other images.
+    larger: dict[str, Any] = {
+        "name": json.loads(file.read_text())["data"]["name"],
+        "split": "test",
+        "n": 100,
+    }
+    assert "outside" in recommend(run, [planted(run, points, data=larger)]).place
+    larger["size"] = [1, 16, 16]
+    assert "compare changes only" in recommend(run, [planted(run, points, data=larger)]).place
     assert found.change.startswith("nearest measured to beta 3.0: trades with beta 1.0")
     assert "beta 6.0: -10.0 natural, +10.0 pgd2" in found.change
 
@@ -136,6 +146,13 @@ def test_a_run_outside_of_the_front_and_of_a_method_that_is_not_on_it(run: Path)
     assert "outside of the known front" in found.place
     assert "from pgd2 25.0 to 30.0 %" in found.place
     assert found.change.startswith("trades is not on it; at with natural_share 0")
+
+
+def test_a_front_whose_curve_has_no_point_yet(run: Path) -> None:
+    curve = {"knob": "beta", "more": None, "seeds": [], "hypervolume": None, "robust_range": None}
+    curves = {"at": curve | {"method": "at"}, "trades": curve | {"method": "trades"}}
+    found = recommend(run, [planted(run, [("at", 0.0, 50.0, 30.0)], curves=curves)])
+    assert found.change.startswith("trades is not on it")
 
 
 def test_the_command(run: Path, command: Command) -> None:

@@ -421,7 +421,12 @@ def record_of(
         recipe=str(no_place(plan.recipe)),
         settings=no_place(plan.settings),
         own_settings=no_place({method: dict(settings) for method, settings in own.items()}),
-        data=DataFacts(name=no_place(first.data.name), split=first.data.split, n=first.natural.n),
+        data=DataFacts(
+            name=no_place(first.data.name),
+            split=first.data.split,
+            n=first.natural.n,
+            size=first.data.size,
+        ),
         threat=ThreatFacts(
             norm=threat.norm, epsilon=float(threat.epsilon), epsilon_text=str(threat.epsilon)
         ),

@@ -115,7 +115,9 @@ def _compared(
     config: RunConfig, result: EvaluationRecord, record: FrontRecord, file: Path
 ) -> Recommendation:
     natural, robust = result.natural.accuracy, result.attacks[record.attack].accuracy
-    same = (no_place(result.data.name), result.natural.n) == (record.data.name, record.data.n)
+    facts = record.data
+    same = (facts.name, facts.n) == (no_place(result.data.name), result.natural.n)
+    same = same and facts.size in (None, result.data.size)
     points = [(point.natural.mean, point.robust.mean) for point in record.points]
     low, high = robust_range(points)
     ahead = natural - natural_at(points, robust) if same and low <= robust <= high else None
@@ -162,7 +164,9 @@ def _change(
         (
             (label, curve)
             for label, curve in record.curves.items()
-            if curve.method == config.method.name and curve.knob is not None
+            if curve.method == config.method.name
+            and curve.knob is not None
+            and any(point.curve == label for point in record.points)
         ),
         None,
     )
