@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 from typing import Any
 
 from cure.analysis.study import find_study
 from cure.experiments.compare import table
 from cure.experiments.compare.rows import Source, rows_of
-from cure.runs.records import read_packed
+from cure.runs.records import FrontEstimate, FrontPoint, FrontRecord, read_packed
 from cure.utils.io import write_json
 from cure.utils.stats import student_t
 
 HERE = Path(__file__).parent
 MINI = HERE / "cifar10-mini-cure"
+COMPARED = HERE.parent / "docs" / "methods-compared.md"
+FRONTS = HERE / "photos" / "fronts.json"
 IN_README = ("cifar10-mini", ["natural", "pgd20", "cw", "autoattack", "nrr_cw"])
 NAMES = {"natural": "natural start", "cure": "CURE"}
 
@@ -372,6 +375,96 @@ def compact() -> None:
         write_json(path, small(content) if of_evaluation else content, compact=True)
 
 
+def fronts() -> str:
+    """Three sentences about the fronts on photographs: what is reached, by which, what to take."""
+    record = FrontRecord.read(FRONTS)
+    n, seeds = f"{record.data.n:,}", max(len(curve.seeds) for curve in record.curves.values())
+    counted = "one seed" if seeds == 1 else f"{seeds} seeds"
+    areas = {
+        label: curve.hypervolume
+        for label, curve in record.curves.items()
+        if curve.hypervolume is not None and curve.knob is not None
+    }
+    tried = Counter(point.curve for point in record.points)
+    ranked = sorted(areas, key=lambda label: -areas[label].mean)
+    covered = ", ".join(f"`{k}` {span(areas[k])} with {tried[k]} values" for k in ranked)
+    lines = [
+        "- **Most of both**: percent of the area between 0 and 100 % of both accuracies that a "
+        f"method's points cover: {covered}. More values can only raise it."
+    ]
+    for each in record.comparisons:
+        reached = {label: value for label, value in each.natural.items() if value is not None}
+        words = ", ".join(
+            f"`{label}` {span(reached[label])}"
+            for label in sorted(reached, key=lambda label: -reached[label].mean)
+        )
+        lines.append(
+            f"- **At an equal robust accuracy** of {each.robust:g} %, natural accuracy is {words}."
+        )
+    balanced: dict[str, FrontPoint] = {}
+    for point in record.points:
+        best = balanced.get(point.curve, point)
+        if record.curves[point.curve].knob is not None:
+            balanced[point.curve] = max(best, point, key=balance)
+    order = sorted(balanced.values(), key=balance, reverse=True)
+    words = "; ".join(f"{setting(record, p)} {span(p.natural)} and {span(p.robust)}" for p in order)
+    lines.append(
+        f"- **The best balance of each method** (harmonic mean), natural and robust: {words}."
+    )
+    lines.append(
+        f"- **What to take**: {setting(record, order[0])}. The recipe `photos` is this method for "
+        "larger photos and more epochs; `cure tradeoff` moves its network towards more natural "
+        "accuracy afterwards."
+        if order[0].curve == "cure"
+        else f"- **What to take**: {setting(record, order[0])}, so `cure train photos "
+        f"method={order[0].curve}`."
+    )
+    alike = [f"`{p.curve}`" for p in order[1:] if overlap(order[0], p)]
+    if alike:
+        lines[-1] += (
+            f" Its intervals overlap with those of {', '.join(alike)}: {counted} on {n} photos "
+            "cannot tell them apart."
+        )
+    environment = record.environment.content()
+    lines += [
+        "",
+        f"{counted.capitalize()}, {n} test photos, `{record.attack}` within "
+        f"{record.threat.norm} {record.threat.epsilon_text}; in brackets 95 % bootstrap intervals "
+        "over photos"
+        + (", which say nothing about the spread between trainings" if seeds == 1 else "")
+        + f". Settings: recipe `{record.recipe}`, "
+        + ", ".join(f"`{key}={value}`" for key, value in record.settings.items() if key in SAID)
+        + f"; {environment['processor']}, cure {environment['cure']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+SAID = ("data.resize", "training.epochs", "data.augment.cutmix")
+"""Settings of a front that the README names."""
+
+
+def balance(point: FrontPoint) -> float:
+    """Harmonic mean of natural and robust accuracy, 0 where one of them is 0."""
+    pair = (point.natural.mean, point.robust.mean)
+    return harmonic_mean(pair) if all(pair) else 0.0
+
+
+def overlap(one: FrontPoint, other: FrontPoint) -> bool:
+    """Whether the intervals over images of two points overlap in both accuracies."""
+    pairs = ((one.natural, other.natural), (one.robust, other.robust))
+    return all(a.images[0] <= b.images[1] and b.images[0] <= a.images[1] for a, b in pairs)
+
+
+def setting(record: FrontRecord, point: FrontPoint) -> str:
+    """A point's method with the value of its setting."""
+    return f"`{point.curve}` with `{record.curves[point.curve].knob}` {point.value}"
+
+
+def span(value: FrontEstimate) -> str:
+    """A mean with its interval over images."""
+    return f"{value.mean:.1f} ({value.images[0]:.1f} to {value.images[1]:.1f})"
+
+
 def insert(document: Path, mark: str, text: str) -> None:
     """Put the text between the document's mark and the next end."""
     whole = document.read_text(encoding="utf-8")
@@ -386,7 +479,9 @@ if __name__ == "__main__":
     mini = f"{mini_table()}\n\n{mini_conditions()}\n"
     (MINI / "table.md").write_text(mini, encoding="utf-8")
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
-    insert(HERE.parent / "README.md", "results/cifar10-mini/records.jsonl", comparison(*IN_README))
+    insert(COMPARED, "results/cifar10-mini/records.jsonl", comparison(*IN_README))
+    insert(HERE.parent / "README.md", "results/photos/fronts.json", fronts())
+    insert(HERE / "README.md", "photos/fronts.json", fronts())
     insert(HERE.parent / "README.md", "results/photos/table.json", photos())
     insert(HERE / "README.md", "photos/table.json", photos())
     insert(HERE / "README.md", "bench/cpu.json", bench())

@@ -237,12 +237,11 @@ def test_the_picture_shows_the_results() -> None:
     drawn = (ROOT / "docs" / "figures" / "front.svg").read_text("utf-8")
     expected = figures["mini"]()
     assert len(expected) >= 10
-    shown = [expected] + [photos for photos in [figures["photos"]()] if photos]
-    for points in shown:
-        for name, point in points.items():
-            assert f'id="{figures["place"](name, point)}"' in drawn, name
-            assert f">{name}<" in drawn
-    table = dict(re.findall(r"^\| ([a-z0-9-]+) \| \d \| [\d.]+.*?\| ([\d.]+) ", README, re.M))
+    for name, point in expected.items():
+        assert f'id="{figures["place"](name, point)}"' in drawn, name
+        assert f">{name}<" in drawn
+    compared = (ROOT / "docs" / "methods-compared.md").read_text("utf-8")
+    table = dict(re.findall(r"^\| ([a-z0-9-]+) \| \d \| [\d.]+.*?\| ([\d.]+) ", compared, re.M))
     assert {name: f"{robust:.1f}" for name, (_, robust) in expected.items()} == table
 
 
@@ -320,7 +319,9 @@ RESULTS = ROOT / "results"
 @pytest.mark.parametrize(
     ("document", "mark"),
     [
-        ("README.md", "results/cifar10-mini/records.jsonl"),
+        ("docs/methods-compared.md", "results/cifar10-mini/records.jsonl"),
+        ("README.md", "results/photos/fronts.json"),
+        ("results/README.md", "photos/fronts.json"),
         ("README.md", "results/photos/table.json"),
         ("results/README.md", "photos/table.json"),
         ("results/README.md", "cifar10-mini/table.md"),
@@ -341,6 +342,8 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
         expected = figures["bench" if "bench" in mark else "evaluations"]()
     elif mark.endswith("photos/table.json"):
         expected = figures["photos"]()
+    elif mark.endswith("fronts.json"):
+        expected = figures["fronts"]()
     elif mark.endswith(".jsonl"):
         expected = figures["comparison"](*figures["IN_README"])
     elif "mini-cure" in mark:

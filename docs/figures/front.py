@@ -1,12 +1,10 @@
-"""The picture of the README: natural against robust accuracy of every method.
+"""Natural against robust accuracy of every method, at one operating point each.
 
-`make figures` writes docs/figures/front.svg from results/cifar10-mini/records.jsonl and, when it
-is there, results/photos/table.json.
+`make figures` writes docs/figures/front.svg from results/cifar10-mini/records.jsonl.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,23 +24,6 @@ def mini() -> Points:
     records = read_packed(RESULTS / "cifar10-mini" / "records.jsonl")
     rows = rows_of([Source.of_record(record, name, name) for name, record in records.items()])
     return means((row["plan_label"], row["natural"], row[ATTACK]) for row in rows)
-
-
-def photos() -> Points:
-    """The rows of benchmarks/photos.py; empty before it has run."""
-    path = RESULTS / "photos" / "table.json"
-    if not path.exists():
-        return {}
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    networks = {row["network"] for row in rows}
-    return means(
-        (
-            row["method"] if len(networks) == 1 else f"{row['method']} ({row['network']})",
-            row["natural"],
-            row[ATTACK],
-        )
-        for row in rows
-    )
 
 
 def means(rows: Any) -> Points:
@@ -84,8 +65,8 @@ def place(name: str, point: tuple[float, float]) -> str:
     return f"{name} {point[0]:.1f} {point[1]:.1f}"
 
 
-def draw(axis: Any, points: Points, title: str, images: str) -> None:
-    """One panel: a point a method, the front as a line, the best balance marked."""
+def draw(axis: Any, points: Points) -> None:
+    """A point a method, the front as a line, the best balance marked."""
     line = [points[name] for name in front(points)]
     axis.plot(*zip(*line, strict=True), color="#00796b", linewidth=1.5, zorder=1)
     chosen = best(points)
@@ -113,9 +94,9 @@ def draw(axis: Any, points: Points, title: str, images: str) -> None:
         fontsize=9,
         arrowprops={"arrowstyle": "-", "color": "#d84315", "shrinkB": 8},
     )
-    axis.set_title(title, fontsize=10, loc="left")
-    axis.set_xlabel(f"right on unchanged {images}, %  (natural accuracy)")
-    axis.set_ylabel(f"right on attacked {images}, %\n(robust accuracy)")
+    axis.set_title("CIFAR-10, small network, attacks of 8/255", fontsize=10, loc="left")
+    axis.set_xlabel("right on unchanged images, %  (natural accuracy)")
+    axis.set_ylabel("right on attacked images, %\n(robust accuracy)")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -155,22 +136,18 @@ def label(axis: Any, points: Points, chosen: str) -> None:
 
 
 def write(path: Path) -> None:
-    """Draw the panels that have results into an SVG file."""
+    """Draw the picture into an SVG file."""
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
     mpl.rcParams |= {"svg.hashsalt": "cure", "svg.fonttype": "none", "font.family": "sans-serif"}
-    panels = [(mini(), "CIFAR-10, small network, attacks of 8/255", "images")]
-    if any(robust for _, robust in photos().values()):
-        panels.insert(0, (photos(), "photos, pretrained network, attacks of 4/255", "photos"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 4.2), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
-        draw(axis, *panel)
+    points = mini()
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    draw(axis, points)
     figure.tight_layout()
-    for axis, (points, *_) in zip(axes[0], panels, strict=True):
-        label(axis, points, best(points))
+    label(axis, points, best(points))
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -47,8 +47,15 @@ def environment() -> dict[str, Any]:
 
 def _command() -> str:
     """The command line; of absolute paths only the last part, which names no place on a machine."""
-    words = ["cure" if not index else word for index, word in enumerate(sys.argv)]
-    return " ".join(Path(word).name if Path(word).is_absolute() else word for word in words)
+    return " ".join(["cure", *map(_placeless, sys.argv[1:])])
+
+
+def _placeless(word: str) -> str:
+    """A word of the command line; ``data.source=/home/me/photos`` is ``data.source=photos``."""
+    if Path(word).is_absolute():
+        return Path(word).name
+    key, equals, value = word.partition("=")
+    return f"{key}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def _commit() -> str | None:

@@ -1,0 +1,14 @@
+"""What is written down of the command that made a result."""
+
+from __future__ import annotations
+
+import pytest
+
+from cure.utils.environment import environment
+
+
+def test_the_command_names_no_place_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["/usr/bin/cure", "train", "photos", "data.source=/home/me/photos", "start=a/b=/c"]
+    monkeypatch.setattr("sys.argv", [*words, "--run", "/home/me/run", "--values", "at=0.5"])
+    expected = "cure train photos data.source=photos start=a/b=/c --run run --values at=0.5"
+    assert environment()["command"] == expected
