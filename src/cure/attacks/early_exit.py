@@ -481,7 +481,7 @@ class FastSquare(AnySizeSquare):
                 low, high, y = low[stands], high[stands], y[stands]
                 if not len(index):
                     break
-                if local is not None:
+                if local is not None and planned:
                     local.select(stands)
             side = max(round(math.sqrt(self.p_selection(query) * pixels / channels)), 1)
             side = min(side, height, width)

@@ -107,6 +107,7 @@ def _traced(network: nn.Module, example: Tensor) -> _Passes | None:
             came = passes.change(image, (top, top + side, left, left + side))
             if not bool(((came - network(image)).abs() <= bound).all()):
                 return None
+        passes.maps = {}
         return passes
     except Exception:  # whatever the code of a network does with a stand-in for a tensor
         return None
