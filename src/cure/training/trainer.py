@@ -91,7 +91,7 @@ class Trainer:
         self.done = 0
         self.totals = Totals(engine.device)
         self.best: dict[str, Any] | None = None
-        self.risen = False
+        self.risen = self.good_start = False
         self.at_chance = 0
         self.alarmed = False
         self.detector = detector_of(config, method)
@@ -331,7 +331,7 @@ class Trainer:
             # Nothing else keeps these weights, which `cure tradeoff` goes back towards.
             self._write(self.method.model, "start", {"run": self.config.name, "epoch": "0"})
         found = self.validate()
-        self._above_chance(found)
+        self.good_start = self._above_chance(found)[2]
         start = self._measured(found, self.config.training.validation_steps)
         self.folder.set_outcome(Outcome(start=start))
         for tracker in self.trackers:
@@ -400,11 +400,12 @@ class Trainer:
         fallen = self.risen and self.at_chance > 0
         if validation is None:
             return not fallen
-        natural, limit = self._above_chance(validation)
+        natural, limit, learnt = self._above_chance(validation)
+        self.risen |= learnt
         self.at_chance = self.at_chance + 1 if natural <= limit else 0
         fallen = self.risen and self.at_chance > 0
         ended = fallen and self.done == self.total_steps
-        if fallen and self.at_chance == 1 and not ended:
+        if (fallen or self.good_start) and self.at_chance == 1 and not ended:
             for tracker in self.trackers:
                 tracker.warn(
                     f"natural accuracy on the validation split fell to chance ({100 * natural:.1f} "
@@ -422,8 +423,11 @@ class Trainer:
             )
         return not fallen
 
-    def _above_chance(self, validation: dict[str, float]) -> tuple[float, float]:
-        """Natural accuracy, and how far guessing reaches; notes that a network had learnt."""
+    def _above_chance(self, validation: dict[str, float]) -> tuple[float, float, bool]:
+        """Natural accuracy, how far guessing reaches, and whether the network has learnt.
+
+        It has a fifth of the way from guessing to 100 % on, which chance does not reach.
+        """
         chance = 1 / len(self.training.classes)
         # Two standard deviations above the accuracy of guessing on so many images.
         limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
@@ -432,9 +436,7 @@ class Trainer:
             # Always naming the largest class is at chance, too.
             natural = validation["natural_balanced"] / 100
             limit = balanced_guessing(self.counts) / 100
-        # A fifth of the way from guessing to 100 %, which chance does not reach.
-        self.risen |= natural > limit + 0.2 * (1 - limit)
-        return natural, limit
+        return natural, limit, natural > limit + 0.2 * (1 - limit)
 
     def _kept(self) -> str:
         weights = self.folder.checkpoints / "last.safetensors"
