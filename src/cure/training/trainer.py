@@ -404,15 +404,15 @@ class Trainer:
         self.risen |= learnt
         self.at_chance = self.at_chance + 1 if natural <= limit else 0
         fallen = self.risen and self.at_chance > 0
-        ended = fallen and self.done == self.total_steps
-        if (fallen or self.good_start) and self.at_chance == 1 and not ended:
+        last = self.done == self.total_steps
+        if (fallen or self.good_start) and self.at_chance == 1 and not last:
             for tracker in self.trackers:
                 tracker.warn(
                     f"natural accuracy on the validation split fell to chance ({100 * natural:.1f} "
                     f"%) at epoch {self.done // self.steps_per_epoch}; the training stops when it "
                     f"stays there for {self.config.training.collapse_patience} validations"
                 )
-        if self.at_chance >= self.config.training.collapse_patience or ended:
+        if self.at_chance >= self.config.training.collapse_patience or (fallen and last):
             raise TrainingStopped(
                 f"natural accuracy on the validation split was at chance "
                 f"({100 * natural:.1f} %{' balanced' if self.balanced else ''}) "
