@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
 import re
 import runpy
@@ -352,6 +353,18 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     else:
         expected = (RESULTS / mark).read_text(encoding="utf-8")
     assert shown[1] == expected
+
+
+def test_the_choice_of_the_photo_recipe_is_told_from_its_results() -> None:
+    content = json.loads((RESULTS / "photos" / "choices.json").read_text(encoding="utf-8"))
+    rows = [*content["choices"], *content["before_cutmix"]["rows"]]
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    for row in rows:
+        assert f"{row['natural']:.1f}/{row['pgd20']:.1f}" in text
+    guide = (ROOT / "docs" / "guides" / "photos.md").read_text(encoding="utf-8")
+    without, with_it = content["choices"]
+    assert f"natural {with_it['natural']:.1f} and PGD-20 {with_it['pgd20']:.1f} with it" in guide
+    assert f"{without['natural']:.1f} and {without['pgd20']:.1f} without" in guide
 
 
 def test_the_studies_are_told_from_their_results() -> None:
