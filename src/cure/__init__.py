@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from cure.experiments.compare import compare
     from cure.experiments.front import front
     from cure.experiments.recommend import recommend
+    from cure.experiments.sharded import evaluate_in_shards
     from cure.experiments.tradeoff import tradeoff
     from cure.exporters.export import export
     from cure.methods.common import losses
@@ -44,6 +45,7 @@ __all__ = [
     "corruptions",
     "diagnose",
     "evaluate",
+    "evaluate_in_shards",
     "export",
     "from_pretrained",
     "front",

@@ -18,6 +18,7 @@ HOMES = {
     "corruptions": "cure.evaluation.corruptions.measure",
     "diagnose": "cure.evaluation.diagnosis.api",
     "evaluate": "cure.evaluation.evaluate",
+    "evaluate_in_shards": "cure.experiments.sharded",
     "export": "cure.exporters.export",
     "from_pretrained": "cure.models.artefact",
     "front": "cure.experiments.front",

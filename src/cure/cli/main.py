@@ -89,6 +89,19 @@ RunOption = Annotated[
 ]
 
 
+JobsOption = Annotated[int, typer.Option(help="So many at a time on this machine.")]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(help="Instead: slurm (through submitit; local to try it), or ray."),
+]
+ClusterParameter = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Parameter of the cluster: slurm_partition=gpu, timeout_min=600, num_gpus=1."
+    ),
+]
+
+
 @app.command()
 def train(
     recipe: RecipeArgument,
@@ -189,6 +202,17 @@ def evaluate(
             metavar="SIGMA", help="Also certify the network that Gaussian noise smooths: 0.25."
         ),
     ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(help="Share the images among so many jobs: see --jobs and --cluster."),
+    ] = None,
+    jobs: JobsOption = 1,
+    cluster: ClusterOption = None,
+    cluster_option: ClusterParameter = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="Only the job 2/8, for another scheduler; --shards 8 then merges."),
+    ] = None,
 ) -> None:
     """Measure accuracy on natural and on attacked images."""
     from cure.evaluation import evaluate as api
@@ -204,29 +228,47 @@ def evaluate(
             api.verify(verify, target, epsilon=epsilon, norm=norm, output=output, **options)
         )
         return
-    with show_progress() as progress:
-        result = api.evaluate(
-            target,
-            attacks=attacks,
-            epsilon=epsilon,
-            norm=norm,
-            precision=precision.value,  # type: ignore[arg-type]
-            transfer=transfer,
-            float_network=float_,
-            require=require or (),
-            require_lower_bound=require_lower_bound,
-            curve=curve,
-            epsilons=words(epsilons),
-            output=output,
-            robustbench=robustbench,
-            adversarial=adversarial,
-            time_limit=time_limit,
-            unseen=unseen,
-            bounds=bounds,
-            smoothing=smoothing,
-            progress=progress,
-            **options,
+    arguments: dict[str, Any] = {
+        "attacks": attacks,
+        "epsilon": epsilon,
+        "norm": norm,
+        "precision": precision.value,
+        "transfer": transfer,
+        "float_network": float_,
+        "require": require or (),
+        "require_lower_bound": require_lower_bound,
+        "curve": curve,
+        "epsilons": words(epsilons),
+        "robustbench": robustbench,
+        "adversarial": adversarial,
+        "time_limit": time_limit,
+        "unseen": unseen,
+        "bounds": bounds,
+        "smoothing": smoothing,
+        **options,
+    }
+    if shards is not None and shard is None:
+        from cure.experiments.executors import executor_for
+        from cure.experiments.sharded import evaluate_in_shards
+
+        if output is None:
+            raise ConfigError("shards are merged into a file; name it: --output result.json")
+        executor = executor_for(
+            jobs, cluster, output.with_name(f"{output.name}.jobs"), pairs(cluster_option) or {}
         )
+        result = evaluate_in_shards(
+            target, shards, output=output, executor=executor, tell=say, **arguments
+        )
+    else:
+        if jobs != 1 or cluster is not None or cluster_option:
+            raise ConfigError("--jobs, --cluster and --cluster-option go with --shards; add it")
+        with show_progress() as progress:
+            result = api.evaluate(
+                target, output=output, shard=shard, shards=shards, progress=progress, **arguments
+            )
+        if shard is not None:
+            say(f"shard {shard}: {result['images']} images, kept in {result['file']}")
+            return
     print_evaluation(result, kept=output is not None or "checkpoint" in result["model"])
     if not QUIET and junit is not None:
         write_junit(junit, result)
@@ -402,28 +444,19 @@ def table_(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the results (default: that of the plan).")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time on this machine.")] = 1,
-    cluster: Annotated[
-        str | None, typer.Option(help="Instead: slurm (through submitit), or local to try it.")
-    ] = None,
-    cluster_option: Annotated[
-        list[str] | None,
-        typer.Option(help="Parameter of submitit: slurm_partition=gpu, timeout_min=600."),
-    ] = None,
+    jobs: JobsOption = 1,
+    cluster: ClusterOption = None,
+    cluster_option: ClusterParameter = None,
     only: Annotated[str | None, typer.Option(help="Only these rows and what they need.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Only these seeds: 0,1.")] = None,
 ) -> None:
     """Train and evaluate all runs of a plan that are not done yet; write their table."""
-    from cure.experiments.executors import Executor, LocalExecutor, cluster_executor
+    from cure.experiments.executors import executor_for
     from cure.experiments.plan import carry_out_plan, read_plan, write_tables
 
     made = read_plan(plan)
     folder = plan.parent if output is None else output
-    executor: Executor = (
-        LocalExecutor(jobs)
-        if cluster is None
-        else cluster_executor(cluster, Path(made.runs) / "jobs", pairs(cluster_option))
-    )
+    executor = executor_for(jobs, cluster, Path(made.runs) / "jobs", pairs(cluster_option) or {})
     failures = carry_out_plan(
         made,
         folder,

@@ -30,6 +30,7 @@ from cure.evaluation.robustbench import (
     save_adversarial,
 )
 from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, no_progress
+from cure.evaluation.shards import MergedShards, Shard
 from cure.evaluation.smoothing import check_sigma, smoothed_accuracy
 from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.evaluation.unseen import unseen_threats
@@ -66,6 +67,8 @@ def evaluate(
     unseen: bool = False,
     bounds: bool = False,
     smoothing: float | None = None,
+    shard: str | None = None,
+    shards: int | None = None,
     progress: Progress = no_progress,
     **options: Unpack[TargetKeywords],
 ) -> Result:
@@ -108,6 +111,10 @@ def evaluate(
             (:mod:`cure.evaluation.bounds`).
         smoothing: standard deviation of Gaussian noise, such as 0.25: also certify the network that
             this noise smooths (:mod:`cure.evaluation.smoothing`).
+        shard: "2/8" attacks only the second eighth of the images, every eighth one, and keeps what
+            it found in ``OUTPUT.shard-2-of-8``, for jobs that share an evaluation.
+        shards: 8 attacks nothing and merges the files of eight shards into the result.
+            :func:`cure.evaluate_in_shards` does all of it.
         progress: called with (attack, images done, images in all).
         options: ``data``, ``split``, ``limit``, ``checkpoint``, ``weights``, ``mean``, ``std``,
             ``options``, ``data_options``, ``batch_size``, ``device``, ``seed``: see
@@ -116,11 +123,20 @@ def evaluate(
     Returns:
         The result, as documented in docs/result-files.md.  Until it is finished, its batches are
         kept in ``OUTPUT.partial``, or in the ``evaluations`` of the run: the same call continues
-        there.
+        there.  Of one shard: {"format": "cure-evaluation-shard-1", "shard": "2/8", "file": ...}.
 
     Raises:
         CureError: for every mistake a user can correct; nothing is written then.
     """
+    sharded = _sharded(
+        shard,
+        shards,
+        output,
+        adversarial=adversarial,
+        float=float_network,
+        time_limit=time_limit,
+        unseen=unseen or None,
+    )
     if output is None or not _unfinished(Path(output)):
         check_free(output)
     for further in (robustbench, adversarial):
@@ -131,17 +147,8 @@ def evaluate(
     with notes_kept() as notes:
         chosen = Target.of(target, **options)
         names = _attack_names(attacks, chosen, transfer is not None, float_network is not None)
-        wanted = [limit.attack for limit in limits if limit.attack not in ("natural", WORST)]
-        names = [*names, *(name for name in dict.fromkeys(wanted) if name not in names)]
-        check_attacks(name for name in wanted if name != "transfer" or transfer is None)
-        if AUTO in names and time_limit is None:
-            raise ConfigError(
-                "attacks: auto needs a time limit in seconds; say --attacks auto --time-limit 600"
-            )
-        if robustbench is not None and "autoattack" not in names:
-            raise ConfigError(
-                "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
-            )
+        names = _with_required(names, limits, transfer is not None)
+        _check_attacks_fit(names, time_limit, robustbench)
         evaluation = _prepare(
             chosen,
             names,
@@ -154,12 +161,15 @@ def evaluate(
             per_image=per_image or unseen,
             float_network=float_network,
             time_limit=time_limit,
+            sharded=sharded,
         )
         if bounds:
             check_linf(evaluation.threat)
         if smoothing is not None:
             check_sigma(smoothing)
         with evaluation.journal, network_errors():
+            if isinstance(sharded, Shard):
+                return _measure_shard(evaluation, sharded, progress)
             result = _measure(evaluation, time_limit, progress)
             if unseen:
                 result["unseen"] = _unseen(evaluation, result, time_limit, progress)
@@ -220,6 +230,7 @@ def _prepare(
     per_image: bool,
     float_network: TargetLike | None = None,
     time_limit: float | None,
+    sharded: Shard | int | None = None,
 ) -> _Prepared:
     """Load images and networks, and open the journal."""
     if keep_images and engine.world > 1:
@@ -253,9 +264,15 @@ def _prepare(
         warnings.warn(sentence, CureNote, stacklevel=2)
     identity = identify(model, images, attacks, threat, engine, size, seed, source, curve, replay)
     with engine.agreeing():
+        if sharded is not None and engine.world > 1:
+            raise ConfigError("ranks share the batches already; leave out shards, or the launcher")
         # A journal holds no images, so nothing can be continued where images are kept.
         resumable = engine.rank == 0 and not keep_images
-        journal = Journal(_partial(output, target, identity) if resumable else None, identity)
+        journal = (
+            _shard_journal(sharded, output, identity)
+            if sharded is not None
+            else Journal(_partial(output, target, identity) if resumable else None, identity)
+        )
     return _Prepared(
         target,
         images,
@@ -270,6 +287,39 @@ def _prepare(
         per_image,
         replay,
     )
+
+
+def _shard_journal(sharded: Shard | int, output: str | Path | None, identity: Identity) -> Journal:
+    """The file of one shard, or those of all to be merged."""
+    assert output is not None
+    whole = Path(output)
+    if isinstance(sharded, int):
+        return MergedShards(whole, sharded, identity)
+    return Journal(sharded.file(whole), sharded.identity(identity))
+
+
+def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
+    """Run the attacks on the images of a shard; what they found stays in its file."""
+    measure(
+        this.model,
+        this.images,
+        this.attacks,
+        this.threat,
+        engine=this.engine,
+        batch_size=this.target.batch_size,
+        seed=this.target.options.seed,
+        progress=progress,
+        journal=this.journal,
+        source=this.source,
+        curve=this.curve,
+        shard=shard,
+    )
+    return {
+        "format": "cure-evaluation-shard-1",
+        "shard": str(shard),
+        "images": int(shard.holds(len(this.images)).sum()),
+        "file": str(this.journal.path),
+    }
 
 
 def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> Result:
@@ -457,6 +507,49 @@ def _attack_names(
     known = (AUTO, "transfer") if with_source else (AUTO,)
     check_attacks(name for name in attacks if name not in known)
     return attacks
+
+
+def _with_required(
+    names: Sequence[str], limits: Sequence[Requirement], with_source: bool
+) -> Sequence[str]:
+    """The attacks, and those that a requirement names."""
+    wanted = [limit.attack for limit in limits if limit.attack not in ("natural", WORST)]
+    check_attacks(name for name in wanted if name != "transfer" or not with_source)
+    return [*names, *(name for name in dict.fromkeys(wanted) if name not in names)]
+
+
+def _check_attacks_fit(
+    names: Sequence[str], time_limit: float | None, robustbench: str | Path | None
+) -> None:
+    """Refuse attacks that what else was asked for does not go with."""
+    if AUTO in names and time_limit is None:
+        raise ConfigError(
+            "attacks: auto needs a time limit in seconds; say --attacks auto --time-limit 600"
+        )
+    if robustbench is not None and "autoattack" not in names:
+        raise ConfigError(
+            "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
+        )
+
+
+def _sharded(
+    shard: str | None, shards: int | None, output: str | Path | None, **others: Any
+) -> Shard | int | None:
+    """The shard that was asked for, or the number of those to merge; what it goes with."""
+    if shard is None and shards is None:
+        return None
+    if shard is not None and shards is not None:
+        raise ConfigError(f"shard {shard} is one of its shards already; leave out shards={shards}")
+    if shards is not None and shards < 1:
+        raise ConfigError(f"shards: expected 1 or more, got {shards}")
+    if output is None:
+        raise ConfigError("shards are merged into a file; name it: --output result.json")
+    for name, value in others.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} is not kept by shards; leave it out, or evaluate in one process"
+            )
+    return Shard.parse(shard) if shard is not None else shards
 
 
 def _is_onnx(target: Target) -> bool:

@@ -150,6 +150,13 @@ class Journal:
         """All results so far, in the order in which they were added."""
         return list(self._results.values())
 
+    def whole(self, attack: str, part: str, targets: list[int]) -> list[BatchResult] | None:  # noqa: ARG002
+        """All results of a part of an attack on the images ``targets``, or None to attack them.
+
+        See :class:`~cure.evaluation.shards.MergedShards`.
+        """
+        return None
+
     def add(self, result: BatchResult) -> None:
         """Add a result; it is on the disk afterwards."""
         self._results[result.attack, result.part, result.batch] = result

@@ -19,6 +19,7 @@ from cure.data import ImageSet, batches
 from cure.evaluation.journal import BatchResult, Identity, Journal
 from cure.evaluation.metrics import Result as Result
 from cure.evaluation.metrics import accuracy_of, by_class, majority, nrr, pack, smallest
+from cure.evaluation.shards import Shard
 from cure.models import digest
 from cure.models.checks import check_outputs
 from cure.models.trial import traits_of
@@ -70,6 +71,7 @@ def measure(
     replay: nn.Module | None = None,
     keep: dict[str, Tensor] | None = None,
     per_image: bool = False,
+    shard: Shard | None = None,
 ) -> Result:
     """Natural accuracy and accuracy under each attack, of one model on one set of images.
 
@@ -101,6 +103,8 @@ def measure(
             Only with one rank, and batches that are in the journal already have no images.
         per_image: also say which images are right (see :func:`~cure.evaluation.metrics.pack`), as
             ``right`` beside each accuracy.
+        shard: attack only its images; the others count as withstanding, so what is returned is not
+            the accuracy: the journal is what a shard is for.
 
     Returns:
         {"natural": ..., "attacks": {name: ...}, "worst_case": ..., "nrr": {...}, "curve": ...,
@@ -134,7 +138,7 @@ def measure(
         # Only the first rank reads and writes the file; the others receive what it read.
         journal.learn(engine.first(journal.results))
         runner = AttackRunner(
-            model, images, threat, engine, batch_size, seed, progress, journal, ends, keep
+            model, images, threat, engine, batch_size, seed, progress, journal, ends, keep, shard
         )
         robust = {}
         result["attacks"] = {}
@@ -416,6 +420,7 @@ class AttackRunner:
     journal: Journal
     ends: float
     keep: dict[str, Tensor] | None = None
+    shard: Shard | None = None
 
     def run(self, attack: EvaluationAttack, natural: Tensor) -> Tally:
         """Run an attack on the images that are right, ``natural`` [N], part by part."""
@@ -445,12 +450,18 @@ class AttackRunner:
         None in the place of a batch that ran out of time.
         """
         targets = robust.nonzero().flatten()
+        if (merged := self.journal.whole(attack.name, part, targets.tolist())) is not None:
+            yield list(merged)
+            return
+        if self.shard is not None:
+            held = self.shard.holds(len(robust)).to(robust.device)
+            targets = (robust & held).nonzero().flatten()
         pieces = torch.split(targets, self.batch_size) if len(targets) else ()
         title = part if part == attack.name else f"{attack.name} {part}"
         for first in range(0, len(pieces), self.engine.world):
             ours = pieces[first : first + self.engine.world]
             results = [
-                self.journal.find(attack.name, part, first + rank, index.tolist())
+                self.journal.find(attack.name, part, self._number(first + rank), index.tolist())
                 for rank, index in enumerate(ours)
             ]
             before, count = first * self.batch_size, sum(map(len, ours))
@@ -461,7 +472,8 @@ class AttackRunner:
             if None in results:
                 own, rank = None, self.engine.rank
                 if rank < len(ours) and results[rank] is None:
-                    own = self._attack(attack, part, prepared, first + rank, ours[rank], tell)
+                    number = self._number(first + rank)
+                    own = self._attack(attack, part, prepared, number, ours[rank], tell)
                 made = self.engine.gather(own)
                 for result in filter(None, made):
                     self.journal.add(result)
@@ -469,6 +481,12 @@ class AttackRunner:
             if None not in results:
                 tell(1.0)
             yield results
+
+    def _number(self, batch: int) -> int:
+        """The number that a batch's draws depend on: no two shards share one."""
+        if self.shard is None:
+            return batch
+        return batch * self.shard.of + self.shard.number - 1
 
     def _attack(
         self,

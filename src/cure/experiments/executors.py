@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -102,6 +103,72 @@ def cluster_executor(cluster: str, folder: Path, options: Mapping[str, Any]) -> 
     except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
         raise ConfigError(f"--cluster {cluster}: {str(error).splitlines()[0]}") from None
     return executor
+
+
+class RayExecutor:
+    """Runs calls as tasks of Ray: on the cluster that ``RAY_ADDRESS`` names, else this machine.
+
+    Args:
+        options: of each task (``num_cpus``, ``num_gpus``).
+
+    Raises:
+        ConfigError: when Ray is not installed or does not know an option.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        try:
+            import ray
+        except ImportError:
+            raise ConfigError("--cluster ray needs Ray: pip install ray, or use --jobs") from None
+        self.ray = ray
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        try:
+            self.task = ray.remote(**{"num_cpus": 1, "max_retries": 0, **options})(_called)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"--cluster ray: {str(error).splitlines()[0]}") from None
+
+    def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
+        """Start the call, or put it in the queue."""
+        return _RayJob(self.ray, self.task.remote(function, arguments))
+
+
+@dataclass(frozen=True)
+class _RayJob:
+    ray: Any
+    reference: Any
+
+    def result(self) -> str:
+        try:
+            return str(self.ray.get(self.reference))
+        except self.ray.exceptions.RayTaskError as error:
+            raise (error.cause or RuntimeError(str(error))) from None
+        except self.ray.exceptions.RayError as error:
+            raise RuntimeError(str(error).splitlines()[0]) from None
+
+
+def _called(function: Callable[..., str], arguments: tuple[Any, ...]) -> str:
+    return function(*arguments)
+
+
+def executor_for(
+    jobs: int, cluster: str | None, folder: Path, options: Mapping[str, Any]
+) -> Executor:
+    """The executor that a command was asked for.
+
+    Args:
+        jobs: calls at a time on this machine; without a cluster.
+        cluster: "ray", or one of submitit's; None for this machine.
+        folder: for the files of submitit.
+        options: of the cluster.
+
+    Raises:
+        ConfigError: when the cluster's package is not installed, or an option is unknown.
+    """
+    if cluster is None:
+        if options:
+            raise ConfigError("--cluster-option goes with --cluster; add it")
+        return LocalExecutor(jobs)
+    return RayExecutor(options) if cluster == "ray" else cluster_executor(cluster, folder, options)
 
 
 @contextmanager
