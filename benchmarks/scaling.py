@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import cure
 from cure.config import ModelConfig
+from cure.data import Batch
 from cure.models import build_model
 from step import _Operations
 
@@ -92,6 +94,29 @@ def operations(case: Case) -> dict[str, float]:
     }
 
 
+ONE_GPU = ("cifar10-resnet18-trades-awp", "cifar10-resnet18-cure-awp", "cifar10-resnet18-cure")
+"""Recipes whose cost on one GPU is printed."""
+
+
+def step_cost(recipe: str) -> float:
+    """GFLOP of one image in one step of a recipe: counted while two images go through it."""
+    config = cure.load_recipe(recipe)
+    network = build_model(config.model, classes=10, channels=3, size=(32, 32), seed=0)
+    attack = cure.attacks.PGD(
+        cure.Threat(config.threat.norm, config.threat.epsilon),
+        steps=config.attack.steps,
+        step_size=config.attack.step_size,
+    )
+    options = {"beta": 6.0} if config.method.name == "trades" else {"steps": 1000}
+    method = getattr(cure.methods, config.method.name.upper())(network, attack=attack, **options)
+    if config.training.weight_perturbation is not None:
+        method = cure.methods.AWP(method, gamma=config.training.weight_perturbation.gamma)
+    batch = Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2), 0)
+    with _Operations() as counter:
+        method.train().take_step(batch).gradients()
+    return counter.count / 1e9 / len(batch.image)
+
+
 def exchange(size: float, gpus: int, inside: float, between: float) -> float:
     """Seconds of an all-reduce in a ring, whose slowest link decides; speeds in bytes a second."""
     if gpus == 1:
@@ -141,6 +166,13 @@ def main() -> None:
                 f"| {case.name} | {gpus} | {case.batch // gpus} | {1000 * computing:.1f} "
                 f"| {1000 * waiting:.1f} | {epoch:.0f} s | {case.epochs * epoch / 3600:.1f} h |"
             )
+    print()
+    print("| recipe | GFLOP an image and step | epochs | minutes on one GPU |")
+    print("| --- | ---: | ---: | ---: |")
+    for recipe in ONE_GPU:
+        training, cost = cure.load_recipe(recipe).training, step_cost(recipe)
+        minutes = 50_000 * training.epochs * cost * 1e9 / speed / 60
+        print(f"| {recipe} | {cost:.1f} | {training.epochs} | {minutes:.0f} |")
 
 
 if __name__ == "__main__":

@@ -406,3 +406,23 @@ def test_a_target_that_is_nothing_is_named(
     """A mistyped folder without a slash: what is wrong is the name, not that data is missing."""
     monkeypatch.chdir(tmp_path)
     refused(command("evaluate", "myrum"), "myrum")
+
+
+def test_evaluate_beyond_the_threat(trained: Path, command: Command, tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    words = ["evaluate", trained, "--attacks", "fgsm", "--limit", 10, "--output", output]
+    refused(command(*words, "--smoothing", "0"), "sigma")
+    assert not output.exists()
+    ended = command(*words, "--unseen", "--bounds", "--smoothing", "0.25")
+    assert ended.status == 0, ended
+    for title in (
+        "beyond the threat",
+        "L2 ",
+        "L1 ",
+        "proved by interval bounds",
+        "certified in L2",
+    ):
+        assert title in ended.out + ended.err, title
+    result = json.loads(output.read_text())
+    assert set(result) >= {"unseen", "verified", "smoothed"}
+    assert result["verified"]["accuracy"] <= result["attacks"]["fgsm"]["accuracy"]

@@ -583,3 +583,30 @@ def test_nothing_is_green_where_no_robust_accuracy_is_left(tmp_path: Path) -> No
         assert bool(said.all("div", class_="tile pass")) is green
         assert bool(said.all("div", class_="tile fail")) is not green
         assert ("is not robust" in said.text) is not green
+
+
+def test_the_points_that_a_network_was_chosen_from(small: Path) -> None:
+    def point(natural: float, robust: float, *shares: float) -> dict[str, Any]:
+        intervals = {"natural_interval": wilson(80, 100), "robust_interval": wilson(30, 100)}
+        found = {"shares": shares, "natural": natural, "robust": robust, "n": 100}
+        return found | {key: list(value) for key, value in intervals.items()}
+
+    chosen = point(81.25, 40.5, 0.25, 0.75)
+    record = {
+        "ends": ["natural start", "at"],
+        "steps": 10,
+        "points": [point(90.0, 0.0, 1.0, 0.0), chosen, point(70.0, 45.0, 0.0, 1.0)],
+        "barriers": ["barrier: natural accuracy is 60.0 % at shares 0.50, 0.50"],
+        "chosen": chosen,
+        "met": False,
+    }
+    before = read(write_report(small))
+    assert "mixed after training" not in section(before, "trade-off").text
+    write(small / "tradeoff.json", record)
+    told = section(read(write_report(small)), "trade-off")
+    for words in ("from the weights of natural start, at", "No point meets", "at shares 0.50"):
+        assert words in told.text
+    assert "0.25 natural start, 0.75 at" in told.text
+    assert len(drawings(told)) == len(drawings(section(before, "trade-off"))) + 1
+    (small / "tradeoff.json").write_text('{"ends": 3}')
+    assert "tradeoff.json" in read(write_report(small)).text

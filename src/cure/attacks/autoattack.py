@@ -19,6 +19,7 @@ from cure.attacks.pgd import attack_mode
 from cure.attacks.registry import EvaluationAttack, Part, add_attack, unchanged
 from cure.attacks.threat import Threat
 from cure.models.fuse import folded_copy
+from cure.utils.random import seeded
 
 # Forward passes for an image that is never fooled; and the fewest classes: the DLR loss compares
 # with the third largest logit, the targeted one with the fourth.
@@ -101,9 +102,8 @@ def _part(kind: str, part: str) -> Part:
         seed: int,
         number: int,  # noqa: ARG001 - the package begins each batch with the same seed
     ) -> Tensor:
-        devices = [image.device.index or 0] if image.device.type == "cuda" else []
-        # It seeds PyTorch's global generator, which gets its state back.
-        with attack_mode(model), torch.random.fork_rng(devices=devices), torch.no_grad():
+        # The package seeds PyTorch's global generators itself; they get their state back.
+        with attack_mode(model), seeded(seed), torch.no_grad():
             plain = image.contiguous()
             if kind == "standard" and threat.norm != "L1":
                 return standard_part(part, model, plain, label, threat, seed)

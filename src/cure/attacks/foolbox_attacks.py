@@ -12,6 +12,7 @@ from cure.attacks.pgd import attack_mode
 from cure.attacks.registry import EvaluationAttack, Part, add_attack
 from cure.attacks.threat import Threat
 from cure.errors import ConfigError
+from cure.utils.random import seeded
 
 MINIMUM = {
     # Not its L2 form: in foolbox 3.3.4 that finds changes five to two hundred times too long on a
@@ -84,9 +85,7 @@ def _attack(name: str, label: str, description: str) -> EvaluationAttack:
         seed: int,
         number: int,  # noqa: ARG001
     ) -> Tensor:
-        devices = [image.device.index or 0] if image.device.type == "cuda" else []
-        with attack_mode(model), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with attack_mode(model), seeded(seed):
             return smallest_change(name, model, image.contiguous(), label, threat)
 
     try:

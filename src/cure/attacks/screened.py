@@ -24,6 +24,7 @@ from cure.attacks.early_exit import TARGETS, EarlyExit, PlainLayout
 from cure.attacks.pgd import attack_mode
 from cure.attacks.registry import EvaluationAttack, Part, add_attack
 from cure.attacks.threat import Threat
+from cure.utils.random import seeded
 
 STEPS = 20
 """Of either screening attack, a target class."""
@@ -133,9 +134,7 @@ def _part(attack: Any, passes: int) -> Part:
         seed: int,
         number: int,
     ) -> Tensor:
-        devices = [image.device.index or 0] if image.device.type == "cuda" else []
-        with attack_mode(model), torch.random.fork_rng(devices=devices), torch.no_grad():
-            torch.manual_seed(seed + number)
+        with attack_mode(model), seeded(seed + number), torch.no_grad():
             made: Tensor = attack(PlainLayout(model), image.contiguous(), label, threat, seed)
             return made
 

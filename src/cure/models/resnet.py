@@ -8,6 +8,7 @@ that lineage.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 from cure.models.registry import MODELS
 
 Stem = Literal["cifar", "imagenet"]
+Activation = Literal["relu", "silu"]
+"""SiLU is smooth; Gowal et al. (2020) found it more robust than ReLU in adversarial training."""
+
+_ACTIVATIONS: dict[Activation, Callable[..., Tensor]] = {"relu": F.relu, "silu": F.silu}
 
 
 def _projection(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -34,8 +39,11 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+    def __init__(
+        self, channels_in: int, width: int, stride: int, activation: Activation = "relu"
+    ) -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[activation]
         self.conv1 = nn.Conv2d(channels_in, width, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -44,9 +52,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Features [B, width, H/stride, W/stride] of features [B, channels_in, H, W]."""
-        hidden = F.relu(self.bn1(self.conv1(feature)), inplace=True)
+        hidden = self.activation(self.bn1(self.conv1(feature)), inplace=True)
         hidden = self.bn2(self.conv2(hidden))
-        return F.relu(hidden + self.shortcut(feature), inplace=True)
+        return self.activation(hidden + self.shortcut(feature), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -54,8 +62,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+    def __init__(
+        self, channels_in: int, width: int, stride: int, activation: Activation = "relu"
+    ) -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[activation]
         channels_out = self.expansion * width
         self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -67,10 +78,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """Features [B, 4 width, H/stride, W/stride] of features [B, channels_in, H, W]."""
-        hidden = F.relu(self.bn1(self.conv1(feature)), inplace=True)
-        hidden = F.relu(self.bn2(self.conv2(hidden)), inplace=True)
+        hidden = self.activation(self.bn1(self.conv1(feature)), inplace=True)
+        hidden = self.activation(self.bn2(self.conv2(hidden)), inplace=True)
         hidden = self.bn3(self.conv3(hidden))
-        return F.relu(hidden + self.shortcut(feature), inplace=True)
+        return self.activation(hidden + self.shortcut(feature), inplace=True)
 
 
 class ResNet(nn.Module):
@@ -84,6 +95,7 @@ class ResNet(nn.Module):
         width: channels of the first stage; each later one has twice as many.
         stem: "cifar" is a 3x3 convolution; "imagenet" is a 7x7 one of stride 2, then max-pooling
             of stride 2.
+        activation: what follows BatchNorm.
     """
 
     def __init__(
@@ -94,8 +106,10 @@ class ResNet(nn.Module):
         channels: int,
         width: int = 64,
         stem: Stem = "cifar",
+        activation: Activation = "relu",
     ) -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[activation]
         if stem == "imagenet":
             self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
         else:
@@ -109,7 +123,7 @@ class ResNet(nn.Module):
             layers: list[nn.Module] = []
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                layers.append(block(channels_in, stage_width, stride))
+                layers.append(block(channels_in, stage_width, stride, activation))
                 channels_in = stage_width * block.expansion
             stages.append(nn.Sequential(*layers))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
@@ -117,7 +131,7 @@ class ResNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
-        hidden = F.relu(self.bn1(self.conv1(image)), inplace=True)
+        hidden = self.activation(self.bn1(self.conv1(image)), inplace=True)
         if self.stem == "imagenet":
             hidden = F.max_pool2d(hidden, 3, stride=2, padding=1)
         hidden = self.layer4(self.layer3(self.layer2(self.layer1(hidden))))
@@ -134,9 +148,10 @@ def resnet10(
     *,
     width: PositiveInt = 16,
     stem: Stem = "cifar",
+    activation: Activation = "relu",
 ) -> nn.Module:
     """ResNet-10 (one block a stage), narrow by default (0.31 M parameters) for quick runs."""
-    return ResNet(BasicBlock, (1, 1, 1, 1), classes, channels, width, stem)
+    return ResNet(BasicBlock, (1, 1, 1, 1), classes, channels, width, stem, activation)
 
 
 @MODELS.register("resnet18")
@@ -146,9 +161,10 @@ def resnet18(
     size: tuple[int, int] = (32, 32),  # noqa: ARG001
     *,
     stem: Stem = "cifar",
+    activation: Activation = "relu",
 ) -> nn.Module:
     """ResNet-18, 11.17 M parameters with ten classes."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), classes, channels, stem=stem)
+    return ResNet(BasicBlock, (2, 2, 2, 2), classes, channels, stem=stem, activation=activation)
 
 
 @MODELS.register("resnet34")
@@ -158,9 +174,10 @@ def resnet34(
     size: tuple[int, int] = (32, 32),  # noqa: ARG001
     *,
     stem: Stem = "cifar",
+    activation: Activation = "relu",
 ) -> nn.Module:
     """ResNet-34, 21.28 M parameters with ten classes."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), classes, channels, stem=stem)
+    return ResNet(BasicBlock, (3, 4, 6, 3), classes, channels, stem=stem, activation=activation)
 
 
 @MODELS.register("resnet50")
@@ -170,9 +187,10 @@ def resnet50(
     size: tuple[int, int] = (32, 32),  # noqa: ARG001
     *,
     stem: Stem = "cifar",
+    activation: Activation = "relu",
 ) -> nn.Module:
     """ResNet-50, 23.52 M parameters with ten classes."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), classes, channels, stem=stem)
+    return ResNet(Bottleneck, (3, 4, 6, 3), classes, channels, stem=stem, activation=activation)
 
 
 @MODELS.register("resnet101")
@@ -182,6 +200,7 @@ def resnet101(
     size: tuple[int, int] = (32, 32),  # noqa: ARG001
     *,
     stem: Stem = "cifar",
+    activation: Activation = "relu",
 ) -> nn.Module:
     """ResNet-101, 42.51 M parameters with ten classes."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), classes, channels, stem=stem)
+    return ResNet(Bottleneck, (3, 4, 23, 3), classes, channels, stem=stem, activation=activation)

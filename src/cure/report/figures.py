@@ -9,11 +9,18 @@ from typing import Any
 
 from cure.analysis.render import accuracy_series
 from cure.experiments.compare.rows import TableRow
+from cure.experiments.tradeoff import chart as tradeoff_chart
 from cure.methods import METHODS
 from cure.report.accuracies import attack_name, measured_attacks
 from cure.report.components import Cell, Figure, Grid, accuracy_cell, percent, share_cell, written
 from cure.report.loader import Entry
-from cure.runs.records import EpochMetrics, EvaluationRecord, Share
+from cure.runs.records import (
+    EpochMetrics,
+    EvaluationRecord,
+    Share,
+    TradeoffPoint,
+    TradeoffRecord,
+)
 from cure.utils.plotting import Chart, Panel, Series
 
 PAPER = Path(__file__).with_name("paper.json")
@@ -138,6 +145,25 @@ def trade_off(rows: Sequence[TableRow], place: Place) -> tuple[Figure, bool] | N
     data = Grid("The numbers", header, table, words=2, folded=True)
     drawn = Chart("trade-off", title, said, [panel], width=_MIDDLE, height=4.0).draw()
     return Figure(drawn, data), bool(beside)
+
+
+def between_weights(record: TradeoffRecord, series: int) -> Figure:
+    """The points that ``cure tradeoff`` chose a network from."""
+
+    def row(point: TradeoffPoint) -> list[Cell]:
+        shares = zip(record.ends, point.shares, strict=True)
+        mixed = ", ".join(f"{share:.2f} {end}" for end, share in shares if share)
+        low_natural, high_natural = point.natural_interval
+        low_robust, high_robust = point.robust_interval
+        return [
+            Cell(mixed, series=series if point == record.chosen else None),
+            Cell(written(point.natural), f"{written(low_natural)} to {written(high_natural)}"),
+            Cell(written(point.robust), f"{written(low_robust)} to {written(high_robust)}"),
+        ]
+
+    header = ["share of each end", "natural (%)", f"PGD-{record.steps} (%)"]
+    rows = [row(point) for point in record.points]
+    return Figure(tradeoff_chart(record).draw(), Grid("The numbers", header, rows, folded=True))
 
 
 def _paper_rows(rows: Sequence[TableRow], attack: str) -> list[tuple[str, float, float]]:

@@ -34,6 +34,7 @@ from cure.runs.records import (
     RunRecord,
     Status,
     StudyRecord,
+    TradeoffRecord,
     number_of,
     oldest_first,
     read_result,
@@ -61,6 +62,7 @@ class Entry:
         images: the images of the run.
         status: how far it came.
         outcome: what the training gained.
+        between: of a run of ``cure tradeoff``, the points that it was chosen from.
         environment: where it was trained.
         label: of the row, where a plan gives it one.
         start: the network that its training began from, where that is in the page.
@@ -79,6 +81,7 @@ class Entry:
     images: Images | None = None
     status: Status | None = None
     outcome: Outcome | None = None
+    between: TradeoffRecord | None = None
     environment: Environment | None = None
     label: str | None = None
     start: Entry | None = None
@@ -273,6 +276,7 @@ def _of_folder(path: Path, name: str, inputs: PageInputs) -> Entry:
     entry.images = read(path / "data.json", Images.read)
     entry.status = read(path / "status.json", Status.read)
     entry.outcome = read(path / "outcome.json", Outcome.read)
+    entry.between = read(path / "tradeoff.json", TradeoffRecord.read)
     entry.metrics, entry.timing = lines(EpochMetrics), lines(EpochTiming)
     for folder, kind in RESULTS.items():
         for file in sorted((path / folder).glob("*.json"), key=number_of):

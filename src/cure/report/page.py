@@ -252,7 +252,7 @@ def page_sections(inputs: PageInputs, measured: Measured) -> list[Section]:
             "Training against attacks usually costs accuracy on ordinary images. Each mark is a "
             "network; further right is better on ordinary images, higher is better under attack. "
             "No network can lie above the dotted line.",
-            _trade_off(main, measured, place, where),
+            [*_trade_off(main, measured, place, where), *_between(runs, place)],
         ),
         Section(
             "learning",
@@ -365,6 +365,23 @@ def _trade_off(
     if left:
         said = f"{left} more were evaluated differently (see the tables above) and are not drawn."
         blocks.append(Words([said], "aside"))
+    return blocks
+
+
+def _between(runs: Sequence[Entry], place: Mapping[str, int]) -> list[Block]:
+    """For each run of ``cure tradeoff``: the networks it was chosen from."""
+    blocks: list[Block] = []
+    for entry in runs:
+        if (record := entry.between) is None:
+            continue
+        blocks.append(figures.between_weights(record, place[entry.name]))
+        said = [
+            f"{entry.name} was mixed after training from the weights of "
+            f"{', '.join(record.ends)}; the choice was made on these validation images."
+        ]
+        if record.met is False:
+            said.append("No point meets what was asked for; the nearest was taken.")
+        blocks.append(Words([*said, *(f"{barrier}." for barrier in record.barriers)], "aside"))
     return blocks
 
 

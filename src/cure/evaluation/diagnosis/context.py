@@ -16,7 +16,7 @@ from cure.attacks.losses import CROSS_ENTROPY, MARGIN, cross_entropy
 from cure.data import ImageSet, to_unit
 from cure.models.checks import check_outputs
 from cure.utils.engine import Engine
-from cure.utils.random import generator
+from cure.utils.random import generator, seeded
 
 RunAttack = Callable[[Tensor, Tensor, int], Tensor]
 """(images [B, C, H, W], labels [B], number of the batch) to changed images."""
@@ -151,11 +151,8 @@ class CheckContext:
         Raises:
             ModelError: when its output has not the shape of logits.
         """
-        device = self.engine.device
         buffers = [(buffer, buffer.clone()) for buffer in self.given.buffers()]
-        devices = [device.index or 0] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), attack_mode(self.given):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed), attack_mode(self.given):
             try:
                 first = self.engine.arrange(self.image[:2])
                 check_outputs(_ZeroLogits(self.given), first, self.classes)
