@@ -270,3 +270,32 @@ def test_example_checkpoint_of_autoattack_loads_and_gives_its_logits() -> None:
     image = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(mine(image), theirs(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_activation_follows_every_norm_but_not_the_weights(name: str) -> None:
+    """With SiLU: other values, the same weights; one call for each ReLU, found by hooks on F."""
+    calls: list[str] = []
+
+    class Counted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function in (nn.functional.relu, nn.functional.silu):
+                calls.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    plain, smooth = make(name), make(name, {"activation": "silu"})
+    image = torch.rand(2, 3, 32, 32)
+    with torch.no_grad(), Counted():
+        plain(image)
+        count = len(calls)
+        assert set(calls) == {"relu"}
+        smooth(image)
+    assert set(calls[count:]) == {"silu"}
+    assert len(calls) == 2 * count
+    # Stem; two (three) in each block.
+    assert count == {"resnet18": 1 + 2 * 8, "resnet50": 1 + 3 * 16}[name]
+    assert list(plain.state_dict()) == list(smooth.state_dict())
+    with pytest.raises(ConfigError, match="activation"):
+        make(name, {"activation": "gelu"})

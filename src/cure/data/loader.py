@@ -90,8 +90,10 @@ def epoch(
         classes = len(images.classes)
         balanced = class_weights == "balanced"
         labels = images.label if extra is None else torch.cat([images.label, extra.label])
-        weights = balanced_weights(images.label, classes) if balanced else None
-        if balanced and extra is not None:
+        weights = None
+        if balanced and extra is None:
+            weights = balanced_weights(images.label, classes)
+        elif balanced and extra is not None:
             weights = _mixture_weights(images.label, extra.label, classes, drawn / batch_size)
 
         def weighted(label: Tensor, soft: Tensor | None = None) -> Tensor | None:
@@ -100,20 +102,10 @@ def epoch(
             whole = F.one_hot(label, classes) if soft is None else soft
             return whole * weights[label][:, None]
 
-        # Drawn on the CPU, so that every device sees the same order.
-        draws = generator("cpu", seed, "order", epoch)
-        if sampler == "balanced":
-            order = balanced_order(images.label.cpu(), draws)
-        else:
-            order = torch.randperm(len(images), generator=draws)
+        order = _order(images.label, sampler, seed, epoch)
         if extra is not None:
-            first = epoch * steps * drawn
-            more = _passes(extra.label.cpu(), first, steps * drawn, seed, sampler)
             own = order[: steps * (batch_size - drawn)].view(steps, -1)
-            both = torch.cat([own, len(images) + more.view(steps, -1)], dim=1)
-            # Mixed, so that all parts of a batch (ranks, accumulation) have some of both.
-            chances = torch.rand(both.shape, generator=generator("cpu", seed, "places", epoch))
-            order = both.gather(1, chances.argsort(dim=1, stable=True)).flatten()
+            order = _with_extra(own, extra.label, len(images), drawn, sampler, seed, epoch)
         # Lazy and extra images are looked up on the CPU, where no queue of a GPU is waited for.
         on_cpu = images.lazy is not None or extra is not None
         wanted = order if on_cpu else order.to(device)
@@ -145,6 +137,39 @@ def epoch(
             yield Batch(to_unit(image), label, index, step, weighted=weighted(label))
 
     return iterate()
+
+
+def _order(label: Tensor, sampler: str, seed: int, epoch: int) -> Tensor:
+    """The images of a pass in their order [N], on the CPU: every device sees the same one."""
+    draws = generator("cpu", seed, "order", epoch)
+    if sampler == "balanced":
+        return balanced_order(label.cpu(), draws)
+    return torch.randperm(len(label), generator=draws)
+
+
+def _with_extra(
+    own: Tensor, label: Tensor, first: int, drawn: int, sampler: str, seed: int, epoch: int
+) -> Tensor:
+    """The order of a pass with ``drawn`` extra images in each batch.
+
+    Args:
+        own: other images of each batch [steps, B - drawn].
+        label: of the extra images.
+        first: index of the first extra image.
+        drawn: extra images a batch.
+        sampler: as in :func:`epoch`.
+        seed: the run's.
+        epoch: number of the pass.
+
+    Returns:
+        [steps * B] on the CPU.
+    """
+    steps = len(own)
+    more = _passes(label.cpu(), epoch * steps * drawn, steps * drawn, seed, sampler)
+    both = torch.cat([own, first + more.view(steps, -1)], dim=1)
+    # Mixed, so that all parts of a batch (ranks, accumulation) have some of both.
+    chances = torch.rand(both.shape, generator=generator("cpu", seed, "places", epoch))
+    return both.gather(1, chances.argsort(dim=1, stable=True)).flatten()
 
 
 def extra_images(batch_size: int, share: float) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cure.attacks import Threat
+from cure.attacks import Threat, attack_mode
 from cure.attacks.registry import EvaluationAttack, evaluation_attack
 from cure.config import Ratio
 from cure.data import ImageSet, batches
@@ -120,18 +120,15 @@ def measure(
     ends = math.inf if time_limit is None else time.monotonic() + time_limit
     images = images.checked().to(engine.device)
     chosen = _chosen(attacks, images, threat, source, model, replay)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with attack_mode(model):
         first = next(batches(images, batch_size))
         check_outputs(model, engine.arrange(first.image), len(images.classes))
         began = time.perf_counter()
         natural = _predict(model, images, engine, batch_size) == images.label
-        label, classes = images.label.cpu(), len(images.classes)
         result: Result = {
-            "natural": accuracy_of(natural, time.perf_counter() - began)
-            | by_class(natural.cpu(), label, classes),
-            "majority": majority(label, images.classes),
+            "natural": _accuracies(natural, images, time.perf_counter() - began),
+            "majority": majority(images.label.cpu(), images.classes),
+            "attacks": {},
         }
         progress("natural", len(images), len(images))
         journal = journal or Journal()
@@ -140,26 +137,17 @@ def measure(
         runner = AttackRunner(
             model, images, threat, engine, batch_size, seed, progress, journal, ends, keep, shard
         )
-        robust = {}
-        result["attacks"] = {}
-        unfinished = {}
-        for attack in chosen:
-            tally = runner.run(attack, natural)
-            if tally.stopped_in is None:
-                robust[attack.name] = tally.robust
-                result["attacks"][attack.name] = tally.result() | by_class(
-                    tally.robust.cpu(), label, classes
-                )
-            else:
-                unfinished[attack.name] = tally.result()
+        tallies = {attack.name: runner.run(attack, natural) for attack in chosen}
+        unfinished = {name: t.result() for name, t in tallies.items() if t.stopped_in is not None}
         if curve is not None:
             attack = _possible(evaluation_attack(curve.attack, source), images, threat, model)
             result["curve"], missing = _measure_curve(runner, attack, natural, curve)
             if missing is not None:
                 unfinished["curve"] = missing
-    finally:
-        for module, training in modes:
-            module.training = training
+    robust = {name: t.robust for name, t in tallies.items() if t.stopped_in is None}
+    result["attacks"] = {
+        name: tallies[name].result() | _by_class(right, images) for name, right in robust.items()
+    }
     if unfinished:
         result["unfinished"] = unfinished
     if per_image:
@@ -168,8 +156,7 @@ def measure(
             result["attacks"][name]["right"] = pack(right)
     if robust:
         worst = torch.stack(list(robust.values())).all(dim=0)
-        result["worst_case"] = accuracy_of(worst, 0.0) | {"over": list(robust)}
-        result["worst_case"] |= by_class(worst.cpu(), label, classes)
+        result["worst_case"] = _accuracies(worst, images) | {"over": list(robust)}
         del result["worst_case"]["seconds"]
     result["nrr"] = {
         name: nrr(result["natural"]["accuracy"], result["attacks"][name]["accuracy"])
@@ -178,6 +165,15 @@ def measure(
         for name in ("cw", "autoattack")
     }
     return result
+
+
+def _accuracies(right: Tensor, images: ImageSet, seconds: float = 0.0) -> Result:
+    """Accuracy over all images, and by class."""
+    return accuracy_of(right, seconds) | _by_class(right, images)
+
+
+def _by_class(right: Tensor, images: ImageSet) -> Result:
+    return by_class(right.cpu(), images.label.cpu(), len(images.classes))
 
 
 def identify(
