@@ -411,7 +411,7 @@ def test_a_target_that_is_nothing_is_named(
 def test_evaluate_beyond_the_threat(trained: Path, command: Command, tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     words = ["evaluate", trained, "--attacks", "fgsm", "--limit", 10, "--output", output]
-    refused(command(*words, "--smoothing", "0"), "sigma")
+    refused(command(*words, "--smoothing", "0"), "standard deviation above 0")
     assert not output.exists()
     ended = command(*words, "--unseen", "--bounds", "--smoothing", "0.25")
     assert ended.status == 0, ended
