@@ -123,7 +123,6 @@ def test_missing_stopped_and_foreign_shards_are_refused(tmp_path: Path) -> None:
         ({"shard": "1/2", "shards": 2, "output": "r.json"}, "leave out shards=2"),
         ({"shards": 0, "output": "r.json"}, "1 or more"),
         ({"shard": "1/2", "output": "r.json", "time_limit": 5.0}, "time_limit is not kept"),
-        ({"shard": "1/2", "output": "r.json", "unseen": True}, "unseen is not kept"),
         ({"shards": 2, "output": "r.json", "adversarial": "a.pt"}, "adversarial is not kept"),
     ],
 )
@@ -212,3 +211,48 @@ def test_ray(run: Run, tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="--cluster ray"):
         executor_for(1, "ray", tmp_path, {"no_such_option": 1})
+
+
+def test_unseen_threats_are_shared_too(tmp_path: Path) -> None:
+    output, arguments = tmp_path / "result.json", ARGUMENTS | {"attacks": ["fgsm"], "unseen": True}
+    whole = evaluate(network(), **arguments)
+    for number in (1, 2):
+        evaluate(network(), output=output, shard=f"{number}/2", **arguments)
+    merged = evaluate(network(), output=output, shards=2, **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    for norm in ("L2", "L1"):
+        found = merged["unseen"][norm]["attacks"]["apgd-ce"]
+        expected = whole["unseen"][norm]["attacks"]["apgd-ce"]
+        assert found["attacked"] == expected["attacked"]
+        # Random starts may decide on an image at the very edge.
+        assert abs(found["correct"] - expected["correct"]) <= 1
+    assert merged["unseen"]["all_threats"]["n"] == 50
+
+
+def test_unseen_threats_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cure.evaluation import runner
+
+    arguments = ARGUMENTS | {"attacks": ["fgsm"], "unseen": True}
+    attacked, calls = runner.AttackRunner._attack, 0
+    dies_at: int | None = None
+
+    def counted(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == dies_at:
+            raise KeyboardInterrupt
+        return attacked(*given)
+
+    monkeypatch.setattr(runner.AttackRunner, "_attack", counted)
+    whole, needed = evaluate(network(), **arguments), calls
+    output = tmp_path / "result.json"
+    calls, dies_at = 0, needed - 2
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(network(), output=output, **arguments)
+    calls, dies_at = 0, None
+    again = evaluate(network(), output=output, **arguments)
+    assert calls == 3, "what was finished, in another norm too, is not attacked again"
+    for norm in ("L2", "L1"):
+        one, other = again["unseen"][norm]["attacks"], whole["unseen"][norm]["attacks"]
+        assert one["apgd-ce"]["correct"] == other["apgd-ce"]["correct"]
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]

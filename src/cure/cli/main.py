@@ -216,6 +216,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy on natural and on attacked images."""
     from cure.evaluation import evaluate as api
+    from cure.evaluation.evaluate import is_unfinished
     from cure.evaluation.gate import write_junit, write_sarif
     from cure.utils.io import check_free
 
@@ -274,7 +275,7 @@ def evaluate(
         write_junit(junit, result)
     if not QUIET and sarif is not None:
         write_sarif(sarif, result, target)
-    if "unfinished" in result:
+    if is_unfinished(result):
         sys.exit(UNFINISHED)
     if not all(row["met"] for row in result.get("requirements", ())):
         sys.exit(NOT_MET)

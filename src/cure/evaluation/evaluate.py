@@ -33,7 +33,7 @@ from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, mea
 from cure.evaluation.shards import MergedShards, Shard
 from cure.evaluation.smoothing import check_sigma, smoothed_accuracy
 from cure.evaluation.target import Target, TargetLike, describe_images
-from cure.evaluation.unseen import unseen_threats
+from cure.evaluation.unseen import attack_unseen, unseen_threats, with_all_threats
 from cure.models import describe
 from cure.models.failure import network_errors
 from cure.models.trial import traits_of
@@ -41,7 +41,7 @@ from cure.runs.records import EvaluationRecord
 from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import check_free, write_json
+from cure.utils.io import check_free, read_json, write_json
 
 EVALUATION_FORMAT = "cure-evaluation-1"
 
@@ -135,7 +135,6 @@ def evaluate(
         adversarial=adversarial,
         float=float_network,
         time_limit=time_limit,
-        unseen=unseen or None,
     )
     if output is None or not _unfinished(Path(output)):
         check_free(output)
@@ -159,6 +158,7 @@ def evaluate(
             output,
             keep_images=adversarial is not None,
             per_image=per_image or unseen,
+            unseen=unseen,
             float_network=float_network,
             time_limit=time_limit,
             sharded=sharded,
@@ -172,7 +172,9 @@ def evaluate(
                 return _measure_shard(evaluation, sharded, progress)
             result = _measure(evaluation, time_limit, progress)
             if unseen:
-                result["unseen"] = _unseen(evaluation, result, time_limit, progress)
+                found = _unseen(evaluation, time_limit, progress)
+                threats = unseen_threats(evaluation.threat, evaluation.images)
+                result["unseen"] = with_all_threats(result, found, threats)
             result |= _certificates(evaluation, bounds, smoothing, progress)
             note = masking_note(result)
             if note:
@@ -200,6 +202,7 @@ class _Prepared:
         journal: batches that are finished.
         kept: the fooling images (see :func:`~cure.evaluation.runner.measure`), where asked for.
         per_image: whether to say which images are right.
+        unseen: whether to attack in the other norms too.
         replay: the float network that a file without gradients was made from.
     """
 
@@ -214,6 +217,7 @@ class _Prepared:
     journal: Journal
     kept: dict[str, Tensor] | None
     per_image: bool
+    unseen: bool
     replay: nn.Module | None = None
 
 
@@ -228,6 +232,7 @@ def _prepare(
     *,
     keep_images: bool,
     per_image: bool,
+    unseen: bool,
     float_network: TargetLike | None = None,
     time_limit: float | None,
     sharded: Shard | int | None = None,
@@ -263,6 +268,9 @@ def _prepare(
         attacks = list(dict.fromkeys([*found, *(name for name in attacks if name != AUTO)]))
         warnings.warn(sentence, CureNote, stacklevel=2)
     identity = identify(model, images, attacks, threat, engine, size, seed, source, curve, replay)
+    if unseen:
+        others = unseen_threats(threat, images)
+        identity["unseen"] = {norm: float(other.epsilon) for norm, other in others.items()}
     with engine.agreeing():
         if sharded is not None and engine.world > 1:
             raise ConfigError("ranks share the batches already; leave out shards, or the launcher")
@@ -285,6 +293,7 @@ def _prepare(
         journal,
         {} if keep_images else None,
         per_image,
+        unseen,
         replay,
     )
 
@@ -314,6 +323,8 @@ def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
         curve=this.curve,
         shard=shard,
     )
+    if this.unseen:
+        _unseen(this, None, progress, shard)
     return {
         "format": "cure-evaluation-shard-1",
         "shard": str(shard),
@@ -386,11 +397,10 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
 
 
 def _unseen(
-    this: _Prepared, result: Result, time_limit: float | None, progress: Progress
+    this: _Prepared, time_limit: float | None, progress: Progress, shard: Shard | None = None
 ) -> Result:
-    """Accuracy in the other norms."""
-    return unseen_threats(
-        result,
+    """Attacks in the other norms."""
+    return attack_unseen(
         this.model,
         this.images,
         this.threat,
@@ -399,6 +409,8 @@ def _unseen(
         seed=this.target.options.seed,
         time_limit=time_limit,
         progress=progress,
+        journal=this.journal,
+        shard=shard,
     )
 
 
@@ -432,7 +444,7 @@ def _record(
     writes, folder = this.engine.rank == 0, this.target.folder
     if output is not None and writes:
         EvaluationRecord.parse(result, output).write(Path(output))
-    if "unfinished" in result:
+    if is_unfinished(result):
         return
     if this.kept is not None and adversarial is not None:
         natural = next(batches(this.images, len(this.images))).image
@@ -592,11 +604,17 @@ def _partial(output: str | Path | None, target: Target, identity: Identity) -> P
     )
 
 
+def is_unfinished(result: Result) -> bool:
+    """Whether time ran out for an attack, in any norm."""
+    return any("unfinished" in part for part in (result, *result.get("unseen", {}).values()))
+
+
 def _unfinished(output: Path) -> bool:
     """Whether it is a result that ran out of time and can be continued."""
     if not partial_of(output).is_file():
         return False
     try:
-        return bool(EvaluationRecord.read(output).unfinished)
+        EvaluationRecord.read(output)
     except CheckpointError:
         return False
+    return is_unfinished(read_json(output))

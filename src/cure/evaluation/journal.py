@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -194,6 +194,36 @@ class Journal:
             self.remove()
         if self._file is not None:
             self._file.close()
+
+
+class JournalPart(Journal):
+    """A part of an evaluation in the journal of the whole: its attacks have a word before them.
+
+    Args:
+        of: the journal of the whole, which stays open.
+        word: such as "L2".
+    """
+
+    def __init__(self, of: Journal, word: str) -> None:
+        super().__init__()
+        self._of, self._word = of, word
+
+    def find(self, attack: str, part: str, batch: int, attacked: list[int]) -> BatchResult | None:
+        """See :meth:`Journal.find`."""
+        found = self._of.find(self._named(attack), part, batch, attacked)
+        return None if found is None else replace(found, attack=attack)
+
+    def whole(self, attack: str, part: str, targets: list[int]) -> list[BatchResult] | None:
+        """See :meth:`Journal.whole`."""
+        found = self._of.whole(self._named(attack), part, targets)
+        return None if found is None else [replace(each, attack=attack) for each in found]
+
+    def add(self, result: BatchResult) -> None:
+        """See :meth:`Journal.add`."""
+        self._of.add(replace(result, attack=self._named(result.attack)))
+
+    def _named(self, attack: str) -> str:
+        return f"{self._word} {attack}"
 
 
 def partial_of(output: Path) -> Path:

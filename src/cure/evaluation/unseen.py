@@ -11,8 +11,10 @@ from torch import nn
 from cure.attacks import Threat
 from cure.config import Ratio
 from cure.data import ImageSet
+from cure.evaluation.journal import Journal, JournalPart
 from cure.evaluation.metrics import Result, accuracy_of, unpack
 from cure.evaluation.runner import Progress, measure, no_progress
+from cure.evaluation.shards import Shard
 from cure.utils.engine import Engine
 
 ATTACKS = ("apgd-ce", "apgd-t")
@@ -44,8 +46,20 @@ def customary(norm: Literal["Linf", "L2", "L1"], values: int) -> Threat:
     return Threat(norm, Ratio(f"{(12 if kind == 'small' else 255) * ratio:.4g}"))
 
 
-def unseen_threats(
-    measured: Result,
+def unseen_threats(threat: Threat, images: ImageSet) -> dict[str, Threat]:
+    """The threats of the norms that ``threat`` has not, by norm.
+
+    >>> import torch
+    >>> images = ImageSet(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.tensor([0]), ("a",))
+    >>> list(unseen_threats(Threat("Linf", 8 / 255), images))
+    ['L2', 'L1']
+    """
+    norms: tuple[Literal["Linf", "L2", "L1"], ...] = ("Linf", "L2", "L1")
+    values = images.image[0].numel()
+    return {norm: customary(norm, values) for norm in norms if norm != threat.norm}
+
+
+def attack_unseen(
     model: nn.Module,
     images: ImageSet,
     threat: Threat,
@@ -55,12 +69,12 @@ def unseen_threats(
     seed: int = 0,
     time_limit: float | None = None,
     progress: Progress = no_progress,
+    journal: Journal | None = None,
+    shard: Shard | None = None,
 ) -> Result:
-    """Accuracy in the norms that ``threat`` has not, and under all threats together.
+    """What :func:`~cure.evaluation.runner.measure` says of each unseen threat, by norm.
 
     Args:
-        measured: what :func:`~cure.evaluation.runner.measure` gave under ``threat``, with
-            ``per_image``.
         model: as for :func:`~cure.evaluation.runner.measure`.
         images: as there.
         threat: the threat that is not unseen.
@@ -69,25 +83,18 @@ def unseen_threats(
         seed: of random starts.
         time_limit: seconds for each norm.
         progress: called as there.
-
-    Returns:
-        By norm ``threat``, ``attacks``, ``worst_case`` and, out of time, ``unfinished``; and
-        ``all_threats``, images that are right under every attack in every norm.
+        journal: of the whole evaluation.
+        shard: see there.
     """
-    classes = len(images.classes)
-    attacks = ATTACKS if classes >= 4 else ATTACKS[:1]
-    rights = [unpack(part["right"], part["n"]) for part in measured["attacks"].values()]
+    attacks = ATTACKS if len(images.classes) >= 4 else ATTACKS[:1]
+    journal = journal or Journal()
     found: Result = {}
-    norms: tuple[Literal["Linf", "L2", "L1"], ...] = ("Linf", "L2", "L1")
-    for norm in norms:
-        if norm == threat.norm:
-            continue
-        other = customary(norm, images.image[0].numel())
+    for norm, other in unseen_threats(threat, images).items():
 
         def tell(name: str, done: int, count: int, norm: str = norm) -> None:
             progress(f"{norm} {name}", done, count)
 
-        own = measure(
+        found[norm] = measure(
             model,
             images,
             attacks,
@@ -97,21 +104,42 @@ def unseen_threats(
             seed=seed,
             time_limit=time_limit,
             progress=tell,
+            journal=JournalPart(journal, norm),
             per_image=True,
+            shard=shard,
         )
+    return found
+
+
+def with_all_threats(measured: Result, found: Result, threats: dict[str, Threat]) -> Result:
+    """The result's part on unseen threats.
+
+    Args:
+        measured: what :func:`~cure.evaluation.runner.measure` gave under the threat itself, with
+            ``per_image``.
+        found: what :func:`attack_unseen` gave.
+        threats: what :func:`unseen_threats` gave.
+
+    Returns:
+        By norm ``threat``, ``attacks``, ``worst_case`` and, out of time, ``unfinished``; and
+        ``all_threats``, images that are right under every attack in every norm.
+    """
+    result: Result = {}
+    rights = [unpack(part["right"], part["n"]) for part in measured["attacks"].values()]
+    for norm, own in found.items():
+        other = threats[norm]
         rights += [unpack(part.pop("right"), part["n"]) for part in own["attacks"].values()]
-        kept = {k: own[k] for k in ("attacks", "worst_case", "unfinished") if k in own}
-        found[norm] = {
+        result[norm] = {
             "threat": {
                 "norm": norm,
                 "epsilon": float(other.epsilon),
                 "epsilon_text": str(other.epsilon),
             },
-            **kept,
+            **{k: own[k] for k in ("attacks", "worst_case", "unfinished") if k in own},
         }
-    complete = not any("unfinished" in part for part in (measured, *found.values()))
+    complete = not any("unfinished" in part for part in (measured, *result.values()))
     if complete and rights:
         union = torch.stack([torch.from_numpy(right) for right in rights]).all(0)
-        found["all_threats"] = accuracy_of(union, 0.0)
-        del found["all_threats"]["seconds"]
-    return found
+        result["all_threats"] = accuracy_of(union, 0.0)
+        del result["all_threats"]["seconds"]
+    return result

@@ -40,7 +40,7 @@ def evaluate_in_shards(
         executor: does the jobs; by default one after the other on this machine.
         tell: called with a line about each job.
         arguments: those of :func:`cure.evaluate`; ``adversarial``, ``float_network``,
-            ``time_limit`` and ``unseen`` are refused.
+            and ``time_limit`` are refused.
 
     Raises:
         ConfigError: for what shards cannot do.
