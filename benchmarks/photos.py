@@ -2,7 +2,7 @@
 
     python benchmarks/photos.py --data FOLDER [--methods at,trades,cure,plain] [--seeds 0,1,2]
 
-For each network and seed: a natural start (shared by all methods), then each method
+For each network and seed: a natural start (four epochs, shared by all methods), then each method
 from it.  ``plain`` is a short training loop of this file that uses nothing of the package but the
 reading of images and the final evaluation: N-FGSM, epsilon rising over half of the run, frozen
 BatchNorm, averaged weights, 16 epochs.  Every choice in training uses images carved from the
@@ -53,22 +53,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 """Settings of each network; ``start`` is what the natural training begins with."""
 
-NATURAL: dict[str, dict[str, Any]] = {
+NATURAL = {
     "efficientnet-lite0": {
-        "training.epochs": 8,
-        "training.optimizer.learning_rate": 0.005,
+        "training.epochs": 4,
+        "training.optimizer.learning_rate": 0.01,
         "training.optimizer.weight_decay": 1e-4,
-        "data.augment.label_smoothing": 0.1,
     },
-    "resnet18": {
-        "training.epochs": 60,
-        "training.optimizer.learning_rate": 0.05,
-        "training.batch_norm": "train",
-        "training.averaging": None,
-    },
+    "resnet18": {"training.epochs": 60, "training.optimizer.learning_rate": 0.05},
 }
-"""What the natural training changes about the recipe; chosen on photographs carved from training
-(``results/photos/choices.json``)."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "at": {"method": "at", "attack.epsilon": None},
@@ -172,8 +164,14 @@ def natural_start(options: argparse.Namespace, seed: int) -> Path:
     return trained(
         place(options, "natural", seed),
         common(options, seed)
-        | {"method": "natural", "data.augment.cutmix": 0, "training.validate_every": 100}
-        | NATURAL[options.network],
+        | NATURAL[options.network]
+        | {
+            "method": "natural",
+            "data.augment.cutmix": 0,
+            "training.batch_norm": "eval_attack",
+            "training.schedule": {"name": "one_cycle", "peak": 0.3},
+            "training.averaging": None,
+        },
     )
 
 
