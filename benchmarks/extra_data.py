@@ -22,15 +22,14 @@ import torch
 from cure.config import AugmentConfig, DataConfig
 from cure.data import load_split
 from cure.data.augment import augmented, mixed
-from cure.errors import TrainingStopped
 from cure.experiments.compare.rows import no_place
-from cure.experiments.executors import LocalExecutor
-from cure.experiments.plan import Measurement, Plan, PlanRow, carry_out_plan, entries, results_of
+from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
 from cure.recipe import parse_override
 from cure.utils.environment import environment
-from cure.utils.io import write_atomically, write_json
+from cure.utils.io import write_atomically
 from cure.utils.random import generator
 from cure.utils.stats import student_t
+from planned import arguments, carry_out, keep
 
 MEASURED = ("natural", "pgd20")
 
@@ -82,7 +81,7 @@ def plan_of(options: argparse.Namespace, extra: Path) -> Plan:
     return Plan(
         name="extra-data",
         recipe=options.recipe,
-        runs=str(Path(options.folder) / "trained"),
+        runs=str(options.folder / "trained"),
         settings=settings,
         seeds=tuple(map(int, options.seeds.split(","))),
         evaluations=(Measurement(attacks=("pgd20",), limit=options.limit),),
@@ -121,46 +120,25 @@ def write(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
         "extra": no_place(plan.rows["with"].settings),
         "environment": environment(),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, result)
+    keep(output, result)
     return result
 
 
 def main() -> None:
     """Train and evaluate what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of all runs")
-    parser.add_argument("--recipe", default="cifar10-mini")
+    parser = arguments(__doc__, "extra_data", epochs=60)
     parser.add_argument("--method", default="at")
-    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--images", type=int, default=2000, help="training images")
     parser.add_argument("--validation", type=int, default=1000)
     parser.add_argument("--extra", type=int, default=10000, help="extra images to make")
     parser.add_argument("--share", type=float, default=0.5, help="of each batch")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--natural-epochs", type=int, default=25)
-    parser.add_argument("--limit", type=int, default=2000, help="test images")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--folder", default="runs/extra_data")
-    parser.add_argument("--output", default="results/extra_data/cifar10-mini.json")
     options = parser.parse_args()
-    folder, output = Path(options.folder), Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    extra = folder / f"extra-{options.images}-{options.extra}.npz"
+    extra = options.folder / f"extra-{options.images}-{options.extra}.npz"
     plan = plan_of(options, extra)
     if not extra.exists():
+        options.folder.mkdir(parents=True, exist_ok=True)
         make_extra(entries(plan)[0].config.data, options.extra, extra)
-
-    def tell(line: str) -> None:
-        print(line, flush=True)
-        if line.endswith(": done"):
-            write(plan, folder, output)
-
-    failures = carry_out_plan(plan, folder, LocalExecutor(options.jobs), tell=tell)
-    for name, gain in write(plan, folder, output)["with_minus_without"].items():
-        print(name, gain)
-    if failures:
-        raise TrainingStopped("; ".join(failures))
+    carry_out(plan, options, write, "with_minus_without")
 
 
 if __name__ == "__main__":

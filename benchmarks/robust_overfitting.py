@@ -16,16 +16,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cure.errors import TrainingStopped
 from cure.experiments.compare.rows import no_place
-from cure.experiments.executors import LocalExecutor
-from cure.experiments.plan import Measurement, Plan, PlanRow, carry_out_plan, entries, results_of
+from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
 from cure.recipe import parse_override
 from cure.runs.records import RunRecord
 from cure.utils.environment import environment
-from cure.utils.io import write_bytes, write_json, write_text
+from cure.utils.io import write_bytes, write_text
 from cure.utils.plotting import Chart, Panel, Series
 from cure.utils.stats import student_t
+from planned import arguments, carry_out, keep
 
 METHODS: dict[str, dict[str, Any]] = {
     "at": {"method": "at"},
@@ -55,7 +54,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     return Plan(
         name="robust-overfitting",
         recipe=options.recipe,
-        runs=str(Path(options.folder) / "trained"),
+        runs=str(options.folder / "trained"),
         settings=settings | dict(map(parse_override, options.settings)),
         seeds=tuple(map(int, options.seeds.split(","))),
         evaluations=(
@@ -134,8 +133,7 @@ def write(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
         "settings": no_place(plan.settings),
         "environment": environment(),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, found)
+    keep(output, found)
     if rows:
         write_text(output.with_suffix(".svg"), chart(rows).draw().svg)
         write_bytes(output.with_suffix(".png"), chart(rows).png())
@@ -144,34 +142,13 @@ def write(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Train and evaluate what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of all runs")
-    parser.add_argument("--recipe", default="cifar10-mini")
+    parser = arguments(__doc__, "robust_overfitting", epochs=150)
     parser.add_argument("--methods", help=f"only these of {', '.join(METHODS)}")
-    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--validation", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--natural-epochs", type=int, default=25)
     parser.add_argument("--validate-every", type=int, default=5)
-    parser.add_argument("--limit", type=int, default=2000, help="test images")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--folder", default="runs/robust_overfitting")
-    parser.add_argument("--output", default="results/robust_overfitting/cifar10-mini.json")
     options = parser.parse_args()
-    plan, folder, output = plan_of(options), Path(options.folder), Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def tell(line: str) -> None:
-        print(line, flush=True)
-        if line.endswith(": done"):
-            write(plan, folder, output)
-
-    failures = carry_out_plan(plan, folder, LocalExecutor(options.jobs), tell=tell)
-    for name, mean in write(plan, folder, output)["means"].items():
-        print(name, mean)
-    if failures:
-        raise TrainingStopped("; ".join(failures))
+    carry_out(plan_of(options), options, write, "means")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from cure.errors import TrainingStopped
 from cure.evaluation.metrics import unpack
 from cure.experiments.compare.rows import no_place
-from cure.experiments.executors import LocalExecutor
 from cure.experiments.pareto import Estimate, image_weights
-from cure.experiments.plan import Measurement, Plan, PlanRow, carry_out_plan, entries, results_of
+from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
 from cure.recipe import parse_override
 from cure.runs.records import RunRecord
 from cure.utils.environment import environment
-from cure.utils.io import write_json
+from planned import arguments, carry_out, keep
 
 PAPER = "paper"
 CE = {"method.adversarial_term": "ce"}
@@ -77,7 +75,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     return Plan(
         name="why-cure",
         recipe=options.recipe,
-        runs=str(Path(options.folder) / "trained"),
+        runs=str(options.folder / "trained"),
         settings={"start": "run:natural", "training.threads": 1}
         | dict(map(parse_override, options.settings)),
         seeds=tuple(map(int, options.seeds.split(","))),
@@ -137,39 +135,17 @@ def write(plan: Plan, folder: Path, output: Path) -> dict[str, Any]:
         "variants": {row: plan.rows[row].settings for row in plan.rows if row != "natural"},
         "environment": environment(),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, found)
+    keep(output, found)
     return found
 
 
 def main() -> None:
     """Train, evaluate and compare what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="settings of all runs")
-    parser.add_argument("--recipe", default="cifar10-mini")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--natural-epochs", type=int, default=25)
-    parser.add_argument("--limit", type=int, default=2000, help="test images")
+    parser = arguments(__doc__, "why_cure", epochs=5)
     parser.add_argument("--variants", help="only these, as the output names them: paper,no-mask")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--folder", default="runs/why_cure")
-    parser.add_argument("--output", default="results/why_cure/cifar10-mini.json")
     options = parser.parse_args()
     options.settings = [f"training.epochs={options.epochs}", *options.settings]
-    plan, folder, output = plan_of(options), Path(options.folder), Path(options.output)
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def tell(line: str) -> None:
-        print(line, flush=True)
-        if line.endswith(": done"):
-            write(plan, folder, output)
-
-    failures = carry_out_plan(plan, folder, LocalExecutor(options.jobs), tell=tell)
-    for name, each in write(plan, folder, output)["minus_paper"].items():
-        print(name, each)
-    if failures:
-        raise TrainingStopped("; ".join(failures))
+    carry_out(plan_of(options), options, write, "minus_paper")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,12 @@ from cure.runs.records import RunRecord
 from cure.utils.stats import student_t, wilson
 
 
+@pytest.fixture(autouse=True)
+def beside_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts import what they share from their own folder."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+
+
 def script(name: str) -> Any:
     path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -32,7 +38,7 @@ def options(**more: Any) -> argparse.Namespace:
         "seeds": "0,1",
         "limit": 100,
         "natural_epochs": 1,
-        "folder": "runs",
+        "folder": Path("runs"),
         "settings": [],
         "variants": None,
     }
