@@ -375,8 +375,12 @@ def compact() -> None:
         write_json(path, small(content) if of_evaluation else content, compact=True)
 
 
-def fronts() -> str:
-    """Three sentences about the fronts on photographs: what is reached, by which, what to take."""
+def fronts(most: int | None = None) -> str:
+    """Three sentences about the fronts on photographs: what is reached, by which, what to take.
+
+    Args:
+        most: name only so many methods in each; all when None.
+    """
     record = FrontRecord.read(FRONTS)
     n, seeds = f"{record.data.n:,}", max(len(curve.seeds) for curve in record.curves.values())
     counted = "one seed" if seeds == 1 else f"{seeds} seeds"
@@ -386,8 +390,10 @@ def fronts() -> str:
         if curve.hypervolume is not None and curve.knob is not None
     }
     tried = Counter(point.curve for point in record.points)
-    ranked = sorted(areas, key=lambda label: -areas[label].mean)
+    ranked = sorted(areas, key=lambda label: -areas[label].mean)[:most]
     covered = ", ".join(f"`{k}` {span(areas[k])} with {tried[k]} values" for k in ranked)
+    if len(ranked) < len(areas):
+        covered += f", and {len(areas) - len(ranked)} others less"
     lines = [
         "- **Most of both**: percent of the area between 0 and 100 % of both accuracies that a "
         f"method's points cover: {covered}. More values can only raise it."
@@ -407,9 +413,11 @@ def fronts() -> str:
         if record.curves[point.curve].knob is not None:
             balanced[point.curve] = max(best, point, key=balance)
     order = sorted(balanced.values(), key=balance, reverse=True)
-    words = "; ".join(f"{setting(record, p)} {span(p.natural)} and {span(p.robust)}" for p in order)
+    words = "; ".join(
+        f"{setting(record, p)} {span(p.natural)} and {span(p.robust)}" for p in order[:most]
+    )
     lines.append(
-        f"- **The best balance of each method** (harmonic mean), natural and robust: {words}."
+        f"- **The best balance of a method** (harmonic mean), natural and robust: {words}."
     )
     lines.append(
         f"- **What to take**: {setting(record, order[0])}. The recipe `photos` is this method for "
@@ -480,7 +488,7 @@ if __name__ == "__main__":
     (MINI / "table.md").write_text(mini, encoding="utf-8")
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
     insert(COMPARED, "results/cifar10-mini/records.jsonl", comparison(*IN_README))
-    insert(HERE.parent / "README.md", "results/photos/fronts.json", fronts())
+    insert(HERE.parent / "README.md", "results/photos/fronts.json", fronts(most=2))
     insert(HERE / "README.md", "photos/fronts.json", fronts())
     insert(HERE.parent / "README.md", "results/photos/table.json", photos())
     insert(HERE / "README.md", "photos/table.json", photos())
