@@ -148,6 +148,10 @@ def evaluate(
         names = _attack_names(attacks, chosen, transfer is not None, float_network is not None)
         names = _with_required(names, limits, transfer is not None)
         _check_attacks_fit(names, time_limit, robustbench)
+        if bounds:
+            check_linf(chosen.threat(epsilon, norm))
+        if smoothing is not None:
+            check_sigma(smoothing)
         evaluation = _prepare(
             chosen,
             names,
@@ -163,10 +167,6 @@ def evaluate(
             time_limit=time_limit,
             sharded=sharded,
         )
-        if bounds:
-            check_linf(evaluation.threat)
-        if smoothing is not None:
-            check_sigma(smoothing)
         with evaluation.journal, network_errors():
             if isinstance(sharded, Shard):
                 return _measure_shard(evaluation, sharded, progress)
