@@ -119,7 +119,9 @@ class RayExecutor:
         try:
             import ray
         except ImportError:
-            raise ConfigError("--cluster ray needs Ray: pip install ray, or use --jobs") from None
+            raise ConfigError(
+                "--cluster ray needs Ray: pip install 'cure-at[ray]', or use --jobs"
+            ) from None
         self.ray = ray
         ray.init(ignore_reinit_error=True, log_to_driver=False)
         try:

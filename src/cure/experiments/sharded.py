@@ -88,7 +88,8 @@ def evaluate_in_shards(
             if isinstance(executor, LocalExecutor):
                 executor.cancel()
             raise
-    return read_json(Path(output))
+    result: Result = read_json(Path(output))
+    return result
 
 
 def _evaluate(target: str, output: str, arguments: dict[str, Any]) -> str:
