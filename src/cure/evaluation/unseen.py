@@ -50,7 +50,8 @@ def unseen_threats(threat: Threat, images: ImageSet) -> dict[str, Threat]:
     """The threats of the norms that ``threat`` has not, by norm.
 
     >>> import torch
-    >>> images = ImageSet.of(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.tensor([0]), ("a",))
+    >>> pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    >>> images = ImageSet.of(pixels, torch.tensor([0]), ("a",))
     >>> list(unseen_threats(Threat("Linf", 8 / 255), images))
     ['L2', 'L1']
     """
