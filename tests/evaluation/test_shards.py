@@ -151,7 +151,7 @@ class Here:
     def submit(self, function: Callable[..., str], /, *arguments: Any) -> Future[str]:
         job: Future[str] = Future()
         try:
-            if self.broken and arguments[-1].get("shard") == self.broken:
+            if self.broken and arguments[2].get("shard") == self.broken:
                 raise RuntimeError("the machine went away")
             job.set_result(function(*arguments))
         except Exception as error:
@@ -172,6 +172,26 @@ def test_a_shard_that_fails_leaves_the_others(run: Run, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
     newest = max((run.path / "evaluations").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert newest.is_file(), "the merged result is kept in the run as well"
+
+
+def test_jobs_beside_one_another_share_the_cores(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs with all threads each wait for one another."""
+    given: list[int | None] = []
+
+    class Listening(LocalExecutor):
+        def submit(self, function: Callable[..., str], /, *arguments: Any) -> Any:
+            given.append(arguments[-1])
+            return Here().submit(function, *arguments)
+
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    for jobs, threads in ((1, None), (2, 2), (8, 1)):
+        given.clear()
+        output = tmp_path / f"{jobs}.json"
+        arguments: dict[str, Any] = {"attacks": ["fgsm"], "limit": 20, "output": output}
+        evaluate_in_shards(run, 2, executor=Listening(jobs), **arguments)
+        assert given == [threads] * 3
 
 
 def test_a_network_in_memory_is_refused(tmp_path: Path) -> None:

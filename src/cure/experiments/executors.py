@@ -48,6 +48,7 @@ class LocalExecutor:
     def __init__(self, jobs: int) -> None:
         if jobs < 1:
             raise ConfigError(f"--jobs: expected 1 or more, got {jobs}")
+        self.jobs = jobs
         self.threads = ThreadPoolExecutor(jobs)
         self.over = False
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cure.errors import ConfigError, CureError, TrainingStopped
 from cure.evaluation.evaluate import evaluate
@@ -60,12 +63,17 @@ def evaluate_in_shards(
         raise ConfigError(f"shards: expected 1 or more, got {shards}")
     check_free(output)
     executor = executor or LocalExecutor(1)
+    # Jobs that each use every core of one machine wait for one another.
+    beside = executor.jobs if isinstance(executor, LocalExecutor) else 1
+    threads = None if beside == 1 else max(1, (os.cpu_count() or 1) // beside)
     place = str(Path(output).resolve())
     ours = {key: value for key, value in arguments.items() if key not in ONLY_WHOLE}
     with stopped_by_signals():
         try:
             jobs = {
-                shard: executor.submit(_evaluate, str(target), place, ours | {"shard": str(shard)})
+                shard: executor.submit(
+                    _evaluate, str(target), place, ours | {"shard": str(shard)}, threads
+                )
                 for shard in (Shard(number, shards) for number in range(1, shards + 1))
             }
             failures = []
@@ -82,7 +90,8 @@ def evaluate_in_shards(
                     f"{len(failures)} of {shards} shards failed: {failures[0]}; the same command "
                     "repeats them"
                 )
-            executor.submit(_evaluate, str(target), place, arguments | {"shards": shards}).result()
+            whole = arguments | {"shards": shards}
+            executor.submit(_evaluate, str(target), place, whole, threads).result()
         except BaseException:
             # Jobs of a cluster go on.
             if isinstance(executor, LocalExecutor):
@@ -92,7 +101,9 @@ def evaluate_in_shards(
     return result
 
 
-def _evaluate(target: str, output: str, arguments: dict[str, Any]) -> str:
-    """One job; in its own process."""
+def _evaluate(target: str, output: str, arguments: dict[str, Any], threads: int | None) -> str:
+    """One job; in its own process, except where a test runs it."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     evaluate(target, output=output, **arguments)
     return output
