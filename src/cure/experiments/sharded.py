@@ -42,8 +42,8 @@ def evaluate_in_shards(
         output: JSON file of the result; must not exist.
         executor: does the jobs; by default one after the other on this machine.
         tell: called with a line about each job.
-        arguments: those of :func:`cure.evaluate`; ``adversarial``, ``float_network``,
-            and ``time_limit`` are refused.
+        arguments: those of :func:`cure.evaluate`; ``adversarial``, ``float_network`` and
+            ``time_limit`` are refused.
 
     Raises:
         ConfigError: for what shards cannot do.
