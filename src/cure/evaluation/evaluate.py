@@ -307,9 +307,9 @@ def _shard_journal(sharded: Shard | int, output: str | Path | None, identity: Id
     return Journal(sharded.file(whole), sharded.identity(identity))
 
 
-def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
-    """Run the attacks on the images of a shard; what they found stays in its file."""
-    measure(
+def _attacked(this: _Prepared, progress: Progress, **options: Any) -> Result:
+    """What the attacks find; ``options`` are further ones of :func:`measure`."""
+    return measure(
         this.model,
         this.images,
         this.attacks,
@@ -321,8 +321,13 @@ def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
         journal=this.journal,
         source=this.source,
         curve=this.curve,
-        shard=shard,
+        **options,
     )
+
+
+def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
+    """Run the attacks on the images of a shard; what they found stays in its file."""
+    _attacked(this, progress, shard=shard)
     if this.unseen:
         _unseen(this, None, progress, shard)
     return {
@@ -336,19 +341,10 @@ def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
 def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> Result:
     """Run the attacks and the cheap checks: the content of the result file."""
     target, images, threat, engine = this.target, this.images, this.threat, this.engine
-    measured = measure(
-        this.model,
-        images,
-        this.attacks,
-        threat,
-        engine=engine,
-        batch_size=target.batch_size,
-        seed=target.options.seed,
-        progress=progress,
+    measured = _attacked(
+        this,
+        progress,
         time_limit=time_limit,
-        journal=this.journal,
-        source=this.source,
-        curve=this.curve,
         keep=this.kept,
         per_image=this.per_image or this.replay is not None,
         replay=this.replay,
