@@ -280,6 +280,25 @@ def test_a_trial_held_by_a_living_worker_is_left_to_it(
     assert sweep._take(planned, study, "another folder") is None
 
 
+def test_a_trial_that_ends_while_another_worker_looks_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    planned = sweep.Sweep(
+        "digits", tuple(SCRATCH), (read_varied("method.beta=1,6"),), 1, 0, 0, None, Path("out")
+    )
+    sweep.begin(planned)
+    study = sweep.open_study(planned)
+    taken = sweep._take(planned, study, json.loads(Path("out/sweep.json").read_text())["home"])
+    assert taken is not None
+    seen = sweep._latest(study)[0]  # What the other worker has read.
+    study.tell(taken[0], [80.0, 50.0])
+    taken[1].close()
+    sweep._requeue(planned, study, seen)
+    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    assert states == ["COMPLETE", "WAITING"]
+
+
 def test_ctrl_c_stops_all_workers_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:

@@ -429,6 +429,9 @@ def _requeue(sweep: Sweep, study: Study, trial: FrozenTrial) -> None:
     if claim is None:
         return
     with claim:
+        # Its worker may have finished it, and ended, since it was read.
+        if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
+            return
         study.tell(trial.number, state=TrialState.FAIL)
         settings = _settings(sweep, trial)
         if settings is not None:

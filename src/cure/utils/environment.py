@@ -24,8 +24,9 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    packages = {}
-    for package in ("torch", "numpy", "datasets", "safetensors", "pyautoattack"):
+    # Its own version names the build (+cpu, +cu130), which the package's may leave out.
+    packages = {"torch": str(torch.__version__)}
+    for package in ("numpy", "datasets", "safetensors", "pyautoattack"):
         try:
             packages[package] = version(package)
         except PackageNotFoundError:
