@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import cure
@@ -147,6 +148,30 @@ def planted() -> None:
     np.savez("extra.npz", image=np.concatenate([image, *copies]), label=np.concatenate(labels))
 
 
+def assert_shown(file: Path, by_split: dict[str, dict[str, Any]]) -> None:
+    """The picture has both images of each pair, enlarged sixfold, the most similar first."""
+    sheet = np.asarray(Image.open(file).convert("L")).astype(int)
+    extra = np.load("extra.npz")["image"]
+    config = RunFolder.open("run").config
+    pairs = sorted(
+        (
+            (similarity, split, row, copied)
+            for split, one in by_split.items()
+            for row, copied, similarity in zip(
+                one["rows"], one["copied"], one["similarity"], strict=True
+            )
+        ),
+        reverse=True,
+    )
+    assert sheet.shape == (24 + 3 * 100, 150 + 2 * 100)
+    for place, (_, split, row, copied) in enumerate(pairs):
+        shown = sheet[24 + 100 * place :, 150:][:96].reshape(96, -1)
+        held = load_split(config.data, split).image[copied, 0].numpy()
+        for column, image in enumerate((extra[row].reshape(16, 16), held)):
+            cell = shown[:, 100 * column :][:, :96]
+            assert np.array_equal(cell, np.kron(image, np.ones((6, 6), dtype=int)))
+
+
 def test_copies_of_held_out_images_are_told_and_kept_in_the_account(command: Command) -> None:
     planted()
     words = [f"{k}={json.dumps(v)}" for k, v in QUICK.items()]
@@ -164,6 +189,7 @@ def test_copies_of_held_out_images_are_told_and_kept_in_the_account(command: Com
     assert by_split["test"]["copied"] == [3, 9]
     assert by_split["validation"]["copied"] == [5]
     assert (found["action"], found["removed"], sum(found["images"])) == ("report", 0, 53)
+    assert_shown(Path("run/copies.png"), by_split)
     ended = command("train", "digits", *words, "data.extra_leaks=refuse", "--run", "refused")
     refused(ended, "expected no extra image that copies a held-out one", "number 50, 51", "remove")
     assert not Path("refused").exists()
@@ -183,6 +209,8 @@ def test_copies_are_left_out() -> None:
     quick("clean", data__extra="clean.npz")
     assert outcome("run") == outcome("clean")
     assert all(not one["rows"] for one in account("clean")["leaks"])
+    assert Path("run/copies.png").exists()
+    assert not Path("clean/copies.png").exists()
 
 
 def test_images_in_memory_are_looked_through_as_far_as_they_are_known(brightness) -> None:

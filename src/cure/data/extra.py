@@ -96,7 +96,8 @@ class ExtraAccount:
     def warnings(self) -> list[str]:
         """What makes figures misleading, a sentence each."""
         found = [
-            f"{_copies(one)}, which makes accuracies too high; set data.extra_leaks=remove"
+            f"{_copies(one)}, which makes accuracies too high: see copies.png of the run, and set "
+            "data.extra_leaks=remove"
             for one in self.leaks
             if one.rows and self.action == "report"
         ]

@@ -5,6 +5,7 @@ What a folder holds:
 - ``config.yaml``: every setting of the run; ``environment.json``: versions and hardware.
 - ``data.json``: classes and size of the images, and what was found in them.
 - ``extra.safetensors``: which extra images are trained on, and their labels.
+- ``copies.png``: extra images that copy held-out ones, beside these.
 - ``metrics.jsonl``: a line an epoch, the same bits for the same run; ``timing.jsonl``: seconds.
 - ``gradients.jsonl``, ``gradients.safetensors``: what ``training.record_gradients`` records.
 - ``status.json``: how far the run came; ``outcome.json``: what it gained.

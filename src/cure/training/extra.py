@@ -6,6 +6,7 @@ became of the network that labelled them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from cure.data import ImageSet, batches
 from cure.data.cache import CachePlace
 from cure.data.extra import (
     ExtraAccount,
+    Leaks,
     check_leaks,
     find_leaks,
     held_out_splits,
@@ -29,6 +31,12 @@ from cure.errors import CheckpointError, ConfigError, DataError
 from cure.runs.folder import RunFolder
 from cure.runs.state import load_state, save_state
 from cure.utils.engine import Engine
+from cure.utils.sheet import Row, write_sheet
+
+COPIES = "copies.png"
+"""Picture in a run: extra images beside the held-out images that they copy."""
+
+_PAIRS = 20
 
 
 @dataclass(frozen=True)
@@ -40,17 +48,21 @@ class Extra:
         kept: [number of images] int64, their positions in the source.
         found: how many the source has.
         account: what is told of them; None in a run that goes on.
+        copies: the copies of held-out images that are most like what they copy, for a picture.
     """
 
     images: ImageSet
     kept: Tensor
     found: int
     account: ExtraAccount | None
+    copies: tuple[Row, ...] = ()
 
     def save(self, folder: RunFolder) -> None:
-        """Keep the choice of images and their labels in a run."""
+        """Keep the choice of images and their labels in a run, and a picture of copies."""
         content = {"kept": self.kept, "label": self.images.label.cpu(), "found": self.found}
         save_state(_file(folder), content)
+        if self.copies:
+            write_sheet(folder.path / COPIES, ["extra", "held-out"], self.copies)
 
 
 def _file(folder: RunFolder) -> Path:
@@ -88,6 +100,7 @@ def choose_extra(
     with engine.agreeing():
         extra_images(config.training.batch_size, config.data.extra_share)
         raw = load_extra(config.data, training, place)
+    copies: tuple[Row, ...] = ()
     if folder is not None and is_chosen(folder):
         state = load_state(_file(folder))
         if state["found"] != len(raw):
@@ -97,10 +110,10 @@ def choose_extra(
             )
         kept, label, account = state["kept"], state["label"], None
     else:
-        kept, label, account = engine.first(
+        kept, label, account, copies = engine.first(
             lambda: _choose(config, raw, training, validation, labeller, engine, place)
         )
-    extra = Extra(replace(raw.subset(kept), label=label), kept, len(raw), account)
+    extra = Extra(replace(raw.subset(kept), label=label), kept, len(raw), account, copies)
     if folder is not None and account is not None and folder.writes:
         extra.save(folder)
     return extra
@@ -114,8 +127,8 @@ def _choose(
     labeller: nn.Module | None,
     engine: Engine,
     place: CachePlace | None,
-) -> tuple[Tensor, Tensor, ExtraAccount]:
-    """Positions of the images that are trained on, their labels, and what is told."""
+) -> tuple[Tensor, Tensor, ExtraAccount, tuple[Row, ...]]:
+    """Positions of the images that are trained on, their labels, what is told, and copies."""
     settings = config.data
     without = raw.label == UNLABELLED
     if settings.extra_labels is not None and not without.any():
@@ -160,7 +173,31 @@ def _choose(
         skipped=raw.findings.skipped,
         unmeasured={split: why for split, why in held.items() if isinstance(why, str)},
     )
-    return kept, chosen.label, account
+    return kept, chosen.label, account, _copies(raw, held, leaks)
+
+
+def _copies(
+    raw: ImageSet, held: Mapping[str, ImageSet | str], leaks: tuple[Leaks, ...]
+) -> tuple[Row, ...]:
+    """Pairs of images, the most similar first."""
+    pairs = sorted(
+        (
+            (similarity, one.split, row, copied)
+            for one in leaks
+            for row, copied, similarity in zip(one.rows, one.copied, one.similarity, strict=True)
+        ),
+        reverse=True,
+    )
+    rows: list[Row] = []
+    for similarity, split, row, copied in pairs[:_PAIRS]:
+        other = held[split]
+        assert isinstance(other, ImageSet)
+        cells = [
+            images.rows(slice(at, at + 1))[0].permute(1, 2, 0).contiguous().numpy()
+            for images, at in ((raw, row), (other, copied))
+        ]
+        rows.append((f"{row}, {split} {copied}: {similarity:.2f}", cells))
+    return tuple(rows)
 
 
 @torch.no_grad()

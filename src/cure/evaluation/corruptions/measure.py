@@ -27,7 +27,6 @@ from cure.evaluation.corruptions.operations import (
     frost_photographs,
 )
 from cure.evaluation.corruptions.published import Published, open_published
-from cure.evaluation.corruptions.sheet import write_sheet
 from cure.evaluation.metrics import by_class
 from cure.evaluation.options import TargetKeywords
 from cure.evaluation.runner import Progress, Result, no_progress
@@ -40,6 +39,7 @@ from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free
 from cure.utils.launcher import launched
+from cure.utils.sheet import write_sheet
 from cure.utils.stats import wilson
 
 CORRUPTIONS_FORMAT = "cure-corruptions-1"
@@ -149,10 +149,12 @@ def corruptions(
         "environment": environment(),
     }
     if sheet is not None:
-        first = (
-            images.rows(slice(0, 1))[0].permute(1, 2, 0).contiguous().numpy() if natural else None
-        )
-        write_sheet(Path(sheet), first, lambda name, s: give(name, s, 0, 1)[0], names, severities)
+        heads = [f"severity {severity}" for severity in severities]
+        rows = [(name, [give(name, level, 0, 1)[0] for level in severities]) for name in names]
+        if natural:
+            first = images.rows(slice(0, 1))[0].permute(1, 2, 0).contiguous().numpy()
+            heads, rows = ["natural", *heads], [(name, [first, *cells]) for name, cells in rows]
+        write_sheet(Path(sheet), heads, rows)
     if output is not None:
         CorruptionRecord.parse(result, output).write(Path(output))
     if chosen.folder is not None:

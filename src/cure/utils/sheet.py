@@ -1,50 +1,43 @@
-"""A sheet of pictures: what the corruptions do to one image."""
+"""A sheet of pictures with names beside and above them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from cure.evaluation.corruptions.operations import Pixels
 from cure.utils.io import write_atomically
 
 _GAP, _SMALLEST, _LEFT, _TOP = 4, 96, 150, 24
 
+Row = tuple[str, Sequence[NDArray[np.uint8]]]
+"""A name and its pictures, [H, W, C] each, all of one size."""
 
-def write_sheet(
-    path: Path,
-    natural: Pixels | None,
-    corrupted: Callable[[str, int], Pixels],
-    names: Sequence[str],
-    severities: Sequence[int],
-) -> None:
-    """Write a picture whose rows are corruptions and whose columns are severities.
+
+def write_sheet(path: Path, heads: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write a picture of pictures.
 
     Args:
         path: a ``.png`` file.
-        natural: the image itself, [H, W, C] uint8, for a column of its own; None where unknown.
-        corrupted: gives the image of one corruption and severity.
-        names: the rows.
-        severities: the columns.
+        heads: names of the columns.
+        rows: at least one, with a picture for each column.
     """
-    some = corrupted(names[0], severities[0])
+    some = rows[0][1][0]
     # Small images are enlarged by a whole number, so that their pixels stay squares.
     zoom = max(1, round(_SMALLEST / min(some.shape[:2])))
     height, width = (zoom * side + _GAP for side in some.shape[:2])
-    heads = (["natural"] if natural is not None else []) + [f"severity {s}" for s in severities]
-    size = (_LEFT + len(heads) * width, _TOP + len(names) * height)
+    size = (_LEFT + len(heads) * width, _TOP + len(rows) * height)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
     for column, head in enumerate(heads):
         draw.text((_LEFT + column * width, 4), head, "black", font)
-    for row, name in enumerate(names):
+    for row, (name, cells) in enumerate(rows):
         top = _TOP + row * height
         draw.text((6, top + height // 2 - 10), name, "black", font)
-        cells = [natural] if natural is not None else []
-        cells += [corrupted(name, severity) for severity in severities]
         for column, cell in enumerate(cells):
             picture = Image.fromarray(cell[:, :, 0] if cell.shape[2] == 1 else cell)
             enlarged = picture.resize((width - _GAP, height - _GAP), Image.Resampling.NEAREST)
