@@ -48,7 +48,10 @@ def environment() -> dict[str, Any]:
 
 def _command() -> str:
     """The command line; of absolute paths only the last part, which names no place on a machine."""
-    return " ".join(["cure", *map(_placeless, sys.argv[1:])])
+    script = Path(sys.argv[0]).name
+    # A script of the user's, or `cure` by whichever of its entries.
+    name = script if script.endswith(".py") and script != "__main__.py" else "cure"
+    return " ".join([name, *map(_placeless, sys.argv[1:])])
 
 
 def _placeless(word: str) -> str:
