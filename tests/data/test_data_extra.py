@@ -295,6 +295,6 @@ def test_leaks_are_counted_told_and_refused() -> None:
         "similarity 0.92 or more)",
     ]
     assert account.warnings() == [
-        "2 extra images copy a test image (number 20, 21), which makes accuracies too high; set "
-        "data.extra_leaks=remove"
+        "2 extra images copy a test image (number 20, 21), which makes accuracies too high: see "
+        "copies.png of the run, and set data.extra_leaks=remove"
     ]
