@@ -59,6 +59,18 @@ def test_no_gain_is_the_first_line(start: Accuracies, end: Accuracies) -> None:
     assert result.lines("run")[0].startswith("no gain: robust accuracy went from")
 
 
+def test_a_start_that_guessed_is_the_cause_that_no_gain_names() -> None:
+    def cause(start: Accuracies, end: Accuracies, kind: str) -> str:
+        config = CONFIG.model_copy(update={"start": kind})
+        return judge(start, end, [record(end.robust, end.robust)], config, 10.0).warnings[0]
+
+    guessing = accuracies(11, 4)
+    assert "classes are in the order of the data" in cause(guessing, guessing, "model")
+    assert "train the start longer (natural.epochs)" in cause(guessing, guessing, "natural")
+    for start, kind in ((accuracies(90, 0), "natural"), (guessing, "scratch")):
+        assert "the network fell to guessing" in cause(start, guessing, kind)
+
+
 def test_a_gap_between_training_and_validation_is_named_with_its_cause() -> None:
     (sentence,) = judge(
         accuracies(90, 0), accuracies(80, 40), [record(85, 42)], CONFIG, 10.0
@@ -88,6 +100,9 @@ def test_a_start_at_chance_names_what_to_check() -> None:
     given = CONFIG.model.model_copy(update={"mean": (0.5,), "std": (0.5,)})
     assert "remove model.mean" in said(12, CONFIG.model_copy(update={"model": given}))[0]
     assert said(12, CONFIG.model_copy(update={"start": "scratch"})) == []
+    natural = CONFIG.model_copy(update={"start": "natural"})
+    assert "natural.epochs" in said(12, natural)[0]
+    assert "order of the data" not in said(12, natural)[0]
 
 
 class Blind(nn.Module):

@@ -47,7 +47,7 @@ def judge(
         warnings.append(
             f"no gain: robust accuracy went from {start.robust:.1f} % to {end.robust:.1f} % on "
             f"{end.n:,} validation images (always naming the largest class: {baseline:.1f} %); "
-            f"{_likely_cause(end.natural <= above, training, config)}"
+            f"{_likely_cause(start.natural <= above, end.natural <= above, training, config)}"
         )
     if training is not None and last is not None and last.validation is not None:
         gap = 100 * training - last.validation.robust
@@ -78,8 +78,17 @@ def judge(
     return Outcome(start=start, end=end, gained=gained, warnings=warnings)
 
 
-def _likely_cause(fallen: bool, training: float | None, config: RunConfig) -> str:
-    """Why a training may have gained nothing, and the setting to change."""
+def _likely_cause(low: bool, fallen: bool, training: float | None, config: RunConfig) -> str:
+    """Why a training may have gained nothing, and the setting to change.
+
+    Args:
+        low: natural accuracy was no better than guessing at the start.
+        fallen: natural accuracy is no better than guessing at the end.
+        training: share of the attacked training images that were right in the last epoch.
+        config: the run.
+    """
+    if low and fallen and config.start != "scratch":
+        return f"the network guessed before the training, too: {_start_advice(config)}"
     if fallen:
         return (
             "the network fell to guessing: train longer (training.epochs), set attack.warmup=0.5, "
@@ -117,9 +126,21 @@ def start_warnings(start: MeasuredAccuracies, config: RunConfig, classes: int) -
     limit = chance + 200 * math.sqrt(chance / 100 * (1 - chance / 100) / start.n)
     if start.natural > limit + 0.2 * (100 - limit):
         return []
-    given = "remove" if config.model.mean is not None else "set"
     return [
         f"the start has only {start.natural:.1f} % natural accuracy (guessing: {chance:.1f} %): "
+        f"{_start_advice(config)}"
+    ]
+
+
+def _start_advice(config: RunConfig) -> str:
+    """What to look at when the network that a training begins with only guesses."""
+    if config.start == "natural":
+        return (
+            "train the start longer (natural.epochs), or set another natural.learning_rate; few "
+            "images need more epochs"
+        )
+    given = "remove" if config.model.mean is not None else "set"
+    return (
         "check that its classes are in the order of the data and that images are standardised "
         f"once ({given} model.mean and model.std), or train it first (start=natural)"
-    ]
+    )
