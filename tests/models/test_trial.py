@@ -17,8 +17,15 @@ from cure.errors import ConfigError, CureNote, ModelError
 from cure.models import core
 from cure.models.build import adapted_copy
 from cure.models.failure import network_error, network_errors
-from cure.models.trial import Traits, check_trainable, traits_of
+from cure.models.trial import (
+    Traits,
+    check_trainable,
+    innermost_breaks_gradients,
+    traits_of,
+)
 from cure.models.wrapper import Adapted
+from cure.recipe import load_recipe
+from cure.training.setup import prepare
 from helpers import bright_or_dark
 
 SECTION = cure.config.ModelConfig(name="given")
@@ -391,3 +398,35 @@ def test_an_error_in_the_middle_is_one_sentence_with_the_line() -> None:
     with pytest.raises(ModelError, match=message), network_errors():
         network(IMAGE)
     assert network_error(KeyError("elsewhere")) is None
+
+
+def strided(inner: int, **more: Any) -> nn.Module:
+    """A network whose second layer sees every second pixel of ``inner`` channels."""
+    return nn.Sequential(
+        nn.Conv2d(1, inner, 3, padding=1),
+        nn.Conv2d(inner, 8, **{"kernel_size": 1, "stride": 2} | more),
+        nn.Flatten(),
+        nn.LazyLinear(2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "broken"),
+    [
+        (strided(4), True),
+        (strided(15), True),
+        (strided(16), False),
+        (strided(4, stride=1), False),
+        (strided(4, kernel_size=3), False),
+        (nn.Sequential(nn.Conv2d(1, 8, 1, stride=(1, 2)), nn.Flatten(), nn.LazyLinear(2)), True),
+    ],
+)
+def test_layers_whose_gradient_onednn_spoils_are_trained_in_the_default_layout(
+    network: nn.Module, broken: bool
+) -> None:
+    assert innermost_breaks_gradients(network, torch.device("cpu")) is broken
+    assert not innermost_breaks_gradients(network, torch.device("cuda"))
+    images = bright_or_dark(96)
+    settings = ["model.name=object:Sequential", "start=model", "data.validation=32"]
+    config = load_recipe("digits", settings)
+    assert prepare(config, images=images, model=network).engine.channels_last is not broken

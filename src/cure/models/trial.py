@@ -176,6 +176,26 @@ def check_trainable(model: nn.Module, batch_size: int, frozen_statistics: bool =
                 )
 
 
+def innermost_breaks_gradients(model: nn.Module, device: torch.device) -> bool:
+    """Whether gradients of weights must not be computed with the channel innermost.
+
+    oneDNN writes past its memory there in the gradient of a strided 1x1 convolution with fewer
+    input channels than its vectors hold (8 with AVX2, 16 with AVX-512): the process dies, or the
+    gradients are wrong (https://github.com/uxlfoundation/oneDNN/issues/6035).
+
+    Args:
+        model: the network that is trained.
+        device: where; only processors are concerned.
+    """
+    return device.type == "cpu" and any(
+        isinstance(module, nn.Conv2d)
+        and set(module.kernel_size) == {1}
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+        for module in model.modules()
+    )
+
+
 # -- copies --------------------------------------------------------------------------------------
 
 
