@@ -57,7 +57,7 @@ from cure.config import (
 from cure.data import Batch, ImageSet, epoch, load_training, steps_per_epoch
 from cure.errors import ConfigError
 from cure.models.build import build_model, describe
-from cure.models.trial import innermost_breaks_gradients
+from cure.models.trial import fitted
 from cure.recipe import parse_override
 from cure.training.optimizer import build_optimizer
 from cure.training.schedule import rate_factor
@@ -177,8 +177,7 @@ class Run:
         self, network: nn.Module, precision: Any, device: torch.device
     ) -> tuple[Engine, cure.methods.Averaging]:
         """AT with N-FGSM and an average around it, whose epsilon follows the clock."""
-        innermost = not innermost_breaks_gradients(network, device)
-        engine = Engine(device, precision, channels_last=innermost)
+        engine = fitted(Engine(device, precision, channels_last=True), network)
         attack = NFGSM(
             cure.Threat("Linf", self.settings.epsilon),
             noise=self.settings.noise,

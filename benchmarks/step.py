@@ -29,6 +29,7 @@ from cure.data import Batch
 from cure.methods import METHODS, AdversarialBatch, Context, Method
 from cure.methods.cure import rgp_mask
 from cure.models import build_model
+from cure.models.trial import fitted
 from cure.utils.engine import Engine
 from cure.utils.memory import keep_freed_memory
 from yardstick import PlainResNet, Yardstick
@@ -106,7 +107,8 @@ class Ours:
     def __init__(self, net: Net, method: str, precision: Any, compiled: bool = False) -> None:
         device = torch.device(net.device)
         self.watched = device.type == "cpu"
-        engine = Engine(device, precision, channels_last=True)
+        network = net.ours()
+        engine = fitted(Engine(device, precision, channels_last=True), network)
         attack = PGD(
             Threat("Linf", 8 / 255),
             10,
@@ -115,7 +117,7 @@ class Ours:
             fold=True,
             compile=compiled,
         )
-        model = engine.place(net.ours())
+        model = engine.place(network)
         context = Context(engine, attack, 0, 10, 50_000, 391, 200)
         made = METHODS[method]
         self.method: Method = made(model, made.Config(), context).to(device)

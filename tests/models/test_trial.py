@@ -17,15 +17,11 @@ from cure.errors import ConfigError, CureNote, ModelError
 from cure.models import core
 from cure.models.build import adapted_copy
 from cure.models.failure import network_error, network_errors
-from cure.models.trial import (
-    Traits,
-    check_trainable,
-    innermost_breaks_gradients,
-    traits_of,
-)
+from cure.models.trial import Traits, check_trainable, fitted, traits_of
 from cure.models.wrapper import Adapted
 from cure.recipe import load_recipe
 from cure.training.setup import prepare
+from cure.utils.device import Device
 from helpers import bright_or_dark
 
 SECTION = cure.config.ModelConfig(name="given")
@@ -424,8 +420,8 @@ def strided(inner: int, **more: Any) -> nn.Module:
 def test_layers_whose_gradient_onednn_spoils_are_trained_in_the_default_layout(
     network: nn.Module, broken: bool
 ) -> None:
-    assert innermost_breaks_gradients(network, torch.device("cpu")) is broken
-    assert not innermost_breaks_gradients(network, torch.device("cuda"))
+    asked = Device(torch.device("cuda"), channels_last=True)
+    assert fitted(asked, network) is asked
     images = bright_or_dark(96)
     settings = ["model.name=object:Sequential", "start=model", "data.validation=32"]
     config = load_recipe("digits", settings)

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,12 @@ from torch.nn.utils.weight_norm import WeightNorm
 from cure.errors import CureNote, ModelError
 from cure.models.failure import failed_in, reason_of
 from cure.models.wrapper import Adapted, OutputError, core, main_output
+from cure.utils.device import Device
 from cure.utils.launcher import launched
 
 _TRAITS = "_cure_traits"
+
+_Device = TypeVar("_Device", bound=Device)
 
 LAYOUT_TOLERANCE = 1e-2
 """Largest difference of logits between two memory layouts, as a share of the largest logit.
@@ -176,16 +179,27 @@ def check_trainable(model: nn.Module, batch_size: int, frozen_statistics: bool =
                 )
 
 
-def innermost_breaks_gradients(model: nn.Module, device: torch.device) -> bool:
-    """Whether gradients of weights must not be computed with the channel innermost.
+def fitted(engine: _Device, model: nn.Module) -> _Device:
+    """The engine, in a memory layout in which the network can be trained.
+
+    Args:
+        engine: device and layout that were asked for.
+        model: see :func:`adapt`.
+
+    Returns:
+        The same, or one that leaves images and weights in PyTorch's default layout.
+    """
+    if traits_of(model).channels_last and not _onednn_spoils_gradients(model, engine.device):
+        return engine
+    return replace(engine, channels_last=False)
+
+
+def _onednn_spoils_gradients(model: nn.Module, device: torch.device) -> bool:
+    """Whether gradients of weights go wrong with the channel innermost.
 
     oneDNN writes past its memory there in the gradient of a strided 1x1 convolution with fewer
     input channels than its vectors hold (8 with AVX2, 16 with AVX-512): the process dies, or the
     gradients are wrong (https://github.com/uxlfoundation/oneDNN/issues/6035).
-
-    Args:
-        model: the network that is trained.
-        device: where; only processors are concerned.
     """
     return device.type == "cpu" and any(
         isinstance(module, nn.Conv2d)

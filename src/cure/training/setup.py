@@ -30,7 +30,7 @@ from cure.models.batch_norm import freeze_statistics
 from cure.models.blocks import STEM, blocks, chosen, learn_only
 from cure.models.build import network_of
 from cure.models.checks import check_outputs
-from cure.models.trial import check_trainable, innermost_breaks_gradients, traits_of
+from cure.models.trial import check_trainable, fitted
 from cure.recipe import check, override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.training.extra import Extra, choose_extra, is_chosen
@@ -133,9 +133,7 @@ def _prepared(
         raise ModelError(
             "no weight of the model may change: set requires_grad to True for those to train"
         )
-    broken = innermost_breaks_gradients(initial, engine.device)
-    if broken or not traits_of(initial).channels_last:
-        engine = replace(engine, channels_last=False)
+    engine = fitted(engine, initial)
     sample = next(batches(training, 2)).image
     modes = [(module, module.training) for module in initial.modules()]
     check_outputs(initial.eval(), sample, len(training.classes))
