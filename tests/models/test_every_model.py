@@ -11,6 +11,7 @@ from cure.data import Batch
 from cure.methods import METHODS, Context
 from cure.methods.cure import CureConfig
 from cure.models import MODELS, build_model
+from cure.models.trial import fitted
 from cure.utils.engine import Engine
 
 SMALLEST: dict[str, dict[str, object]] = {
@@ -30,7 +31,7 @@ def test_a_cure_step_reaches_every_weight_and_stays_in_the_ball(name: str) -> No
     side = SIZES.get(name, 32)
     model = build_model(config, classes=5, channels=3, size=(side, side), seed=0)
     attack = PGD(Threat("Linf", 8 / 255), steps=1, step_size=2 / 255)
-    engine = Engine(torch.device("cpu"), channels_last=True)
+    engine = fitted(Engine(torch.device("cpu"), channels_last=True), model)
     context = Context(engine, attack, 0, 5, 10, 10, 10)
     method = METHODS["cure"](engine.place(model), CureConfig(), context)
     draws = torch.Generator().manual_seed(0)
