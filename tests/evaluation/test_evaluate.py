@@ -536,8 +536,13 @@ def test_each_part_asks_the_network_the_images_that_its_package_asks(
         expected, came = expected[-count - 2 : -2], came[-count - 1 : -1]
     assert len(expected) == len(came) == count
     apart = [float((a - b).abs().max()) for a, b in zip(expected, came, strict=True)]
-    # FAB projects in another way, whose rounding its steps take up: at worst near the end.
-    assert max(apart) < (1e-3 if part == "fab-t" else 1e-6)
+    if part == "fab-t":
+        # It projects in another way, whose rounding the steps of an image may take up, towards
+        # one class or two; how much depends on the processor.
+        assert sorted(apart)[int(0.8 * count)] < 1e-5
+        assert max(apart) < 0.05
+    else:
+        assert max(apart) < 1e-6
     assert sorted(apart)[len(apart) // 2] < 1e-5
 
 

@@ -261,8 +261,8 @@ def test_the_network_without_the_defence_passes(
     robust_layers: nn.Sequential, images: ImageSet
 ) -> None:
     names = ["gradients", "precision", "families", "black_box", "total_gap"]
-    found = statuses(robust_layers, images.subset(slice(0, 60)), names)
-    assert found == dict.fromkeys(names, "pass")
+    # All 200: of fewer, the three points of gap of a sound network can be five by chance.
+    assert statuses(robust_layers, images, names) == dict.fromkeys(names, "pass")
 
 
 def test_units_that_never_fire_are_named(robust_layers: nn.Sequential, images: ImageSet) -> None:
