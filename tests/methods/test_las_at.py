@@ -768,6 +768,21 @@ def test_it_lies_in_the_layout_of_the_run_and_learns_the_same_there():
         torch.testing.assert_close(value, plain.strategy.state_dict()[name])
 
 
+def test_a_narrow_one_whose_gradient_onednn_spoils_keeps_the_default_layout():
+    within = within_of()
+    within = replace(within, engine=replace(within.engine, channels_last=True))
+    narrow = {"model": {"name": "resnet10", "options": {"width": 4}}, **SHORT}
+    strategy = {"strategy": narrow, "reward": QUICK}
+    method = las("at", within=within, model=tiny_network(3), **strategy)
+    asked = []
+    method.strategy.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0]))
+    image = within.engine.arrange(batch(0, dtype=torch.float64).image)
+    method.make_adversarial(replace(batch(0, dtype=torch.float64), image=image))
+    assert all(weight.is_contiguous() for weight in method.strategy.parameters())
+    assert asked
+    assert all(image.is_contiguous() for image in asked)
+
+
 def test_without_images_there_is_nothing_to_build_it_for():
     with pytest.raises(ValueError, match="needs images"):
         build("las-at", within=context(natural_images=lambda: iter(())))

@@ -31,6 +31,7 @@ from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tra
 from cure.methods.common.losses import accuracy, smoothed_cross_entropy
 from cure.methods.fat import EarlyStop
 from cure.models import build_model
+from cure.models.trial import fitted
 from cure.utils.random import derive, draw_for_batch
 
 Form = Literal["at", "trades"]
@@ -331,7 +332,9 @@ class LASAT(Method[LasAtBatch]):
             seed=derive(context.seed, "strategy"),
         )
         self.strategy = StrategyNetwork(trunk, ranges)
-        context.engine.place(self.strategy)
+        layout = fitted(context.engine, self.strategy)
+        layout.place(self.strategy)
+        self.contiguous = not layout.channels_last
         weights = torch.cat([weight.detach().flatten() for weight in self.strategy.parameters()])
         self.velocity: Tensor | None
         self.register_buffer("velocity", torch.zeros_like(weights) if strategy.momentum else None)
@@ -363,7 +366,9 @@ class LASAT(Method[LasAtBatch]):
         return replace(attacked, reward=reward)
 
     def _logits_of_strategy(self, image: Tensor) -> Tensor:
-        """Logits of the strategy network, in its present mode."""
+        """Logits of the strategy network, in its present mode and its own memory layout."""
+        if self.contiguous:
+            image = image.contiguous()
         return self.context.engine.logits(self.strategy, image)
 
     def _attacked(self, batch: Batch, actions: Mapping[str, Tensor], purpose: str) -> LasAtBatch:
