@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from cure.config import DataConfig
 from cure.data import SHORT_NAMES, known_sources, load
-from cure.errors import DataError
+from cure.errors import CureNote, DataError
 
 
 def config(source, **changes) -> DataConfig:
@@ -406,6 +407,24 @@ def test_one_class_left_by_the_limit(write_parquet) -> None:
     fails(
         r"all 2 classes among the first 10 .* raise or leave out data\.limit=10", folder, limit=10
     )
+
+
+def test_classes_that_a_limit_leaves_out_are_told(tmp_path) -> None:
+    draws = np.random.default_rng(0)
+    image = draws.integers(0, 256, (30, 8, 8, 3), np.uint8)
+    # The test images class by class, as exports of folders often have them.
+    label = np.repeat(np.arange(3), 10)
+    np.savez(
+        tmp_path / "sorted.npz", train_image=image, train_label=label, test_image=image,
+        test_label=label,
+    )  # fmt: skip
+    config = DataConfig(source=str(tmp_path / "sorted.npz"))
+    with pytest.warns(CureNote, match="the first 12 of 30 images hold 2 of 3 classes"):
+        assert len(load(config, "test", 12)) == 12
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load(config, "test", 21)) == 21
+        assert len(load(config, "test")) == 30
 
 
 def test_test_labels_follow_the_training_classes(write_parquet) -> None:

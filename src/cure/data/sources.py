@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,7 +34,7 @@ from cure.data.readers import (
     read_npz,
 )
 from cure.data.splits import held_out, stratified
-from cure.errors import ConfigError, DataError, unknown
+from cure.errors import ConfigError, CureNote, DataError, unknown
 
 
 class HubName(NamedTuple):
@@ -115,6 +116,20 @@ class _Chosen:
     def part(self, positions: NDArray[np.int64] | slice) -> _Chosen:
         return replace(self, rows=self.rows[positions])
 
+    def first(self, limit: int | None) -> _Chosen:
+        """The first ``limit`` rows; says where they leave classes out, as in a file by class."""
+        few = self.part(slice(limit))
+        kept, whole = (len(np.unique(self.label[part.rows])) for part in (few, self))
+        if kept < whole:
+            warnings.warn(
+                f"the first {len(few.rows):,} of {len(self.rows):,} images hold {kept} of {whole} "
+                "classes, so accuracies are those of these classes; leave --limit out, or shuffle "
+                "the source",
+                CureNote,
+                stacklevel=3,
+            )
+        return few
+
 
 def load(
     config: DataConfig,
@@ -143,7 +158,7 @@ def load(
     """
     opened = _Opened.of(config)
     chosen = _training(opened, config) if split == "train" else _test(opened, config)
-    return _read(chosen.part(slice(limit)), opened, config, split, place)
+    return _read(chosen.first(limit), opened, config, split, place)
 
 
 def load_split(
@@ -170,7 +185,7 @@ def load_split(
         if opened.validation is None:
             rest, held = _held_out(chosen, config)
             chosen = chosen.part(rest if split == "train" else held)
-    return _read(chosen.part(slice(limit)), opened, config, split, place)
+    return _read(chosen.first(limit), opened, config, split, place)
 
 
 def load_training(config: DataConfig, place: CachePlace = _PLACE) -> tuple[ImageSet, ImageSet]:
