@@ -71,6 +71,19 @@ def test_a_start_that_guessed_is_the_cause_that_no_gain_names() -> None:
         assert "the network fell to guessing" in cause(start, guessing, kind)
 
 
+def test_advice_against_guessing_names_only_what_can_be_changed() -> None:
+    def said(*settings: str) -> str:
+        config = load_recipe("photos", ["data.source=photos", "model.name=resnet10", *settings])
+        end = accuracies(10, 10)
+        return judge(accuracies(90, 0), end, [record(10, 10)], config, 10.0).warnings[0]
+
+    assert "data.augment.cutmix=0" in said()
+    assert "attack.warmup" not in said()
+    plain = said("data.augment.cutmix=0", "attack.warmup=0")
+    assert "cutmix" not in plain
+    assert "set attack.warmup=0.5" in plain
+
+
 def test_a_gap_between_training_and_validation_is_named_with_its_cause() -> None:
     (sentence,) = judge(
         accuracies(90, 0), accuracies(80, 40), [record(85, 42)], CONFIG, 10.0

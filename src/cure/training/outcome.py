@@ -90,10 +90,13 @@ def _likely_cause(low: bool, fallen: bool, training: float | None, config: RunCo
     if low and fallen and config.start != "scratch":
         return f"the network guessed before the training, too: {_start_advice(config)}"
     if fallen:
-        return (
-            "the network fell to guessing: train longer (training.epochs), set attack.warmup=0.5, "
-            "or lower training.optimizer.learning_rate"
-        )
+        changes = ["train longer (training.epochs)"]
+        if config.data.augment.cutmix or config.data.augment.mixup:
+            changes.append("leave mixed images out (data.augment.cutmix=0 data.augment.mixup=0)")
+        if config.attack.warmup < 0.5:
+            changes.append("set attack.warmup=0.5")
+        changes.append("or lower training.optimizer.learning_rate")
+        return f"the network fell to guessing: {', '.join(changes)}"
     if training is not None and 100 * training >= 2 * LEAST:
         return (
             f"training images reach {100 * training:.1f} %, so the network learns but does not "
