@@ -710,7 +710,7 @@ def show(
 def demo(
     run: RunOption = None,
     photos: Annotated[
-        bool, typer.Option("--photos", help="Photographs and a pretrained network; three minutes.")
+        bool, typer.Option("--photos", help="Photographs and a pretrained network; a few minutes.")
     ] = False,
     data: Annotated[
         str | None,
