@@ -179,6 +179,119 @@ def bench() -> str:
     return "\n".join(lines) + "\n"
 
 
+def screened() -> str:
+    """AutoAttack by its package and `--attacks screened`, in turn: `benchmarks/screened.py`."""
+    result = read(HERE / "bench" / "screened.json")
+    lines = [
+        "| network | kind | left by the package | left by screened | processor seconds | ratio "
+        "| broken by the package alone | by screened alone |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in result["networks"].items():
+        left = [f"{row['accuracy'][side]:.1f}" for side in ("package", "screened")]
+        spent = [row["seconds"][side]["processor"] for side in ("package", "screened")]
+        lines.append(
+            f"| {name.split(' ', 1)[1]} | {row['kind']} | {' | '.join(left)} "
+            f"| {spent[0]:.1f} and {spent[1]:.1f} | {spent[0] / spent[1]:.2f} "
+            f"| {len(row['only_package_breaks'])} | {len(row['only_screened_breaks'])} |"
+        )
+    machine = result["environment"]
+    medians = {
+        "robust": result["ratio_processor"],
+        "fragile": result["ratio_fragile_processor"],
+    }
+    said = ", ".join(f"{v:.2f} over the {k} ones" for k, v in medians.items() if v is not None)
+    lines += [
+        "",
+        f"Percent of the first {result['n']} {result['split']} images that are right, one thread, "
+        f"seed {result['seeds'][0]}; both sides in turn in one process. Median ratio: {said}. "
+        f"{machine['processor']}, torch {machine['packages']['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def overfitted(name: str) -> str:
+    """Best minus last robust accuracy of each method: `benchmarks/robust_overfitting.py`."""
+    result = read(HERE / "robust_overfitting" / f"{name}.json")
+    lines = [
+        "| method | seeds | training images, last | best epochs | best | last | best - last |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for method, mean in result["means"].items():
+        rows = [row for row in result["rows"] if row["method"] == method]
+        train = fmean(row["curve"][-1]["train"] for row in rows)
+        best, last = (fmean(row[key] for row in rows) for key in ("best", "last"))
+        epochs = ", ".join(str(row["best_epoch"]) for row in rows)
+        lines.append(
+            f"| {method} | {len(rows)} | {train:.1f} | {epochs} | {best:.1f} | {last:.1f} "
+            f"| {mean['best_minus_last']:+.1f}{between(mean['interval'])} |"
+        )
+    machine, n = result["environment"], result["rows"][0]["n"]
+    lines += [
+        "",
+        f"Robust accuracy in percent under PGD-20 on {n} test images, means over seeds, the last "
+        "column with the Student interval over seeds; `training images`: under the training "
+        f"attack. {machine['processor']}, torch {machine['packages']['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def parts_of_cure(name: str) -> str:
+    """Each variant of CURE against the paper's form: `benchmarks/why_cure.py`."""
+    result = read(HERE / "why_cure" / f"{name}.json")
+    rows = [row for row in result["rows"] if row["variant"] == "paper"]
+    means = [fmean(row[key] for row in rows) for key in ("natural", "pgd20")]
+    lines = [
+        "| variant | seeds | natural | over seeds | PGD-20 | over seeds |",
+        "|---|---:|---:|---|---:|---|",
+        f"| paper (accuracy) | {len(rows)} | {means[0]:.1f} | | {means[1]:.1f} | |",
+    ]
+    for variant, found in result["minus_paper"].items():
+        cells = [
+            f"{found[key]['difference']:+.1f}{between(found[key]['images'])} "
+            f"| {between(found[key]['seeds']).strip(' ()')}"
+            for key in ("natural", "pgd20")
+        ]
+        lines.append(f"| {variant} | {found['seeds']} | {' | '.join(cells)} |")
+    machine = result["environment"]
+    lines += [
+        "",
+        f"Differences in percentage points on {rows[0]['n']} test images, paired by seed and "
+        "image, with 95 % bootstrap intervals over images; beside them Student intervals over "
+        f"seeds. {machine['processor']}, torch {machine['packages']['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def extra_images(name: str) -> str:
+    """What extra images buy that are made here: `benchmarks/extra_data.py`."""
+    result = read(HERE / "extra_data" / f"{name}.json")
+    lines = ["| images | seeds | natural | PGD-20 |", "|---|---:|---:|---:|"]
+    for label in ("without", "with"):
+        rows = [row for row in result["rows"] if row["row"] == label]
+        means = [f"{fmean(row[key] for row in rows):.1f}" for key in ("natural", "pgd20")]
+        lines.append(f"| {label} | {len(rows)} | {' | '.join(means)} |")
+    change = result["with_minus_without"]
+    cells = [
+        f"{change[key]['mean']:+.1f}{between(change[key]['interval'])}"
+        for key in ("natural", "pgd20")
+    ]
+    machine = result["environment"]
+    lines += [
+        f"| with - without | {change['natural']['seeds']} | {' | '.join(cells)} |",
+        "",
+        f"Accuracy in percent on {result['rows'][0]['n']} test images, means over seeds; in "
+        f"brackets the Student interval over seeds. {machine['processor']}, torch "
+        f"{machine['packages']['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def between(interval: list[float] | None) -> str:
+    """An interval of differences in brackets; empty for none."""
+    return "" if interval is None else f" ({interval[0]:+.1f} to {interval[1]:+.1f})"
+
+
 def evaluations() -> str:
     """The whole evaluation of several networks: `results/run_evaluation.sh`."""
     folder = HERE / "evaluation"
@@ -420,9 +533,9 @@ def fronts(most: int | None = None) -> str:
         f"- **The best balance of a method** (harmonic mean), natural and robust: {words}."
     )
     lines.append(
-        f"- **What to take**: {setting(record, order[0])}. The recipe `photos` is this method for "
-        "larger photos and more epochs; `cure tradeoff` moves its network towards more natural "
-        "accuracy afterwards."
+        f"- **What to take**: {setting(record, order[0])}. The recipe `photos` is this method, "
+        "with `gamma` 1, for larger photos and more epochs; `cure tradeoff` moves its network "
+        "towards more natural accuracy afterwards."
         if order[0].curve == "cure"
         else f"- **What to take**: {setting(record, order[0])}, so `cure train photos "
         f"method={order[0].curve}`."
@@ -493,6 +606,8 @@ if __name__ == "__main__":
     insert(HERE.parent / "README.md", "results/photos/table.json", photos())
     insert(HERE / "README.md", "photos/table.json", photos())
     insert(HERE / "README.md", "bench/cpu.json", bench())
+    insert(HERE / "README.md", "bench/screened.json", screened())
+    insert(HERE / "README.md", "extra_data/digits.json", extra_images("digits"))
     insert(HERE / "README.md", "evaluation", evaluations())
     for name in studies():
         draw_study(name)

@@ -331,6 +331,8 @@ RESULTS = ROOT / "results"
         ("results/README.md", "cifar10-mini-cure/table.md"),
         ("results/README.md", "precision/table.md"),
         ("results/README.md", "bench/cpu.json"),
+        ("results/README.md", "bench/screened.json"),
+        ("results/README.md", "extra_data/digits.json"),
         ("results/README.md", "evaluation"),
     ],
 )
@@ -339,7 +341,16 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     text = (ROOT / document).read_text(encoding="utf-8")
     shown = re.search(rf"<!-- {re.escape(mark)} -->\n(.*?)<!-- end -->", text, re.DOTALL)
     assert shown is not None
-    if mark in ("bench/cpu.json", "evaluation"):
+    if mark == "bench/screened.json":
+        expected = figures["screened"]()
+    elif mark.endswith("/digits.json"):
+        made = {
+            "robust_overfitting": "overfitted",
+            "extra_data": "extra_images",
+            "why_cure": "parts_of_cure",
+        }
+        expected = figures[made[mark.split("/")[0]]]("digits")
+    elif mark in ("bench/cpu.json", "evaluation"):
         expected = figures["bench" if "bench" in mark else "evaluations"]()
     elif mark.endswith("photos/table.json"):
         expected = figures["photos"]()
@@ -357,10 +368,17 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
 
 def test_the_choice_of_the_photo_recipe_is_told_from_its_results() -> None:
     content = json.loads((RESULTS / "photos" / "choices.json").read_text(encoding="utf-8"))
-    rows = [*content["choices"], *content["before_cutmix"]["rows"]]
+    earlier = [row for row in content["earlier_table"]["rows"] if row["method"] == "cure"]
+    rows = [*content["choices"], *content["before_cutmix"]["rows"], *earlier]
+    rows += [*content["longer"]["rows"], *content["noted"]["rows"]]
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     for row in rows:
         assert f"{row['natural']:.1f}/{row['pgd20']:.1f}" in text
+    noted = content["noted"]
+    minutes = [f"{row['minutes']:.1f}" for row in noted["rows"] if row["method"] == "cure"]
+    assert f"{', '.join(minutes[:2])} and {minutes[2]} minutes" in text
+    left = [noted["autoattack"][f"after_{part}"] for part in ("apgd_ce", "apgd_t")]
+    assert f"{left[0]:.1f} % stand after APGD-CE and {left[1]:.1f} % after\n" in text
     guide = (ROOT / "docs" / "guides" / "photos.md").read_text(encoding="utf-8")
     without, with_it = content["choices"]
     assert f"natural {with_it['natural']:.1f} and PGD-20 {with_it['pgd20']:.1f} with it" in guide
