@@ -437,7 +437,8 @@ def photos() -> str:
             f"| {network} | {method} | {len(rows)} | {epochs} | {' | '.join(cells)} "
             f"| {minutes:.0f} |"
         )
-    first, machine = result["rows"][0], result["environment"]
+    first = result["rows"][0]
+    processors = sorted({row["processor"]["processor"] for row in result["rows"]})
     attacked = {row["autoattack_n"] for row in result["rows"] if row["autoattack"] is not None}
     counts = ", ".join(map(str, sorted(attacked)))
     strong = f"after four strong attacks in turn (first {counts} photos)" if attacked else "not run"
@@ -448,8 +449,8 @@ def photos() -> str:
         "interval over seeds. "
         "`natural`: unchanged photos; `pgd20`: after a 20-step attack that changes each value of a "
         f"pixel by at most 4/255; `autoattack`: {strong}. "
-        "`processor minutes` of training, of all threads, on a machine with other work "
-        f"({machine['processor']}); with nothing else running they are fewer. The method "
+        "`processor minutes` of training, of all threads, on machines with other work "
+        f"({', '.join(processors)}); with nothing else running they are fewer. The method "
         "`natural` is the start of the others, `plain` a plain loop of 50 lines.",
     ]
     return "\n".join(lines) + "\n"
