@@ -14,7 +14,7 @@ from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.records import EpochMetrics
 from cure.runs.records import MeasuredAccuracies as Accuracies
-from cure.training.outcome import judge, start_warnings
+from cure.training.outcome import judge, short_run_warnings, start_warnings
 from helpers import bright_or_dark
 
 CONFIG = load_recipe("digits")
@@ -82,6 +82,16 @@ def test_advice_against_guessing_names_only_what_can_be_changed() -> None:
     plain = said("data.augment.cutmix=0", "attack.warmup=0")
     assert "cutmix" not in plain
     assert "set attack.warmup=0.5" in plain
+
+
+def test_mixed_images_in_a_short_run_are_warned_of() -> None:
+    photos = load_recipe("photos", ["data.source=photos", "model.name=resnet10"])
+    (sentence,) = short_run_warnings(photos, 126)
+    assert sentence.startswith("126 steps are few to learn from mixed images")
+    assert short_run_warnings(photos, 1512) == []
+    assert short_run_warnings(CONFIG, 126) == []
+    scratch = photos.model_copy(update={"start": "scratch"})
+    assert short_run_warnings(scratch, 126) == []
 
 
 def test_a_gap_between_training_and_validation_is_named_with_its_cause() -> None:

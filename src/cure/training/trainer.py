@@ -33,7 +33,7 @@ from cure.runs.state import load_state, save_state
 from cure.training.catastrophic import detector_of
 from cure.training.gradient_logger import GradientRecorder
 from cure.training.optimizer import build_optimizer
-from cure.training.outcome import FINAL_STEPS, judge, start_warnings
+from cure.training.outcome import FINAL_STEPS, judge, short_run_warnings, start_warnings
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.schedule import learning_rate, momentum, progress_at
 from cure.training.totals import Totals
@@ -334,11 +334,15 @@ class Trainer:
         self.good_start = self._above_chance(found)[2]
         start = self._measured(found, self.config.training.validation_steps)
         self.folder.set_outcome(Outcome(start=start))
+        warned = start_warnings(start, self.config, len(self.training.classes))
+        warned += short_run_warnings(
+            self.config, self.config.training.epochs * self.steps_per_epoch
+        )
         for tracker in self.trackers:
             tracker.say(f"start: {start}")
             if self.balanced:
                 tracker.say(self._why_balanced())
-            for sentence in start_warnings(start, self.config, len(self.training.classes)):
+            for sentence in warned:
                 tracker.warn(sentence)
 
     def _measure_end(self) -> None:
