@@ -117,10 +117,13 @@ class _Chosen:
         return replace(self, rows=self.rows[positions])
 
     def first(self, limit: int | None) -> _Chosen:
-        """The first ``limit`` rows; says where they leave classes out, as in a file by class."""
+        """The first ``limit`` rows; says where they leave classes out, as in a file by class.
+
+        Not where so few images, less than five a class, would leave some out in any order.
+        """
         few = self.part(slice(limit))
         kept, whole = (len(np.unique(self.label[part.rows])) for part in (few, self))
-        if kept < whole:
+        if kept < whole and len(few.rows) >= 5 * whole:
             warnings.warn(
                 f"the first {len(few.rows):,} of {len(self.rows):,} images hold {kept} of {whole} "
                 "classes, so accuracies are those of these classes; leave --limit out, or shuffle "
