@@ -609,6 +609,7 @@ if __name__ == "__main__":
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "bench/screened.json", screened())
     insert(HERE / "README.md", "robust_overfitting/digits.json", overfitted("digits"))
+    insert(HERE / "README.md", "why_cure/digits.json", parts_of_cure("digits"))
     insert(HERE / "README.md", "extra_data/digits.json", extra_images("digits"))
     insert(HERE / "README.md", "evaluation", evaluations())
     for name in studies():

@@ -333,6 +333,7 @@ RESULTS = ROOT / "results"
         ("results/README.md", "bench/cpu.json"),
         ("results/README.md", "bench/screened.json"),
         ("results/README.md", "extra_data/digits.json"),
+        ("results/README.md", "why_cure/digits.json"),
         ("results/README.md", "robust_overfitting/digits.json"),
         ("results/README.md", "evaluation"),
     ],
