@@ -10,6 +10,7 @@ from torch import nn
 from cure.attacks.early_exit import AnySizeSquare
 from cure.attacks.registry import evaluation_attack
 from cure.attacks.threat import Threat
+from cure.errors import ConfigError
 
 EPSILON = {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}
 SIZES = [(8, 8), (9, 9), (14, 14), (24, 24), (8, 13), (23, 9), (9, 24), (64, 8)]
@@ -64,3 +65,11 @@ def test_the_attack_of_evaluation_runs_on_odd_oblong_images(norm: str) -> None:
     found = part.run(model, image[:1], label[:1], threat, 0, 0)
     assert bool(threat.within(threat.distance(found - image[:1])).all())
     assert bool(((found >= 0) & (found <= 1)).all())
+
+
+@pytest.mark.parametrize("norm", ["L2", "L1"])
+def test_images_of_less_than_five_rows_are_refused(norm: str) -> None:
+    model, image, label = problem((4, 9))
+    attack = AnySizeSquare(model, norm=norm, eps=0.1, n_queries=5, device=image.device, seed=0)
+    with pytest.raises(ConfigError, match="at least 5 pixels high, got 4x9; give larger images"):
+        attack.perturb(image, label)

@@ -757,6 +757,26 @@ PLANTED: dict[str, tuple[nn.Module, str]] = {
 }
 
 
+def test_labels_without_names_may_lack_the_last_classes_of_the_network() -> None:
+    """A thousand logits, and images of the first few classes: labels are positions."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 7))
+    image = torch.rand(20, 3, 4, 4)
+    with torch.no_grad():
+        named = network(image).argmax(dim=1)
+    label = torch.arange(20) % 3
+    result = evaluate(network, data=(image, label), attacks=["fgsm"], epsilon=0.01)
+    # The eighth bit that images are rounded to changes no prediction here.
+    assert result["natural"]["correct"] == int((named == label).sum()) > 0
+    assert result["data"]["classes"] == ["0", "1", "2", "3", "4", "5", "6"]
+    given = ImageSet((255 * image).round().to(torch.uint8), label, ("a", "b", "c"), "three", "test")
+    with pytest.raises(ModelError, match="7 logits but the data has 3 classes"):
+        evaluate(network, data=given, attacks=["fgsm"], epsilon=0.01)
+    fewer = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    with pytest.raises(ModelError, match="2 logits but the data has 3 classes"):
+        evaluate(fewer, data=(image, label), attacks=["fgsm"], epsilon=0.01)
+
+
 @pytest.mark.parametrize("kind", PLANTED)
 def test_what_attacks_would_misread_is_refused(kind: str) -> None:
     model, words = PLANTED[kind]

@@ -410,8 +410,18 @@ class AnySizeSquare(SquareAttack):  # type: ignore[misc]
     _tiles: Iterator[tuple[int, int]] = iter(())
 
     def attack_single_run(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of queries and the best images found."""
+        """Number of queries and the best images found.
+
+        Raises:
+            ConfigError: in L2 and L1 for images less than 5 pixels high.
+        """
         height, width = x.shape[2:]
+        if self.norm != "Linf" and height < 5:
+            raise ConfigError(
+                f"square in {self.norm} begins with tiles of a fifth of the height: expected "
+                f"images at least 5 pixels high, got {height}x{width}; give larger images, or "
+                "attacks without it (pgd20, apgd-ce, apgd-t)"
+            )
         side = max(1, height // 5)
         first = (height - side * 5) // 2
         if self.norm != "Linf":

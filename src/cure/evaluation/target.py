@@ -8,15 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from cure.attacks import Threat
 from cure.config import DataConfig, ModelConfig, RunConfig, ThreatConfig
 from cure.data import ImageSet, load_split
 from cure.data.cache import CachePlace
+from cure.data.images import replace_labels
 from cure.data.labels import relabelled
+from cure.data.loader import to_unit
 from cure.data.objects import as_images, is_object
 from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError, DataError, unknown
@@ -190,9 +193,21 @@ class Target:
         return images if self.contract is None else relabelled(images, self.contract.kind)
 
     def load(self) -> tuple[ImageSet, nn.Module]:
-        """The images, up to the limit, and the network."""
+        """The images, up to the limit, and the network.
+
+        Labels in memory without names are positions in the network's output; the images may lack
+        the last of them.
+        """
         images = self.images()
-        return images, self.build(images)
+        model = self.build(images)
+        given = self.options.data
+        named = self.folder is not None or self.contract is not None or isinstance(given, ImageSet)
+        if not named and is_object(given) and _unnamed(images):
+            count = _logits(model, images)
+            if count > len(images.classes):
+                images = replace_labels(images, images.label, tuple(map(str, range(count))))
+                model = self.build(images)
+        return images, model
 
     def threat(self, epsilon: str | float | None = None, norm: str | None = None) -> Threat:
         """The run's threat, else Linf 8/255, with another radius or norm where they are given.
@@ -241,6 +256,20 @@ class Target:
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"data.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _unnamed(images: ImageSet) -> bool:
+    return images.classes == tuple(map(str, range(len(images.classes))))
+
+
+def _logits(model: nn.Module, images: ImageSet) -> int:
+    """How many logits a network returns for these images; 0 where it does not return logits."""
+    with torch.no_grad():
+        try:
+            output = model.eval()(to_unit(images.rows(slice(0, 2))))
+        except Exception:
+            return 0  # What is wrong with it is said by the evaluation.
+    return output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else 0
 
 
 def describe_images(images: ImageSet) -> dict[str, Any]:
