@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cure
@@ -88,6 +89,22 @@ class ReturnsObject(Base):
 class ReturnsDictionary(Base):
     def forward(self, image: Tensor) -> Any:
         return {"scores": self.logits(image), "step": 3}
+
+
+class OneLogit(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4 * 64, 1)
+
+
+class OneLogitEach(OneLogit):
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits(image).squeeze()
+
+
+class EndsInSigmoid(OneLogit):
+    def forward(self, image: Tensor) -> Tensor:
+        return self.logits(image).sigmoid().squeeze(1)
 
 
 class InPlace(Base):
@@ -172,6 +189,8 @@ WORKING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "features first": (FeaturesFirst, {"output": "tuple[1]"}),
     "object": (ReturnsObject, {"output": "Attribute.logits"}),
     "dictionary": (ReturnsDictionary, {"output": "dict['scores']"}),
+    "one logit": (OneLogit, {"output": "tensor, one logit"}),
+    "one logit each": (OneLogitEach, {"output": "tensor, one logit", "pairs": True}),
     "in place": (InPlace, {"in_place": True}),
     "first layer in place": (FirstReluInPlace, {"in_place": True}),
     "keeps in list": (KeepsInList, {"detaches": True}),
@@ -227,7 +246,7 @@ def test_networks_are_adapted_and_train(name: str, tmp_path: Path) -> None:
     # Saved weights keep the names of the network.
     network = run.model()
     assert core(network).state_dict().keys() == make_names(make)
-    result = cure.evaluate(run, data=bright_or_dark(32, "test"), attacks="pgd2,square")
+    result = cure.evaluate(run, data=bright_or_dark(32, "test"), attacks="pgd2")
     assert result["attacks"]["pgd2"]["passes"]["backward"] > 0
 
 
@@ -242,6 +261,19 @@ def test_a_network_without_needs_is_used_as_it_is() -> None:
     network = taken(Base())
     assert type(network) is Base
     assert traits_of(network) == Traits(shape=(2, 2))
+
+
+def test_one_logit_is_trained_and_attacked_by_the_binary_cross_entropy() -> None:
+    torch.manual_seed(0)
+    given = OneLogit().eval()
+    image, label = IMAGE.clone().requires_grad_(), torch.tensor([0, 1, 1])
+    logits = taken(given)(image)
+    loss = F.cross_entropy(logits, label)
+    expected = F.binary_cross_entropy_with_logits(given(image)[:, 0], label.float())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    found, gradient = (torch.autograd.grad(value, image)[0] for value in (loss, expected))
+    torch.testing.assert_close(found, gradient)
+    assert torch.equal(logits.argmax(1) == 1, given(image)[:, 0] > 0)
 
 
 def test_weights_buffers_modes_and_generators_are_as_before() -> None:
@@ -324,6 +356,7 @@ class Crashes(Base):
     [
         (Strange, "to return a tensor of logits, got str"),
         (TwoHeads, r"got dict with student \[2, 2\], teacher \[2, 2\]; .* name them logits"),
+        (EndsInSigmoid, "got the values of a sigmoid; return what the sigmoid takes"),
         (Crashes, r"layer 'head' \(Linear\), given \[2, 256\], at test_trial.py, line \d+: Runt"),
     ],
 )

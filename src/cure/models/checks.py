@@ -31,7 +31,7 @@ def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
     if logits.shape[1] != classes:
         raise ModelError(
             f"the model returns {logits.shape[1]} logits but the data has {classes} classes; "
-            "name a model for these classes"
+            f"use a model with {classes} outputs, or images of its own classes"
         )
     if not bool(logits.isfinite().all()):
         raise ModelError(

@@ -426,6 +426,7 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
         in_place = inside._version != version or not torch.equal(inside.detach(), image)
         try:
             logits, found, note = main_output(output, classes)
+            _refuse_sigmoid(output)
         except OutputError as error:
             return _Pass(error=error)
         kept = _kept_for_backward(logits, scratch) // len(image)
@@ -440,6 +441,16 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
         no_gradient=no_gradient,
         activation_bytes=kept,
     )
+
+
+def _refuse_sigmoid(output: object) -> None:
+    """Refuse probabilities: through a sigmoid, gradients vanish and attacks look weak."""
+    node = output.grad_fn if isinstance(output, Tensor) else None
+    shaping = ("Squeeze", "View", "Reshape", "Unsqueeze", "Flatten", "Select")
+    while node is not None and node.name().startswith(shaping):
+        node = node.next_functions[0][0]
+    if node is not None and node.name().startswith("Sigmoid"):
+        raise OutputError("got the values of a sigmoid; return what the sigmoid takes instead")
 
 
 def _kept_for_backward(logits: Tensor, model: nn.Module) -> int:

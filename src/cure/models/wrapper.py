@@ -84,7 +84,9 @@ def main_output(output: object, classes: int) -> tuple[Tensor, str, str]:
     """The logits in what a network returned.
 
     A tensor is taken as it is; of an object or dictionary its ``logits``; else, of a tuple, list
-    or dictionary, the first tensor of shape [B, classes], or the only one in a dictionary.
+    or dictionary, the first tensor of shape [B, classes], or the only one in a dictionary.  The
+    single logit z of a network for two classes, [B] or [B, 1], becomes (0, z): its cross-entropy is
+    the binary one.
 
     Returns:
         The logits; where they were ("tensor", "Outputs.logits"); and a note where other tensors,
@@ -95,7 +97,20 @@ def main_output(output: object, classes: int) -> tuple[Tensor, str, str]:
 
     >>> main_output({"logits": torch.zeros(2, 3), "aux": torch.zeros(2, 3)}, 3)[1]
     "dict['logits']"
+    >>> main_output(torch.tensor([3.0, -1.0]), 2)[0]
+    tensor([[ 0.,  3.],
+            [ 0., -1.]])
     """
+    logits, place, note = _output_of(output, classes)
+    if classes != 2 or not (logits.dim() == 1 or logits.shape[1:] == (1,)):
+        return logits, place, note
+    single = logits.reshape(-1, 1)
+    told = "its one logit is that of the second class; the first has 0"
+    return torch.cat([torch.zeros_like(single), single], 1), f"{place}, one logit", told
+
+
+def _output_of(output: object, classes: int) -> tuple[Tensor, str, str]:
+    """The tensor of logits as the network returns it, its place and a note."""
     if isinstance(output, Tensor):
         if not output.dtype.is_floating_point:
             raise OutputError(f"got a tensor of {str(output.dtype).removeprefix('torch.')}")
