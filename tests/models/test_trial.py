@@ -97,6 +97,11 @@ class OneLogit(Base):
         self.head = nn.Linear(4 * 64, 1)
 
 
+class OneNamedLogit(OneLogit):
+    def forward(self, image: Tensor) -> Any:
+        return {"logits": self.logits(image)}
+
+
 class OneLogitEach(OneLogit):
     def forward(self, image: Tensor) -> Tensor:
         return self.logits(image).squeeze()
@@ -105,6 +110,11 @@ class OneLogitEach(OneLogit):
 class EndsInSigmoid(OneLogit):
     def forward(self, image: Tensor) -> Tensor:
         return self.logits(image).sigmoid().squeeze(1)
+
+
+class OneValueWithoutGradient(OneLogit):
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.sigmoid(self.logits(image).detach())
 
 
 class InPlace(Base):
@@ -190,6 +200,7 @@ WORKING: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "object": (ReturnsObject, {"output": "Attribute.logits"}),
     "dictionary": (ReturnsDictionary, {"output": "dict['scores']"}),
     "one logit": (OneLogit, {"output": "tensor, one logit"}),
+    "one named logit": (OneNamedLogit, {"output": "dict['logits'], one logit"}),
     "one logit each": (OneLogitEach, {"output": "tensor, one logit", "pairs": True}),
     "in place": (InPlace, {"in_place": True}),
     "first layer in place": (FirstReluInPlace, {"in_place": True}),
@@ -357,6 +368,7 @@ class Crashes(Base):
         (Strange, "to return a tensor of logits, got str"),
         (TwoHeads, r"got dict with student \[2, 2\], teacher \[2, 2\]; .* name them logits"),
         (EndsInSigmoid, "got the values of a sigmoid; return what the sigmoid takes"),
+        (OneValueWithoutGradient, "no gradient that tells a logit from a probability; return a"),
         (Crashes, r"layer 'head' \(Linear\), given \[2, 256\], at test_trial.py, line \d+: Runt"),
     ],
 )

@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from cure.errors import CureNote, ModelError
 from cure.models.failure import failed_in, reason_of
-from cure.models.wrapper import Adapted, OutputError, core, main_output
+from cure.models.wrapper import ONE_LOGIT, Adapted, OutputError, core, main_output, raw_output
 from cure.utils.device import Device
 from cure.utils.launcher import launched
 
@@ -426,7 +426,7 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
         in_place = inside._version != version or not torch.equal(inside.detach(), image)
         try:
             logits, found, note = main_output(output, classes)
-            _refuse_sigmoid(output)
+            _refuse_sigmoid(raw_output(output, classes)[0], found)
         except OutputError as error:
             return _Pass(error=error)
         kept = _kept_for_backward(logits, scratch) // len(image)
@@ -443,14 +443,19 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
     )
 
 
-def _refuse_sigmoid(output: object) -> None:
+def _refuse_sigmoid(output: Tensor, found: str) -> None:
     """Refuse probabilities: through a sigmoid, gradients vanish and attacks look weak."""
-    node = output.grad_fn if isinstance(output, Tensor) else None
+    node = output.grad_fn
     shaping = ("Squeeze", "View", "Reshape", "Unsqueeze", "Flatten", "Select")
     while node is not None and node.name().startswith(shaping):
         node = node.next_functions[0][0]
     if node is not None and node.name().startswith("Sigmoid"):
         raise OutputError("got the values of a sigmoid; return what the sigmoid takes instead")
+    if found.endswith(ONE_LOGIT) and (node is None or node.name().startswith("Differentiable")):
+        raise OutputError(
+            "got one value an image, and no gradient that tells a logit from a probability; return "
+            "a logit for each of the two classes"
+        )
 
 
 def _kept_for_backward(logits: Tensor, model: nn.Module) -> int:
@@ -481,7 +486,11 @@ def _without_gradient(scratch: nn.Module, image: Tensor, classes: int, error: Ex
     """The pass again without autograd, where the pass with it failed with ``error``."""
     inside = image.clone()
     try:
-        logits, found, note = main_output(scratch(inside), classes)
+        output = scratch(inside)
+        logits, found, note = main_output(output, classes)
+        _refuse_sigmoid(raw_output(output, classes)[0], found)
+    except OutputError as refused:
+        return _Pass(error=refused)
     except Exception:
         return _Pass(error=error)
     return _Pass(

@@ -76,6 +76,10 @@ class Selected(Wrapper):
         return logits[:, self.places]
 
 
+ONE_LOGIT = ", one logit"
+"""What the place of an output ends in where it is the single logit of two classes."""
+
+
 class OutputError(ValueError):
     """An output in which no logits were found; the text says what came."""
 
@@ -101,15 +105,15 @@ def main_output(output: object, classes: int) -> tuple[Tensor, str, str]:
     tensor([[ 0.,  3.],
             [ 0., -1.]])
     """
-    logits, place, note = _output_of(output, classes)
+    logits, place, note = raw_output(output, classes)
     if classes != 2 or not (logits.dim() == 1 or logits.shape[1:] == (1,)):
         return logits, place, note
     single = logits.reshape(-1, 1)
     told = "its one logit is that of the second class; the first has 0"
-    return torch.cat([torch.zeros_like(single), single], 1), f"{place}, one logit", told
+    return torch.cat([torch.zeros_like(single), single], 1), place + ONE_LOGIT, told
 
 
-def _output_of(output: object, classes: int) -> tuple[Tensor, str, str]:
+def raw_output(output: object, classes: int) -> tuple[Tensor, str, str]:
     """The tensor of logits as the network returns it, its place and a note."""
     if isinstance(output, Tensor):
         if not output.dtype.is_floating_point:
