@@ -74,7 +74,8 @@ def test_a_shipped_recipe_runs_when_shrunk(name: str, tmp_path: Path) -> None:
 
 
 def test_a_method_without_soft_labels_is_told_what_to_set(tmp_path: Path) -> None:
-    changes = [*OWN["photos"], "method=mart", "data.augment.label_smoothing=0.1"]
+    changes = [*OWN["photos"], "method=mart", "data.augment.cutmix=1"]
+    changes += ["data.augment.label_smoothing=0.1"]
     expected = (
         "cutmix and label_smoothing need .* got mart; set data.augment.cutmix=0 "
         "data.augment.label_smoothing=0$"

@@ -149,16 +149,28 @@ class AugmentConfig(Section):
     mixup: NonNegativeFloat = 0.0
     """alpha of MixUp: images and labels of a batch are mixed in pairs with a share drawn from
     Beta(alpha, alpha); 0 turns it off.  Only for methods whose loss takes soft labels."""
-    cutmix: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat | Literal["auto"] = 0.0
     """alpha of CutMix: a rectangle is replaced by that of another image of the batch, and the
-    labels are mixed by area; 0 turns it off.  With both, each batch draws one of the two."""
+    labels are mixed by area; 0 turns it off.  With both, each batch draws one of the two.
+    ``auto`` is 1, or 0 where the run has fewer than 500 steps or the method's loss takes no soft
+    labels; fixed for the run."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
 
     @property
+    def cutmix_alpha(self) -> float:
+        """``cutmix`` as a number; 0 where ``auto`` is not decided yet."""
+        return 0.0 if self.cutmix == "auto" else self.cutmix
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed in pairs."""
+        return bool(self.mixup or self.cutmix_alpha)
+
+    @property
     def soft_labels(self) -> bool:
         """Whether labels become probabilities over classes."""
-        return bool(self.mixup or self.cutmix or self.label_smoothing)
+        return bool(self.mixes or self.label_smoothing)
 
 
 def _count_or_share(value: int | float) -> int | float:
@@ -527,6 +539,9 @@ class TrainingConfig(Section):
     minutes: PositiveFloat | None = None
     """Budget of wall time instead of ``epochs``: a few steps are timed before training, and the
     number of epochs that fits is fixed for the run.  Validation is included."""
+    min_steps: PositiveInt | None = None
+    """At least so many steps: where images are few, ``epochs`` rises to reach them and is fixed for
+    the run.  Setting ``epochs`` or ``minutes`` drops it."""
     precision: Literal["fp32", "bf16_attack", "bf16"] = "fp32"
     """``bf16_attack`` computes adversarial images in bfloat16 and trains in float32."""
     channels_last: bool = True
@@ -600,6 +615,8 @@ class NaturalConfig(Section):
 
     epochs: PositiveInt | None = None
     """Passes over the training images."""
+    min_steps: PositiveInt | None = None
+    """At least so many steps, as ``training.min_steps``; setting ``natural.epochs`` drops it."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate."""
     weight_decay: NonNegativeFloat | None = None

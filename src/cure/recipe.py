@@ -22,6 +22,10 @@ _MOVED = {"training.tensorboard": "say tracking=[tensorboard], or nothing: it is
 """Keys of earlier versions, and what is said now."""
 
 
+LENGTHS = ("epochs", "minutes")
+"""Settings of how long a training takes, before which the ``min_steps`` of a recipe gives way."""
+
+
 def recipe_names() -> list[str]:
     """The recipes that come with the package."""
     folder = resources.files("cure") / "recipes"
@@ -114,6 +118,8 @@ def _parse(text: str, name: str) -> Raw:
 
 def _merge(base: Raw, change: Raw) -> Raw:
     merged = dict(base)
+    if any(name in change for name in LENGTHS):
+        merged.pop("min_steps", None)
     for key, value in change.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
@@ -142,7 +148,8 @@ def override(raw: Raw, key: str, value: object) -> None:
 
     ``training.batch_size=auto`` keeps the number and sets ``training.accumulation_steps=auto``.
     Another ``method.name`` drops the settings of the method before, as ``method=NAME`` does, and
-    logs which: settings of the same name mean other things in other methods.
+    logs which: settings of the same name mean other things in other methods.  A length in
+    ``epochs`` or ``minutes`` drops the recipe's ``min_steps`` beside it.
 
     Raises:
         ConfigError: when the place lies inside a plain value.
@@ -170,6 +177,8 @@ def override(raw: Raw, key: str, value: object) -> None:
                 ", ".join(dropped),
             )
         raw.clear()
+    if last in LENGTHS:
+        raw.pop("min_steps", None)
     raw[last] = copy.deepcopy(value)  # A later override inside it must not reach the giver's.
 
 

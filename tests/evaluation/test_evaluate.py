@@ -772,6 +772,8 @@ def test_labels_without_names_may_lack_the_last_classes_of_the_network() -> None
     given = ImageSet((255 * image).round().to(torch.uint8), label, ("a", "b", "c"), "three", "test")
     with pytest.raises(ModelError, match="7 logits but the data has 3 classes"):
         evaluate(network, data=given, attacks=["fgsm"], epsilon=0.01)
+    with pytest.raises(ModelError, match=r"\(labels count from 0, not from 1\)"):
+        evaluate(network, data=(image, label + 5), attacks=["fgsm"], epsilon=0.01)
     fewer = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     with pytest.raises(ModelError, match="2 logits but the data has 3 classes"):
         evaluate(fewer, data=(image, label), attacks=["fgsm"], epsilon=0.01)

@@ -77,15 +77,30 @@ def test_advice_against_guessing_names_only_what_can_be_changed() -> None:
         end = accuracies(10, 10)
         return judge(accuracies(90, 0), end, [record(10, 10)], config, 10.0).warnings[0]
 
-    assert "data.augment.cutmix=0" in said()
-    assert "attack.warmup" not in said()
+    mixed = said("data.augment.cutmix=1")
+    assert "data.augment.cutmix=0" in mixed
+    assert "attack.warmup" not in mixed
     plain = said("data.augment.cutmix=0", "attack.warmup=0")
     assert "cutmix" not in plain
     assert "set attack.warmup=0.5" in plain
 
 
+def test_few_images_are_named_where_nothing_else_is_to_be_changed() -> None:
+    def said(policy: str) -> str:
+        config = load_recipe(
+            "photos",
+            ["data.source=photos", "model.name=resnet10", f"training.batch_norm={policy}"],
+        )
+        end = accuracies(60, 2)
+        return judge(accuracies(90, 0), end, [record(60, 2)], config, 10.0).warnings[0]
+
+    assert said("frozen").endswith("so the network learns but does not generalise: give more images")
+    assert "set training.batch_norm=frozen, or give more images" in said("train")
+
+
 def test_mixed_images_in_a_short_run_are_warned_of() -> None:
-    photos = load_recipe("photos", ["data.source=photos", "model.name=resnet10"])
+    settings = ["data.source=photos", "model.name=resnet10", "data.augment.cutmix=1"]
+    photos = load_recipe("photos", settings)
     (sentence,) = short_run_warnings(photos, 126)
     assert sentence.startswith("126 steps are few to learn from mixed images")
     assert short_run_warnings(photos, 1512) == []

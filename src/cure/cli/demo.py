@@ -34,8 +34,6 @@ PHOTO_SETTINGS: dict[str, object] = {
     "natural.epochs": 4,
     "natural.learning_rate": 0.01,
     "data.resize": 64,
-    # Some 170 steps are too few to learn from mixed photographs: with CutMix it falls to guessing.
-    "data.augment.cutmix": 0,
     "training.epochs": 4,
     "training.validate_every": 4,
 }

@@ -180,13 +180,14 @@ def mixed(
     """
     target = F.one_hot(label, classes).to(image.dtype)
     target = (1 - config.label_smoothing) * target + config.label_smoothing / classes
-    if not (config.mixup or config.cutmix):
+    if not config.mixes:
         return image, target
     draws = torch.Generator().manual_seed(
         int(torch.randint(2**62, (), generator=generator, device=image.device))
     )
-    cut = config.cutmix > 0 and (not config.mixup or float(torch.rand((), generator=draws)) < 0.5)
-    alpha = config.cutmix if cut else config.mixup
+    cutmix = config.cutmix_alpha
+    cut = cutmix > 0 and (not config.mixup or float(torch.rand((), generator=draws)) < 0.5)
+    alpha = cutmix if cut else config.mixup
     # Beta(a, a) as a ratio of two gamma variables, which take a generator.
     pair = torch._standard_gamma(torch.full((2,), alpha, dtype=torch.float64), generator=draws)
     share = float(pair[0] / pair.sum().clamp_min(1e-300))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -386,7 +387,9 @@ def _levels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     """uint8 from uint8, bool, whole numbers in 0..255 or floats in [0, 1]."""
     if pixels.dtype == np.uint8:
         return pixels
-    if pixels.dtype.kind not in "fiub" or not pixels.size:
+    if not pixels.size:
+        raise DataError(f"expected images with pixels, got an array of shape {list(pixels.shape)}")
+    if pixels.dtype.kind not in "fiub":
         raise DataError(
             f"expected images of uint8 (0..255) or floats in [0, 1], got {pixels.dtype}; convert "
             "them"
@@ -394,6 +397,11 @@ def _levels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     if pixels.dtype.kind == "b":
         return pixels.astype(np.uint8) * np.uint8(255)
     low, high = float(pixels.min()), float(pixels.max())
+    if not math.isfinite(high - low):
+        raise DataError(
+            "expected finite values in images, got not a number or infinity; mend or leave out "
+            "these images"
+        )
     if pixels.dtype.kind in "iu":
         if low < 0 or high > 255:
             raise DataError(

@@ -284,8 +284,12 @@ def _settled(config: RunConfig, run: RunConfig) -> RunConfig:
     data, training = config.data, config.training
     if data.validation < 1:
         data = data.model_copy(update={"validation": run.data.validation})
-    if training.minutes is not None:
-        training = training.model_copy(update={"epochs": run.training.epochs})
+    if data.augment.cutmix == "auto":
+        augment = data.augment.model_copy(update={"cutmix": run.data.augment.cutmix})
+        data = data.model_copy(update={"augment": augment})
+    if training.minutes is not None or training.min_steps is not None:
+        fixed = {"epochs": run.training.epochs, "min_steps": run.training.min_steps}
+        training = training.model_copy(update=fixed)
     return config.model_copy(update={"data": data, "training": training})
 
 

@@ -29,9 +29,11 @@ def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
         came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ModelError(f"expected logits of shape [{len(image)}, {classes}], got {came}")
     if logits.shape[1] != classes:
+        from_1 = logits.shape[1] == classes - 1
         raise ModelError(
             f"the model returns {logits.shape[1]} logits but the data has {classes} classes; "
             f"use a model with {classes} outputs, or images of its own classes"
+            f"{' (labels count from 0, not from 1)' if from_1 else ''}"
         )
     if not bool(logits.isfinite().all()):
         raise ModelError(

@@ -10,7 +10,9 @@ from dataclasses import replace
 from cure.config import RunConfig
 from cure.data import Batch, epoch, steps_per_epoch
 from cure.errors import ConfigError
+from cure.registry import METHODS
 from cure.training.optimizer import build_optimizer
+from cure.training.outcome import FEW_STEPS
 from cure.training.resources import fit_memory
 from cure.training.setup import Prepared, build_method
 from cure.training.validation import validate
@@ -25,13 +27,66 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
     """The run with numbers in the place of shares and budgets that depend on the machine and data,
     and what to tell of its memory.
 
-    A share in ``data.validation`` becomes a count, ``training.minutes`` a number of epochs,
-    ``accumulation_steps=auto`` a number of parts; what is
-    written to the run folder is what a resumed run repeats.
+    A share in ``data.validation`` becomes a count, ``training.minutes`` and ``training.min_steps``
+    a number of epochs, ``accumulation_steps=auto`` a number of parts and ``cutmix=auto`` an alpha;
+    what is written to the run folder is what a resumed run repeats.
     """
     data = config.data.model_copy(update={"validation": len(prepared.validation)})
     config, told = fit_memory(config.model_copy(update={"data": data}), prepared)
-    return fit_epochs(config, prepared), told
+    steps = steps_per_epoch(prepared.training, config.training.batch_size)
+    config, raised = reach_steps(config, steps)
+    config, mixed = decide_cutmix(fit_epochs(config, prepared), steps)
+    return config, told + raised + mixed
+
+
+def reach_steps(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
+    """The run with epochs enough for ``training.min_steps``, and a line where there are more.
+
+    Args:
+        config: the run.
+        steps: of an epoch.
+
+    Example:
+        >>> from cure.recipe import load_recipe
+        >>> config = load_recipe("digits", ["training.min_steps=1000"])
+        >>> config, told = reach_steps(config, 20)
+        >>> config.training.epochs, config.training.min_steps
+        (50, None)
+    """
+    training = config.training
+    if training.min_steps is None:
+        return config, []
+    epochs = max(training.epochs, -(-training.min_steps // steps))
+    changed = training.model_copy(update={"epochs": epochs, "min_steps": None})
+    told = []
+    if epochs > training.epochs:
+        told.append(
+            f"{epochs} epochs in the place of {training.epochs}, to reach {training.min_steps:,} "
+            f"steps with few images (training.epochs={training.epochs} keeps the fewer)"
+        )
+    return config.model_copy(update={"training": changed}), told
+
+
+def decide_cutmix(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
+    """The run with a number in the place of ``data.augment.cutmix=auto``, and why where it is 0.
+
+    Args:
+        config: the run, with its number of epochs.
+        steps: of an epoch.
+    """
+    augment, steps = config.data.augment, steps * config.training.epochs
+    if augment.cutmix != "auto":
+        return config, []
+    told = []
+    if not METHODS[config.method.name].soft_labels:
+        told.append(f"no CutMix: the loss of {config.method.name} takes no soft labels")
+    elif steps < FEW_STEPS:
+        told.append(
+            f"no CutMix: {steps:,} steps are too few for mixed images (it takes {FEW_STEPS})"
+        )
+    chosen = augment.model_copy(update={"cutmix": 0.0 if told else 1.0})
+    data = config.data.model_copy(update={"augment": chosen})
+    return config.model_copy(update={"data": data}), told
 
 
 def fit_epochs(config: RunConfig, prepared: Prepared) -> RunConfig:

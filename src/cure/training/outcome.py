@@ -97,16 +97,17 @@ def _likely_cause(low: bool, fallen: bool, training: float | None, config: RunCo
         return f"the network guessed before the training, too: {_start_advice(config)}"
     if fallen:
         changes = ["train longer (training.epochs)"]
-        if config.data.augment.cutmix or config.data.augment.mixup:
+        if config.data.augment.mixes:
             changes.append("leave mixed images out (data.augment.cutmix=0 data.augment.mixup=0)")
         if config.attack.warmup < 0.5:
             changes.append("set attack.warmup=0.5")
         changes.append("or lower training.optimizer.learning_rate")
         return f"the network fell to guessing: {', '.join(changes)}"
     if training is not None and 100 * training >= 2 * LEAST:
+        frozen = config.training.batch_norm == "frozen"
         return (
             f"training images reach {100 * training:.1f} %, so the network learns but does not "
-            "generalise: set training.batch_norm=frozen, or give more images"
+            f"generalise: {'' if frozen else 'set training.batch_norm=frozen, or '}give more images"
         )
     if not config.attack.warmup:
         return (
@@ -148,11 +149,10 @@ def short_run_warnings(config: RunConfig, steps: int) -> list[str]:
         config: the run.
         steps: of the whole run.
     """
-    augment = config.data.augment
-    if config.start == "scratch" or steps >= FEW_STEPS or not (augment.cutmix or augment.mixup):
+    if config.start == "scratch" or steps >= FEW_STEPS or not config.data.augment.mixes:
         return []
     return [
-        f"{steps:,} steps are few to learn from mixed images: set data.augment.cutmix=0 "
+        f"{steps:,} steps are few to learn from mixed images: set data.augment.cutmix=auto "
         "data.augment.mixup=0, or more training.epochs"
     ]
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from cure.config import NATURAL, ROBUST, LayersConfig, RunConfig
+from cure.data import steps_per_epoch
 from cure.errors import CureError, RanksLost
 from cure.models import load_weights
 from cure.models.batch_norm import running_statistics
@@ -25,6 +26,7 @@ from cure.models.checkpoint import head_name
 from cure.models.failure import network_errors
 from cure.registry import METHODS
 from cure.runs.folder import RunFolder
+from cure.training.budget import decide_cutmix, reach_steps
 from cure.training.resources import memory_errors
 from cure.training.setup import (
     Prepared,
@@ -78,9 +80,8 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
     receivers += [prepared.teachers[role] for role, t in teachers.items() if t.path == NATURAL]
     if receivers:
         own = replace(prepared, network=copy.deepcopy(prepared.initial), teachers={})
-        found.append(
-            Prerequisite("natural start", inside(NATURAL), natural_config(config), own, receivers)
-        )
+        theirs = _with_length(natural_config(config), prepared)
+        found.append(Prerequisite("natural start", inside(NATURAL), theirs, own, receivers))
     if config.start.startswith(ROBUST) and config.head.share:
         theirs = head_config(config, prepared.network)
         own = replace(prepared, network=copy.deepcopy(prepared.network), teachers={})
@@ -89,7 +90,7 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
     for role, source in teachers.items():
         if source.recipe is None:
             continue
-        theirs = teacher_config(f"method.{role}", source, config)
+        theirs = _with_length(teacher_config(f"method.{role}", source, config), prepared)
         network = network_of(theirs, prepared.training.kind, None)
         own = replace(
             prepared,
@@ -103,6 +104,12 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
         found += prerequisites(place, theirs, own)
         found.append(Prerequisite(f"teacher {role}", place, theirs, own, [prepared.teachers[role]]))
     return found
+
+
+def _with_length(config: RunConfig, prepared: Prepared) -> RunConfig:
+    """A run with what depends on its number of steps."""
+    steps = steps_per_epoch(prepared.training, config.training.batch_size)
+    return decide_cutmix(reach_steps(config, steps)[0], steps)[0]
 
 
 def carry_out(
@@ -241,6 +248,7 @@ def natural_config(config: RunConfig) -> RunConfig:
     training = config.training.model_copy(
         update={
             "epochs": change.get("epochs", config.training.epochs),
+            "min_steps": config.natural.min_steps,
             "schedule": config.natural.schedule or config.training.schedule,
             "optimizer": config.training.optimizer.model_copy(
                 update={k: change[k] for k in ("learning_rate", "weight_decay") if k in change}

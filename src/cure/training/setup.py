@@ -220,7 +220,7 @@ def _check_augmentation(config: RunConfig) -> None:
     if config.data.augment.soft_labels and not METHODS[config.method.name].soft_labels:
         able = [name for name in METHODS.names() if METHODS[name].soft_labels]
         names = ("mixup", "cutmix", "label_smoothing")
-        used = [name for name in names if getattr(config.data.augment, name)]
+        used = [name for name in names if getattr(config.data.augment, name) not in (0, "auto")]
         raise ConfigError(
             f"data.augment: {' and '.join(used)} need a method whose loss takes soft labels "
             f"({', '.join(able)}), got {config.method.name}; set "
