@@ -94,7 +94,7 @@ def test_few_images_are_named_where_nothing_else_is_to_be_changed() -> None:
         end = accuracies(60, 2)
         return judge(accuracies(90, 0), end, [record(60, 2)], config, 10.0).warnings[0]
 
-    assert said("frozen").endswith("so the network learns but does not generalise: give more images")
+    assert said("frozen").endswith("the network learns but does not generalise: give more images")
     assert "set training.batch_norm=frozen, or give more images" in said("train")
 
 

@@ -108,6 +108,33 @@ def test_sound_networks_pass_in_the_l2_ball(trained: Networks, images: ImageSet)
     assert found == dict.fromkeys([name for name in CHECKS if name != "transfer"], "pass")
 
 
+class RefusesOtherValues(nn.Module):
+    """A network that checks its input, as one should."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        if image.min() < 0 or image.max() > 1:
+            raise ValueError("expected values in [0, 1]")
+        logits: Tensor = self.network(image)
+        return logits
+
+
+def test_no_check_needs_images_beyond_their_range(trained: Networks, images: ImageSet) -> None:
+    few = images.subset(slice(0, 30))
+    left_out = ("black_box", "transfer", "total_gap")
+    names = [name for name in [*CHEAP, *ATTACKS] if name not in left_out]
+    context = CheckContext(RefusesOtherValues(trained["robust"]), few, THREAT, engine=ENGINE)
+    found = {item["name"]: item for item in run_checks(context, names)["checks"]}
+    assert {name: item["status"] for name, item in found.items()} == dict.fromkeys(names, "pass")
+    refused = ["standardised", "from_0_to_255", "from_-1_to_1"]
+    assert found["normalisation"]["measured"]["refused_by_the_network"] == refused
+    result = cure.evaluate(RefusesOtherValues(trained["robust"]), data=few, attacks="pgd2")
+    assert result["natural"]["n"] == 30
+
+
 # Planted failures: what must be found, on which network, among how many images.
 
 Plant = Callable[[nn.Module], nn.Module]

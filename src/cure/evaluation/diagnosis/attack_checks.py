@@ -210,9 +210,9 @@ def precision(context: CheckContext) -> Finding:
 def smoothed_gradient(context: CheckContext) -> Finding:
     """A gradient that is smoothed by differences finds nothing more than the one at a point.
 
-    ``sum_k (z(x + u_k) - z(x - u_k)) u_k`` over random directions ``u_k`` half as long as epsilon
-    is up to a factor the gradient of the logits averaged over the ball: what is rougher than the
-    attack is levelled, and no derivative is asked for.
+    ``sum_k (z(x + u_k) - z(x - u_k)) u_k`` over random directions ``u_k`` half as long as epsilon,
+    cut off where they leave [0, 1], is up to a factor the gradient of the logits averaged over the
+    ball: what is rougher than the attack is levelled, and no derivative is asked for.
     Source: Athalye et al., ICML 2018; Ilyas et al., ICML 2018 (finite differences).
     """
     radius = context.threat.epsilon / 2
@@ -224,8 +224,9 @@ def smoothed_gradient(context: CheckContext) -> Finding:
             with torch.no_grad():
                 many = x.repeat(DIRECTIONS, 1, 1, 1)
                 normal = torch.randn(many.shape, generator=draws, device=many.device)
-                direction = context.threat.steepest(normal)
-                ahead, behind = many + radius * direction, many - radius * direction
+                direction = radius * context.threat.steepest(normal)
+                ahead, behind = (many + direction).clamp(0, 1), (many - direction).clamp(0, 1)
+                direction = (ahead - behind) / (2 * radius)
                 difference = context.model(ahead) - context.model(behind)
                 logits: Tensor = context.model(x)
             # Adds nothing to the value; its derivative by x is the sum above.

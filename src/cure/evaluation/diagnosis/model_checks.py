@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cure.evaluation.diagnosis.context import CheckContext
 from cure.evaluation.diagnosis.table import LEVEL, Finding, Status, beyond, check, judged, short
 from cure.models import Normalised
+from cure.utils.memory import is_out_of_memory
 from cure.utils.stats import at_least, balanced_accuracy, balanced_guessing, wilson
 
 TOLERANCE = 1e-3
@@ -243,7 +244,8 @@ def normalisation(context: CheckContext) -> Finding:
     By the exact test of McNemar, on the images that only one of the two gets right; the level is
     shared by the candidates.  Where the network clamps its input to [0, 1], a candidate outside it
     reaches the network as an image of another contrast, so it says nothing of the range that the
-    network expects and only warns.
+    network expects and only warns.  A candidate that the network refuses with an error is not
+    what it expects.
     """
     mean = context.image.mean(dim=(0, 2, 3), keepdim=True)
     std = context.image.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)
@@ -253,11 +255,18 @@ def normalisation(context: CheckContext) -> Finding:
         "from_0_to_255": context.image * 255,
         "from_-1_to_1": context.image * 2 - 1,
     }
-    measured = {"as_it_is": 100 * float(context.right.float().mean())}
+    measured: dict[str, Any] = {"as_it_is": 100 * float(context.right.float().mean())}
     better: dict[str, float] = {}
     clamped: list[str] = []
+    refused: list[str] = []
     for name, image in candidates.items():
-        right = context.correct(image)
+        try:
+            right = context.correct(image)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            refused.append(name)
+            continue
         measured[name] = 100 * float(right.float().mean())
         gained, lost = int((right & ~context.right).sum()), int((context.right & ~right).sum())
         if at_least(gained, gained + lost, 0.5) < LEVEL / len(candidates):
@@ -266,6 +275,8 @@ def normalisation(context: CheckContext) -> Finding:
             else:
                 better[name] = measured[name]
     measured = {name: short(value) for name, value in measured.items()}
+    if refused:
+        measured["refused_by_the_network"] = refused
     remedy = {
         "standardised": "It expects standardised images: give mean and std.",
         "standardising_undone": "It takes images as they are, or standardises them itself: leave "
