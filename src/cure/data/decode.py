@@ -385,8 +385,8 @@ class _Stack:
         if one.shape[:2] != (height, width):
             raise DataError(
                 f"expected images of one size, but {self.first_name} is {width}x{height} and "
-                f"{name} is {one.shape[1]}x{one.shape[0]} pixels; set data.resize="
-                f"{min(height, width)} or another side in pixels"
+                f"{name} is {one.shape[1]}x{one.shape[0]} pixels; "
+                f"{set_side(min(height, width))}"
             )
         theirs = one.shape[2]
         if theirs > channels:
@@ -421,6 +421,14 @@ def file_cell(path: Path) -> Cell:
     # TGA has no mark of its own: any file might be one.
     more = ("TGA",) if path.suffix.lower() == ".tga" else ()
     return Cell(lambda: open_image(path, more), f"'{path}'", path.read_bytes)
+
+
+def set_side(side: int) -> str:
+    """What to do about images of several sizes."""
+    return (
+        f"set data.resize={side} (of an evaluation --data-option resize={side}) or another side in "
+        "pixels"
+    )
 
 
 def failures_text(failures: Sequence[Failure]) -> str:

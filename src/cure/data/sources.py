@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from cure.config import MEMORY, DataConfig, RunConfig
 from cure.data.cache import CachePlace, decode_rows
-from cure.data.decode import Failure, damaged, failures_text
+from cure.data.decode import Failure, damaged, failures_text, set_side
 from cure.data.folders import read_folder, read_loose, read_table
 from cure.data.images import ImageSet, Skipped
 from cure.data.labels_file import LABEL_FILES
@@ -487,7 +487,7 @@ def same_kind(first: ImageSet, second: ImageSet) -> tuple[ImageSet, ImageSet]:
         raise DataError(
             f"expected images of one size in '{first.name}', but those of its {first.split} split "
             f"are {width}x{height} and those of its {second.split} split {other_width}x"
-            f"{other_height} pixels; set data.resize={min(height, width)} or another side in pixels"
+            f"{other_height} pixels; {set_side(min(height, width))}"
         )
     channels = max(first.channels, second.channels)
     return first.with_channels(channels), second.with_channels(channels)
