@@ -179,6 +179,39 @@ def bench() -> str:
     return "\n".join(lines) + "\n"
 
 
+FEW = {
+    "short": "36 epochs, CutMix: the recipe before `training.min_steps`",
+    "slow": "the same with a quarter of the learning rate",
+    "long": "120 epochs, CutMix",
+    "recipe": "the recipe",
+}
+"""Rows of `photos/few.json` in words."""
+
+
+def few() -> str:
+    """The recipe photos with few photographs: `benchmarks/few_photos.py`."""
+    result = read(HERE / "photos" / "few.json")
+    lines = [
+        "| run | steps | natural, start | natural | pgd20 |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in result["rows"]:
+        cells = [
+            f"{row[name]:.1f} ({'-'.join(f'{end:.1f}' for end in row[f'{name}_interval'])})"
+            for name in ("start_natural", "natural", "pgd20")
+        ]
+        lines.append(f"| {FEW[row['row']]} | {row['steps']:,} | {' | '.join(cells)} |")
+    first, machine = result["rows"][0], result["environment"]
+    lines += [
+        "",
+        f"{first['per_class']} training photographs of each of ten classes, 64 pixels, threat "
+        f"4/255. Percent of {first['n']} other photographs of the training split that are right, "
+        f"with the 95 % interval over photographs; seed {first['seed']} alone. "
+        f"{machine['processor']}, torch {machine['packages']['torch']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def screened() -> str:
     """AutoAttack by its package and `--attacks screened`, in turn: `benchmarks/screened.py`."""
     result = read(HERE / "bench" / "screened.json")
@@ -606,6 +639,7 @@ if __name__ == "__main__":
     insert(HERE / "README.md", "photos/fronts.json", fronts())
     insert(HERE.parent / "README.md", "results/photos/table.json", photos())
     insert(HERE / "README.md", "photos/table.json", photos())
+    insert(HERE / "README.md", "photos/few.json", few())
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "bench/screened.json", screened())
     insert(HERE / "README.md", "robust_overfitting/digits.json", overfitted("digits"))

@@ -540,8 +540,9 @@ class TrainingConfig(Section):
     """Budget of wall time instead of ``epochs``: a few steps are timed before training, and the
     number of epochs that fits is fixed for the run.  Validation is included."""
     min_steps: PositiveInt | None = None
-    """At least so many steps: where images are few, ``epochs`` rises to reach them and is fixed for
-    the run.  Setting ``epochs`` or ``minutes`` drops it."""
+    """At least so many steps: where images are few, ``epochs`` rises to reach them, and
+    ``validate_every`` with it, both fixed for the run.  Setting ``epochs`` or ``minutes`` drops
+    it."""
     precision: Literal["fp32", "bf16_attack", "bf16"] = "fp32"
     """``bf16_attack`` computes adversarial images in bfloat16 and trains in float32."""
     channels_last: bool = True

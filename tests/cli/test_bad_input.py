@@ -374,7 +374,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_not_run(
     assert (tmp_path / "ran").is_dir(), "the trap would not have worked"
 
 
-@pytest.mark.parametrize("kind", ["softmax", "nan", "classes", "flat", "size"])
+@pytest.mark.parametrize("kind", ["softmax", "nan", "classes", "maps", "size"])
 def test_a_model_that_is_no_classifier_is_refused(recipe: Path, tmp_path: Path, kind: str) -> None:
     linear = nn.Linear(64, 2)
     if kind == "nan":
@@ -383,7 +383,7 @@ def test_a_model_that_is_no_classifier_is_refused(recipe: Path, tmp_path: Path, 
         "softmax": (nn.Sequential(nn.Flatten(), linear, nn.Softmax(dim=1)), "probabilities"),
         "nan": (nn.Sequential(nn.Flatten(), linear), "not finite"),
         "classes": (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), "3 logits"),
-        "flat": (nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0)), "expected logits"),
+        "maps": (nn.Sequential(nn.Flatten(), linear, nn.Unflatten(1, (2, 1))), "expected logits"),
         "size": (nn.Sequential(nn.Flatten(), nn.Linear(99, 2)), "failed on images of shape"),
     }
     model, words = models[kind]

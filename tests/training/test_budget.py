@@ -80,8 +80,10 @@ def test_many_images_keep_the_epochs_of_the_recipe() -> None:
     config = load_recipe("photos", [*PHOTOS, "training.min_steps=1500"])
     kept, told = budget.reach_steps(config, steps=42)
     assert (kept.training.epochs, told) == (36, [])
+    assert kept.training.validate_every == 3
     raised, told = budget.reach_steps(config, steps=5)
     assert raised.training.epochs == 300
+    assert raised.training.validate_every == 25, "12 validations, as in 36 epochs"
     assert told == [
         "300 epochs in the place of 36, to reach 1,500 steps with few images "
         "(training.epochs=36 keeps the fewer)"

@@ -287,9 +287,10 @@ def _settled(config: RunConfig, run: RunConfig) -> RunConfig:
     if data.augment.cutmix == "auto":
         augment = data.augment.model_copy(update={"cutmix": run.data.augment.cutmix})
         data = data.model_copy(update={"augment": augment})
-    if training.minutes is not None or training.min_steps is not None:
-        fixed = {"epochs": run.training.epochs, "min_steps": run.training.min_steps}
-        training = training.model_copy(update=fixed)
+    fixed = ["epochs"] if training.minutes is not None else []
+    if training.min_steps is not None:
+        fixed = ["epochs", "min_steps", "validate_every"]
+    training = training.model_copy(update={name: getattr(run.training, name) for name in fixed})
     return config.model_copy(update={"data": data, "training": training})
 
 

@@ -42,6 +42,8 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
 def reach_steps(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
     """The run with epochs enough for ``training.min_steps``, and a line where there are more.
 
+    Where there are, ``training.validate_every`` grows with them.
+
     Args:
         config: the run.
         steps: of an epoch.
@@ -57,7 +59,9 @@ def reach_steps(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
     if training.min_steps is None:
         return config, []
     epochs = max(training.epochs, -(-training.min_steps // steps))
-    changed = training.model_copy(update={"epochs": epochs, "min_steps": None})
+    every = training.validate_every * epochs // training.epochs
+    fixed = {"epochs": epochs, "min_steps": None, "validate_every": every}
+    changed = training.model_copy(update=fixed)
     told = []
     if epochs > training.epochs:
         told.append(
