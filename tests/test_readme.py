@@ -407,6 +407,8 @@ def test_few_photographs_are_told_from_their_results() -> None:
         in guide
     )
     assert f"after {other['steps']} steps {other['natural']:.1f} and {other['pgd20']:.1f}" in guide
+    whole = rows["recipe"]
+    assert f"{whole['steps']:,} steps {whole['natural']:.1f} and {whole['pgd20']:.1f}" in guide
 
 
 def test_the_studies_are_told_from_their_results() -> None:
