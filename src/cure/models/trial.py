@@ -425,8 +425,7 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
                 handle.remove()
         in_place = inside._version != version or not torch.equal(inside.detach(), image)
         try:
-            logits, found, note = main_output(output, classes)
-            _refuse_sigmoid(raw_output(output, classes)[0], found)
+            logits, found, note = _logits_in(output, classes)
         except OutputError as error:
             return _Pass(error=error)
         kept = _kept_for_backward(logits, scratch) // len(image)
@@ -443,9 +442,13 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
     )
 
 
-def _refuse_sigmoid(output: Tensor, found: str) -> None:
-    """Refuse probabilities: through a sigmoid, gradients vanish and attacks look weak."""
-    node = output.grad_fn
+def _logits_in(output: object, classes: int) -> tuple[Tensor, str, str]:
+    """As :func:`main_output`; probabilities are refused.
+
+    Through a sigmoid gradients vanish, and attacks look weaker than they are.
+    """
+    logits, found, note = main_output(output, classes)
+    node = raw_output(output, classes)[0].grad_fn
     shaping = ("Squeeze", "View", "Reshape", "Unsqueeze", "Flatten", "Select")
     while node is not None and node.name().startswith(shaping):
         node = node.next_functions[0][0]
@@ -456,6 +459,7 @@ def _refuse_sigmoid(output: Tensor, found: str) -> None:
             "got one value an image, and no gradient that tells a logit from a probability; return "
             "a logit for each of the two classes"
         )
+    return logits, found, note
 
 
 def _kept_for_backward(logits: Tensor, model: nn.Module) -> int:
@@ -486,9 +490,7 @@ def _without_gradient(scratch: nn.Module, image: Tensor, classes: int, error: Ex
     """The pass again without autograd, where the pass with it failed with ``error``."""
     inside = image.clone()
     try:
-        output = scratch(inside)
-        logits, found, note = main_output(output, classes)
-        _refuse_sigmoid(raw_output(output, classes)[0], found)
+        logits, found, note = _logits_in(scratch(inside), classes)
     except OutputError as refused:
         return _Pass(error=refused)
     except Exception:
