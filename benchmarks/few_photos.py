@@ -26,6 +26,7 @@ from cure.data import load
 from cure.runs.folder import RunFolder
 from cure.utils.environment import environment
 from cure.utils.io import write_json
+from photos import trained
 
 HELD_FROM = 120
 """Photographs of a class before the evaluated ones."""
@@ -93,8 +94,7 @@ def main() -> None:
             start = runs / f"natural{options.per_class}-{epochs}"
             trained(start, common | NATURAL[epochs])
             settings = settings | {"start": str(start)}
-        run = trained(runs / f"{name}{options.per_class}", common | settings)
-        rows.append(key | measured(run, runs / f"{name}{options.per_class}"))
+        rows.append(key | measured(trained(runs / f"{name}{options.per_class}", common | settings)))
         write_json(output, {"rows": rows, "environment": environment()})
         print(json.dumps(rows[-1]), flush=True)
 
@@ -112,15 +112,9 @@ def write_photos(source: str, per_class: int, folder: Path) -> None:
             Image.fromarray(pixels).save(file / f"{place + 1:03d}.png")
 
 
-def trained(path: Path, settings: dict[str, Any]) -> cure.Run:
-    """A finished run at ``path``: trained, resumed or there already."""
-    if not path.exists():
-        return cure.train("photos", settings, run=path)
-    return cure.Run(path) if RunFolder.open(path).status().finished else cure.resume(path)
-
-
-def measured(run: cure.Run, path: Path) -> dict[str, Any]:
+def measured(path: Path) -> dict[str, Any]:
     """Accuracies of a run and of its start on the held photographs, and its length."""
+    run = cure.Run(path)
     config = run.config
     start = path / "natural" if config.start == "natural" else config.start
     found = {}
