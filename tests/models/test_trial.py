@@ -257,7 +257,7 @@ def test_networks_are_adapted_and_train(name: str, tmp_path: Path) -> None:
     # Saved weights keep the names of the network.
     network = run.model()
     assert core(network).state_dict().keys() == make_names(make)
-    result = cure.evaluate(run, data=bright_or_dark(32, "test"), attacks="pgd2")
+    result = cure.evaluate(run, data=bright_or_dark(32, "test"), attacks="pgd2,noise")
     assert result["attacks"]["pgd2"]["passes"]["backward"] > 0
 
 

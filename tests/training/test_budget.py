@@ -66,12 +66,8 @@ def test_few_images_are_trained_for_more_epochs(tmp_path: Path) -> None:
     run = cure.train("digits", settings, run=tmp_path / "run", quiet=True)
     assert (run.config.training.epochs, run.config.training.min_steps) == (3, None)
     assert [record["epoch"] for record in run.metrics] == [1, 2, 3]
-    assert [record["epoch"] for record in cure.Run(tmp_path / "run/natural").metrics] == [
-        1,
-        2,
-        3,
-        4,
-    ]
+    natural = cure.Run(tmp_path / "run/natural")
+    assert [record["epoch"] for record in natural.metrics] == [1, 2, 3, 4]
     longer = cure.resume(tmp_path / "run", {"training.epochs": 4}, quiet=True)
     assert longer.config.training.epochs == 4
 
