@@ -72,6 +72,13 @@ def test_few_images_are_trained_for_more_epochs(tmp_path: Path) -> None:
     assert longer.config.training.epochs == 4
 
 
+def test_a_budget_of_minutes_goes_before_the_least_steps() -> None:
+    config = load_recipe("photos", [*PHOTOS, "training.minutes=4", "training.min_steps=1500"])
+    kept, told = budget.reach_steps(config, steps=5)
+    assert (kept.training.epochs, kept.training.validate_every, told) == (36, 3, [])
+    assert kept.training.min_steps is None
+
+
 def test_many_images_keep_the_epochs_of_the_recipe() -> None:
     config = load_recipe("photos", [*PHOTOS, "training.min_steps=1500"])
     kept, told = budget.reach_steps(config, steps=42)

@@ -42,7 +42,8 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
 def reach_steps(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
     """The run with epochs enough for ``training.min_steps``, and a line where there are more.
 
-    Where there are, ``training.validate_every`` grows with them.
+    Where there are, ``training.validate_every`` grows with them.  A budget in ``training.minutes``
+    goes before it.
 
     Args:
         config: the run.
@@ -58,7 +59,8 @@ def reach_steps(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
     training = config.training
     if training.min_steps is None:
         return config, []
-    epochs = max(training.epochs, -(-training.min_steps // steps))
+    least = 0 if training.minutes is not None else training.min_steps
+    epochs = max(training.epochs, -(-least // steps))
     every = training.validate_every * epochs // training.epochs
     fixed = {"epochs": epochs, "min_steps": None, "validate_every": every}
     changed = training.model_copy(update=fixed)
