@@ -396,6 +396,24 @@ def test_the_choice_of_the_photo_recipe_is_told_from_its_results() -> None:
     assert f"{without['natural']:.1f} and {without['pgd20']:.1f} without" in guide
 
 
+def test_the_photo_figures_of_the_readme_are_those_of_result_files() -> None:
+    rows = json.loads((RESULTS / "photos" / "table.json").read_text(encoding="utf-8"))["rows"]
+    at, ours = (
+        next(row for row in rows if (row["method"], row["seed"]) == (method, 0))
+        for method in ("at", "cure")
+    )
+    text = " ".join(README.split())
+    assert (
+        f"CURE has {ours['natural']}/{ours['pgd20']} and AT {at['natural']}/{at['pgd20']}" in text
+    )
+    gained = [ours[name] - at[name] for name in ("natural", "pgd20")]
+    assert f"{gained[0]:.1f} points more natural and {-gained[1]:.1f} less robust" in text
+    choices = json.loads((RESULTS / "photos" / "choices.json").read_text(encoding="utf-8"))
+    for row in choices["noted"]["rows"]:
+        assert row["method"] != "cure" or f"{row['natural']}/{row['pgd20']}" in text
+    assert f"at most {choices['noted']['autoattack']['after_apgd_t']} %" in text
+
+
 def test_few_photographs_are_told_from_their_results() -> None:
     content = json.loads((RESULTS / "photos" / "few.json").read_text(encoding="utf-8"))
     rows = {row["row"]: row for row in content["rows"]}
