@@ -217,6 +217,21 @@ def test_executors_by_name(tmp_path: Path) -> None:
         executor_for(2, None, tmp_path, {"num_gpus": 1})
 
 
+def test_submitit_s_local_cluster(run: Run, tmp_path: Path, command: Command) -> None:
+    pytest.importorskip("submitit")
+    output = tmp_path / "r.json"
+    words = ["evaluate", run.path, "--attacks", "fgsm", "--limit", "21", "--shards", "2"]
+    cluster = ["--cluster", "local", "--cluster-option", "timeout_min=5"]
+    ended = command(*words, *cluster, "--output", output)
+    assert ended.status == 0, ended
+    merged = json.loads(output.read_text())
+    whole = cure.evaluate(run, attacks=["fgsm"], limit=21)
+    assert merged["attacks"]["fgsm"]["correct"] == whole["attacks"]["fgsm"]["correct"]
+    assert merged["natural"]["n"] == 21
+    assert not list(tmp_path.glob("r.json.shard*")), "shards are removed"
+    assert list(tmp_path.glob("r.json.jobs/*.out")), "the jobs' logs stay"
+
+
 def test_ray(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     executor = executor_for(1, "ray", tmp_path, {"num_cpus": 1})
