@@ -7,14 +7,16 @@ eight run folders below ``--runs``.  Both sides get the same network, images, se
 threads; seconds are those of the whole call.  A network that keeps a tenth of the images under
 the package's AutoAttack counts as robust, others as fragile.
 
-``ratio`` is the median over the robust networks of the package's seconds over ours, and
-``ratio_fragile`` that over the others.  For each network the file lists the images on which the
+``ratio`` is the median over the robust networks of the package's seconds over ours,
+``ratio_fragile`` that over the others, and ``ratio_of_others`` that of further sides, in processor
+seconds.  For each network the file lists the images on which the
 verdicts differ: ``only_package_breaks`` (possible only by other random starts and rounding, since
 what stands takes the whole of AutoAttack) and ``only_screened_breaks``.  Each image that ours
 counts as broken is tried once more on the network itself: ``not_confirmed`` counts those that are
 outside the ball or classified right, and should be 0.
 
-``--sides`` also takes ``autoattack`` (as `cure evaluate` runs it), ``screened-bf16`` and
+``--sides`` also takes ``screened-ordered`` (which leaves images alone; its verdicts that differ are
+listed as well), ``autoattack`` (as `cure evaluate` runs it), ``screened-bf16`` and
 ``autoattack-bf16`` (attacks in bfloat16, which might miss what float32 finds).  What is done is
 kept beside the output, so that the same command goes on after a kill.
 """
@@ -46,7 +48,7 @@ from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import write_json
 
-PACKAGE, SCREENED = "package", "screened"
+PACKAGE, SCREENED, ORDERED = "package", "screened", "screened-ordered"
 ROBUST = 0.1
 """Share of the images that a robust network keeps under AutoAttack."""
 
@@ -153,13 +155,23 @@ def summary(made: dict[str, dict[str, Any]], n: int) -> dict[str, Any]:
         },
         "only_package_breaks": sorted(ours_stand - package_stands),
         "only_screened_breaks": sorted(package_stands - ours_stand),
+        "differences": {
+            name: {
+                "only_package_breaks": sorted(left - package_stands),
+                "only_this_breaks": sorted(package_stands - left),
+            }
+            for name, left in stand.items()
+            if name not in (PACKAGE, SCREENED)
+        },
         "not_confirmed": sum(side["not_confirmed"] for side in made.values()),
     }
 
 
-def overall(networks: dict[str, dict[str, Any]], kind: str, clock: str) -> float | None:
-    """Median ratio over the networks of one kind; None where there is none."""
-    ratios = [row["ratio"][SCREENED][clock] for row in networks.values() if row["kind"] == kind]
+def overall(
+    networks: dict[str, dict[str, Any]], kind: str, clock: str, side: str = SCREENED
+) -> float | None:
+    """Median ratio of a side over the networks of one kind; None where there is none."""
+    ratios = [row["ratio"][side][clock] for row in networks.values() if row["kind"] == kind]
     return statistics.median(ratios) if ratios else None
 
 
@@ -200,6 +212,7 @@ def main(words: list[str] | None = None) -> None:
         PACKAGE: package(options),
         SCREENED: ours("screened", "fp32", options),
         "autoattack": ours("autoattack", "fp32", options),
+        ORDERED: ours(ORDERED, "fp32", options),
         "screened-bf16": ours("screened", "bf16_attack", options),
         "autoattack-bf16": ours("autoattack", "bf16_attack", options),
     }
@@ -239,6 +252,11 @@ def main(words: list[str] | None = None) -> None:
             "ratio_processor": overall(networks, "robust", "processor"),
             "ratio_fragile": overall(networks, "fragile", "wall"),
             "ratio_fragile_processor": overall(networks, "fragile", "processor"),
+            "ratio_of_others": {
+                side: overall(networks, "robust", "processor", side)
+                for side in chosen
+                if side not in (PACKAGE, SCREENED)
+            },
             "n": options.images,
             "networks": networks,
             "environment": environment(),

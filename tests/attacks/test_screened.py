@@ -13,11 +13,22 @@ from torch import nn
 
 from cure.attacks import PGD, Threat, early_exit
 from cure.attacks.autoattack import AUTOATTACK
-from cure.attacks.registry import evaluation_attack
-from cure.attacks.screened import SCREENS, nearest_classes, probability_margin
+from cure.attacks.registry import EvaluationAttack, Part, evaluation_attack
+from cure.attacks.screened import (
+    ENOUGH,
+    SCREENS,
+    margin_after_pgd,
+    nearest_classes,
+    probability_margin,
+)
 from cure.data import ImageSet
+from cure.errors import ConfigError
+from cure.evaluation.journal import Journal
 from cure.evaluation.metrics import unpack
 from cure.evaluation.runner import WORST, measure
+from cure.evaluation.shards import Shard
+from cure.registry import ATTACKS
+from cure.runs.records import AttackAccuracy
 from linear_models import ENGINE, linear_case, unit
 
 BOTH = ["autoattack", "screened"]
@@ -156,3 +167,117 @@ def test_it_is_deterministic_and_leaves_the_global_generator():
         ]
         assert torch.equal(*made)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("short")
+def test_the_ordered_form_ends_early_with_the_same_verdicts():
+    model, data, _, robust = linear_case(4, 0.03, count=300, gap=0.02)
+    threat = Threat("Linf", 0.03)
+    found = measure(
+        model, data, ["screened-ordered"], threat, engine=ENGINE, batch_size=50, per_image=True
+    )["attacks"]["screened-ordered"]
+    # A linear network is fooled exactly where the closed form says.
+    assert unpack(found["right"], len(data)).tolist() == robust.tolist()
+    assert found["not_attacked"]["pma"] == found["not_attacked"]["malt"] == 0
+    standing = int(robust.sum())
+    assert standing > 1.5 * ENOUGH, "the case has something to leave out"
+    for part in AUTOATTACK.parts:
+        assert found["not_attacked"][part] == standing - ENOUGH
+
+
+def test_margins_by_closed_form():
+    weight = torch.tensor([[0.0, 0.0], [3.0, -1.0]])
+    model = linear_network(weight, torch.tensor([2.0, 0.0]))
+    image = torch.full((1, 2, 1, 1), 0.5)
+    # Lead 2 - (1.5 - 0.5), less 0.1 * (3 + 1) at the corner of the ball.
+    left = margin_after_pgd(model, image, torch.tensor([0]), Threat("Linf", 0.1))
+    assert left.tolist() == pytest.approx([0.6])
+
+
+def _planted(fools: torch.Tensor, order: torch.Tensor) -> EvaluationAttack:
+    """A part that turns the images of these positions black, in an order of our own.
+
+    Each image carries its position in its first pixel.
+    """
+
+    def positions(image):
+        return (image[:, 0, 0, 0] * 255).round().long()
+
+    def run(model, image, label, threat, seed, number):
+        return torch.where(fools[positions(image)][:, None, None, None], 0.0, image)
+
+    return EvaluationAttack(
+        "planted",
+        "",
+        {},
+        {"planted": Part(run, enough=4)},
+        order=lambda model, image, label, threat: order[positions(image)].float(),
+    )
+
+
+class _White(nn.Module):
+    def forward(self, image):
+        light = image[:, 0, 1, 1]
+        return 4 * torch.stack([light, 1 - light], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("fools", "attacked", "fooled"),
+    [
+        ([], 4, 0),
+        ([0], 8, 1),  # By fours: the first batch has a fall and three in a row, the next four more.
+        ([3, 6], 12, 2),
+        ([9], 4, 0),  # What an order that means nothing may cost.
+        (list(range(0, 20, 3)), 20, 7),
+    ],
+)
+def test_a_part_ends_after_so_many_in_a_row(monkeypatch, fools, attacked, fooled):
+    image = torch.full((20, 1, 2, 2), 255, dtype=torch.uint8)
+    image[:, 0, 0, 0] = torch.arange(20)
+    data = ImageSet(image, torch.zeros(20, dtype=torch.int64), ("a", "b"), "x", "test")
+    place = torch.randperm(20, generator=torch.Generator().manual_seed(1))
+    falls = torch.isin(place, torch.tensor(fools, dtype=torch.int64))
+    monkeypatch.setitem(ATTACKS._entries, "planted", _planted(falls, place))
+    found = measure(_White(), data, ["planted"], Threat("Linf", 1.0), engine=ENGINE, batch_size=7)
+    part = found["attacks"]["planted"]
+    assert part["not_attacked"] == {"planted": 20 - attacked}
+    assert part["correct"] == 20 - fooled
+
+
+def test_the_ordered_form_takes_no_shards():
+    with pytest.raises(ConfigError, match="among shards; use screened"):
+        measure(
+            network(0),
+            pictures(20),
+            ["screened-ordered"],
+            Threat("Linf", 0.04),
+            engine=ENGINE,
+            shard=Shard(1, 2),
+        )
+
+
+@pytest.mark.usefixtures("short")
+def test_a_stopped_ordered_attack_goes_on(tmp_path):
+    model, data, *_ = linear_case(4, 0.03, count=120, gap=0.02)
+    threat, name = Threat("Linf", 0.03), "screened-ordered"
+    whole = measure(model, data, [name], threat, engine=ENGINE, per_image=True)
+    path, identity = tmp_path / "r.partial", {"a": 1}
+    with Journal(path, identity) as journal:
+        measure(model, data, [name], threat, engine=ENGINE, journal=journal)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:4]) + "\n")
+    with Journal(path, identity) as journal:
+        again = measure(model, data, [name], threat, engine=ENGINE, journal=journal, per_image=True)
+    for key in ("right", "fooled_by", "not_attacked"):
+        assert again["attacks"][name][key] == whole["attacks"][name][key]
+    assert path.read_text().count("\n") == len(lines)
+
+
+def test_an_estimate_says_that_it_is_one():
+    facts = {"accuracy": 50.0, "interval": [40, 60], "correct": 50, "n": 100, "settings": {}}
+    part = AttackAccuracy.model_validate(facts | {"not_attacked": {"pma": 0, "square": 2}})
+    assert str(part.estimate()).startswith("an estimate from above: its parts ended before all")
+    assert "square 2 (50 stand" in str(part.estimate())
+    assert "pma" not in str(part.estimate())
+    for nothing in ({}, {"not_attacked": {"pma": 0}}):
+        assert AttackAccuracy.model_validate(facts | nothing).estimate() is None

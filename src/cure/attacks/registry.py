@@ -36,12 +36,15 @@ class Part:
         passes: about how many forward passes that takes when no image is fooled, for progress.
         least_classes: the part is not defined for fewer.
         gradient: it needs the gradient by the image.
+        enough: where the attack has an order: stop after so many images in a row withstood the
+            part; None attacks all.
     """
 
     run: Run
     passes: int = 1
     least_classes: int = 2
     gradient: bool = True
+    enough: int | None = None
 
 
 def unchanged(model: nn.Module, image: Tensor) -> nn.Module:  # noqa: ARG001
@@ -65,6 +68,8 @@ class EvaluationAttack:
         transferred: whether its images are made on another network and only tried on this one.
         prepare: (model, some images) to the network that the parts attack; whatever fools it is
             tried on the model itself.
+        order: (network, image [B, C, H, W], label [B], threat) to [B]: what falls most easily has
+            the smallest number.  Parts with ``enough`` take the images in this order.
     """
 
     name: str
@@ -77,6 +82,7 @@ class EvaluationAttack:
     minimum: bool = False
     transferred: bool = False
     prepare: Callable[[nn.Module, Tensor], nn.Module] = field(default=unchanged)
+    order: Callable[[nn.Module, Tensor, Tensor, Threat], Tensor] | None = None
 
     def defined(self, classes: int, threat: Threat) -> EvaluationAttack:
         """The attack for so many classes: without the parts that are not defined for so few.
@@ -132,7 +138,7 @@ class EvaluationAttack:
             name: "no gradient reaches the image" for name in self.parts if name not in kept
         }
         settings = self.settings | {"parts": list(kept), "left_out": left_out}
-        return replace(self, parts=kept, settings=settings)
+        return replace(self, parts=kept, settings=settings, order=None)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,7 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
         )
     if "unfinished" in result:
         print_unfinished(result, kept)
+    print_estimates(result)
     for row in result.get("requirements", ()):
         if row["met"]:
             say(f"met: {row['requirement']} ({row['measured']})")
@@ -256,6 +257,18 @@ def print_unfinished(result: dict[str, Any], kept: bool) -> None:
         )
     if kept:
         warn("the same command goes on where this one stopped")
+
+
+def print_estimates(result: dict[str, Any]) -> None:
+    """Attacks that left images alone."""
+    from cure.runs.records import AttackAccuracy
+
+    for name, part in result["attacks"].items():
+        estimate = (
+            AttackAccuracy.model_validate(part).estimate() if "not_attacked" in part else None
+        )
+        if estimate is not None:
+            warn(f"{name}: {estimate}")
 
 
 def print_corruptions(result: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from cure.attacks import Threat, attack_mode
 from cure.attacks.registry import EvaluationAttack, evaluation_attack
 from cure.config import Ratio
 from cure.data import ImageSet, batches
+from cure.errors import ConfigError
 from cure.evaluation.journal import BatchResult, Identity, Journal
 from cure.evaluation.metrics import Result as Result
 from cure.evaluation.metrics import accuracy_of, by_class, majority, nrr, pack, smallest
@@ -120,6 +121,11 @@ def measure(
     ends = math.inf if time_limit is None else time.monotonic() + time_limit
     images = images.checked().to(engine.device)
     chosen = _chosen(attacks, images, threat, source, model, replay)
+    if shard is not None and (named := [a.name for a in chosen if a.order is not None]):
+        raise ConfigError(
+            f"{named[0]} takes all images in one order, so they cannot be shared among shards; "
+            "use screened, or leave the shards out"
+        )
     with attack_mode(model):
         first = next(batches(images, batch_size))
         check_outputs(model, engine.arrange(first.image), len(images.classes))
@@ -303,6 +309,7 @@ class Tally:
     Attributes:
         robust: which images are right after all batches so far [N].
         stopped_in: the part in which time ran out, None when the attack is finished.
+        not_attacked: of an attack with an order: images that each part left alone.
     """
 
     def __init__(
@@ -312,6 +319,7 @@ class Tally:
         self.robust = natural.clone()
         self.stopped_in: str | None = None
         self._attacked = int(natural.sum())
+        self.not_attacked: dict[str, int] = {}
         self._fooled_by = dict.fromkeys(attack.parts, 0)
         self._withstood = 0
         self._furthest, self._seconds = 0.0, 0.0
@@ -347,6 +355,8 @@ class Tally:
         }
         if len(self._fooled_by) > 1:
             facts["fooled_by"] = self._fooled_by
+        if self.not_attacked:
+            facts["not_attacked"] = self.not_attacked
         if self.stopped_in is None:
             if self.attack.minimum:
                 facts |= smallest(self._distances)
@@ -361,6 +371,13 @@ class Tally:
             "stopped_in": self.stopped_in,
             "seconds": round(self._seconds, 2),
         } | facts
+
+
+def _withstood_last(result: BatchResult, before: int) -> int:
+    """How many images in a row withstood a part, up to the end of a batch."""
+    fooled = set(result.fooled)
+    places = [place for place, index in enumerate(result.attacked) if index in fooled]
+    return len(result.attacked) + (before if not places else -1 - places[-1])
 
 
 class OutOfTime(Exception):
@@ -422,15 +439,44 @@ class AttackRunner:
         """Run an attack on the images that are right, ``natural`` [N], part by part."""
         tally = Tally(attack, natural, self.seed, _settings(attack, self.engine))
         prepared = attack.prepare(self.model, self.batch(slice(0, 8))[0])
-        for part in attack.parts:
+        order: Tensor | None = None
+        for part, run in attack.parts.items():
             tally.begin()
-            for results in self._rounds(attack, part, prepared, tally.robust):
+            targets, size = tally.robust.nonzero().flatten(), self.batch_size
+            if attack.order is not None and run.enough is not None:
+                if order is None:
+                    order = self._ordered(attack, prepared, targets)
+                targets, size = order[tally.robust[order]], min(size, run.enough)
+            attacked = in_a_row = 0
+            for results in self._rounds(attack, part, prepared, targets, size):
                 for result in filter(None, results):
                     tally.add(result)
+                    attacked += len(result.attacked)
+                    in_a_row = _withstood_last(result, in_a_row)
                 if None in results:
                     tally.stopped_in = part
                     return tally
+                if attack.order is not None and run.enough and in_a_row >= run.enough:
+                    break
+            if attack.order is not None:
+                tally.not_attacked[part] = len(targets) - attacked
         return tally
+
+    def _ordered(self, attack: EvaluationAttack, prepared: nn.Module, targets: Tensor) -> Tensor:
+        """Positions of images in the order of the attack, the same on every rank."""
+
+        def order() -> Tensor:
+            assert attack.order is not None
+            with self.engine.attack_precision():
+                found = [
+                    attack.order(prepared, *self.batch(index), self.threat).float()
+                    for index in torch.split(targets, self.batch_size)
+                ]
+            return targets[torch.cat(found).argsort(stable=True)].cpu()
+
+        if not len(targets):
+            return targets
+        return self.engine.first(order).to(targets.device)
 
     def batch(self, index: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] in [0, 1] and labels [B], on the device."""
@@ -439,20 +485,24 @@ class AttackRunner:
         return self.engine.arrange(batch.image), batch.label
 
     def _rounds(
-        self, attack: EvaluationAttack, part: str, prepared: nn.Module, robust: Tensor
+        self,
+        attack: EvaluationAttack,
+        part: str,
+        prepared: nn.Module,
+        targets: Tensor,
+        batch_size: int,
     ) -> Iterator[list[BatchResult | None]]:
         """Results of one part, a batch for each rank at a time: the same ones on every rank.
 
         None in the place of a batch that ran out of time.
         """
-        targets = robust.nonzero().flatten()
         if (merged := self.journal.whole(attack.name, part, targets.tolist())) is not None:
             yield list(merged)
             return
         if self.shard is not None:
-            held = self.shard.holds(len(robust)).to(robust.device)
-            targets = (robust & held).nonzero().flatten()
-        pieces = torch.split(targets, self.batch_size) if len(targets) else ()
+            held = self.shard.holds(len(self.images)).to(targets.device)
+            targets = targets[held[targets]]
+        pieces = torch.split(targets, batch_size) if len(targets) else ()
         title = part if part == attack.name else f"{attack.name} {part}"
         for first in range(0, len(pieces), self.engine.world):
             ours = pieces[first : first + self.engine.world]
@@ -460,7 +510,7 @@ class AttackRunner:
                 self.journal.find(attack.name, part, self._number(first + rank), index.tolist())
                 for rank, index in enumerate(ours)
             ]
-            before, count = first * self.batch_size, sum(map(len, ours))
+            before, count = first * batch_size, sum(map(len, ours))
 
             def tell(share: float, before: int = before, count: int = count) -> None:
                 self.progress(title, before + int(share * count), len(targets))

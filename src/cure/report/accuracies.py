@@ -356,7 +356,7 @@ def tables(entries: Sequence[Entry], measured: Measured) -> list[Block]:
     for entry in unmeasured:
         sentence = f"{entry.name} has no evaluation."
         blocks.append(Missing(sentence, [f"cure evaluate {entry.typed}"]))
-    blocks += _unfinished(entries)
+    blocks += _unfinished(entries) + _estimates(entries)
     return blocks
 
 
@@ -496,3 +496,15 @@ def _unfinished(entries: Iterable[Entry]) -> list[Block]:
         for name, part in (result.unfinished or {}).items()
     ]
     return [Words(said, "warn")] if said else []
+
+
+def _estimates(entries: Iterable[Entry]) -> list[Block]:
+    """Attacks that left images alone give an estimate."""
+    said = [
+        f"{entry.name}, {attack_name(name)}: {estimate}."
+        for entry in entries
+        for result in entry.evaluations
+        for name, part in result.attacks.items()
+        if (estimate := part.estimate()) is not None
+    ]
+    return [Words(said, "remarks")] if said else []

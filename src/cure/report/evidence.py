@@ -470,6 +470,9 @@ def _attacks(entry: Entry, where: str) -> list[Block]:
         Grid("Settings and budgets", ["attack", "settings", "passes of images"], budgets, words=3),
     ]
     for result in entry.evaluations:
+        for name, part in result.attacks.items():
+            if (estimate := part.estimate()) is not None:
+                blocks.append(Words([f"{attack_name(name)}: {estimate}."], "warn"))
         for name, left in (result.unfinished or {}).items():
             said = f"{attack_name(name)} ran out of time: its accuracy lies within "
             blocks.append(Words([f"{said}{between(left.bounds)} %."], "warn"))

@@ -431,6 +431,19 @@ class AttackAccuracy(Accuracy):
     largest_change: float | None = None
     """In the norm of the threat."""
     seed: int | None = None
+    not_attacked: dict[str, int] | None = None
+    """Of an attack that ends its parts early: images that each part left alone."""
+
+    def estimate(self) -> str | None:
+        """What the accuracy estimates, where a part left images alone."""
+        left = {part: count for part, count in (self.not_attacked or {}).items() if count}
+        if not left or self.correct is None:
+            return None
+        parts = ", ".join(f"{part} {count:,}" for part, count in left.items())
+        return (
+            f"an estimate from above: its parts ended before all images, left alone by {parts} "
+            f"({self.correct:,} stand at the end); for a figure to report: autoattack"
+        )
 
 
 class CurvePoint(Accuracy):
