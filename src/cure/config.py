@@ -202,6 +202,9 @@ class DataConfig(Section):
     """Column (parquet, hub) or array (npz) of the images; found by itself when not given."""
     label_column: str | None = None
     """Column or array of the labels; found by itself when not given."""
+    labels: Literal["found", "file_names"] = "found"
+    """``file_names``: the class of an image file is its name without the number at the end
+    (``cat.0.jpg``, ``great_dane_12.jpg``), wherever it lies in the folder."""
     resize: PositiveInt | None = None
     """Resize every image to this many pixels a side (antialiased); needed for mixed sizes."""
     fit: Literal["stretch", "crop"] = "stretch"

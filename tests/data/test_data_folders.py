@@ -77,6 +77,48 @@ def test_an_own_validation_split_is_used_beside_a_test_split(image_folder) -> No
         load_training(config(folder, validation_split="none"))
 
 
+NAMED = {
+    f"{name}.{i}.png": picture(100 * k + i)
+    for k, name in enumerate(("ant", "bee"))
+    for i in range(4)
+}
+
+
+def test_classes_from_file_names(image_folder) -> None:
+    beside = {"test1/1.png": picture(300), "test/ant (2).png": picture(301)}
+    folder = image_folder(
+        {f"train/{name}": made for name, made in NAMED.items()}
+        | {"train/more/wood_ant_07.png": picture(302), "test/bee-3.png": picture(303)}
+        | beside
+    )
+    named = config(folder, labels="file_names")
+    training, test = load(named, "train"), load(named, "test")
+    assert training.classes == ("ant", "bee", "wood_ant")
+    assert torch.bincount(training.label).tolist() == [4, 4, 1]
+    assert test.label.tolist() == [0, 1]
+    assert skipped(training) == ["1 image skipped: their names are no class with a number"]
+    for place, made in NAMED.items():
+        found = [row for row in training.image if torch.equal(row, pixels_of(made))]
+        assert len(found) == 1, place
+
+
+def test_file_names_that_say_a_class_are_offered(image_folder) -> None:
+    fails(r"set data\.labels=file_names .*as 'ant\.0\.png' might", image_folder(NAMED))
+    loose = image_folder(
+        {f"train/{name}": made for name, made in NAMED.items()} | {"test1/1.png": picture(9)}
+    )
+    # Not taken for the classes "train" and "test1".
+    fails(r"got 'test1', 'train', which hold images; .*file_names", loose)
+
+
+def test_names_without_a_class_are_not_offered(image_folder) -> None:
+    camera = image_folder({f"{i}.png": picture(i) for i in range(4)})
+    with pytest.raises(DataError, match="outside class folders") as caught:
+        load(config(camera), "train")
+    assert "file_names" not in str(caught.value)
+    fails("that are a class and a number", camera, labels="file_names")
+
+
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 @pytest.mark.parametrize("source", ["digits", "folder"])
 def test_a_limit_decodes_no_more_than_it_needs(image_folder, monkeypatch, split, source) -> None:

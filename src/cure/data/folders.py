@@ -70,6 +70,8 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
     )
     if not any(folder.iterdir()):
         raise DataError(f"{expected}, got an empty folder; give another folder")
+    if config.labels == "file_names":
+        return _named_images(folder, config)
     top = _descended(folder, config)
     labelled = labelled_images(top, config)
     if labelled is not None:
@@ -84,7 +86,7 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
         loose = any(file_kind(path) == "image" for path in _files(top))
         found = "images outside class folders" if loose else "no images"
         left_out = "".join(f" ({one})" for one in _skipped(_reasons(top)) if "heic" in one.what)
-        raise DataError(f"{expected}, got {found}{left_out}; arrange the files that way")
+        raise DataError(f"{expected}, got {found}{left_out}; {_arranged(_walk(top)[0])}")
     return {config.train_split: partial(_class_table, top, beside, True)}
 
 
@@ -185,8 +187,14 @@ def _check_no_unknown_splits(top: Path, config: DataConfig) -> None:
     """Refuse folders such as train_set/ and test_set/, which would be read as classes."""
     names = split_names(config)
     inside = {path.name: {each.name for each in _folders(path)} for path in _folders(top)}
+    named = {name: set(re.split(r"[\W_\d]+", name.lower())) & names for name in inside}
+    if len(inside) > 1 and all(named.values()) and not any(inside.values()):
+        raise DataError(
+            f"expected splits that hold one folder a class in '{top}', got "
+            f"{listing(sorted(inside))}, which hold images; {_arranged(_walk(top)[0])}"
+        )
     for name, classes in inside.items():
-        words = set(re.split(r"[\W_\d]+", name.lower())) & names
+        words = named[name]
         alike = [other for other in inside if other != name and len(inside[other] & classes) > 1]
         if words and alike:
             raise DataError(
@@ -309,6 +317,61 @@ def labelled_images(
         left_out = _skipped(reasons) if not number else ()
         splits[name or split or config.train_split] = partial(_labelled_table, rows, left_out)
     return splits
+
+
+def _named_images(folder: Path, config: DataConfig) -> Splits:
+    """Images whose file names say their class; folders with the name of a split are splits.
+
+    Raises:
+        DataError: no name has the form, or in no split are there two classes.
+    """
+    images, reasons = _walk(folder)
+    splits: dict[str, list[LabelRow]] = {}
+    for path in images:
+        if (label := class_in_name(path)) is None:
+            reasons["images", "their names are no class with a number"] += 1
+            continue
+        above = (part for part in reversed(path.relative_to(folder).parts[:-1]))
+        split = next((part for part in above if part.lower() in split_names(config)), None)
+        splits.setdefault(split or config.train_split, []).append(LabelRow(path, label))
+    if not splits:
+        raise DataError(
+            f"expected names of images in '{folder}' that are a class and a number, such as "
+            f"cat.0.jpg, got {listing([path.name for path in images[:3]]) or 'no image'}; leave "
+            "data.labels out and arrange the files in one folder a class"
+        )
+    trained = {*TRAIN_SPLITS, config.train_split.lower()}
+    first, *_ = sorted(splits, key=lambda name: name.lower() not in trained)
+    return {
+        name: partial(_labelled_table, rows, _skipped(reasons) if name == first else ())
+        for name, rows in splits.items()
+    }
+
+
+def class_in_name(path: Path) -> str | None:
+    """The name of an image file without the number at its end, where a class may be left.
+
+    >>> class_in_name(Path("cat.0.jpg")), class_in_name(Path("great_dane_12.jpg"))
+    ('cat', 'great_dane')
+    >>> class_in_name(Path("0012.jpg")), class_in_name(Path("cat.jpg"))
+    (None, None)
+    """
+    match = re.fullmatch(r"(.*?)[\s._-]*\(?\d+\)?", path.stem)
+    name = match[1] if match else ""
+    return name if re.search(r"[^\W\d_]", name) else None
+
+
+def _arranged(images: Sequence[Path]) -> str:
+    """What to do with images outside class folders."""
+    labelled = [(path.name, label) for path in images if (label := class_in_name(path)) is not None]
+    classes = {label for _, label in labelled}
+    advice = "arrange the files as class/image or train/class/image"
+    if 2 <= len(classes) <= len(labelled) / 2:
+        advice += (
+            ", or set data.labels=file_names (of an evaluation --data-option labels=file_names) if "
+            f"names say the class, as '{labelled[0][0]}' might"
+        )
+    return advice
 
 
 def _labelled_table(rows: Sequence[LabelRow], skipped: tuple[Skipped, ...]) -> Table:
