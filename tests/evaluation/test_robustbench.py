@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -184,31 +182,24 @@ def test_nothing_is_computed_for_a_file_that_cannot_be_written(tmp_path):
             cure.evaluate(model, data=images, **({"attacks": ["pgd1"]} | options))
 
 
-def test_the_command_checks_a_claim(tmp_path):
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "cure", *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=False,
-        )
+def test_the_command_checks_a_claim(tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
 
-    made = run(
+    made = command(
         *("train", "digits", "method=natural", "start=scratch", "training.epochs=1"),
         *("--run", "run"),
     )
-    assert made.returncode == 0, made.stderr
-    done = run(
+    assert made.status == 0, made.err
+    done = command(
         *("evaluate", "run", "--limit", "30", "--attacks", "fgsm,noise"),
         *("--curve", "fgsm", "--epsilons", "0.01,0.02", "--adversarial", "made.pt"),
     )
-    assert done.returncode == 0, done.stderr
-    assert "accuracy over epsilon" in done.stdout
-    good = run("evaluate", "run", "--verify", "made.pt")
-    assert good.returncode == 0, good.stderr
-    assert "of 30 images are right" in good.stdout
+    assert done.status == 0, done.err
+    assert "accuracy over epsilon" in done.out
+    good = command("evaluate", "run", "--verify", "made.pt")
+    assert good.status == 0, good.err
+    assert "of 30 images are right" in good.out
     change(tmp_path / "made.pt", claimed_correct=31)
-    bad = run("evaluate", "run", "--verify", "made.pt")
-    assert bad.returncode == 1
-    assert "the claim fails: it says 31 right" in bad.stderr
+    bad = command("evaluate", "run", "--verify", "made.pt")
+    assert bad.status == 1
+    assert "the claim fails: it says 31 right" in bad.err

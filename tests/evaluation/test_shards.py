@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import cure
+from cure.attacks import early_exit
 from cure.errors import CheckpointError, ConfigError, TrainingStopped
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.metrics import unpack
@@ -31,6 +32,13 @@ ARGUMENTS: dict[str, Any] = {
     "batch_size": 7,
     "per_image": True,
 }
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoAttack with fewer steps: a linear network falls at once or not at all."""
+    monkeypatch.setattr(early_exit, "STEPS", 12)
+    monkeypatch.setattr(early_exit, "QUERIES", 50)
 
 
 def network() -> nn.Module:
@@ -56,6 +64,7 @@ def test_what_is_no_shard_is_refused(text: str) -> None:
         Shard.parse(text)
 
 
+@pytest.mark.usefixtures("short")
 def test_merged_shards_are_the_evaluation(tmp_path: Path) -> None:
     """Verdicts of an attack without draws are equal image by image; the rest adds up."""
     whole, output = evaluate(network(), **ARGUMENTS), tmp_path / "result.json"
@@ -78,6 +87,7 @@ def test_merged_shards_are_the_evaluation(tmp_path: Path) -> None:
     assert json.loads(output.read_text())["worst_case"]["n"] == 50
 
 
+@pytest.mark.usefixtures("short")
 def test_no_two_shards_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers: list[int] = []
     from cure.evaluation import runner
@@ -95,6 +105,7 @@ def test_no_two_shards_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(numbers) == len(set(numbers)) > 2
 
 
+@pytest.mark.usefixtures("short")
 def test_missing_stopped_and_foreign_shards_are_refused(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     arguments = ARGUMENTS | {"attacks": ["fgsm"]}
@@ -248,6 +259,7 @@ def test_ray(run: Run, tmp_path: Path) -> None:
         executor_for(1, "ray", tmp_path, {"no_such_option": 1})
 
 
+@pytest.mark.usefixtures("short")
 def test_unseen_threats_are_shared_too(tmp_path: Path) -> None:
     output, arguments = tmp_path / "result.json", ARGUMENTS | {"attacks": ["fgsm"], "unseen": True}
     whole = evaluate(network(), **arguments)
@@ -264,6 +276,7 @@ def test_unseen_threats_are_shared_too(tmp_path: Path) -> None:
     assert merged["unseen"]["all_threats"]["n"] == 50
 
 
+@pytest.mark.usefixtures("short")
 def test_unseen_threats_go_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cure.evaluation import runner
 
