@@ -390,6 +390,10 @@ def test_the_choice_of_the_photo_recipe_is_told_from_its_results() -> None:
     assert f"{', '.join(minutes[:2])} and {minutes[2]} minutes" in text
     left = [noted["autoattack"][f"after_{part}"] for part in ("apgd_ce", "apgd_t")]
     assert f"{left[0]:.1f} % stand after APGD-CE and {left[1]:.1f} % after\n" in text
+    ours = content["autoattack_seed_1"]
+    assert (
+        f"{ours['after_apgd_ce']:.1f} % stand after\n  APGD-CE, {ours['after_fab_t']:.1f} %" in text
+    )
     guide = (ROOT / "docs" / "guides" / "photos.md").read_text(encoding="utf-8")
     without, with_it = content["choices"]
     assert f"natural {with_it['natural']:.1f} and PGD-20 {with_it['pgd20']:.1f} with it" in guide
@@ -406,12 +410,14 @@ def test_the_photo_figures_of_the_readme_are_those_of_result_files() -> None:
     assert (
         f"CURE has {ours['natural']}/{ours['pgd20']} and AT {at['natural']}/{at['pgd20']}" in text
     )
+    seeds = [row for row in rows if row["method"] == "cure"]
+    first, second, third = (f"{row['natural']}/{row['pgd20']}" for row in seeds)
+    assert f"ended at natural/PGD-20 {first}, {second} and {third}." in text
     gained = [ours[name] - at[name] for name in ("natural", "pgd20")]
     assert f"{gained[0]:.1f} points more natural and {-gained[1]:.1f} less robust" in text
     choices = json.loads((RESULTS / "photos" / "choices.json").read_text(encoding="utf-8"))
-    for row in choices["noted"]["rows"]:
-        assert row["method"] != "cure" or f"{row['natural']}/{row['pgd20']}" in text
     assert f"at most {choices['noted']['autoattack']['after_apgd_t']} %" in text
+    assert f"at most {choices['autoattack_seed_1']['after_fab_t']} %" in text
 
 
 def test_few_photographs_are_told_from_their_results() -> None:
