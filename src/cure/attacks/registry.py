@@ -84,6 +84,10 @@ class EvaluationAttack:
     prepare: Callable[[nn.Module, Tensor], nn.Module] = field(default=unchanged)
     order: Callable[[nn.Module, Tensor, Tensor, Threat], Tensor] | None = None
 
+    def enough(self, part: str) -> int | None:
+        """After how many images in a row that withstood it a part ends; None for all images."""
+        return None if self.order is None else self.parts[part].enough
+
     def defined(self, classes: int, threat: Threat) -> EvaluationAttack:
         """The attack for so many classes: without the parts that are not defined for so few.
 

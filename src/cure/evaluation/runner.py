@@ -309,7 +309,7 @@ class Tally:
     Attributes:
         robust: which images are right after all batches so far [N].
         stopped_in: the part in which time ran out, None when the attack is finished.
-        not_attacked: of an attack with an order: images that each part left alone.
+        in_a_row: how many images withstood the part that runs since the last one that did not.
     """
 
     def __init__(
@@ -319,7 +319,9 @@ class Tally:
         self.robust = natural.clone()
         self.stopped_in: str | None = None
         self._attacked = int(natural.sum())
-        self.not_attacked: dict[str, int] = {}
+        self.in_a_row = 0
+        self._not_attacked: dict[str, int] = {}
+        self._tried = 0
         self._fooled_by = dict.fromkeys(attack.parts, 0)
         self._withstood = 0
         self._furthest, self._seconds = 0.0, 0.0
@@ -329,13 +331,23 @@ class Tally:
 
     def begin(self) -> None:
         """A part begins: images withstand the attack when they withstand its last part."""
-        self._withstood = 0
+        self._withstood = self._tried = self.in_a_row = 0
+
+    def end(self, part: str, images: int) -> None:
+        """A part ends, of so many images that withstood those before it."""
+        if self.attack.order is not None:
+            self._not_attacked[part] = images - self._tried
 
     def add(self, batch: BatchResult) -> None:
         """Add the result of one part on one batch."""
         self.robust[torch.tensor(batch.fooled, dtype=torch.int64)] = False
         self._fooled_by[batch.part] += len(batch.fooled)
+        self._tried += len(batch.attacked)
         self._withstood += len(batch.attacked) - len(batch.fooled)
+        fooled = set(batch.fooled)
+        falls = [place for place, index in enumerate(batch.attacked) if index in fooled]
+        since = self.in_a_row if not falls else -1 - falls[-1]
+        self.in_a_row = len(batch.attacked) + since
         self._furthest = max(self._furthest, batch.furthest)
         self._seconds += batch.seconds
         self._passes["forward"] += batch.forward
@@ -355,8 +367,8 @@ class Tally:
         }
         if len(self._fooled_by) > 1:
             facts["fooled_by"] = self._fooled_by
-        if self.not_attacked:
-            facts["not_attacked"] = self.not_attacked
+        if self._not_attacked:
+            facts["not_attacked"] = self._not_attacked
         if self.stopped_in is None:
             if self.attack.minimum:
                 facts |= smallest(self._distances)
@@ -371,13 +383,6 @@ class Tally:
             "stopped_in": self.stopped_in,
             "seconds": round(self._seconds, 2),
         } | facts
-
-
-def _withstood_last(result: BatchResult, before: int) -> int:
-    """How many images in a row withstood a part, up to the end of a batch."""
-    fooled = set(result.fooled)
-    places = [place for place, index in enumerate(result.attacked) if index in fooled]
-    return len(result.attacked) + (before if not places else -1 - places[-1])
 
 
 class OutOfTime(Exception):
@@ -440,26 +445,22 @@ class AttackRunner:
         tally = Tally(attack, natural, self.seed, _settings(attack, self.engine))
         prepared = attack.prepare(self.model, self.batch(slice(0, 8))[0])
         order: Tensor | None = None
-        for part, run in attack.parts.items():
+        for part in attack.parts:
             tally.begin()
             targets, size = tally.robust.nonzero().flatten(), self.batch_size
-            if attack.order is not None and run.enough is not None:
-                if order is None:
-                    order = self._ordered(attack, prepared, targets)
-                targets, size = order[tally.robust[order]], min(size, run.enough)
-            attacked = in_a_row = 0
+            enough = attack.enough(part)
+            if enough is not None:
+                order = self._ordered(attack, prepared, targets) if order is None else order
+                targets, size = order[tally.robust[order]], min(size, enough)
             for results in self._rounds(attack, part, prepared, targets, size):
                 for result in filter(None, results):
                     tally.add(result)
-                    attacked += len(result.attacked)
-                    in_a_row = _withstood_last(result, in_a_row)
                 if None in results:
                     tally.stopped_in = part
                     return tally
-                if attack.order is not None and run.enough and in_a_row >= run.enough:
+                if enough is not None and tally.in_a_row >= enough:
                     break
-            if attack.order is not None:
-                tally.not_attacked[part] = len(targets) - attacked
+            tally.end(part, len(targets))
         return tally
 
     def _ordered(self, attack: EvaluationAttack, prepared: nn.Module, targets: Tensor) -> Tensor:
