@@ -420,6 +420,19 @@ def test_the_photo_figures_of_the_readme_are_those_of_result_files() -> None:
     assert f"at most {choices['autoattack_seed_1']['after_fab_t']} %" in text
 
 
+def test_the_line_of_at_is_told_from_its_results() -> None:
+    content = json.loads((RESULTS / "photos" / "at_line.json").read_text(encoding="utf-8"))
+    natural, robust = (content["test"][name] for name in ("natural", "pgd20"))
+    text = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
+    told = [
+        f"{part['accuracy']:.1f} ({part['interval'][0]:.1f} to {part['interval'][1]:.1f})"
+        for part in (natural, robust)
+    ]
+    assert " / ".join(told) in text
+    short = f"towards its start has {natural['accuracy']:.1f}/{robust['accuracy']:.1f}"
+    assert short in " ".join(README.split())
+
+
 def test_few_photographs_are_told_from_their_results() -> None:
     content = json.loads((RESULTS / "photos" / "few.json").read_text(encoding="utf-8"))
     rows = {row["row"]: row for row in content["rows"]}
