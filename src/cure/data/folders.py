@@ -323,7 +323,7 @@ def _named_images(folder: Path, config: DataConfig) -> Splits:
     """Images whose file names say their class; folders with the name of a split are splits.
 
     Raises:
-        DataError: no name has the form, or in no split are there two classes.
+        DataError: no name has the form.
     """
     images, reasons = _walk(folder)
     splits: dict[str, list[LabelRow]] = {}

@@ -321,7 +321,6 @@ class Tally:
         self._attacked = int(natural.sum())
         self.in_a_row = 0
         self._not_attacked: dict[str, int] = {}
-        self._tried = 0
         self._fooled_by = dict.fromkeys(attack.parts, 0)
         self._withstood = 0
         self._furthest, self._seconds = 0.0, 0.0
@@ -331,18 +330,17 @@ class Tally:
 
     def begin(self) -> None:
         """A part begins: images withstand the attack when they withstand its last part."""
-        self._withstood = self._tried = self.in_a_row = 0
+        self._withstood = self.in_a_row = 0
 
     def end(self, part: str, images: int) -> None:
         """A part ends, of so many images that withstood those before it."""
         if self.attack.order is not None:
-            self._not_attacked[part] = images - self._tried
+            self._not_attacked[part] = images - self._withstood - self._fooled_by[part]
 
     def add(self, batch: BatchResult) -> None:
         """Add the result of one part on one batch."""
         self.robust[torch.tensor(batch.fooled, dtype=torch.int64)] = False
         self._fooled_by[batch.part] += len(batch.fooled)
-        self._tried += len(batch.attacked)
         self._withstood += len(batch.attacked) - len(batch.fooled)
         fooled = set(batch.fooled)
         falls = [place for place, index in enumerate(batch.attacked) if index in fooled]
