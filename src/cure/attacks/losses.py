@@ -50,6 +50,17 @@ def kl_to_natural(logits: Tensor, label: Tensor, natural: Tensor | None) -> Tens
     return kl_divergence_per_sample(natural, logits)
 
 
+def lead(logits: Tensor, label: Tensor) -> Tensor:
+    """Logit of the label minus the largest other one, [B]; negative where the label loses.
+
+    >>> lead(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([1]))
+    tensor([1.])
+    """
+    true = logits.gather(1, label[:, None]).squeeze(1)
+    wrong = logits.scatter(1, label[:, None], -torch.inf).amax(dim=1)
+    return true - wrong
+
+
 def margin(
     logits: Tensor, label: Tensor, natural: Tensor | None = None, confidence: float = 50.0
 ) -> Tensor:
@@ -58,9 +69,7 @@ def margin(
     ``-max(z_y - max_{k != y} z_k + confidence, 0)`` as the field's Linf "C&W" columns use it.
     Source: Carlini and Wagner, S&P 2017 (loss); Linf form as in the code of MART and of CURE.
     """
-    true = logits.gather(1, label[:, None]).squeeze(1)
-    wrong = logits.scatter(1, label[:, None], -torch.inf).amax(dim=1)
-    return -(true - wrong + confidence).clamp_min(0)
+    return -(lead(logits, label) + confidence).clamp_min(0)
 
 
 def with_cross_entropy(kl_weight: float) -> Objective:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cure.attacks.autoattack import AUTOATTACK
 from cure.attacks.early_exit import TARGETS, EarlyExit, PlainLayout
-from cure.attacks.losses import MARGIN
+from cure.attacks.losses import MARGIN, lead
 from cure.attacks.pgd import PGD, attack_mode
 from cure.attacks.registry import EvaluationAttack, Part, add_attack
 from cure.attacks.threat import Threat
@@ -162,10 +162,7 @@ def margin_after_pgd(model: nn.Module, image: Tensor, label: Tensor, threat: Thr
     """
     pgd = PGD(threat, STEPS, threat.epsilon / 8, start="none")
     with torch.no_grad():
-        logits = model(pgd(model, image, label, MARGIN))
-    own = logits.gather(1, label[:, None]).squeeze(1)
-    left: Tensor = own - logits.scatter(1, label[:, None], -torch.inf).amax(dim=1)
-    return left
+        return lead(model(pgd(model, image, label, MARGIN)), label)
 
 
 SCREENS = {

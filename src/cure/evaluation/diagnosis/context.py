@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks import PGD, Objective, Threat, attack_mode
-from cure.attacks.losses import CROSS_ENTROPY, MARGIN, cross_entropy
+from cure.attacks.losses import CROSS_ENTROPY, MARGIN, cross_entropy, lead
 from cure.data import ImageSet, to_unit
 from cure.models.checks import check_outputs
 from cure.utils.engine import Engine
@@ -96,10 +96,8 @@ def logit_ratio(logits: Tensor, label: Tensor, natural: Tensor | None = None) ->
     Its gradient does not vanish at any scale of the logits.  Needs three classes.
     Source: Croce and Hein, ICML 2020 (DLR loss).
     """
-    true = logits.gather(1, label[:, None]).squeeze(1)
-    wrong = logits.scatter(1, label[:, None], -torch.inf).amax(dim=1)
     top = logits.topk(3, dim=1).values
-    ratio: Tensor = (wrong - true) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
+    ratio: Tensor = -lead(logits, label) / (top[:, 0] - top[:, 2]).clamp_min(1e-12)
     return ratio
 
 
