@@ -96,6 +96,23 @@ def test_a_folder_of_loose_images_has_no_labels(tmp_path: Path) -> None:
     ]
 
 
+def test_file_names_label_loose_extra_images_and_leave_others_alone(tmp_path: Path) -> None:
+    for place in ("loose/b.0.png", "loose/a.1.png", "loose/77.png", "set/a/b.0.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        picture(len(place), (4, 4), "L").save(tmp_path / place)
+    loose = load_extra(config(tmp_path / "loose", labels="file_names"), numbered(9))
+    assert sorted(loose.label.tolist()) == [0, 1]
+    assert "names are no class" in str(loose.findings.skipped[0])
+    (tmp_path / "loose" / "b.0.png").rename(tmp_path / "loose" / "8.png")
+    (tmp_path / "loose" / "a.1.png").rename(tmp_path / "loose" / "9.png")
+    unnamed = load_extra(config(tmp_path / "loose", labels="file_names"), numbered(9))
+    assert unnamed.label.tolist() == [-1] * 3
+    folders = load_extra(config(tmp_path / "set", labels="file_names"), numbered(9))
+    assert folders.label.tolist() == [0]
+    file = npz(tmp_path / "made.npz", image=grey(2), label=[0, 1])
+    assert load_extra(config(file, labels="file_names"), numbered(9)).label.tolist() == [0, 1]
+
+
 def test_a_file_that_would_need_pickle_is_refused(tmp_path: Path) -> None:
     held = np.empty(2, dtype=object)
     held[:] = [np.zeros((4, 4)), "text"]

@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pictures import encoded, picture, pixels_of
@@ -109,6 +110,24 @@ def test_file_names_that_say_a_class_are_offered(image_folder) -> None:
     )
     # Not taken for the classes "train" and "test1".
     fails(r"got 'test1', 'train', which hold images; .*file_names", loose)
+
+
+@pytest.mark.parametrize("source", ["digits", "made.npz", "cifar10", "owner/name", "table.csv"])
+def test_file_names_are_refused_where_there_are_none(tmp_path, monkeypatch, source: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CURE_DATA", raising=False)
+    np.savez("made.npz", image=np.zeros((4, 8, 8), np.uint8), label=[0, 1, 0, 1])
+    (tmp_path / "table.csv").write_text("file,label\na.png,a\nb.png,b\n")
+    fails(
+        rf"labels=file_names, got data\.source={source}, which is no folder here",
+        source,
+        labels="file_names",
+    )
+
+
+def test_file_names_are_refused_beside_parquet_files(tmp_path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"")
+    fails("that are a class and a number, .* got no image", tmp_path, labels="file_names")
 
 
 def test_names_without_a_class_are_not_offered(image_folder) -> None:

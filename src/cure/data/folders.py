@@ -49,6 +49,8 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
     Raises:
         DataError: it holds none of these.
     """
+    if config.labels == "file_names":
+        return _named_images(folder, config)
     for place in (folder, folder / "data"):
         files = sorted(place.glob("*.parquet")) if place.is_dir() else []
         if files:
@@ -70,8 +72,6 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
     )
     if not any(folder.iterdir()):
         raise DataError(f"{expected}, got an empty folder; give another folder")
-    if config.labels == "file_names":
-        return _named_images(folder, config)
     top = _descended(folder, config)
     labelled = labelled_images(top, config)
     if labelled is not None:
@@ -91,12 +91,17 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
 
 
 def read_loose(folder: Path, config: DataConfig) -> Splits | None:
-    """Images without labels that lie in a folder itself; None where it has any other form."""
+    """Images that lie in a folder itself, without labels but those that ``data.labels`` finds.
+
+    None where the folder has any other form.
+    """
     files = _files(folder)
     images = [path for path in files if file_kind(path) == "image"]
     other = any(_walk(path)[0] for path in _folders(folder))
     if other or not images or read_label_files(folder, config) is not None:
         return None
+    if config.labels == "file_names" and any(class_in_name(path) for path in images):
+        return _named_images(folder, config)
     label = np.full(len(images), UNLABELLED)
     reasons = Counter(_other(path) for path in files if file_kind(path) == "other")
     table = Table(label, None, partial(path_cells, images), _skipped(reasons), any_order=True)

@@ -274,30 +274,27 @@ def open_source(config: DataConfig, unlabelled: bool = False) -> tuple[str, Spli
 
     Args:
         config: the data section.
-        unlabelled: whether a ``.npz`` file or a folder of images may have no labels.
+        unlabelled: whether a ``.npz`` file or a folder of images may have no labels;
+            ``data.labels`` is then only for images that lie in the folder itself.
+
+    Raises:
+        DataError: there is no such source, or it is none whose file names could say a class.
     """
     source = config.source
     if source == "digits":
+        _check_labels(config, unlabelled)
         return source, read_digits(config)
-    path = Path(source).expanduser()
+    path, plain = Path(source).expanduser(), _is_plain(source)
     # A folder that happens to be called cifar10 does not shadow the short name; ./cifar10 does.
-    if source not in SHORT_NAMES:
-        if path.is_dir():
-            loose = read_loose(path, config) if unlabelled else None
-            return path.resolve().name or source, loose or read_folder(path, config)
-        if path.is_file() and path.suffix.lower() == ".npz":
-            return path.stem, read_npz(path, config, unlabelled)
-        if path.is_file() and path.suffix.lower() in LABEL_FILES:
-            return path.resolve().parent.name, read_table(path, config)
-        if path.is_file():
-            raise DataError(
-                f"expected a folder or a .npz file as data.source, got the file '{source}'; give "
-                "the folder that holds it"
-            )
-    plain = re.fullmatch(r"[\w-][\w.-]*", source) is not None and path.suffix.lower() != ".npz"
-    root = _data_root() if plain else None
+    local = source not in SHORT_NAMES
+    root = _data_root() if plain and not (local and path.exists()) else None
+    if local and path.is_dir():
+        return path.resolve().name or source, _folder(path, config, unlabelled)
     if root is not None and (root / source).is_dir():
-        return source, read_folder(root / source, config)
+        return source, _folder(root / source, config, unlabelled)
+    _check_labels(config, unlabelled)
+    if local and path.is_file():
+        return _file(path, config, unlabelled)
     if source in SHORT_NAMES:
         hub = SHORT_NAMES[source]
         otherwise = (
@@ -321,6 +318,38 @@ def open_source(config: DataConfig, unlabelled: bool = False) -> tuple[str, Spli
     raise DataError(
         f"expected a folder or .npz file as data.source, got '{source}', which does not exist; "
         "correct the path"
+    )
+
+
+def _is_plain(source: str) -> bool:
+    """Whether a source may be a name, of a folder in CURE_DATA for example."""
+    return re.fullmatch(r"[\w-][\w.-]*", source) is not None and not source.endswith(".npz")
+
+
+def _check_labels(config: DataConfig, unlabelled: bool) -> None:
+    """Refuse to read classes from the file names of what is no folder."""
+    if config.labels == "file_names" and not unlabelled:
+        raise DataError(
+            "expected a folder of image files for data.labels=file_names, got data.source="
+            f"{config.source}, which is no folder here; leave data.labels out, or give the folder"
+        )
+
+
+def _folder(folder: Path, config: DataConfig, unlabelled: bool) -> Splits:
+    loose = read_loose(folder, config) if unlabelled else None
+    if unlabelled:
+        config = config.model_copy(update={"labels": "found"})
+    return loose or read_folder(folder, config)
+
+
+def _file(path: Path, config: DataConfig, unlabelled: bool) -> tuple[str, Splits]:
+    if path.suffix.lower() == ".npz":
+        return path.stem, read_npz(path, config, unlabelled)
+    if path.suffix.lower() in LABEL_FILES:
+        return path.resolve().parent.name, read_table(path, config)
+    raise DataError(
+        f"expected a folder or a .npz file as data.source, got the file '{config.source}'; give "
+        "the folder that holds it"
     )
 
 
