@@ -44,6 +44,22 @@ def test_limits(text: str, lower: bool, met: bool) -> None:
     assert "\n" not in row["measured"]
 
 
+def test_a_limit_on_an_estimate_says_so() -> None:
+    early = accuracy(40, 100) | {"not_attacked": {"apgd-ce": 0, "square": 7}}
+    whole = accuracy(40, 100) | {"not_attacked": {"apgd-ce": 0, "square": 0}}
+    for part, expected in ((early, True), (whole, False)):
+        worst = accuracy(39, 100) | {"over": ["pgd20", "screened-ordered"]}
+        result = RESULT | {
+            "attacks": RESULT["attacks"] | {"screened-ordered": part},
+            "worst_case": worst,
+        }
+        del result["unfinished"]
+        for name in ("worst_case", "screened-ordered", "pgd20", "natural"):
+            (row,) = check_requirements(result, [Requirement.parse(f"{name}>=1")], False)
+            said = "since screened-ordered left images alone" in row["measured"]
+            assert said is (expected and name in ("worst_case", "screened-ordered")), name
+
+
 @pytest.mark.parametrize("text", ["pgd20", "pgd20<=40", "pgd20=>40", ">=40", "natural>=101", ""])
 def test_what_is_no_limit_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="natural>=75"):

@@ -79,6 +79,8 @@ def check_requirements(
             )
             if lower_bound:
                 measured += f", lower end {low:.1f}"
+            if early := _left_alone(result, wanted.attack):
+                measured += f"; an estimate from above, since {', '.join(early)} left images alone"
         met = value is not None and (
             value > wanted.limit if wanted.above else value >= wanted.limit
         )
@@ -101,6 +103,14 @@ def _part(result: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
         # Of the attacks that finished; where one did not, the worst case is not known.
         return None if "unfinished" in result else result.get("worst_case")
     return result["attacks"].get(name)  # type: ignore[no-any-return]
+
+
+def _left_alone(result: Mapping[str, Any], name: str) -> list[str]:
+    """Attacks behind a figure whose parts ended before all images."""
+    part = _part(result, name) or {}
+    attacks = result["attacks"]
+    over = [other for other in part.get("over", [name]) if other in attacks]
+    return [other for other in over if any(attacks[other].get("not_attacked", {}).values())]
 
 
 def write_junit(path: Path, result: Mapping[str, Any]) -> None:
