@@ -59,7 +59,7 @@ NATURAL = {
         "training.optimizer.learning_rate": 0.01,
         "training.optimizer.weight_decay": 1e-4,
     },
-    "resnet18": {"training.epochs": 60, "training.optimizer.learning_rate": 0.05},
+    "resnet18": {"training.epochs": 30, "training.optimizer.learning_rate": 0.05},
 }
 
 METHODS: dict[str, dict[str, Any]] = {
