@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,24 @@ def test_few_images_are_named_where_nothing_else_is_to_be_changed() -> None:
 
     assert said("frozen").endswith("the network learns but does not generalise: give more images")
     assert "set training.batch_norm=frozen, or give more images" in said("train")
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "training", "cause"),
+    [
+        ((100, 100), (100, 100), 100, r"the start withstands Linf 0\.15 already: set a larger"),
+        ((90, 86), (90, 85), 99, "a larger threat.epsilon"),
+        ((90, 60), (80, 58), 62, "robust already: train longer"),
+        ((90, 30), (80, 33), 34, "200 images are too few to tell this difference from chance"),
+        # It fits its training images and no others, whatever it was before.
+        ((90, 30), (80, 25), 90, "does not generalise"),
+        ((90, 0), (80, 4), 6, "set attack.warmup=0.5"),
+    ],
+)
+def test_the_cause_fits_the_figures(start, end, training: float, cause: str) -> None:
+    result = judge(accuracies(*start), accuracies(*end), [record(training, end[1])], CONFIG, 10.0)
+    assert not result.gained
+    assert re.search(cause, result.warnings[0])
 
 
 def test_mixed_images_in_a_short_run_are_warned_of() -> None:

@@ -53,7 +53,7 @@ def judge(
         warnings.append(
             f"no gain: robust accuracy went from {start.robust:.1f} % to {end.robust:.1f} % on "
             f"{end.n:,} validation images (always naming the largest class: {baseline:.1f} %); "
-            f"{_likely_cause(start.natural <= above, end.natural <= above, training, config)}"
+            f"{_likely_cause(start, end, above, training, config)}"
         )
     if training is not None and last is not None and last.validation is not None:
         gap = 100 * training - last.validation.robust
@@ -84,15 +84,23 @@ def judge(
     return Outcome(start=start, end=end, gained=gained, warnings=warnings)
 
 
-def _likely_cause(low: bool, fallen: bool, training: float | None, config: RunConfig) -> str:
+def _likely_cause(
+    start: MeasuredAccuracies,
+    end: MeasuredAccuracies,
+    above: float,
+    training: float | None,
+    config: RunConfig,
+) -> str:
     """Why a training may have gained nothing, and the setting to change.
 
     Args:
-        low: natural accuracy was no better than guessing at the start.
-        fallen: natural accuracy is no better than guessing at the end.
+        start: before the first step.
+        end: of the best weights.
+        above: accuracy in percent from which the network does more than guess.
         training: share of the attacked training images that were right in the last epoch.
         config: the run.
     """
+    low, fallen = start.natural <= above, end.natural <= above
     if low and fallen and config.start != "scratch":
         return f"the network guessed before the training, too: {_start_advice(config)}"
     if fallen:
@@ -103,12 +111,25 @@ def _likely_cause(low: bool, fallen: bool, training: float | None, config: RunCo
             changes.append("set attack.warmup=0.5")
         changes.append("or lower training.optimizer.learning_rate")
         return f"the network fell to guessing: {', '.join(changes)}"
-    if training is not None and 100 * training >= 2 * LEAST:
+    robust = start.robust > max(above, LEAST)
+    if robust and start.natural - start.robust <= LEAST:
+        return (
+            f"the start withstands {config.threat.norm} {config.threat.epsilon.text} already: set "
+            "a larger threat.epsilon"
+        )
+    if training is not None and 100 * training >= 2 * max(LEAST, end.robust):
         frozen = config.training.batch_norm == "frozen"
         return (
             f"training images reach {100 * training:.1f} %, so the network learns but does not "
             f"generalise: {'' if frozen else 'set training.batch_norm=frozen, or '}give more images"
         )
+    if end.robust > max(above, LEAST, start.robust):
+        return (
+            f"{end.n:,} images are too few to tell this difference from chance: set a larger "
+            "data.validation"
+        )
+    if robust:
+        return "the start was robust already: train longer (training.epochs), or give more images"
     if not config.attack.warmup:
         return (
             "the whole epsilon from the first step is often too much for a trained network: set "
