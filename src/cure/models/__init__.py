@@ -5,8 +5,9 @@ made for standardised images is wrapped in :class:`Normalised`, so that attacks 
 """
 
 from cure.models.build import build_model, describe
-from cure.models.checkpoint import digest, load_weights, read_weights, save_weights
+from cure.models.checkpoint import load_weights, read_weights, save_weights
 from cure.models.registry import MODELS, Builder
+from cure.models.weight_files import digest
 from cure.models.wrapper import Normalised, core
 
 __all__ = [

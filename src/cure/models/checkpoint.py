@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import pickle
-import pickletools
 import re
-import shlex
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -20,26 +14,22 @@ from torch import Tensor, nn
 from cure.errors import CheckpointError, CureNote, ModelError
 from cure.models.fitting import Fit, choose, constants, draw_head, find_head, fits
 from cure.models.trial import traits_of
+from cure.models.weight_files import digest, read_file
 from cure.models.wrapper import Normalised, core
-from cure.utils.io import first_line, write_atomically
+from cure.utils.io import write_atomically
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "state_dict.", "model_state_dict.")
 _NORMALISATION = re.compile(r"(mean|std|mu|sigma|normali[sz]e\..*)")
 _SHOWN = 5
 
-# What torch.load(weights_only=True) says when a file asks for more than tensors.
-_WANTS_CODE = re.compile(
-    r"unsupported (global|class|persistent)|not an allowed global|unrecognized function|"
-    r"can only (build|create|call)|blocklisted|disallowed|torchscript",
-    re.IGNORECASE,
-)
-
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the processor; nothing in the file is run.
 
-    ``.safetensors`` files are read as such, all others as PyTorch's.  A state dict inside
+    Read are safetensors, PyTorch's files, ``.npz`` arrays, and the index of weights in several
+    files; beside tensors they may hold NumPy's numbers, ``argparse.Namespace``, paths and times.
+    A state dict inside
     ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is taken out, and prefixes that
     wrappers add to all names (``module.``, ``_orig_mod.``, ``model.``, ``net.``) are taken off,
     except in files of :func:`save_weights`, whose names are exact.
@@ -50,7 +40,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             weights, or could be read only by running code.
     """
     path = Path(path).expanduser()
-    content, exact = _read(path)
+    content, exact = read_file(path)
     weights = _tensors(content, path)
     return weights if exact else list(_strippings(weights))[-1]
 
@@ -86,7 +76,7 @@ def load_weights(
         ModelError: when there is no head to draw.
     """
     path = Path(path).expanduser()
-    content, exact = _read(path)
+    content, exact = read_file(path)
     network = core(model)
     target: dict[str, Tensor] = network.state_dict()
     found = choose(fits(content, target), path, key)
@@ -197,124 +187,6 @@ def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -
 
 def _write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all names, types, shapes and bytes, in hexadecimal; order does not matter."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu").contiguous()
-        total.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def _read(path: Path) -> tuple[object, bool]:
-    """What a file holds, and whether its names are exactly the network's."""
-    if path.is_dir():
-        raise CheckpointError(f"expected a file with weights, got the folder {path}")
-    try:
-        length = path.stat().st_size
-    except OSError:
-        raise CheckpointError(f"found no file with weights at {path}") from None
-    if length == 0:
-        raise CheckpointError(f"{path} is empty: it was never written completely")
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise CheckpointError(f"could not read {path}: {first_line(error)}") from None
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_torch(path), False
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], bool]:
-    weights: dict[str, Tensor] = {}
-    try:
-        with safetensors.safe_open(str(path), framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            for name in file.keys():  # noqa: SIM118 - the file is no mapping
-                weights[name] = file.get_tensor(name)
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is no whole safetensors file ({first_line(error)}): it was damaged or cut "
-            "off; copy it again"
-        ) from None
-    if not weights:
-        raise CheckpointError(f"{path} holds no weights")
-    expected = metadata.get("sha256")
-    if expected is not None and expected != digest(weights):
-        raise CheckpointError(
-            f"{path} was altered after it was written: its checksum does not fit its weights; "
-            "copy it again"
-        )
-    return weights, expected is not None
-
-
-def _read_torch(path: Path) -> object:
-    damaged = f"{path} was damaged or cut off, or is no checkpoint"
-    with open(path, "rb") as file:
-        archive = file.read(4) == b"PK\x03\x04"
-    if archive:
-        # PyTorch writes checksums into its archives and does not check them when it reads.
-        try:
-            with zipfile.ZipFile(path) as parts:
-                bad = parts.testzip()
-                # A part marked as a folder it takes for empty, and returns memory never filled.
-                marked = [part for part in parts.infolist() if part.external_attr & 16]
-                folders = [part.filename for part in marked if not part.is_dir()]
-        except Exception as error:
-            raise CheckpointError(f"{damaged} ({first_line(error)}); copy it again") from None
-        if bad is not None or folders:
-            raise CheckpointError(
-                f"{path} was altered after it was written: the checksum or mark of its part "
-                f"'{bad or folders[0]}' does not fit; copy it again"
-            )
-    try:
-        with warnings.catch_warnings():
-            # Of files that are refused below anyway (other pickle versions, TorchScript).
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # The safe reader knows only version 2 of plain pickles, so its message does not help.
-        plain = isinstance(error, pickle.UnpicklingError) and not archive and _names_code(path)
-        if plain or _WANTS_CODE.search(str(error)):
-            raise CheckpointError(_refused(path)) from None
-        # For bytes that are no pickle, PyTorch's message advises unsafe loading.
-        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({first_line(error)})"
-        raise CheckpointError(f"{damaged}{reason}; copy it again") from None
-
-
-def _refused(path: Path) -> str:
-    """The sentence for a pickle that asks for code, with the way out."""
-    # Everything that is a tensor, by its place in the file; load_weights finds what fits.
-    convert = (
-        "import sys, torch, safetensors.torch as s; "
-        "f = lambda o, p='': {p[:-1]: o.detach().clone().contiguous()} "
-        "if isinstance(o, torch.Tensor) else {k: t for n, v in dict("
-        "o.state_dict() if isinstance(o, torch.nn.Module) else o if isinstance(o, dict) else "
-        "enumerate(o) if isinstance(o, (list, tuple)) else getattr(o, '__dict__', {})"
-        ").items() for k, t in f(v, p + str(n) + '.').items()}; "
-        "s.save_file(f(torch.load(sys.argv[1], map_location='cpu', weights_only=False)), "
-        "sys.argv[2])"
-    )
-    names = shlex.join([str(path), str(path.with_suffix(".safetensors"))])
-    return (
-        f"{path} was refused because loading it would run code that it names: it holds more than "
-        "tensors; if you trust where it came from, convert it to safetensors, where the code of "
-        f'its network can be imported, once with: python -c "{convert}" {names}'
-    )
-
-
-def _names_code(path: Path) -> bool:
-    """Whether the file is one pickle that names something to import; it is only looked at."""
-    try:
-        with open(path, "rb") as file:
-            found = {operation.name for operation, _, _ in pickletools.genops(file)}
-    except Exception:  # whatever the parser says of bytes that are no pickle
-        return False
-    return bool(found & {"GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"})
 
 
 def _tensors(content: object, path: Path) -> dict[str, Tensor]:

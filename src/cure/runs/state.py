@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cure.errors import CheckpointError
-from cure.models.checkpoint import digest
+from cure.models.weight_files import digest
 from cure.utils.io import write_atomically
 
 STATE_FORMAT = "cure-state-1"
