@@ -188,8 +188,8 @@ class DataConfig(Section):
     source: str = Field(min_length=1)
     """``digits``; a short name (``cifar10``); a hub name (``uoft-cs/cifar10``); a folder of
     parquet files; a folder of images, one sub-folder a class, or with a table of labels
-    (``labels.csv``, ``metadata.jsonl``); a folder of ``save_to_disk``, cifar-10-batches-py or MNIST
-    idx files; or a ``.npz`` file."""
+    (``labels.csv``, ``metadata.jsonl``, ``train.txt``); a folder of ``save_to_disk``,
+    cifar-10-batches-py or MNIST idx files; or a ``.npz`` file."""
     train_split: str = "train"
     """Name of the split that is trained on."""
     test_split: str | None = None

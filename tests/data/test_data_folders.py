@@ -430,6 +430,8 @@ def text_of(rows, header: str | None, separator: str = ",") -> str:
         ("labels.tsv", "filename\tspecies", "\t"),
         ("metadata.csv", "file_name,label", ","),
         ("labels.csv", None, ","),
+        # Columns of other names: the one that holds files here, and the only other one.
+        ("labels.csv", "Datei;Klasse", ";"),
     ],
 )
 def test_tables_of_labels_are_read(tmp_path, file, header, separator) -> None:
@@ -445,6 +447,90 @@ def test_tables_of_labels_are_read(tmp_path, file, header, separator) -> None:
     assert not first.findings.skipped
     by_file = load(config(tmp_path / file), "train")
     assert torch.equal(by_file.image, first.image)
+
+
+def test_lists_of_files_and_labels_are_read(tmp_path) -> None:
+    rows = labelled(tmp_path)
+    (tmp_path / "train.txt").write_text("".join(f"{n} {k}\n" for n, k in rows[1:-1]))
+    (tmp_path / "val.txt").write_text("".join(f"{n}\t{k}\t0\t9\n" for n, k in rows[::9] * 2))
+    (tmp_path / "README.txt").write_text("The images of\nour cats.\n")
+    # Two files in a line are no file and its label.
+    (tmp_path / "same.txt").write_text("".join(f"{n} {n}\n" for n, _ in rows))
+    first, second = load(config(tmp_path), "train"), load(config(tmp_path), "test")
+    assert first.classes == ("cat", "dog")
+    assert torch.bincount(first.label).tolist() == [4, 4]
+    assert second.label.tolist() == [0, 1]
+    assert torch.equal(second.image[1], pixels_of(picture(104)))
+
+
+def test_a_column_of_0_and_1_for_each_class_is_read(tmp_path) -> None:
+    rows = labelled(tmp_path)
+    marks = [
+        (name, "3", *("1.0" if kind == k else "0" for k in ("dog", "cat"))) for name, kind in rows
+    ]
+    (tmp_path / "labels.csv").write_text(text_of(marks, "image,age,dog,cat"))
+    images = load(config(tmp_path), "train")
+    assert images.classes == ("cat", "dog")
+    assert torch.bincount(images.label).tolist() == [4, 4]
+    several = [*marks[:-1], (marks[-1][0], "3", "1", "1")]
+    (tmp_path / "labels.csv").write_text(text_of(several, "image,age,dog,cat"))
+    fails(
+        r"labels\.csv is not read: none of its columns \('image', 'age', .*data.label_col", tmp_path
+    )
+
+
+@pytest.mark.parametrize("form", ["/home/jo/set/{}", "C:\\set\\{}", "/mnt/{}"])
+def test_paths_of_another_machine_lead_to_the_files_here(tmp_path, form: str) -> None:
+    rows = [(form.format(name), kind) for name, kind in labelled(tmp_path)]
+    (tmp_path / "labels.csv").write_text(text_of(rows, "path,label"))
+    assert torch.bincount(load(config(tmp_path), "train").label).tolist() == [4, 4]
+
+
+def test_why_a_table_is_not_read_is_told(tmp_path) -> None:
+    labelled(tmp_path)
+    (tmp_path / "labels.csv").write_text("file,label\ngone/1.png,cat\n")
+    (tmp_path / "boxes.json").write_text("{}")
+    fails(
+        r"only the folder 'images'; labels\.csv is not read: the files in its column 'file' are "
+        r"not in this folder, such as 'gone/1\.png'; 'boxes\.json' cannot be read: write",
+        tmp_path,
+    )
+    (tmp_path / "boxes.json").unlink()
+    for text, why in (
+        ("a,b\n1,2\n", r"none of its columns \('a', 'b'\) holds names of files"),
+        ("file,label\n", "it has no rows"),
+        ("file,label\nc0.png,\n", "its column 'label' is empty"),
+    ):
+        (tmp_path / "labels.csv").write_text(text)
+        fails(why, tmp_path)
+
+
+def test_splits_inside_folders_of_their_own_name(image_folder) -> None:
+    wrapped = {f"seg_{one}/seg_{one}/": two_classes(count=5) for one in ("train", "test")}
+    files = {place + name: made for place, some in wrapped.items() for name, made in some.items()}
+    folder = image_folder(files | {"seg_pred/seg_pred/1.png": picture(7)})
+    # Not taken for the classes seg_pred, seg_test and seg_train.
+    fails(r"'seg_test', 'seg_train' .*name them with data\.train_split and data\.test_spl", folder)
+    named = config(folder, train_split="seg_train", test_split="seg_test")
+    training, test = load(named, "train"), load(named, "test")
+    assert (len(training), len(test)) == (10, 10)
+    assert len(training.classes) == 2
+    assert skipped(training) == ["1 image skipped: 'seg_pred' is no split with class folders"]
+
+
+def test_test_images_without_labels_are_left_out(image_folder) -> None:
+    """The form of Tiny ImageNet."""
+    places = [f"train/{kind}/images/{i}.png" for kind in "ab" for i in range(4)]
+    places += [f"val/images/v{i}.png" for i in range(4)] + [
+        f"test/images/t{i}.png" for i in range(3)
+    ]
+    folder = image_folder({place: picture(i) for i, place in enumerate(places)})
+    lines = "".join(f"v{i}.png\t{'ba'[i % 2]}\t0\t0\t7\t7\n" for i in range(4))
+    (folder / "val" / "val_annotations.txt").write_text(lines)
+    training, test = load(config(folder), "train"), load(config(folder), "test")
+    assert (len(training), test.label.tolist()) == (8, [0, 1, 0, 1])
+    assert torch.equal(test.image[0], pixels_of(picture(9)))
+    assert skipped(training) == ["3 images skipped: 'test' is no split with class folders"]
 
 
 def test_metadata_jsonl_is_read(tmp_path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from cure.config import DataConfig
 from cure.data.decode import HEIC_ADVICE, Cell, file_cell, file_kind
 from cure.data.images import Skipped
-from cure.data.labels_file import LabelRow, read_label_files
+from cure.data.labels_file import LabelRow, read_label_files, unread_tables
 from cure.data.original import read_original
 from cure.data.readers import (
     TEST_SPLITS,
@@ -37,6 +37,9 @@ from cure.errors import DataError
 
 Reasons = Counter[tuple[str, str]]
 """Number of files left out by (what they are, why)."""
+
+_NO_CLASSES = ("images", "image", "imgs", "img", "jpegimages", "unknown")
+"""Names, in lower case, of folders that hold images of all classes."""
 
 _SYSTEM_FOLDERS = frozenset(["__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found"])
 _SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
@@ -86,7 +89,19 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
         loose = any(file_kind(path) == "image" for path in _files(top))
         found = "images outside class folders" if loose else "no images"
         left_out = "".join(f" ({one})" for one in _skipped(_reasons(top)) if "heic" in one.what)
-        raise DataError(f"{expected}, got {found}{left_out}; {_arranged(_walk(top)[0])}")
+        advice = _arranged(_walk(top)[0])
+        raise DataError(
+            "; ".join(
+                filter(
+                    None, [f"{expected}, got {found}{left_out}", unread_tables(top, config), advice]
+                )
+            )
+        )
+    if len(_folders(top)) == 1 and (unread := unread_tables(top, config)):
+        raise DataError(
+            f"expected images of at least two classes in '{top}', got only the folder "
+            f"'{_folders(top)[0].name}'; {unread}"
+        )
     return {config.train_split: partial(_class_table, top, beside, True)}
 
 
@@ -139,10 +154,16 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
     Raises:
         DataError: a folder beside them has the same classes but no name of a split.
     """
-    classes = {path.name for split in splits for path in _folders(split)}
+    train = [path for path in splits if path.name.lower() in (config.train_split, *TRAIN_SPLITS)]
+    trained = {path.name for split in train for path in _folders(_inner(split))}
+    unlabelled = [
+        one for one in splits if one not in train and _is_unlabelled(one, trained, config)
+    ]
+    splits = [path for path in splits if path not in unlabelled]
+    classes = {path.name for split in splits for path in _folders(_inner(split))}
     for other in _folders(top):
-        shared = classes & {path.name for path in _folders(other)}
-        if other not in splits and shared:
+        shared = classes & {path.name for path in _folders(_inner(other))}
+        if other not in (*splits, *unlabelled) and shared:
             names = ", ".join((*TRAIN_SPLITS[:1], *VALIDATION_SPLITS, *TEST_SPLITS[:1]))
             raise DataError(
                 f"the folder '{other.name}' in '{top}' has the classes of '{splits[-1].name}' but "
@@ -155,7 +176,6 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
             found, reasons = _walk(other)
             reasons["images", f"'{other.name}' is no split with class folders"] += len(found)
             beside.update(reasons)
-    train = [path for path in splits if path.name.lower() in (config.train_split, *TRAIN_SPLITS)]
     found_splits: dict[str, partial[Table]] = {}
     for path in splits:
         labelled = labelled_images(path, config, path.name)
@@ -165,8 +185,33 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
         left_out = _outside(path)
         if path == (train or splits)[0]:
             left_out.update(beside)
-        found_splits[path.name] = partial(_class_table, path, left_out, path in train)
+        found_splits[path.name] = partial(_class_table, _inner(path), left_out, path in train)
     return found_splits
+
+
+def _is_unlabelled(split: Path, classes: set[str], config: DataConfig) -> bool:
+    """Whether all of a split lies in one folder such as ``images``, without a table of labels."""
+    inside = [path.name for path in _folders(split)]
+    if len(inside) != 1 or inside[0] in classes or _folders(split / inside[0]):
+        return False
+    whole = inside[0].lower() in (*_NO_CLASSES, split.name.lower())
+    return whole and read_label_files(split, config) is None
+
+
+def _inner(folder: Path) -> Path:
+    """The folder, or the one in it that holds all folders of classes (``train/train/cat``)."""
+    while (deeper := _only(folder)) is not None:
+        folder = deeper
+    return folder
+
+
+def _only(folder: Path) -> Path | None:
+    """The only folder in a folder, where it holds folders and no image lies beside them."""
+    inside = _folders(folder)
+    if len(inside) != 1 or not _folders(inside[0]):
+        return None
+    beside = (*_files(folder), *_files(inside[0]))
+    return None if any(file_kind(file) != "other" for file in beside) else inside[0]
 
 
 def _first(splits: Splits) -> Table:
@@ -191,7 +236,7 @@ def _check_not_inside_out(top: Path, config: DataConfig) -> None:
 def _check_no_unknown_splits(top: Path, config: DataConfig) -> None:
     """Refuse folders such as train_set/ and test_set/, which would be read as classes."""
     names = split_names(config)
-    inside = {path.name: {each.name for each in _folders(path)} for path in _folders(top)}
+    inside = {p.name: {each.name for each in _folders(_inner(p))} for p in _folders(top)}
     named = {name: set(re.split(r"[\W_\d]+", name.lower())) & names for name in inside}
     if len(inside) > 1 and all(named.values()) and not any(inside.values()):
         raise DataError(
@@ -216,11 +261,9 @@ def _descended(folder: Path, config: DataConfig) -> Path:
         alone = len(inside) == 1 and inside[0].name.lower() not in split_names(config)
         if not alone or read_label_files(folder, config) is not None:
             return folder
-        if any(file_kind(file) != "other" for file in (*_files(folder), *_files(inside[0]))):
+        if (deeper := _only(folder)) is None:
             return folder
-        if not _folders(inside[0]):
-            return folder
-        folder = inside[0]
+        folder = deeper
 
 
 # Class folders.

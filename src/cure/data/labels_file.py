@@ -1,12 +1,16 @@
-"""Tables of labels beside images: ``labels.csv``, ``metadata.jsonl``, ``train.csv``."""
+"""Tables of labels beside images: ``labels.csv``, ``metadata.jsonl``, ``train.csv``, ``val.txt``.
+
+Other files with labels are not read, and named where no classes are found without them.
+"""
 
 from __future__ import annotations
 
 import csv
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +27,17 @@ LABEL_COLUMNS = (
     *("label", "labels", "class", "class_name", "category", "target", "species", "breed"),
     *("class_id", "y"),
 )
+SPLITS = {*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS}
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 
-LABEL_FILES = (".csv", ".tsv", ".jsonl", ".ndjson")
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+_LABEL_FILES = (*TABLES, ".txt")
+_NOT_READ = (".json", ".xml", ".xlsx", ".xls", ".mat", ".yaml", ".yml")
+"""Ends of names of other files that may hold labels."""
+
 _TRIED = 20
+_MARKED = "the column with a 1"
+_MARKS = {"0": False, "1": True, "0.0": False, "1.0": True}
 
 
 @dataclass(frozen=True)
@@ -89,11 +100,15 @@ class _Tree:
         if direct.is_file():
             return direct
         parts = Path(name).parts
-        fits = [
-            path
-            for path in self.names.get(parts[-1] if parts else "", [])
-            if path.parts[-len(parts) : -1] == parts[:-1]
-        ]
+        named = self.names.get(parts[-1] if parts else "", [])
+        elsewhere = name.startswith("/") or name[1:3] == ":/"
+        fits: list[Path] = []
+        # Of a path of another machine, the longest end that leads to a file here.
+        for start in range(len(parts) if elsewhere else 1):
+            above = parts[start:-1]
+            fits = [path for path in named if path.parts[-len(above) - 1 : -1] == above]
+            if fits:
+                break
         if len(fits) > 1:
             raise DataError(
                 f"the name '{name}' in the table of labels of '{self.folder}' fits "
@@ -102,15 +117,27 @@ class _Tree:
             )
         return fits[0] if fits else direct
 
+    def has(self, name: str, whole: bool = False) -> bool:
+        """Whether there is one file of that name or path, with its suffix where ``whole``."""
+        if not name or (whole and not Path(name).suffix):
+            return False
+        try:
+            return self.find(name).is_file()
+        except DataError:
+            return False
+
 
 def read_label_files(
     folder: Path, config: DataConfig, only: Path | None = None
 ) -> LabelFiles | None:
     """The tables of labels in a folder, or None where there is none that names images in it.
 
-    A table has a column with file names and one with labels (:data:`FILE_COLUMNS`,
-    :data:`LABEL_COLUMNS`, or ``data.image_column`` and ``data.label_column``), and may have one
-    with splits.  Several tables must be named like splits (``train.csv``, ``test.csv``).
+    A table has a column with file names and one with labels, and may have one with splits.  The
+    columns are those that ``data.image_column`` and ``data.label_column`` name, those with a usual
+    name (:data:`FILE_COLUMNS`, :data:`LABEL_COLUMNS`), or else the one whose values are files here
+    and the only other one; a column of 0 and 1 for each class will do as well.  Without a header
+    the first column is the file and the second the label.  Several tables must be named like splits
+    (``train.csv``, ``test.csv``).
 
     Args:
         folder: where to look.
@@ -120,22 +147,15 @@ def read_label_files(
     Raises:
         DataError: a table is damaged, a row has no label, or an image several.
     """
-    paths = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in LABEL_FILES and not path.name.startswith(".") and path.is_file()
-    )
-    if only is not None:
-        paths = [only]
     tree = _Tree(folder)
-    tables = {path: rows for path in paths if (rows := _table(path, tree, config)) is not None}
+    paths = _files(folder, _LABEL_FILES) if only is None else [only]
+    tables = {path: rows for path in paths if isinstance(rows := _table(path, tree, config), list)}
     own = {path: rows for path, rows in tables.items() if path.stem.lower() == "metadata"}
     tables = own or tables
     if not tables:
         return None
-    names = {*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS}
     # Beside train.csv, a sample of an answer is no table of labels.
-    named = {path: rows for path, rows in tables.items() if path.stem.lower() in names}
+    named = {path: rows for path, rows in tables.items() if path.stem.lower() in SPLITS}
     tables = named if any(path.stem.lower() in TRAIN_SPLITS for path in named) else tables
     if len(tables) > 1 and not named:
         raise DataError(
@@ -144,12 +164,34 @@ def read_label_files(
         )
     by_split: dict[str | None, list[LabelRow]] = {}
     for path, found in tables.items():
-        whole = path.stem if path.stem.lower() in names and len(tables) > 1 else None
+        whole = path.stem if path.stem.lower() in SPLITS and len(tables) > 1 else None
         for row in found:
             one = LabelRow(tree.find(row.file), row.label)
             by_split.setdefault(row.split or whole, []).append(one)
     unique = {split: _distinct(listed, folder) for split, listed in by_split.items()}
     return LabelFiles(" and ".join(path.name for path in tables), tuple(tables), unique)
+
+
+def unread_tables(folder: Path, config: DataConfig) -> str:
+    """Why files in a folder that may hold labels are not read; empty where there are none."""
+    tree, reasons = _Tree(folder), []
+    for path in _files(folder, _LABEL_FILES):
+        found = _table(path, tree, config)
+        if isinstance(found, str) and path.suffix.lower() != ".txt":
+            reasons.append(f"{path.name} is not read: {found}")
+    others = [path.name for path in _files(folder, _NOT_READ)]
+    if others:
+        form = "write labels.csv with the columns file_name and label"
+        reasons.append(f"{listing(others[:3])} cannot be read: {form}")
+    return "; ".join(reasons[:3])
+
+
+def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+    )
 
 
 def _distinct(rows: Sequence[LabelRow], folder: Path) -> list[LabelRow]:
@@ -164,8 +206,8 @@ def _distinct(rows: Sequence[LabelRow], folder: Path) -> list[LabelRow]:
     return [LabelRow(path, label) for path, label in labels.items()]
 
 
-def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | None:
-    """The rows of a table of labels; None where the file is another."""
+def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
+    """The rows of a table of labels; of another file, why it is none."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -175,24 +217,39 @@ def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | None:
             f"the table '{path}' cannot be read ({error.strerror}); change its permissions or move "
             "it away"
         ) from None
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
         rows = list(_json_rows(path, text))
+    elif suffix == ".txt":
+        rows = list(_list_rows(text, tree))
     else:
-        rows = list(_csv_rows(text, tree, "\t" if path.suffix.lower() == ".tsv" else None))
+        rows = list(_csv_rows(text, tree, "\t" if suffix == ".tsv" else None))
     if not rows:
-        return None
+        return "it has no rows"
     columns = list(rows[0])
     file = _column(columns, config.image_column, FILE_COLUMNS)
-    label = _column([c for c in columns if c != file], config.label_column, LABEL_COLUMNS)
+    if file is None or not _leads_to_files(rows, file, tree, any):
+        other = next((c for c in columns if _leads_to_files(rows, c, tree, all)), None)
+        if other is None and file is not None:
+            first = _text(rows[0].get(file))
+            return f"the files in its column '{file}' are not in this folder, such as '{first}'"
+        file = other
+    if file is None:
+        return f"none of its columns ({listing(columns[:5])}) holds names of files in this folder"
     split = _column(columns, None, SPLIT_COLUMNS)
-    if file is None or label is None:
-        return None
+    rest = [column for column in columns if column not in (file, split)]
+    label = _column(rest, config.label_column, LABEL_COLUMNS)
+    if label is None:
+        label = _label_column(rows, rest)
+    if label is None:
+        return (
+            f"none of its columns ({listing(columns[:5])}) is known to hold the label; name it "
+            "with data.label_column"
+        )
     files = [str(row.get(file, "")).strip() for row in rows]
-    if not any(tree.find(name).is_file() for name in files[:_TRIED] if name):
-        return None
     without = [number for number, row in enumerate(rows) if _text(row.get(label)) == ""]
     if len(without) == len(rows):
-        return None
+        return f"its column '{label}' is empty"
     if without:
         raise DataError(
             f"expected a label in every row of '{path}', got none in {len(without)} rows, the "
@@ -208,6 +265,40 @@ def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | None:
         _Row(name, _text(row[label]), _text(row.get(split)) or None if split else None)
         for name, row in zip(files, rows, strict=True)
     ]
+
+
+def _leads_to_files(
+    rows: Sequence[dict[str, object]],
+    column: str,
+    tree: _Tree,
+    enough: Callable[[Iterable[bool]], bool],
+) -> bool:
+    """Whether any or all of the first values of a column are files."""
+    return enough(tree.has(_text(row.get(column))) for row in rows[:_TRIED])
+
+
+def _label_column(rows: list[dict[str, object]], columns: list[str]) -> str | None:
+    """The column of labels among columns of unusual names.
+
+    It is the only one, or is added to the rows where columns of 0 and 1 mark one class a row.
+    """
+    if len(columns) == 1:
+        return columns[0] if _repeat(_text(row.get(columns[0])) for row in rows) else None
+    marks = [c for c in columns if all(_text(row.get(c)) in _MARKS for row in rows)]
+    if len(marks) < 2:
+        return None
+    on = [[c for c in marks if _MARKS[_text(row.get(c))]] for row in rows]
+    if any(len(one) != 1 for one in on):
+        return None
+    for row, (name,) in zip(rows, on, strict=True):
+        row[_MARKED] = name
+    return _MARKED
+
+
+def _repeat(labels: Iterable[str]) -> bool:
+    """Whether labels are of classes: two rows or more for each, on average."""
+    counts = Counter(labels)
+    return 2 * len(counts) <= counts.total()
 
 
 def _text(value: object) -> str:
@@ -246,9 +337,22 @@ def _csv_rows(text: str, tree: _Tree, delimiter: str | None) -> Iterator[dict[st
     rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(row)]
     header = [name.strip() for name in rows[0]] if rows else []
     known = {name.lower() for name in header} & {*FILE_COLUMNS, *LABEL_COLUMNS}
-    if len(header) == 2 and not known and tree.find(header[0]).is_file():
+    if len(header) == 2 and not known and tree.has(header[0]):
         header = ["file_name", "label"]  # A table without a header.
     else:
         rows = rows[1:]
     for row in rows:
         yield dict(zip(header, row, strict=False))
+
+
+def _list_rows(text: str, tree: _Tree) -> Iterator[dict[str, object]]:
+    """Lines of a file and its label, as ``im/1.jpg 0``; boxes may follow after tabs."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    pairs = [
+        line.split("\t")[:2] if "\t" in line else re.split(r"[\s,;]+(?=\S+$)", line)
+        for line in lines
+    ]
+    # Any text may be in such a file, so all of its first lines must be of this form.
+    form = all(len(pair) == 2 and tree.has(pair[0], whole=True) for pair in pairs[:_TRIED])
+    if form and _repeat(pair[-1] for pair in pairs):
+        yield from ({"file_name": pair[0], "label": pair[-1]} for pair in pairs)

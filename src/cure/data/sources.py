@@ -22,7 +22,7 @@ from cure.data.cache import CachePlace, decode_rows
 from cure.data.decode import Failure, damaged, failures_text, set_side
 from cure.data.folders import read_folder, read_loose, read_table
 from cure.data.images import ImageSet, Skipped
-from cure.data.labels_file import LABEL_FILES
+from cure.data.labels_file import TABLES
 from cure.data.readers import (
     TEST_SPLITS,
     TRAIN_SPLITS,
@@ -345,7 +345,7 @@ def _folder(folder: Path, config: DataConfig, unlabelled: bool) -> Splits:
 def _file(path: Path, config: DataConfig, unlabelled: bool) -> tuple[str, Splits]:
     if path.suffix.lower() == ".npz":
         return path.stem, read_npz(path, config, unlabelled)
-    if path.suffix.lower() in LABEL_FILES:
+    if path.suffix.lower() in TABLES:
         return path.resolve().parent.name, read_table(path, config)
     raise DataError(
         f"expected a folder or a .npz file as data.source, got the file '{config.source}'; give "
