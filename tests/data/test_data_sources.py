@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -276,6 +277,37 @@ def test_splits_of_parquet(write_parquet) -> None:
         train_split="learn",
     )
     fails(r"different splits for training and test", folder, test_split="train")
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "0000.parquet", "photos-0-of-1.parquet"])
+def test_the_only_parquet_file_may_have_any_name(write_parquet, name: str) -> None:
+    folder = write_parquet("train", [encoded(picture(i)) for i in range(10)], [0, 1] * 5, file=name)
+    for source in (folder, folder / name):
+        assert [len(load(config(source), split)) for split in ("train", "test")] == [8, 2]
+    (folder / name).rename(folder / "test.parquet")
+    fails(r"expected a split 'train' in 'pictures', which has test", folder)
+    (folder / "test.parquet").rename(folder / "one.parquet")
+    shutil.copy(folder / "one.parquet", folder / "two.parquet")
+    fails(r"expected a split 'train' in 'pictures', which has one, two", folder)
+
+
+@pytest.mark.parametrize("form", ["{}", "split={}", "plain/{}"])
+def test_parquet_in_folders_of_splits(write_parquet, tmp_path, form: str) -> None:
+    count = {"train": 10, "test": 4}
+    for split, images in count.items():
+        encoded_ones = [encoded(picture(i)) for i in range(images)]
+        folder = write_parquet(split, encoded_ones, [0, 1] * (images // 2), file="0.parquet")
+        place = tmp_path / "set" / form.format(split)
+        place.mkdir(parents=True)
+        (folder / "0.parquet").rename(place / "0.parquet")
+    source = tmp_path / "set"
+    assert [len(load(config(source), split)) for split in count] == [10, 4]
+    other = tmp_path / "set" / "other"
+    other.mkdir()
+    shutil.copy(place / "0.parquet", other / "1.parquet")
+    fails(r"files of one data set in .*/set', got some in .*'other'.*give one of these", source)
+    picture(1).save(source / "a.png")
+    fails("images outside class folders", source)
 
 
 def test_a_name_with_pattern_characters(write_parquet) -> None:

@@ -22,12 +22,15 @@ from cure.data.images import Skipped
 from cure.data.labels_file import LabelRow, read_label_files, unread_tables
 from cure.data.original import read_original
 from cure.data.readers import (
+    SPLIT_NAMES,
     TEST_SPLITS,
     TRAIN_SPLITS,
     UNLABELLED,
     VALIDATION_SPLITS,
     Splits,
     Table,
+    find_parquet,
+    find_parquet_below,
     in_order,
     listing,
     order_notes,
@@ -54,12 +57,15 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
     """
     if config.labels == "file_names":
         return _named_images(folder, config)
-    for place in (folder, folder / "data"):
-        files = sorted(place.glob("*.parquet")) if place.is_dir() else []
-        if files:
-            return read_parquet(files, config)
+    if files := find_parquet(folder):
+        return read_parquet(files, config)
     original = read_original(folder, config)
-    return read_images(folder, config) if original is None else original
+    if original is not None:
+        return original
+    images, _ = _walk(folder)
+    if not images and (files := find_parquet_below(folder)):
+        return read_parquet(files, config)
+    return read_images(folder, config)
 
 
 def read_images(folder: Path, config: DataConfig) -> Splits:
@@ -88,7 +94,7 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
     if not any(_walk(path)[0] for path in _folders(top)):
         loose = any(file_kind(path) == "image" for path in _files(top))
         found = "images outside class folders" if loose else "no images"
-        left_out = "".join(f" ({one})" for one in _skipped(_reasons(top)) if "heic" in one.what)
+        left_out = "".join(f" ({one})" for one in _skipped(_reasons(top))[:3])
         advice = _arranged(_walk(top)[0])
         raise DataError(
             "; ".join(
@@ -126,11 +132,10 @@ def read_loose(folder: Path, config: DataConfig) -> Splits | None:
 # Splits.
 
 
-def split_names(config: DataConfig) -> set[str]:
+def split_names(config: DataConfig) -> frozenset[str]:
     """Names of splits, in lower case, that are looked for."""
     named = (config.train_split, config.test_split, config.validation_split)
-    known = {*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS}
-    return known | {name.lower() for name in named if name is not None}
+    return SPLIT_NAMES | {name.lower() for name in named if name is not None}
 
 
 def _is_split(path: Path, config: DataConfig) -> bool:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cure.config import DataConfig
-from cure.data.readers import TEST_SPLITS, TRAIN_SPLITS, VALIDATION_SPLITS, listing
+from cure.data.readers import SPLIT_NAMES, TRAIN_SPLITS, listing
 from cure.errors import DataError
 
 FILE_COLUMNS = (
@@ -27,7 +27,6 @@ LABEL_COLUMNS = (
     *("label", "labels", "class", "class_name", "category", "target", "species", "breed"),
     *("class_id", "y"),
 )
-SPLITS = {*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS}
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
@@ -155,7 +154,7 @@ def read_label_files(
     if not tables:
         return None
     # Beside train.csv, a sample of an answer is no table of labels.
-    named = {path: rows for path, rows in tables.items() if path.stem.lower() in SPLITS}
+    named = {path: rows for path, rows in tables.items() if path.stem.lower() in SPLIT_NAMES}
     tables = named if any(path.stem.lower() in TRAIN_SPLITS for path in named) else tables
     if len(tables) > 1 and not named:
         raise DataError(
@@ -164,7 +163,7 @@ def read_label_files(
         )
     by_split: dict[str | None, list[LabelRow]] = {}
     for path, found in tables.items():
-        whole = path.stem if path.stem.lower() in SPLITS and len(tables) > 1 else None
+        whole = path.stem if path.stem.lower() in SPLIT_NAMES and len(tables) > 1 else None
         for row in found:
             one = LabelRow(tree.find(row.file), row.label)
             by_split.setdefault(row.split or whole, []).append(one)

@@ -29,6 +29,7 @@ LABEL_ARRAYS = ("label", "labels", "y")
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("test", "testing")
 VALIDATION_SPLITS = ("validation", "val", "valid", "dev", "eval")
+SPLIT_NAMES = frozenset((*TRAIN_SPLITS, *TEST_SPLITS, *VALIDATION_SPLITS))
 
 UNLABELLED = -1
 """Label of an extra image that has none."""
@@ -113,13 +114,42 @@ def read_digits(config: DataConfig) -> Splits:
 # Tables of encoded images: parquet files and the hub.
 
 
+def find_parquet(folder: Path) -> list[Path]:
+    """The parquet files of a folder: its own, or those in ``data/``."""
+    return next(filter(None, (sorted(p.glob("*.parquet")) for p in (folder, folder / "data"))), [])
+
+
+def find_parquet_below(folder: Path) -> list[Path]:
+    """The parquet files anywhere below a folder.
+
+    Raises:
+        DataError: they lie in several folders that are no splits.
+    """
+    files = sorted(p for p in folder.rglob("*.parquet") if not p.name.startswith("."))
+    places = list(dict.fromkeys(path.parent for path in files))
+    if len(places) > 1 and not all(map(_split_of_folder, places)):
+        names = listing([str(place.relative_to(folder)) for place in places[:5]])
+        raise DataError(
+            f"expected the parquet files of one data set in '{folder}', got some in {names}; give "
+            "one of these folders"
+        )
+    return files
+
+
+def _split_of_folder(folder: Path) -> str | None:
+    """The split that a folder is named after (``train``, ``split=train``), if it is."""
+    name = folder.name.lower().removeprefix("split=")
+    return name if name in SPLIT_NAMES else None
+
+
 def read_parquet(files: Sequence[Path], config: DataConfig) -> Splits:
-    """Parquet files, whose names begin with that of their split."""
+    """Parquet files, whose names or folders begin with that of their split."""
     by_split: dict[str, list[Path]] = {}
     for path in files:
         # train-00000-of-00002.parquet and train.parquet both belong to "train".
-        split = re.sub(r"-\d.*$", "", path.stem)
-        by_split.setdefault(split, []).append(path)
+        named = re.sub(r"-\d.*$", "", path.stem)
+        whole = None if named.lower() in SPLIT_NAMES else _split_of_folder(path.parent)
+        by_split.setdefault(whole or named, []).append(path)
     return {
         split: partial(_parquet_table, split, paths, config) for split, paths in by_split.items()
     }

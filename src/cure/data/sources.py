@@ -24,6 +24,7 @@ from cure.data.folders import read_folder, read_loose, read_table
 from cure.data.images import ImageSet, Skipped
 from cure.data.labels_file import TABLES
 from cure.data.readers import (
+    SPLIT_NAMES,
     TEST_SPLITS,
     TRAIN_SPLITS,
     VALIDATION_SPLITS,
@@ -32,6 +33,7 @@ from cure.data.readers import (
     read_digits,
     read_hub,
     read_npz,
+    read_parquet,
 )
 from cure.data.splits import held_out, stratified
 from cure.errors import ConfigError, CureNote, DataError, unknown
@@ -345,6 +347,8 @@ def _folder(folder: Path, config: DataConfig, unlabelled: bool) -> Splits:
 def _file(path: Path, config: DataConfig, unlabelled: bool) -> tuple[str, Splits]:
     if path.suffix.lower() == ".npz":
         return path.stem, read_npz(path, config, unlabelled)
+    if path.suffix.lower() == ".parquet":
+        return path.stem, read_parquet([path], config)
     if path.suffix.lower() in TABLES:
         return path.resolve().parent.name, read_table(path, config)
     raise DataError(
@@ -368,10 +372,16 @@ def _first_of(names: tuple[str, ...], splits: Splits, used: tuple[str | None, ..
 
 
 def training_split(config: DataConfig, splits: Splits) -> str | None:
-    """The split to train on, or None where there is none of the name."""
+    """The split to train on, or None where there is none of the name.
+
+    The only split of a source (``data.parquet``) is taken unless it has the name of another one.
+    """
     found = _match(config.train_split, splits)
     if found is None and config.train_split in TRAIN_SPLITS:
         found = _first_of(TRAIN_SPLITS, splits, ())
+        only = next(iter(splits)) if len(splits) == 1 else "test"
+        if found is None and only.lower() not in SPLIT_NAMES:
+            return only
     return found
 
 
