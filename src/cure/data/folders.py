@@ -6,7 +6,6 @@ splits from any word in a path, and copies what it found into a cache.
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cure.config import DataConfig
-from cure.data.decode import HEIC_ADVICE, Cell, file_cell, file_kind
+from cure.data.decode import Cell, file_cell, file_kind
 from cure.data.images import Skipped
 from cure.data.labels_file import LabelRow, read_label_files, unread_tables
 from cure.data.original import read_original
@@ -36,17 +35,19 @@ from cure.data.readers import (
     order_notes,
     read_parquet,
 )
+from cure.data.walk import (
+    Reasons,
+    as_skipped,
+    files_in,
+    folders_in,
+    images_below,
+    other_file,
+    outside_classes,
+)
 from cure.errors import DataError
-
-Reasons = Counter[tuple[str, str]]
-"""Number of files left out by (what they are, why)."""
 
 _NO_CLASSES = ("images", "image", "imgs", "img", "jpegimages", "unknown")
 """Names, in lower case, of folders that hold images of all classes."""
-
-_SYSTEM_FOLDERS = frozenset(["__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found"])
-_SYSTEM_FILES = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"])
-_SYSTEM = ("hidden and system files", "they are no images of yours")
 
 
 def read_folder(folder: Path, config: DataConfig) -> Splits:
@@ -62,7 +63,7 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
     original = read_original(folder, config)
     if original is not None:
         return original
-    images, _ = _walk(folder)
+    images, _ = images_below(folder)
     if not images and (files := find_parquet_below(folder)):
         return read_parquet(files, config)
     return read_images(folder, config)
@@ -85,17 +86,17 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
     labelled = labelled_images(top, config)
     if labelled is not None:
         return labelled
-    splits = [path for path in _folders(top) if _is_split(path, config)]
+    splits = [path for path in folders_in(top) if _is_split(path, config)]
     if splits:
         return _split_folders(top, splits, config)
     _check_not_inside_out(top, config)
     _check_no_unknown_splits(top, config)
-    beside = _outside(top)
-    if not any(_walk(path)[0] for path in _folders(top)):
-        loose = any(file_kind(path) == "image" for path in _files(top))
+    beside = outside_classes(top)
+    if not any(images_below(path)[0] for path in folders_in(top)):
+        loose = any(file_kind(path) == "image" for path in files_in(top))
         found = "images outside class folders" if loose else "no images"
-        left_out = "".join(f" ({one})" for one in _skipped(_reasons(top))[:3])
-        advice = _arranged(_walk(top)[0])
+        left_out = "".join(f" ({one})" for one in as_skipped(images_below(top)[1])[:3])
+        advice = _arranged(images_below(top)[0])
         raise DataError(
             "; ".join(
                 filter(
@@ -103,10 +104,10 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
                 )
             )
         )
-    if len(_folders(top)) == 1 and (unread := unread_tables(top, config)):
+    if len(folders_in(top)) == 1 and (unread := unread_tables(top, config)):
         raise DataError(
             f"expected images of at least two classes in '{top}', got only the folder "
-            f"'{_folders(top)[0].name}'; {unread}"
+            f"'{folders_in(top)[0].name}'; {unread}"
         )
     return {config.train_split: partial(_class_table, top, beside, True)}
 
@@ -116,16 +117,16 @@ def read_loose(folder: Path, config: DataConfig) -> Splits | None:
 
     None where the folder has any other form.
     """
-    files = _files(folder)
+    files = files_in(folder)
     images = [path for path in files if file_kind(path) == "image"]
-    other = any(_walk(path)[0] for path in _folders(folder))
+    other = any(images_below(path)[0] for path in folders_in(folder))
     if other or not images or read_label_files(folder, config) is not None:
         return None
     if config.labels == "file_names" and any(class_in_name(path) for path in images):
         return _named_images(folder, config)
     label = np.full(len(images), UNLABELLED)
-    reasons = Counter(_other(path) for path in files if file_kind(path) == "other")
-    table = Table(label, None, partial(path_cells, images), _skipped(reasons), any_order=True)
+    reasons = Counter(other_file(path) for path in files if file_kind(path) == "other")
+    table = Table(label, None, partial(path_cells, images), as_skipped(reasons), any_order=True)
     return {config.train_split: lambda: table}
 
 
@@ -147,10 +148,10 @@ def _is_split(path: Path, config: DataConfig) -> bool:
         return False
     if read_label_files(path, config) is not None:
         return True
-    direct = sum(file_kind(file) == "image" for file in _files(path))
+    direct = sum(file_kind(file) == "image" for file in files_in(path))
     if not direct:
-        return bool(_folders(path))
-    return sum(len(_walk(folder)[0]) for folder in _folders(path)) > direct
+        return bool(folders_in(path))
+    return sum(len(images_below(folder)[0]) for folder in folders_in(path)) > direct
 
 
 def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Splits:
@@ -160,14 +161,14 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
         DataError: a folder beside them has the same classes but no name of a split.
     """
     train = [path for path in splits if path.name.lower() in (config.train_split, *TRAIN_SPLITS)]
-    trained = {path.name for split in train for path in _folders(_inner(split))}
+    trained = {path.name for split in train for path in folders_in(_inner(split))}
     unlabelled = [
         one for one in splits if one not in train and _is_unlabelled(one, trained, config)
     ]
     splits = [path for path in splits if path not in unlabelled]
-    classes = {path.name for split in splits for path in _folders(_inner(split))}
-    for other in _folders(top):
-        shared = classes & {path.name for path in _folders(_inner(other))}
+    classes = {path.name for split in splits for path in folders_in(_inner(split))}
+    for other in folders_in(top):
+        shared = classes & {path.name for path in folders_in(_inner(other))}
         if other not in (*splits, *unlabelled) and shared:
             names = ", ".join((*TRAIN_SPLITS[:1], *VALIDATION_SPLITS, *TEST_SPLITS[:1]))
             raise DataError(
@@ -175,10 +176,10 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
                 f"not the name of a split ({names}); rename it, set data.test_split={other.name} "
                 f"or data.validation_split={other.name}, or move it away"
             )
-    beside = _outside(top)
-    for other in _folders(top):
+    beside = outside_classes(top)
+    for other in folders_in(top):
         if other not in splits:
-            found, reasons = _walk(other)
+            found, reasons = images_below(other)
             reasons["images", f"'{other.name}' is no split with class folders"] += len(found)
             beside.update(reasons)
     found_splits: dict[str, partial[Table]] = {}
@@ -187,7 +188,7 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
         if labelled is not None:
             found_splits[path.name] = partial(_first, labelled)
             continue
-        left_out = _outside(path)
+        left_out = outside_classes(path)
         if path == (train or splits)[0]:
             left_out.update(beside)
         found_splits[path.name] = partial(_class_table, _inner(path), left_out, path in train)
@@ -196,8 +197,8 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
 
 def _is_unlabelled(split: Path, classes: set[str], config: DataConfig) -> bool:
     """Whether all of a split lies in one folder such as ``images``, without a table of labels."""
-    inside = [path.name for path in _folders(split)]
-    if len(inside) != 1 or inside[0] in classes or _folders(split / inside[0]):
+    inside = [path.name for path in folders_in(split)]
+    if len(inside) != 1 or inside[0] in classes or folders_in(split / inside[0]):
         return False
     whole = inside[0].lower() in (*_NO_CLASSES, split.name.lower())
     return whole and read_label_files(split, config) is None
@@ -212,10 +213,10 @@ def _inner(folder: Path) -> Path:
 
 def _only(folder: Path) -> Path | None:
     """The only folder in a folder, where it holds folders and no image lies beside them."""
-    inside = _folders(folder)
-    if len(inside) != 1 or not _folders(inside[0]):
+    inside = folders_in(folder)
+    if len(inside) != 1 or not folders_in(inside[0]):
         return None
-    beside = (*_files(folder), *_files(inside[0]))
+    beside = (*files_in(folder), *files_in(inside[0]))
     return None if any(file_kind(file) != "other" for file in beside) else inside[0]
 
 
@@ -226,9 +227,9 @@ def _first(splits: Splits) -> Table:
 def _check_not_inside_out(top: Path, config: DataConfig) -> None:
     """Refuse class/split folders, whose splits would be mixed."""
     names = split_names(config)
-    classes = _folders(top)
-    inside = [{path.name for path in _folders(folder)} for folder in classes]
-    if not inside or any(_files(folder) for folder in classes):
+    classes = folders_in(top)
+    inside = [{path.name for path in folders_in(folder)} for folder in classes]
+    if not inside or any(files_in(folder) for folder in classes):
         return
     if all(found and all(name.lower() in names for name in found) for found in inside):
         raise DataError(
@@ -241,12 +242,12 @@ def _check_not_inside_out(top: Path, config: DataConfig) -> None:
 def _check_no_unknown_splits(top: Path, config: DataConfig) -> None:
     """Refuse folders such as train_set/ and test_set/, which would be read as classes."""
     names = split_names(config)
-    inside = {p.name: {each.name for each in _folders(_inner(p))} for p in _folders(top)}
+    inside = {p.name: {each.name for each in folders_in(_inner(p))} for p in folders_in(top)}
     named = {name: set(re.split(r"[\W_\d]+", name.lower())) & names for name in inside}
     if len(inside) > 1 and all(named.values()) and not any(inside.values()):
         raise DataError(
             f"expected splits that hold one folder a class in '{top}', got "
-            f"{listing(sorted(inside))}, which hold images; {_arranged(_walk(top)[0])}"
+            f"{listing(sorted(inside))}, which hold images; {_arranged(images_below(top)[0])}"
         )
     for name, classes in inside.items():
         words = named[name]
@@ -262,7 +263,7 @@ def _check_no_unknown_splits(top: Path, config: DataConfig) -> None:
 def _descended(folder: Path, config: DataConfig) -> Path:
     """The folder, or the only folder in it where that holds everything."""
     while True:
-        inside = _folders(folder)
+        inside = folders_in(folder)
         alone = len(inside) == 1 and inside[0].name.lower() not in split_names(config)
         if not alone or read_label_files(folder, config) is not None:
             return folder
@@ -282,14 +283,14 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
         beside: files left out outside of the classes.
         complete: refuse a class without images.
     """
-    names = in_order(path.name for path in _folders(folder))
+    names = in_order(path.name for path in folders_in(folder))
     reasons = Counter(beside)
     files = []
     for name in names:
-        found, left_out = _walk(folder / name)
+        found, left_out = images_below(folder / name)
         if not found and complete:
-            why = "".join(f" ({one})" for one in _skipped(left_out))
-            empty = [other for other in names if not _walk(folder / other)[0]]
+            why = "".join(f" ({one})" for one in as_skipped(left_out))
+            empty = [other for other in names if not images_below(folder / other)[0]]
             raise DataError(
                 f"expected images in every class folder of '{folder}', got none in "
                 f"{listing(empty)}{why}; fill or remove it"
@@ -301,7 +302,7 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
         np.array(labels, dtype=np.int64),
         names,
         partial(path_cells, paths),
-        _skipped(reasons),
+        as_skipped(reasons),
         order_notes(names),
         any_order=True,
     )
@@ -359,15 +360,15 @@ def labelled_images(
     found = read_label_files(folder, config, only)
     if found is None:
         return None
-    images, reasons = _walk(folder)
+    images, reasons = images_below(folder)
     used = {row.path for rows in found.rows.values() for row in rows}
     unnamed = sum(path not in used for path in images)
     for table in found.tables:
-        reasons[_other(table)] -= 1
+        reasons[other_file(table)] -= 1
     reasons["images", f"{found.name} does not name them"] += unnamed
     splits = {}
     for number, (name, rows) in enumerate(found.rows.items()):
-        left_out = _skipped(reasons) if not number else ()
+        left_out = as_skipped(reasons) if not number else ()
         splits[name or split or config.train_split] = partial(_labelled_table, rows, left_out)
     return splits
 
@@ -378,7 +379,7 @@ def _named_images(folder: Path, config: DataConfig) -> Splits:
     Raises:
         DataError: no name has the form.
     """
-    images, reasons = _walk(folder)
+    images, reasons = images_below(folder)
     splits: dict[str, list[LabelRow]] = {}
     for path in images:
         if (label := class_in_name(path)) is None:
@@ -396,7 +397,7 @@ def _named_images(folder: Path, config: DataConfig) -> Splits:
     trained = {*TRAIN_SPLITS, config.train_split.lower()}
     first, *_ = sorted(splits, key=lambda name: name.lower() not in trained)
     return {
-        name: partial(_labelled_table, rows, _skipped(reasons) if name == first else ())
+        name: partial(_labelled_table, rows, as_skipped(reasons) if name == first else ())
         for name, rows in splits.items()
     }
 
@@ -433,98 +434,3 @@ def _labelled_table(rows: Sequence[LabelRow], skipped: tuple[Skipped, ...]) -> T
     label = np.array(labels, dtype=np.int64)
     cells = partial(path_cells, paths)
     return Table(label, classes, cells, skipped, order_notes(classes), any_order=True)
-
-
-# Files.
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not _is_system(p, True))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and not _is_system(p, False))
-
-
-def _is_system(path: Path, is_folder: bool) -> bool:
-    """Whether a file or folder is hidden or made by an operating system."""
-    name = path.name.lower()
-    return name.startswith(".") or name in (_SYSTEM_FOLDERS if is_folder else _SYSTEM_FILES)
-
-
-def _outside(folder: Path) -> Reasons:
-    """Files left out directly in a folder, and in its system folders."""
-    reasons: Reasons = Counter()
-    for path in folder.iterdir():
-        if _is_system(path, path.is_dir()):
-            reasons[_SYSTEM] += _count(path)
-        elif path.is_file():
-            if file_kind(path) == "other":
-                reasons[_other(path)] += 1
-            else:
-                reasons["images", "they lie outside the class folders"] += 1
-    return reasons
-
-
-def _walk(folder: Path) -> tuple[list[Path], Reasons]:
-    """The images in a folder at any depth, in order of their paths, and what was left out."""
-    images: list[Path] = []
-    reasons: Reasons = Counter()
-    # A link to a folder above leads to images of other classes.
-    seen: set[str] = set(map(str, Path(os.path.realpath(folder)).parents))
-
-    def enter(place: Path) -> None:
-        real = os.path.realpath(place)
-        if real in seen:
-            reasons["links", "they lead to a folder that is read already"] += 1
-            return
-        seen.add(real)
-        try:
-            inside = list(os.scandir(place))
-        except OSError as error:
-            raise DataError(
-                f"the folder '{place}' cannot be read ({error.strerror}); change its permissions "
-                "or move it away"
-            ) from None
-        for entry in inside:
-            path, is_folder = Path(entry.path), entry.is_dir()
-            if _is_system(path, is_folder):
-                reasons[_SYSTEM] += _count(path)
-            elif is_folder:
-                enter(path)
-            elif not entry.is_file():
-                reasons["links", "what they point to is no file"] += 1
-            else:
-                kind = file_kind(path)
-                if kind == "image":
-                    images.append(path)
-                elif kind == "heic":
-                    suffix = path.suffix.lower() or "HEIC"
-                    reasons[f"{suffix} files", HEIC_ADVICE] += 1
-                else:
-                    reasons[_other(path)] += 1
-
-    enter(folder)
-    return sorted(images), reasons
-
-
-def _reasons(folder: Path) -> Reasons:
-    return _walk(folder)[1]
-
-
-def _other(path: Path) -> tuple[str, str]:
-    suffix = path.suffix.lower()
-    plain = re.fullmatch(r"\.\w{1,8}", suffix)
-    return (f"{suffix} files" if plain else "files without a known suffix", "they are no images")
-
-
-def _count(path: Path) -> int:
-    """Number of files that a path is or holds."""
-    if not path.is_dir():
-        return 1
-    return sum(len(files) for _, _, files in os.walk(path))
-
-
-def _skipped(reasons: Reasons) -> tuple[Skipped, ...]:
-    found = sorted(reasons.items(), key=lambda one: (-one[1], one[0]))
-    return tuple(Skipped(count, *what) for what, count in found if count > 0)
