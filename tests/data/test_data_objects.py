@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,7 @@ PAIRS = {
     "dictionary items": lambda: Items("array"),
     "loader": lambda: DataLoader(Items("tensor"), batch_size=5, shuffle=True),
     "image set": lambda: ImageSet.of(IMAGE, torch.from_numpy(NUMBERS)),
+    "sparse": lambda: (IMAGE.to_sparse(), NUMBERS),
     "hub": hub,
     "hub splits": lambda: __import__("datasets").DatasetDict({"train": hub()}),
 }
@@ -170,6 +172,55 @@ def test_the_split_of_a_dictionary_is_chosen() -> None:
         as_images({"train": (PIXELS, NAMES)}, "test")
 
 
+class Frame:
+    """As much of a data frame as is asked for."""
+
+    def __init__(self, **columns: list) -> None:
+        self.values, self.columns = columns, list(columns)
+
+    def __getitem__(self, name: str) -> list:
+        return self.values[name]
+
+    def to_dict(self) -> dict:
+        return self.values
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda files, names: list(zip(files, names, strict=True)),
+        lambda files, names: (files, names),
+        lambda files, names: [
+            {"path": str(f), "label": n} for f, n in zip(files, names, strict=True)
+        ],
+        lambda files, names: Frame(filename=list(map(str, files)), species=names, age=[3] * 12),
+        lambda files, names: {"train": (files, np.array(names))},
+    ],
+)
+def test_images_may_be_paths(form, tmp_path, monkeypatch) -> None:
+    from PIL import Image
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = [Path(f"~/{number}.png") for number in range(12)]
+    for path, pixels in zip(files, PIXELS, strict=True):
+        Image.fromarray(pixels).save(path.expanduser())
+    images = as_images(form(files, NAMES))
+    assert torch.equal(images.image, IMAGE)
+    assert [images.classes[n] for n in images.label] == NAMES
+    files[7].expanduser().unlink()
+    with pytest.raises(DataError, match=r"/7\.png' cannot be used: .*No such file"):
+        as_images(form(files, NAMES))
+    left_out = as_images(form(files, NAMES), config=DataConfig(source="memory", damaged="skip"))
+    assert len(left_out) == 11
+
+
+class Broken(Items):
+    def __getitem__(self, index):
+        if index == 7:
+            raise KeyError("no such cat")
+        return super().__getitem__(index)
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(Items("tensor"))
@@ -197,6 +248,9 @@ class Stream(IterableDataset):
         (lambda: (PIXELS, [None] * 12), "numbers or names, got None"),
         (lambda: (PIXELS[:0], NUMBERS[:0]), "no image"),
         (lambda: TensorDataset(IMAGE), "got 1 parts"),
+        (lambda: (PIXELS, NUMBERS, PIXELS, NUMBERS), r"got 4 arrays; pass .*\{'train': \(images"),
+        (lambda: ((IMAGE, NUMBERS), (IMAGE, NUMBERS)), "got 2 pairs; pass the pair that is meant"),
+        (Broken, "item 7 of the data set .* fails with KeyError: 'no such cat'; mend the data set"),
         (lambda: [IMAGE[0], IMAGE[1], IMAGE[2]], "items \\(image, label\\)"),
         (lambda: {"a": 1}, "a split 'train' in the dictionary"),
         (lambda: ([PIXELS[0], PIXELS[1, :2]], [0, 1]), "images of one size"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from torch.utils.data import (
 )
 
 from cure.config import DataConfig
-from cure.data.decode import Cell, Treatment, decode, failures_text
+from cure.data import labels_file
+from cure.data.decode import Cell, Treatment, decode, failures_text, file_cell
 from cure.data.images import ImageSet
 from cure.data.readers import (
     IMAGE_COLUMNS,
@@ -38,15 +40,24 @@ from cure.data.readers import (
     listing,
     named_labels,
 )
-from cure.errors import DataError
+from cure.errors import CureError, DataError
+from cure.utils.io import first_line
 
 EXPECTED = (
     "expected (images, labels) as arrays or tensors, a TensorDataset, a data set of (image, label) "
     "items, a DataLoader of one, a datasets.Dataset, an ImageSet, or what data.source may be"
 )
 
-_IMAGES = (*IMAGE_COLUMNS, "images", "pixel_values", "x", "data", "inputs")
-_LABELS = (*LABEL_COLUMNS, "y", "target", "targets")
+_IMAGES = (
+    *IMAGE_COLUMNS,
+    "images",
+    "pixel_values",
+    "x",
+    "data",
+    "inputs",
+    *labels_file.FILE_COLUMNS,
+)
+_LABELS = (*LABEL_COLUMNS, "targets", *labels_file.LABEL_COLUMNS)
 
 
 def as_images(
@@ -57,10 +68,10 @@ def as_images(
     Args:
         given: (images, labels) as NumPy arrays or tensors, images uint8 or floats in [0, 1],
             [N, H, W], [N, H, W, C] or [N, C, H, W]; a ``TensorDataset``; a data set whose items are
-            (image, label) or dictionaries, images being Pillow images, arrays or tensors (also a
-            data set of MAITE); a ``DataLoader``; a ``datasets.Dataset``; a dictionary of splits
-            (``DatasetDict``); or an ``ImageSet``.  Labels are whole numbers from 0, rows
-            with a single one, or names.
+            (image, label) or dictionaries, images being Pillow images, arrays, tensors or paths of
+            image files (also a data set of MAITE); a ``DataLoader``; a ``datasets.Dataset``; a
+            dictionary of splits (``DatasetDict``); a data frame with columns of the usual names; or
+            an ``ImageSet``.  Labels are whole numbers from 0, rows with a single one, or names.
         split: "train", "validation" or "test".
         config: settings for resizing and colour; by default images are taken as they are.
         limit: only the first so many images.
@@ -119,6 +130,8 @@ def _decoded(
 
 def _table(given: Any, split: str, config: DataConfig) -> tuple[Table, tuple[str, ...] | None]:
     """The object as a table, and the class names that it carries besides."""
+    if hasattr(given, "columns") and hasattr(given, "to_dict"):  # a data frame
+        given = {str(name): list(given[name]) for name in given.columns}
     if isinstance(given, Mapping):
         return _table_of_mapping(given, split, config)
     if isinstance(given, TensorDataset):
@@ -127,7 +140,17 @@ def _table(given: Any, split: str, config: DataConfig) -> tuple[Table, tuple[str
         return _table_of_loader(given, split, config)
     if _is_hub_dataset(given):
         return dataset_table("memory", split, given, config), None
-    if isinstance(given, tuple | list) and len(given) == 2 and _is_batch(given[0]):
+    parts = list(given) if isinstance(given, tuple | list) else []
+    batches = len(parts) > 2 and _is_array(parts[0])
+    pairs = len(parts) == 2 and all(
+        isinstance(one, tuple | list) and len(one) == 2 and _is_array(one[0]) for one in parts
+    )
+    if batches or pairs:
+        raise DataError(
+            f"{EXPECTED}, got {len(parts)} {'arrays' if batches else 'pairs'}; pass the pair that "
+            "is meant, or {'train': (images, labels), 'test': (images, labels)}"
+        )
+    if len(parts) == 2 and _is_batch(given[0]):
         return _table_of_pair(given, split), None
     if isinstance(given, IterableDataset) or not hasattr(given, "__getitem__"):
         raise DataError(
@@ -138,6 +161,11 @@ def _table(given: Any, split: str, config: DataConfig) -> tuple[Table, tuple[str
         more = ", which has no labels" if isinstance(given, np.ndarray | Tensor) else ""
         raise DataError(f"{EXPECTED}, got {type(given).__name__}{more}; pass (images, labels)")
     return _table_of_items(given, split), _class_names(given)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array of several images."""
+    return isinstance(value, Tensor | np.ndarray) and value.ndim > 3
 
 
 def _is_batch(value: Any) -> bool:
@@ -248,17 +276,16 @@ def _table_of_items(given: Any, split: str) -> Table:
     """A data set of (image, label) items. Each item is read twice: its label, then its image."""
     labels = _targets(given)
     if labels is None:
-        labels = [_pair_of_item(given[row])[1] for row in range(len(given))]
-
-    def opened(row: int) -> Any:
-        return _as_picture(_pair_of_item(given[row])[0])
+        labels = [_pair_of_item(_item(given, row))[1] for row in range(len(given))]
 
     def cells(rows: Sequence[int]) -> Iterator[Cell]:
         # Read here, one after another: a data set need not bear several threads.
         for row in rows:
             name = f"item {row} of {split}"
             try:
-                picture = opened(row)
+                cell = _cell(_pair_of_item(_item(given, row))[0], name)
+                name = cell.name
+                picture = cell.open()
             except (DataError, OSError, ValueError) as error:
                 yield Cell(partial(_raise, error), name)
             else:
@@ -266,6 +293,30 @@ def _table_of_items(given: Any, split: str) -> Table:
 
     label, classes = _labels(labels, len(given))
     return Table(label, classes, cells)
+
+
+def _item(given: Any, row: int) -> Any:
+    """An item of somebody's data set.
+
+    Raises:
+        DataError: the data set fails, for another reason than a file that cannot be read.
+    """
+    try:
+        return given[row]
+    except (CureError, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise DataError(
+            f"item {row} of the data set passed as data fails with {type(error).__name__}: "
+            f"{first_line(error)}; mend the data set, or pass it without that item"
+        ) from error
+
+
+def _cell(image: Any, name: str) -> Cell:
+    """The cell of an image, or of the path of one."""
+    if isinstance(image, str | os.PathLike):
+        return file_cell(Path(image).expanduser())
+    return Cell(partial(_as_picture, image), name)
 
 
 def _raise(error: Exception) -> Any:
@@ -283,14 +334,15 @@ def _targets(given: Any) -> Any:
     targets = getattr(given, "targets", None)
     if targets is None or isinstance(targets, str) or len(targets) != len(given):
         return None
-    first = _pair_of_item(given[0])[1] if len(given) else None
+    first = _pair_of_item(_item(given, 0))[1] if len(given) else None
     return (
         targets if first is not None and str(_scalar(first)) == str(_scalar(targets[0])) else None
     )
 
 
 def _scalar(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor | np.generic) else value
+    one = isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1)
+    return value.item() if one else value
 
 
 def _pair_of_item(item: Any) -> tuple[Any, Any]:
@@ -331,7 +383,7 @@ def _as_picture(image: Any) -> Any:
 
 def _array(value: Any) -> NDArray[Any]:
     if isinstance(value, Tensor):
-        return value.detach().cpu().numpy()
+        return value.detach().to_dense().cpu().numpy()
     try:
         return np.asarray(value)
     except ValueError:
@@ -350,8 +402,7 @@ def _table_of_pair(pair: Sequence[Any], split: str) -> Table:
         pictures = list(given)
 
         def listed(rows: Sequence[int]) -> Iterator[Cell]:
-            make: Callable[[Any], Any] = _as_picture
-            return (Cell(partial(make, pictures[row]), f"image {row} of {split}") for row in rows)
+            return (_cell(pictures[row], f"image {row} of {split}") for row in rows)
 
         label, classes = _labels(labels, len(pictures))
         return Table(label, classes, listed)
