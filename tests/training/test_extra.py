@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cure
-from cure.data import ImageSet, load, load_split
-from cure.data.extra import load_extra
+from cure.data import ImageSet, extra, load, load_split
+from cure.data.extra import ExtraAccount, Leaks, load_extra
+from cure.data.leaks import Resembling
 from cure.errors import CureError
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
@@ -211,6 +212,49 @@ def test_copies_are_left_out() -> None:
     assert all(not one["rows"] for one in account("clean")["leaks"])
     assert Path("run/copies.png").exists()
     assert not Path("clean/copies.png").exists()
+
+
+def test_a_trained_start_is_asked_for_further_copies(monkeypatch) -> None:
+    planted()
+    quick("start")
+    seen: list[ImageSet] = []
+    real = extra.resembling
+
+    def spy(images: ImageSet, held: ImageSet, *rest: Any) -> Any:
+        seen.append(held)
+        usual = real(images, held, *rest).usual
+        rows = torch.tensor([7, 8, 50])  # 50 copies a test image by its pixels, too.
+        return Resembling(rows, rows % 3, torch.ones(3), usual)
+
+    monkeypatch.setattr("cure.data.extra.resembling", spy)
+    quick("run", start="start", data__extra="extra.npz")
+    assert [held.split for held in seen] == ["validation", "test"]
+    validation, test = account("run")["leaks"]
+    assert (test["rows"], test["suspects"], test["suspected"]) == ([50, 51], [7, 8], [1, 2])
+    assert validation["suspects"] == [7, 8, 50]
+    assert 0 <= test["usual"] <= 0.02
+    quick("removed", start="start", data__extra="extra.npz", data__extra_leaks="remove")
+    kept = load_state(Path("removed/extra.safetensors"))["kept"].tolist()
+    assert kept == [n for n in range(50) if n not in (7, 8)]
+    quick("scratch", data__extra="extra.npz")
+    assert account("scratch")["leaks"][0]["suspects"] is None
+
+
+def leaks(suspects: int, usual: float, images: int) -> list[str]:
+    rows = tuple(range(suspects))
+    one = Leaks("test", (), (), (), 0.92, 0, 0, rows, rows, usual, images)
+    told = ExtraAccount("e", (images,), 0.7, 0, None, (one,), "report", 0, (), {})
+    assert f"takes for copies of a test image: {suspects}" in told.lines()[-1]
+    return told.warnings()
+
+
+def test_suspects_are_warned_of_where_they_are_more_than_chance_gives() -> None:
+    # Ten of 1,000 are usual at 1 %; at 0 %, less than what is looked for, five are.
+    assert leaks(18, 0.01, 1000) == []
+    assert leaks(8, 0.0, 1000) == []
+    assert len(leaks(18, 0.0, 1000)) == 1
+    (sentence,) = leaks(40, 0.01, 1000)
+    assert sentence.startswith("40 extra images resemble a test image more than training images do")
 
 
 def test_images_in_memory_are_looked_through_as_far_as_they_are_known(brightness) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cure.attacks.losses import CROSS_ENTROPY, Objective
 from cure.attacks.threat import Threat, drawn, per_sample
 from cure.models.fuse import folded
+from cure.utils.modes import modes_kept
 from cure.utils.random import generator as keyed_generator
 
 Start = Literal["gaussian", "uniform", "none"]
@@ -26,22 +27,20 @@ def attack_mode(model: nn.Module, mode: Literal["eval", "train"] = "eval") -> It
     Modes, ``requires_grad`` and buffers (in ``train`` mode BatchNorm would move them) come back
     as they were, also when the attack raises.  ``.grad`` is never touched.
     """
-    modules = [(module, module.training) for module in model.modules()]
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()] if mode == "train" else []
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        model.train(mode == "train")
-        yield
-    finally:
-        for module, training in modules:
-            module.training = training
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    with modes_kept(model):
+        try:
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            model.train(mode == "train")
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
 
 def starting_point(

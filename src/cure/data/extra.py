@@ -14,12 +14,14 @@ from cure.config import MEMORY, DataConfig
 from cure.data.cache import CachePlace, decode_rows
 from cure.data.decode import failures_text
 from cure.data.images import ImageSet, Skipped
-from cure.data.leaks import nearest, threshold
+from cure.data.leaks import UNUSUAL, Describe, nearest, resembling, threshold
 from cure.data.readers import UNLABELLED, Table
 from cure.data.sources import load, open_source, training_split
 from cure.errors import DataError
+from cure.utils.stats import at_least
 
 _SHOWN = 5
+_CHANCE = 0.001
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Leaks:
         threshold: similarity from which an image counts as a copy.
         by_hash: how many the perceptual hash alone leads to.
         by_pixels: how many coarse pixels alone lead to.
+        suspects: positions of further extra images that a network takes for copies; None where no
+            trained network was at hand.
+        suspected: the positions of what those seem to copy.
+        usual: share of the training images that it takes for copies.
+        compared: how many extra images there are.
     """
 
     split: str
@@ -43,6 +50,16 @@ class Leaks:
     threshold: float
     by_hash: int
     by_pixels: int
+    suspects: tuple[int, ...] | None = None
+    suspected: tuple[int, ...] = ()
+    usual: float = 0.0
+    compared: int = 0
+
+    @property
+    def unusual(self) -> bool:
+        """Whether there are clearly more suspects than among as many training images."""
+        share = max(self.usual, UNUSUAL)
+        return at_least(len(self.suspects or ()), self.compared, share) < _CHANCE
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,11 @@ class ExtraAccount:
                 f"({one.by_hash:,} found by perceptual hash, {one.by_pixels:,} by coarse pixels; "
                 f"similarity {one.threshold:.2f} or more)"
             )
+            if one.suspects is not None:
+                lines.append(
+                    f"further extra images that the network takes for copies of a {one.split} "
+                    f"image: {len(one.suspects):,} (of training images {100 * one.usual:.1f} %)"
+                )
         if self.removed:
             lines.append(f"{self.removed:,} extra images left out: they copy held-out images")
         lines += [f"{one} (extra)" for one in self.skipped]
@@ -100,6 +122,13 @@ class ExtraAccount:
             "data.extra_leaks=remove"
             for one in self.leaks
             if one.rows and self.action == "report"
+        ]
+        found += [
+            f"{len(one.suspects or ()):,} extra images resemble a {one.split} image more than "
+            "training images do, as rotated, recoloured or cropped copies would: see copies.png of "
+            "the run, and set data.extra_leaks=remove"
+            for one in self.leaks
+            if one.unusual and self.action != "remove"
         ]
         for split, reason in self.unmeasured.items():
             found.append(f"copies of {split} images were not looked for: {reason}")
@@ -239,7 +268,11 @@ def held_out_splits(
 
 
 def find_leaks(
-    extra: ImageSet, training: ImageSet, held: ImageSet, device: torch.device | str = "cpu"
+    extra: ImageSet,
+    training: ImageSet,
+    held: ImageSet,
+    device: torch.device | str = "cpu",
+    describe: Describe | None = None,
 ) -> Leaks:
     """Extra images that copy an image of a held-out split.
 
@@ -248,10 +281,19 @@ def find_leaks(
         training: the images of the run; they tell how alike images are that are no copies.
         held: the images of the split.
         device: where it is computed.
+        describe: features of a trained network, which find copies that pixels do not.
     """
     limit = threshold(training, held, device)
     found = nearest(extra, held, device)
-    rows = (found.similarity >= limit).nonzero().squeeze(1)
+    alike = found.similarity >= limit
+    rows = alike.nonzero().squeeze(1)
+    suspects, suspected, usual = None, (), 0.0
+    if describe is not None and len(held) > 1:
+        seen = resembling(extra, held, training, describe)
+        further = ~alike[seen.rows]
+        suspects = tuple(seen.rows[further].tolist())
+        suspected = tuple(seen.position[further].tolist())
+        usual = seen.usual
     return Leaks(
         held.split,
         tuple(rows.tolist()),
@@ -260,6 +302,10 @@ def find_leaks(
         limit,
         int((found.by_hash >= limit).sum()),
         int((found.by_pixels >= limit).sum()),
+        suspects,
+        suspected,
+        usual,
+        len(extra),
     )
 
 

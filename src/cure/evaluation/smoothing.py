@@ -21,6 +21,7 @@ from cure.errors import ConfigError
 from cure.evaluation.metrics import Result, accuracy_of
 from cure.evaluation.runner import Progress, no_progress
 from cure.utils.engine import Engine
+from cure.utils.modes import evaluating
 from cure.utils.random import generator
 
 SELECTION = 100
@@ -129,27 +130,24 @@ def smoothed_accuracy(
     """
     check_sigma(sigma)
     began = time.perf_counter()
-    was = [(module, module.training) for module in model.modules()]
-    model.eval()
     radii = torch.full((len(images),), -1.0)
     abstained = 0
-    for batch in batches(images.to(engine.device), 1):
-        noise = generator(engine.device, seed, "smoothing", batch.step)
-        found = certified_radius(
-            model,
-            engine.arrange(batch.image)[0],
-            sigma,
-            noise,
-            selection=selection,
-            estimation=estimation,
-            size=batch_size,
-        )
-        abstained += found is None
-        if found is not None and found[0] == int(batch.label):
-            radii[batch.step] = found[1]
-        progress("smoothing", batch.step + 1, len(images))
-    for module, mode in was:
-        module.training = mode
+    with evaluating(model):
+        for batch in batches(images.to(engine.device), 1):
+            noise = generator(engine.device, seed, "smoothing", batch.step)
+            found = certified_radius(
+                model,
+                engine.arrange(batch.image)[0],
+                sigma,
+                noise,
+                selection=selection,
+                estimation=estimation,
+                size=batch_size,
+            )
+            abstained += found is None
+            if found is not None and found[0] == int(batch.label):
+                radii[batch.step] = found[1]
+            progress("smoothing", batch.step + 1, len(images))
     # No radius can be longer than that of a class that every draw names.
     longest = sigma * float(norm.ppf(lower_bound(estimation, estimation)))
     points = []

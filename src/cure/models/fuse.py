@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.models.batch_norm import FrozenStatistics
+from cure.utils.modes import evaluating
 
 TOLERANCE = 1e-3
 """How far logits may move, as a share of the largest one; float32 rounding stays far below."""
@@ -158,10 +159,8 @@ def folded_frozen(model: nn.Module, example: Tensor) -> Iterator[None]:
     if model not in _known_frozen:
         modules = dict(model.named_modules())
         pairs = [p for p in _pairs(model) if isinstance(modules[p[1]], FrozenStatistics)]
-        training = [(module, module.training) for module in model.modules()]
-        _known_frozen[model] = _checked(model.eval(), pairs, example.detach())
-        for module, mode in training:
-            module.training = mode
+        with evaluating(model):
+            _known_frozen[model] = _checked(model, pairs, example.detach())
     with _holding(model, _known_frozen[model], None, differentiable=True):
         yield
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -25,6 +24,7 @@ from cure.models.failure import failed_in, reason_of
 from cure.models.wrapper import ONE_LOGIT, Adapted, OutputError, core, main_output, raw_output
 from cure.utils.device import Device
 from cure.utils.launcher import launched
+from cure.utils.modes import modes_kept
 
 _TRAITS = "_cure_traits"
 
@@ -287,23 +287,12 @@ def _in_float32(model: nn.Module) -> list[str]:
 
 def _fill_lazy(model: nn.Module, image: Tensor, title: str) -> None:
     """One blank pass, in which lazy layers learn their shapes and draw their weights."""
-    with _modes_kept(model), torch.no_grad():
+    with modes_kept(model), torch.no_grad():
         model.eval()
         try:
             model(torch.full_like(image, 0.5))
         except Exception as error:
             raise ModelError(failed_in(error, title, image)) from error
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            if module.training != mode:
-                module.training = mode
 
 
 # -- the trial -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import Batch
 from cure.methods import Method
+from cure.utils.modes import evaluating
 
 STEPS = 10
 """Steps of the PGD that the single step is compared with."""
@@ -75,12 +76,8 @@ class CatastrophicOverfitting:
         batch = replace(batch, image=context.engine.arrange(batch.image))
         draws = context.generator_for("catastrophic", batch)
         image = attack(model, batch.image, batch.label, CROSS_ENTROPY, draws)
-        training = [(module, module.training) for module in model.modules()]
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             right = (model(image).argmax(dim=1) == batch.label).float().mean()
-        for module, mode in training:
-            module.training = mode
         return 100 * float(context.engine.average([right])[0])
 
 

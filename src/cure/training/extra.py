@@ -6,7 +6,8 @@ became of the network that labelled them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from cure.data.extra import (
     load_extra,
     with_labels,
 )
+from cure.data.leaks import Describe
 from cure.data.loader import extra_images
 from cure.data.readers import UNLABELLED
-from cure.errors import CheckpointError, ConfigError, DataError
+from cure.errors import CheckpointError, ConfigError, DataError, ModelError
+from cure.models.features import Features
 from cure.runs.folder import RunFolder
 from cure.runs.state import load_state, save_state
 from cure.utils.engine import Engine
+from cure.utils.modes import evaluating
 from cure.utils.sheet import Row, write_sheet
 
 COPIES = "copies.png"
@@ -82,6 +86,7 @@ def choose_extra(
     engine: Engine,
     folder: RunFolder | None = None,
     place: CachePlace | None = None,
+    trained: nn.Module | None = None,
 ) -> Extra:
     """The extra images of a run.
 
@@ -93,6 +98,7 @@ def choose_extra(
         engine: where it predicts; of several ranks the first chooses for all.
         folder: of a run that goes on.
         place: where ``data.cache`` keeps decoded images.
+        trained: a network whose features tell images apart, by default the labeller.
 
     Raises:
         CureError: the images cannot be used.
@@ -111,7 +117,9 @@ def choose_extra(
         kept, label, account = state["kept"], state["label"], None
     else:
         kept, label, account, copies = engine.first(
-            lambda: _choose(config, raw, training, validation, labeller, engine, place)
+            lambda: _choose(
+                config, raw, training, validation, labeller, engine, place, labeller or trained
+            )
         )
     extra = Extra(replace(raw.subset(kept), label=label), kept, len(raw), account, copies)
     if folder is not None and account is not None and folder.writes:
@@ -127,6 +135,7 @@ def _choose(
     labeller: nn.Module | None,
     engine: Engine,
     place: CachePlace | None,
+    trained: nn.Module | None,
 ) -> tuple[Tensor, Tensor, ExtraAccount, tuple[Row, ...]]:
     """Positions of the images that are trained on, their labels, what is told, and copies."""
     settings = config.data
@@ -139,16 +148,17 @@ def _choose(
     if labeller is None:
         with_labels(raw, None)  # Says what is missing before time is spent.
     held = held_out_splits(settings, validation, place)
-    leaks = tuple(
-        find_leaks(raw, training, split, engine.device)
-        for split in held.values()
-        if isinstance(split, ImageSet)
-    )
+    with features_of(trained, len(raw.classes), engine) as describe:
+        leaks = tuple(
+            find_leaks(raw, training, split, engine.device, describe)
+            for split in held.values()
+            if isinstance(split, ImageSet)
+        )
     if settings.extra_leaks == "refuse":
         check_leaks(leaks)
     copies = torch.zeros(len(raw), dtype=torch.bool)
     if settings.extra_leaks == "remove":
-        copies[[row for one in leaks for row in one.rows]] = True
+        copies[[row for one in leaks for row in (*one.rows, *(one.suspects or ()))]] = True
     kept = (~copies).nonzero().squeeze(1)
     if not len(kept):
         raise DataError(
@@ -179,7 +189,7 @@ def _choose(
 def _copies(
     raw: ImageSet, held: Mapping[str, ImageSet | str], leaks: tuple[Leaks, ...]
 ) -> tuple[Row, ...]:
-    """Pairs of images, the most similar first."""
+    """Pairs of images, the most similar first; then those that a network suspects."""
     pairs = sorted(
         (
             (similarity, one.split, row, copied)
@@ -188,16 +198,39 @@ def _copies(
         ),
         reverse=True,
     )
+    suspected = [
+        (None, one.split, row, copied)
+        for one in leaks
+        for row, copied in zip(one.suspects or (), one.suspected, strict=True)
+    ]
     rows: list[Row] = []
-    for similarity, split, row, copied in pairs[:_PAIRS]:
+    for similarity, split, row, copied in [*pairs, *suspected][:_PAIRS]:
         other = held[split]
         assert isinstance(other, ImageSet)
         cells = [
             images.rows(slice(at, at + 1))[0].permute(1, 2, 0).contiguous().numpy()
             for images, at in ((raw, row), (other, copied))
         ]
-        rows.append((f"{row}, {split} {copied}: {similarity:.2f}", cells))
+        mark = "by features" if similarity is None else f"{similarity:.2f}"
+        rows.append((f"{row}, {split} {copied}: {mark}", cells))
     return tuple(rows)
+
+
+@contextmanager
+def features_of(
+    network: nn.Module | None, classes: int, engine: Engine
+) -> Iterator[Describe | None]:
+    """The features of a network; None without one, or where its last layer cannot be found."""
+    if network is None:
+        yield None
+        return
+    with evaluating(engine.place(network)) as placed:
+        try:
+            features = Features(placed, classes)
+        except ModelError:
+            yield None
+            return
+        yield lambda image: features(engine.arrange(image.to(engine.device)))
 
 
 @torch.no_grad()
@@ -210,13 +243,9 @@ def predict(network: nn.Module, images: ImageSet, batch_size: int, engine: Engin
         batch_size: images at once.
         engine: where it is computed.
     """
-    network = engine.place(network)
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    found = [
-        network(engine.arrange(batch.image.to(engine.device))).argmax(1).cpu()
-        for batch in batches(images, batch_size)
-    ]
-    for module, mode in modes:
-        module.training = mode
+    with evaluating(engine.place(network)) as placed:
+        found = [
+            placed(engine.arrange(batch.image.to(engine.device))).argmax(1).cpu()
+            for batch in batches(images, batch_size)
+        ]
     return torch.cat(found)

@@ -37,6 +37,7 @@ from cure.training.extra import Extra, choose_extra, is_chosen
 from cure.training.schedule import learning_rate, progress_at
 from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
+from cure.utils.modes import evaluating
 from cure.utils.random import derive
 
 
@@ -94,7 +95,9 @@ def prepare(
     if config.data.extra is None:
         return prepared
     training, validation = prepared.training, prepared.validation
-    extra = choose_extra(config, training, validation, labeller, engine, folder, place)
+    # A natural start is loaded later, so its features are not known yet.
+    trained = None if config.start in (NATURAL, "scratch") else prepared.network
+    extra = choose_extra(config, training, validation, labeller, engine, folder, place, trained)
     return replace(prepared, extra=extra)
 
 
@@ -135,10 +138,8 @@ def _prepared(
         )
     engine = fitted(engine, initial)
     sample = next(batches(training, 2)).image
-    modes = [(module, module.training) for module in initial.modules()]
-    check_outputs(initial.eval(), sample, len(training.classes))
-    for module, mode in modes:
-        module.training = mode
+    with evaluating(initial):
+        check_outputs(initial, sample, len(training.classes))
     network = copy.deepcopy(initial)
     if config.training.batch_norm == "frozen":
         freeze_statistics(network)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cure.config import AveragingConfig
 from cure.methods.base import Method, Metrics
 from cure.methods.wrappers.base import Wrapper
+from cure.utils.modes import modes_kept
 
 
 class Averaging(Wrapper):
@@ -117,33 +118,31 @@ def recompute_statistics(model: nn.Module, images: Iterable[Tensor]) -> None:
 
     Source: Izmailov et al. (SWA), UAI 2018, Sec. 3.2.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    # Those that stay in evaluation mode are frozen (layers.statistics).
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
-    ]
-    momenta = [(norm, norm.momentum) for norm in norms]
-    size = seen = 0
-    try:
-        model.eval()  # Dropout stays out of it.
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-        for image in images if norms else ():
-            size = size or len(image)
-            if len(image) == 1 < size:
-                continue
-            seen += len(image)
+    with modes_kept(model):
+        model.train()
+        # Those that stay in evaluation mode are frozen (layers.statistics).
+        norms = [
+            module
+            for module in model.modules()
+            if isinstance(module, _BatchNorm) and module.track_running_stats and module.training
+        ]
+        momenta = [(norm, norm.momentum) for norm in norms]
+        size = seen = 0
+        try:
+            model.eval()  # Dropout stays out of it.
             for norm in norms:
-                norm.momentum = len(image) / seen
-            model(image)
-    finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
+                norm.reset_running_stats()
+                norm.train()
+            for image in images if norms else ():
+                size = size or len(image)
+                if len(image) == 1 < size:
+                    continue
+                seen += len(image)
+                for norm in norms:
+                    norm.momentum = len(image) / seen
+                model(image)
+        finally:
+            for norm, momentum in momenta:
+                norm.momentum = momentum
     if norms and not seen:
         raise ValueError("BatchNorm statistics are to be computed anew, but there are no images")
