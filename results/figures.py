@@ -38,6 +38,12 @@ def cell(part: dict[str, Any]) -> str:
     return f"{part['accuracy']:.1f} ({low:.1f} to {high:.1f})"
 
 
+def made_on(result: dict[str, Any]) -> str:
+    """The machine and the version of PyTorch of a result, as a sentence."""
+    machine = result["environment"]
+    return f"{machine['processor']}, torch {machine['packages']['torch']}."
+
+
 def seeds() -> list[int]:
     return sorted(int(p.name[4:].split("-")[0]) for p in MINI.glob("seed*-cure.json"))
 
@@ -201,13 +207,12 @@ def few() -> str:
             for name in ("start_natural", "natural", "pgd20")
         ]
         lines.append(f"| {FEW[row['row']]} | {row['steps']:,} | {' | '.join(cells)} |")
-    first, machine = result["rows"][0], result["environment"]
+    first = result["rows"][0]
     lines += [
         "",
         f"{first['per_class']} training photographs of each of ten classes, 64 pixels, threat "
         f"4/255. Percent of {first['n']} other photographs of the training split that are right, "
-        f"with the 95 % interval over photographs; seed {first['seed']} alone. "
-        f"{machine['processor']}, torch {machine['packages']['torch']}.",
+        f"with the 95 % interval over photographs; seed {first['seed']} alone. {made_on(result)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -228,7 +233,6 @@ def screened() -> str:
             f"| {spent[0]:.1f} and {spent[1]:.1f} | {spent[0] / spent[1]:.2f} "
             f"| {len(row['only_package_breaks'])} | {len(row['only_screened_breaks'])} |"
         )
-    machine = result["environment"]
     medians = {
         "robust": result["ratio_processor"],
         "fragile": result["ratio_fragile_processor"],
@@ -238,7 +242,27 @@ def screened() -> str:
         "",
         f"Percent of the first {result['n']} {result['split']} images that are right, one thread, "
         f"seed {result['seeds'][0]}; both sides in turn in one process. Median ratio: {said}. "
-        f"{machine['processor']}, torch {machine['packages']['torch']}.",
+        f"{made_on(result)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def copies() -> str:
+    """Copies of held-out photographs that each search finds: `benchmarks/leaks.py`."""
+    result = read(HERE / "bench" / "leaks.json")
+    lines = ["| changed | found by pixels | by features |", "|---|---:|---:|"]
+    for change, found in result["changes"].items():
+        told = [
+            "{} ({:.0f} to {:.0f})".format(part["found"], *part["interval"])
+            for part in (found["pixels"], found["features"])
+        ]
+        lines.append(f"| {change} | {' | '.join(told)} |")
+    lines += [
+        "",
+        f"Of {result['copies']} copies of test photographs at {result['pixels']} pixels, among "
+        f"{result['held']} held-out ones, in percent with the 95 % interval; "
+        f"{100 * result['usual']:.1f} % of {result['training']:,} training photographs are suspect "
+        f"by their features. {made_on(result)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -259,12 +283,12 @@ def overfitted(name: str) -> str:
             f"| {method} | {len(rows)} | {train:.1f} | {epochs} | {best:.1f} | {last:.1f} "
             f"| {mean['best_minus_last']:+.1f}{between(mean['interval'])} |"
         )
-    machine, n = result["environment"], result["rows"][0]["n"]
+    n = result["rows"][0]["n"]
     lines += [
         "",
         f"Robust accuracy in percent under PGD-20 on {n} test images, means over seeds, the last "
         "column with the Student interval over seeds; `training images`: under the training "
-        f"attack. {machine['processor']}, torch {machine['packages']['torch']}.",
+        f"attack. {made_on(result)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -286,12 +310,11 @@ def parts_of_cure(name: str) -> str:
             for key in ("natural", "pgd20")
         ]
         lines.append(f"| {variant} | {found['seeds']} | {' | '.join(cells)} |")
-    machine = result["environment"]
     lines += [
         "",
         f"Differences in percentage points on {rows[0]['n']} test images, paired by seed and "
         "image, with 95 % bootstrap intervals over images; beside them Student intervals over "
-        f"seeds. {machine['processor']}, torch {machine['packages']['torch']}.",
+        f"seeds. {made_on(result)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -309,13 +332,11 @@ def extra_images(name: str) -> str:
         f"{change[key]['mean']:+.1f}{between(change[key]['interval'])}"
         for key in ("natural", "pgd20")
     ]
-    machine = result["environment"]
     lines += [
         f"| with - without | {change['natural']['seeds']} | {' | '.join(cells)} |",
         "",
         f"Accuracy in percent on {result['rows'][0]['n']} test images, means over seeds; in "
-        f"brackets the Student interval over seeds. {machine['processor']}, torch "
-        f"{machine['packages']['torch']}.",
+        f"brackets the Student interval over seeds. {made_on(result)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -642,6 +663,7 @@ if __name__ == "__main__":
     insert(HERE / "README.md", "photos/few.json", few())
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "bench/screened.json", screened())
+    insert(HERE / "README.md", "bench/leaks.json", copies())
     insert(HERE / "README.md", "robust_overfitting/digits.json", overfitted("digits"))
     insert(HERE / "README.md", "why_cure/digits.json", parts_of_cure("digits"))
     insert(HERE / "README.md", "extra_data/digits.json", extra_images("digits"))

@@ -433,6 +433,23 @@ def test_the_line_of_at_is_told_from_its_results() -> None:
     assert short in " ".join(README.split())
 
 
+def test_copies_that_are_found_are_told_from_their_results() -> None:
+    found = json.loads((RESULTS / "bench" / "leaks.json").read_text(encoding="utf-8"))["changes"]
+
+    def counts(side: str, *changes: str) -> tuple[int, ...]:
+        return tuple(found[change][side]["found"] for change in changes)
+
+    named = ("rotated by 15 degrees", "cropped to 70 % of the side", "channels exchanged")
+    text = " ".join((ROOT / "docs" / "data.md").read_text(encoding="utf-8").split())
+    of_features, of_pixels = counts("features", *named), counts("pixels", *named)
+    assert (
+        "found {} that were rotated by 15 degrees, {} cropped to 70 % of the side and {} with "
+        "exchanged channels, where pixels found {}, {} and {};".format(*of_features, *of_pixels)
+    ) in text
+    for change in ("blurred over 5 pixels", "noise of 25 levels"):
+        assert f"({counts('pixels', change)[0]} against {counts('features', change)[0]})" in text
+
+
 def test_few_photographs_are_told_from_their_results() -> None:
     content = json.loads((RESULTS / "photos" / "few.json").read_text(encoding="utf-8"))
     rows = {row["row"]: row for row in content["rows"]}
