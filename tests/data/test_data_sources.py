@@ -408,6 +408,22 @@ def test_wrong_labels(write_parquet, labels, pattern) -> None:
     fails(pattern, folder)
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels"), [("float64", [0.0, 2, 1, 2]), ("bool", [False, True] * 2)]
+)
+def test_labels_may_be_whole_floats_or_booleans(write_parquet, kind: str, labels) -> None:
+    import datasets
+
+    images = [encoded(picture(i)) for i in range(8)]
+    value = datasets.Value(kind)
+    folder = write_parquet("train", images, labels * 2, names=None, label_type=value)
+    folder = write_parquet("test", images, labels * 2, names=None, label_type=value)
+    assert load(config(folder), "train").label.tolist() == [int(one) for one in labels * 2]
+    if kind == "float64":
+        write_parquet("train", images, [*labels, *labels[:3], 0.5], names=None, label_type=value)
+        fails(r"names in column 'label' .*got double with 0\.5 in row 7; set", folder)
+
+
 def test_labels_beyond_the_class_names(tmp_path) -> None:
     import json
 

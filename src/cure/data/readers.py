@@ -266,11 +266,13 @@ def _arrow_table(
             f"expected encoded images (bytes) in column '{image}' of {where}, got "
             f"{schema.field(image).type}; set data.image_column to one of {listing(columns)}"
         )
-    if label not in integers and label not in texts:
+    kind = schema.field(label).type
+    # Tables written from data frames often hold whole numbers as floats.
+    numbers = pyarrow.types.is_boolean(kind) or pyarrow.types.is_floating(kind)
+    if label not in integers and label not in texts and not numbers:
         raise DataError(
             f"expected whole numbers or class names in column '{label}' of {where}, got "
-            f"{schema.field(label).type}; set data.label_column to one of {listing(columns)}, or "
-            "number the classes"
+            f"{kind}; set data.label_column to one of {listing(columns)}, or number the classes"
         )
 
     def cells(rows: Sequence[int]) -> Iterator[Cell]:
@@ -299,11 +301,19 @@ def _arrow_table(
         read += len(array)
     if label in texts:
         values = [str(value) for array in arrays for value in array.to_pylist()]
-        numbers, classes = named_labels(values)
-        return Table(numbers, classes, cells, notes=order_notes(classes))
-    whole = [array.to_numpy(zero_copy_only=False).astype(np.int64) for array in arrays]
+        named, classes = named_labels(values)
+        return Table(named, classes, cells, notes=order_notes(classes))
+    given = [array.to_numpy(zero_copy_only=False) for array in arrays]
+    found = np.concatenate(given or [np.empty(0, np.int64)])
+    whole = found.astype(np.int64)
+    if (broken := np.flatnonzero(whole != found)).size:
+        raise DataError(
+            f"expected whole numbers or class names in column '{label}' of {where}, got "
+            f"{kind} with {found[broken[0]]:g} in row {broken[0]}; set data.label_column to "
+            "another column, or number the classes"
+        )
     names = tuple(features[label].names) if label in class_labels else None
-    return Table(np.concatenate(whole or [np.empty(0, np.int64)]), names, cells)
+    return Table(whole, names, cells)
 
 
 def _is_text(kind: Any) -> bool:
