@@ -697,6 +697,10 @@ class RunConfig(Section):
     """With a checkpoint as ``start``: draw the layer of the logits anew and load the rest; ``true``
     takes the last linear layer or 1x1 convolution whose output is the number of classes, a name
     that layer."""
+    start_check: Literal["refuse", "warn", "off"] = "warn"
+    """Where the start names classes hardly better than by chance, because its classes have another
+    order or images are standardised twice or never: stop before the first step, say so, or say
+    nothing."""
     natural: NaturalConfig = NaturalConfig()
     """The natural training of ``start: natural``."""
     head: HeadConfig = HeadConfig()

@@ -11,6 +11,7 @@ from torch import nn
 
 import cure
 from cure.config import RunConfig
+from cure.errors import ConfigError
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.records import EpochMetrics
@@ -197,3 +198,37 @@ def test_a_run_keeps_and_prints_its_outcome(
     said = capsys.readouterr().err
     assert "no gain" in said
     assert f"next:  cure evaluate {run.path}" in said
+
+
+@pytest.mark.parametrize("check", ["refuse", "warn", "off"])
+def test_a_start_that_guesses_is_refused_warned_of_or_let_be(
+    check: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "method": "at",
+        "start": "model",
+        "start_check": check,
+        "data.validation": 32,
+        "training.epochs": 1,
+        "training.batch_size": 32,
+        "training.collapse_patience": 9,
+    }
+
+    def run() -> cure.Run:
+        path, images = tmp_path / "run", bright_or_dark(128)
+        return cure.train("digits", settings, run=path, model=Blind(), data=images)
+
+    sentence = "the start has only"
+    if check == "refuse":
+        with pytest.raises(ConfigError, match=rf"{sentence} .*set start_check=warn to train"):
+            run()
+        folder = RunFolder.open(tmp_path / "run")
+        assert folder.metrics() == []
+        # Neither does the run go on without having been looked at again.
+        with pytest.raises(ConfigError, match=sentence):
+            cure.resume(tmp_path / "run", model=Blind(), data=bright_or_dark(128))
+        return
+    assert run().metrics
+    said = capsys.readouterr().err
+    assert (sentence in said) is (check == "warn")
+    assert "start: natural" in said

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cure.config import RunConfig
 from cure.data import Batch, ImageSet, epoch, steps_per_epoch
-from cure.errors import CheckpointError, CureError, RanksLost, TrainingStopped
+from cure.errors import CheckpointError, ConfigError, CureError, RanksLost, TrainingStopped
 from cure.methods import Method, Metrics
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import load_weights
@@ -333,8 +333,12 @@ class Trainer:
         found = self.validate()
         self.good_start = self._above_chance(found)[2]
         start = self._measured(found, self.config.training.validation_steps)
-        self.folder.set_outcome(Outcome(start=start))
         warned = start_warnings(start, self.config, len(self.training.classes))
+        if warned and self.config.start_check == "refuse":
+            raise ConfigError(f"{warned[0]}; or set start_check=warn to train nevertheless")
+        if self.config.start_check == "off":
+            warned = []
+        self.folder.set_outcome(Outcome(start=start))
         warned += short_run_warnings(
             self.config, self.config.training.epochs * self.steps_per_epoch
         )
