@@ -243,11 +243,12 @@ def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path, form: 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b"weights"), r"\(a gzip file\); unpack it"),
+        (gzip.compress(b"weights", mtime=0), r"\(a gzip file\); unpack it"),
         (b"<!DOCTYPE html><html>", r"\(a web page\); download"),
         (b"version https://git-lfs.github.com/spec/v1\n", r"git lfs pull"),
         (b"\x89HDF\r\n\x1a\n", "as Keras writes them"),
     ],
+    ids=["gzip", "page", "pointer", "hdf5"],
 )
 def test_files_of_another_form_are_named(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "w.pt").write_bytes(content)
