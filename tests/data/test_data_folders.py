@@ -479,6 +479,18 @@ def test_a_column_of_0_and_1_for_each_class_is_read(tmp_path) -> None:
     )
 
 
+@pytest.mark.parametrize("file", ["photos.csv", "scores.txt"])
+def test_other_facts_do_not_replace_class_folders(image_folder, file: str) -> None:
+    folder = image_folder(two_classes(count=6))
+    names = [f"{kind}/{i}.png" for kind in ("ant", "bee") for i in range(6)]
+    rows = [(name, "abc"[i % 3]) for i, name in enumerate(names)]
+    header, separator = ("file,camera", ",") if file.endswith("csv") else (None, " ")
+    (folder / file).write_text(text_of(rows, header, separator))
+    assert load(config(folder), "train").classes == ("ant", "bee")
+    named = load(config(folder, label_column="camera"), "train")
+    assert named.classes == (("a", "b", "c") if file.endswith("csv") else ("ant", "bee"))
+
+
 @pytest.mark.parametrize("form", ["/home/jo/set/{}", "C:\\set\\{}", "/mnt/{}"])
 def test_paths_of_another_machine_lead_to_the_files_here(tmp_path, form: str) -> None:
     rows = [(form.format(name), kind) for name, kind in labelled(tmp_path)]

@@ -30,11 +30,14 @@ LABEL_COLUMNS = (
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
-_LABEL_FILES = (*TABLES, ".txt")
 _NOT_READ = (".json", ".xml", ".xlsx", ".xls", ".mat", ".yaml", ".yml")
 """Ends of names of other files that may hold labels."""
 
+_LIST_WORDS = SPLIT_NAMES | {"label", "labels", "annotation", "annotations", "list", "files"}
+"""Words in the names of text files that list images with their labels."""
+
 _TRIED = 20
+_LOOKED_AT = 1000
 _MARKED = "the column with a 1"
 _MARKS = {"0": False, "1": True, "0.0": False, "1.0": True}
 
@@ -134,9 +137,9 @@ def read_label_files(
     A table has a column with file names and one with labels, and may have one with splits.  The
     columns are those that ``data.image_column`` and ``data.label_column`` name, those with a usual
     name (:data:`FILE_COLUMNS`, :data:`LABEL_COLUMNS`), or else the one whose values are files here
-    and the only other one; a column of 0 and 1 for each class will do as well.  Without a header
-    the first column is the file and the second the label.  Several tables must be named like splits
-    (``train.csv``, ``test.csv``).
+    and, where these lie in one folder, the only other one; a column of 0 and 1 for each class will
+    do as well.  Without a header the first column is the file and the second the label.  Several
+    tables must be named like splits (``train.csv``, ``test.csv``).
 
     Args:
         folder: where to look.
@@ -147,7 +150,7 @@ def read_label_files(
         DataError: a table is damaged, a row has no label, or an image several.
     """
     tree = _Tree(folder)
-    paths = _files(folder, _LABEL_FILES) if only is None else [only]
+    paths = _label_files(folder) if only is None else [only]
     tables = {path: rows for path in paths if isinstance(rows := _table(path, tree, config), list)}
     own = {path: rows for path, rows in tables.items() if path.stem.lower() == "metadata"}
     tables = own or tables
@@ -174,15 +177,25 @@ def read_label_files(
 def unread_tables(folder: Path, config: DataConfig) -> str:
     """Why files in a folder that may hold labels are not read; empty where there are none."""
     tree, reasons = _Tree(folder), []
-    for path in _files(folder, _LABEL_FILES):
+    for path in _label_files(folder):
         found = _table(path, tree, config)
-        if isinstance(found, str) and path.suffix.lower() != ".txt":
+        if isinstance(found, str):
             reasons.append(f"{path.name} is not read: {found}")
     others = [path.name for path in _files(folder, _NOT_READ)]
     if others:
         form = "write labels.csv with the columns file_name and label"
         reasons.append(f"{listing(others[:3])} cannot be read: {form}")
     return "; ".join(reasons[:3])
+
+
+def _label_files(folder: Path) -> list[Path]:
+    """Tables, and text files named like lists."""
+    lists = [
+        path
+        for path in _files(folder, (".txt",))
+        if _LIST_WORDS & set(re.split(r"[\W_\d]+", path.stem.lower()))
+    ]
+    return sorted([*_files(folder, TABLES), *lists])
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -238,7 +251,11 @@ def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
     split = _column(columns, None, SPLIT_COLUMNS)
     rest = [column for column in columns if column not in (file, split)]
     label = _column(rest, config.label_column, LABEL_COLUMNS)
-    if label is None:
+    # Files in several folders have classes already, which a guess must not replace.
+    if (
+        label is None
+        and len({tree.find(_text(row[file])).parent for row in rows[:_LOOKED_AT]}) == 1
+    ):
         label = _label_column(rows, rest)
     if label is None:
         return (
