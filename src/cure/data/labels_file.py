@@ -36,6 +36,9 @@ _NOT_READ = (".json", ".xml", ".xlsx", ".xls", ".mat", ".yaml", ".yml")
 _LIST_WORDS = SPLIT_NAMES | {"label", "labels", "annotation", "annotations", "list", "files"}
 """Words in the names of text files that list images with their labels."""
 
+Cells = dict[str, object]
+"""A row of a table: its values by the names of the columns."""
+
 _TRIED = 20
 _LOOKED_AT = 1000
 _MARKED = "the column with a 1"
@@ -220,6 +223,36 @@ def _distinct(rows: Sequence[LabelRow], folder: Path) -> list[LabelRow]:
 
 def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
     """The rows of a table of labels; of another file, why it is none."""
+    rows = _rows_of(path, tree)
+    if not rows:
+        return "it has no rows"
+    columns = _columns(rows, tree, config)
+    if isinstance(columns, str):
+        return columns
+    file, label, split = columns
+    files = [str(row.get(file, "")).strip() for row in rows]
+    without = [number for number, row in enumerate(rows) if _text(row.get(label)) == ""]
+    if len(without) == len(rows):
+        return f"its column '{label}' is empty"
+    if without:
+        raise DataError(
+            f"expected a label in every row of '{path}', got none in {len(without)} rows, the "
+            f"first for '{files[without[0]]}'; add the labels or remove these rows"
+        )
+    several = next((row[label] for row in rows if isinstance(row[label], list | dict)), None)
+    if several is not None:
+        raise DataError(
+            f"expected one label an image in column '{label}' of '{path}', got {several}; keep one "
+            "class an image, as a name or number"
+        )
+    return [
+        _Row(name, _text(row[label]), _text(row.get(split)) or None if split else None)
+        for name, row in zip(files, rows, strict=True)
+    ]
+
+
+def _rows_of(path: Path, tree: _Tree) -> list[Cells]:
+    """The rows of a file, by the names of its columns."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -231,13 +264,16 @@ def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
         ) from None
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
-        rows = list(_json_rows(path, text))
-    elif suffix == ".txt":
-        rows = list(_list_rows(text, tree))
-    else:
-        rows = list(_csv_rows(text, tree, "\t" if suffix == ".tsv" else None))
-    if not rows:
-        return "it has no rows"
+        return list(_json_rows(path, text))
+    if suffix == ".txt":
+        return list(_list_rows(text, tree))
+    return list(_csv_rows(text, tree, "\t" if suffix == ".tsv" else None))
+
+
+def _columns(
+    rows: list[Cells], tree: _Tree, config: DataConfig
+) -> tuple[str, str, str | None] | str:
+    """The columns of the file, the label and the split; where one is missing, why."""
     columns = list(rows[0])
     file = _column(columns, config.image_column, FILE_COLUMNS)
     if file is None or not _leads_to_files(rows, file, tree, any):
@@ -262,29 +298,11 @@ def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
             f"none of its columns ({listing(columns[:5])}) is known to hold the label; name it "
             "with data.label_column"
         )
-    files = [str(row.get(file, "")).strip() for row in rows]
-    without = [number for number, row in enumerate(rows) if _text(row.get(label)) == ""]
-    if len(without) == len(rows):
-        return f"its column '{label}' is empty"
-    if without:
-        raise DataError(
-            f"expected a label in every row of '{path}', got none in {len(without)} rows, the "
-            f"first for '{files[without[0]]}'; add the labels or remove these rows"
-        )
-    several = next((row[label] for row in rows if isinstance(row[label], list | dict)), None)
-    if several is not None:
-        raise DataError(
-            f"expected one label an image in column '{label}' of '{path}', got {several}; keep one "
-            "class an image, as a name or number"
-        )
-    return [
-        _Row(name, _text(row[label]), _text(row.get(split)) or None if split else None)
-        for name, row in zip(files, rows, strict=True)
-    ]
+    return file, label, split
 
 
 def _leads_to_files(
-    rows: Sequence[dict[str, object]],
+    rows: Sequence[Cells],
     column: str,
     tree: _Tree,
     enough: Callable[[Iterable[bool]], bool],
@@ -293,7 +311,7 @@ def _leads_to_files(
     return enough(tree.has(_text(row.get(column))) for row in rows[:_TRIED])
 
 
-def _label_column(rows: list[dict[str, object]], columns: list[str]) -> str | None:
+def _label_column(rows: list[Cells], columns: list[str]) -> str | None:
     """The column of labels among columns of unusual names.
 
     It is the only one, or is added to the rows where columns of 0 and 1 mark one class a row.
@@ -328,7 +346,7 @@ def _column(columns: Sequence[str], given: str | None, usual: Sequence[str]) -> 
     return next((by_name[name] for name in usual if name in by_name), None)
 
 
-def _json_rows(path: Path, text: str) -> Iterator[dict[str, object]]:
+def _json_rows(path: Path, text: str) -> Iterator[Cells]:
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -344,7 +362,7 @@ def _json_rows(path: Path, text: str) -> Iterator[dict[str, object]]:
         yield row
 
 
-def _csv_rows(text: str, tree: _Tree, delimiter: str | None) -> Iterator[dict[str, object]]:
+def _csv_rows(text: str, tree: _Tree, delimiter: str | None) -> Iterator[Cells]:
     lines = text.splitlines()
     if not lines:
         return
@@ -361,7 +379,7 @@ def _csv_rows(text: str, tree: _Tree, delimiter: str | None) -> Iterator[dict[st
         yield dict(zip(header, row, strict=False))
 
 
-def _list_rows(text: str, tree: _Tree) -> Iterator[dict[str, object]]:
+def _list_rows(text: str, tree: _Tree) -> Iterator[Cells]:
     """Lines of a file and its label, as ``im/1.jpg 0``; boxes may follow after tabs."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     pairs = [
