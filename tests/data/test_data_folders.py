@@ -130,6 +130,14 @@ def test_file_names_are_refused_beside_parquet_files(tmp_path) -> None:
     fails("that are a class and a number, .* got no image", tmp_path, labels="file_names")
 
 
+def test_file_names_are_offered_beside_a_folder_of_other_files(image_folder) -> None:
+    folder = image_folder({f"images/{name}": made for name, made in NAMED.items()})
+    fails(r"got only the folder 'images'; add another class, or set data\.labels=file_n", folder)
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "list.txt").write_text("")
+    fails(r"got none in 'annotations' .*set data\.labels=file_names .*'ant\.0\.png' might", folder)
+
+
 def test_names_without_a_class_are_not_offered(image_folder) -> None:
     camera = image_folder({f"{i}.png": picture(i) for i in range(4)})
     with pytest.raises(DataError, match="outside class folders") as caught:

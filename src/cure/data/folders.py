@@ -104,11 +104,14 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
                 )
             )
         )
-    if len(folders_in(top)) == 1 and (unread := unread_tables(top, config)):
-        raise DataError(
-            f"expected images of at least two classes in '{top}', got only the folder "
-            f"'{folders_in(top)[0].name}'; {unread}"
-        )
+    if len(folders_in(top)) == 1:
+        (alone,) = folders_in(top)
+        unread, by_name = unread_tables(top, config), _or_by_name(images_below(alone)[0])
+        if unread or by_name:
+            raise DataError(
+                f"expected images of at least two classes in '{top}', got only the folder "
+                f"'{alone.name}'; {unread or 'add another class'}{by_name}"
+            )
     return {config.train_split: partial(_class_table, top, beside, True)}
 
 
@@ -290,10 +293,13 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
         found, left_out = images_below(folder / name)
         if not found and complete:
             why = "".join(f" ({one})" for one in as_skipped(left_out))
-            empty = [other for other in names if not images_below(folder / other)[0]]
+            held = {other: images_below(folder / other)[0] for other in names}
+            empty = [other for other, images in held.items() if not images]
+            others = [images for images in held.values() if images]
             raise DataError(
                 f"expected images in every class folder of '{folder}', got none in "
                 f"{listing(empty)}{why}; fill or remove it"
+                + (_or_by_name(others[0]) if len(others) == 1 else "")
             )
         files.append(found)
         reasons.update(left_out)
@@ -417,15 +423,19 @@ def class_in_name(path: Path) -> str | None:
 
 def _arranged(images: Sequence[Path]) -> str:
     """What to do with images outside class folders."""
+    return f"arrange the files as class/image or train/class/image{_or_by_name(images)}"
+
+
+def _or_by_name(images: Sequence[Path]) -> str:
+    """The way out where names of files say their class; empty where they do not."""
     labelled = [(path.name, label) for path in images if (label := class_in_name(path)) is not None]
     classes = {label for _, label in labelled}
-    advice = "arrange the files as class/image or train/class/image"
-    if 2 <= len(classes) <= len(labelled) / 2:
-        advice += (
-            ", or set data.labels=file_names (of an evaluation --data-option labels=file_names) if "
-            f"names say the class, as '{labelled[0][0]}' might"
-        )
-    return advice
+    if not 2 <= len(classes) <= len(labelled) / 2:
+        return ""
+    return (
+        ", or set data.labels=file_names (of an evaluation --data-option labels=file_names) if "
+        f"names say the class, as '{labelled[0][0]}' might"
+    )
 
 
 def _labelled_table(rows: Sequence[LabelRow], skipped: tuple[Skipped, ...]) -> Table:
