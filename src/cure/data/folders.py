@@ -40,6 +40,7 @@ from cure.data.walk import (
     as_skipped,
     files_in,
     folders_in,
+    holds_image,
     images_below,
     other_file,
     outside_classes,
@@ -63,8 +64,7 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
     original = read_original(folder, config)
     if original is not None:
         return original
-    images, _ = images_below(folder)
-    if not images and (files := find_parquet_below(folder)):
+    if not holds_image(folder) and (files := find_parquet_below(folder)):
         return read_parquet(files, config)
     return read_images(folder, config)
 
@@ -93,17 +93,7 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
     _check_no_unknown_splits(top, config)
     beside = outside_classes(top)
     if not any(images_below(path)[0] for path in folders_in(top)):
-        loose = any(file_kind(path) == "image" for path in files_in(top))
-        found = "images outside class folders" if loose else "no images"
-        left_out = "".join(f" ({one})" for one in as_skipped(images_below(top)[1])[:3])
-        advice = _arranged(images_below(top)[0])
-        raise DataError(
-            "; ".join(
-                filter(
-                    None, [f"{expected}, got {found}{left_out}", unread_tables(top, config), advice]
-                )
-            )
-        )
+        raise DataError(f"{expected}, got {_found_instead(top, config)}")
     if len(folders_in(top)) == 1:
         (alone,) = folders_in(top)
         unread, by_name = unread_tables(top, config), _or_by_name(images_below(alone)[0])
@@ -113,6 +103,15 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
                 f"'{alone.name}'; {unread or 'add another class'}{by_name}"
             )
     return {config.train_split: partial(_class_table, top, beside, True)}
+
+
+def _found_instead(top: Path, config: DataConfig) -> str:
+    """What a folder without class folders holds, and what to do."""
+    loose = any(file_kind(path) == "image" for path in files_in(top))
+    images, reasons = images_below(top)
+    left_out = "".join(f" ({one})" for one in as_skipped(reasons)[:3])
+    found = f"{'images outside class folders' if loose else 'no images'}{left_out}"
+    return "; ".join(filter(None, [found, unread_tables(top, config), _arranged(images)]))
 
 
 def read_loose(folder: Path, config: DataConfig) -> Splits | None:

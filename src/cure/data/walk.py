@@ -91,6 +91,14 @@ def images_below(folder: Path) -> tuple[list[Path], Reasons]:
     return sorted(images), reasons
 
 
+def holds_image(folder: Path) -> bool:
+    """Whether there is an image in a folder, at any depth."""
+    inside = os.walk(folder)
+    return any(
+        file_kind(Path(place, name)) == "image" for place, _, names in inside for name in names
+    )
+
+
 def other_file(path: Path) -> tuple[str, str]:
     """What a file that is no image is called, and why it is left out."""
     suffix = path.suffix.lower()
