@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import hashlib
 import json
 import pathlib
@@ -18,7 +19,7 @@ import shlex
 import types
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,7 @@ def _damaged(path: Path) -> str:
     return f"{path} was damaged or cut off, or is no checkpoint"
 
 
+@functools.cache
 def _data_classes() -> list[Any]:
     """What else may be beside tensors: classes of plain values, which run nothing when made.
 
@@ -222,7 +224,7 @@ def _data_classes() -> list[Any]:
     """
     # Paths of either system, as they were written: by Python up to 3.12, and from 3.13.
     paths = [
-        (pure, f"{module}.{name}")
+        _named(pure, module, name)
         for pure, names in (
             (pathlib.PurePosixPath, ("PosixPath", "PurePosixPath")),
             (pathlib.PureWindowsPath, ("WindowsPath", "PureWindowsPath")),
@@ -231,16 +233,34 @@ def _data_classes() -> list[Any]:
         for module in ("pathlib", "pathlib._local")
     ]
     # The module of NumPy's readers has another name since version 2.
-    parts = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+    readers: dict[str, Any] = {
+        "_reconstruct": np.zeros(1).__reduce__()[0],
+        "scalar": np.float64(0).__reduce__()[0],
+    }
     numpy = [
-        (reader, f"numpy.{core}.multiarray.{name}")
-        for reader, name in zip(parts, ("_reconstruct", "scalar"), strict=True)
+        _named(reader, f"numpy.{core}.multiarray", name)
+        for name, reader in readers.items()
         for core in ("core", "_core")
     ]
-    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefdFDSU"} | {np.ndarray}
-    own = [argparse.Namespace, types.SimpleNamespace, datetime.date, datetime.datetime]
-    dtype = (np.dtype, "numpy.dtype")
-    return [*paths, *numpy, *sorted(kinds, key=str), dtype, *own, datetime.timedelta]
+    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefdFDSU"}
+    times = [datetime.date, datetime.datetime, datetime.timedelta]
+    own = [argparse.Namespace, types.SimpleNamespace, np.ndarray, np.dtype]
+    return [*paths, *numpy, *kinds, *times, *own]
+
+
+def _named(made: Callable[..., Any], module: str, name: str) -> Callable[..., Any]:
+    """A class or function under the name that files know it by.
+
+    PyTorch takes the name from the object; not all its versions since 2.6 take pairs with a name.
+    """
+    if isinstance(made, type):
+        return type(name, (made,), {"__module__": module})
+
+    def call(*arguments: Any) -> Any:
+        return made(*arguments)
+
+    call.__module__, call.__name__, call.__qualname__ = module, name, name
+    return call
 
 
 def _with_tensors(content: Any) -> Any:
