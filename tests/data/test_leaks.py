@@ -147,7 +147,7 @@ def test_the_hash_compares_neighbours() -> None:
 
 @pytest.mark.data
 def test_planted_copies_among_the_test_images_of_cifar10(real_data) -> None:
-    test = load(DataConfig(source="cifar10"), "test", limit=4000)
+    test = load(DataConfig(source="cifar10"), "test", limit=2000)
     training = load(DataConfig(source="cifar10"), "train", limit=300)
     limit = threshold(training, test)
     assert (nearest(training, test).similarity >= limit).float().mean() < 0.03
