@@ -495,7 +495,9 @@ def photos() -> str:
     processors = sorted({row["processor"]["processor"] for row in result["rows"]})
     attacked = {row["autoattack_n"] for row in result["rows"] if row["autoattack"] is not None}
     counts = ", ".join(map(str, sorted(attacked)))
-    strong = f"after four strong attacks in turn (first {counts} photos)" if attacked else "not run"
+    seeds = sorted({row["seed"] for row in result["rows"] if row["autoattack"] is not None})
+    of = f"of seed {', '.join(map(str, seeds))} alone, first {counts} photos"
+    strong = f"after four strong attacks in turn ({of})" if attacked else "not run"
     lines += [
         "",
         f"Percent of {first['pgd20_n']} test photos that are right. One seed: 95 % interval over "

@@ -389,11 +389,15 @@ def test_the_choice_of_the_photo_recipe_is_told_from_its_results() -> None:
     minutes = [f"{row['minutes']:.1f}" for row in noted["rows"] if row["method"] == "cure"]
     assert f"{', '.join(minutes[:2])} and {minutes[2]} minutes" in text
     left = [noted["autoattack"][f"after_{part}"] for part in ("apgd_ce", "apgd_t")]
-    assert f"{left[0]:.1f} % stand after APGD-CE and {left[1]:.1f} % after\n" in text
-    ours = content["autoattack_seed_1"]
+    assert f"{left[0]:.1f} % stand after APGD-CE and {left[1]:.1f} % after the" in text
+    table = json.loads((RESULTS / "photos" / "table.json").read_text(encoding="utf-8"))
+    (seed_1,) = (r for r in table["rows"] if (r["method"], r["seed"]) == ("cure", 1))
+    ours, flat = content["autoattack_seed_1"], " ".join(text.split())
     assert (
-        f"{ours['after_apgd_ce']:.1f} % stand after\n  APGD-CE, {ours['after_fab_t']:.1f} %" in text
-    )
+        f"{ours['after_apgd_ce']:.1f} % after APGD-CE and {ours['after_apgd_t']:.1f} % after the "
+        "targeted APGD; FAB-T and Square found nothing more"
+    ) in flat
+    assert ours["after_fab_t"] == ours["after_apgd_t"] == seed_1["autoattack"]
     guide = (ROOT / "docs" / "guides" / "photos.md").read_text(encoding="utf-8")
     without, with_it = content["choices"]
     assert f"natural {with_it['natural']:.1f} and PGD-20 {with_it['pgd20']:.1f} with it" in guide
@@ -423,7 +427,8 @@ def test_the_photo_figures_of_the_readme_are_those_of_result_files() -> None:
     assert f"{-robust[0]:.1f} less and {robust[1]:.1f} more robust accuracy" in text
     choices = json.loads((RESULTS / "photos" / "choices.json").read_text(encoding="utf-8"))
     assert f"at most {choices['noted']['autoattack']['after_apgd_t']} %" in text
-    assert f"at most {choices['autoattack_seed_1']['after_fab_t']} %" in text
+    low, high = ours[1]["autoattack_interval"]
+    assert f"AutoAttack leaves {ours[1]['autoattack']} % ({low:.1f} to {high:.1f})" in text
 
 
 def test_the_line_of_at_is_told_from_its_results() -> None:
