@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cure.config import DataConfig
 from cure.data.readers import SPLIT_NAMES, TRAIN_SPLITS, listing
+from cure.data.walk import files_in
 from cure.errors import DataError
 
 FILE_COLUMNS = (
@@ -202,11 +203,7 @@ def _label_files(folder: Path) -> list[Path]:
 
 
 def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
+    return [path for path in files_in(folder) if path.suffix.lower() in suffixes]
 
 
 def _distinct(rows: Sequence[LabelRow], folder: Path) -> list[LabelRow]:

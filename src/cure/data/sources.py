@@ -378,10 +378,10 @@ def training_split(config: DataConfig, splits: Splits) -> str | None:
     """
     found = _match(config.train_split, splits)
     if found is None and config.train_split in TRAIN_SPLITS:
+        unnamed = [name for name in splits if name.lower() not in SPLIT_NAMES]
         found = _first_of(TRAIN_SPLITS, splits, ())
-        only = next(iter(splits)) if len(splits) == 1 else "test"
-        if found is None and only.lower() not in SPLIT_NAMES:
-            return only
+        if found is None and len(splits) == len(unnamed) == 1:
+            (found,) = unnamed
     return found
 
 
