@@ -116,19 +116,24 @@ def measured(path: Path) -> dict[str, Any]:
     """Accuracies of a run and of its start on the held photographs, and its length."""
     run = cure.Run(path)
     config = run.config
-    start = path / "natural" if config.start == "natural" else config.start
-    found = {}
-    for name, target in (("start_", cure.Run(start)), ("", run)):
-        result = cure.evaluate(target, attacks="pgd20")
-        for key, value in (("natural", result["natural"]), ("pgd20", result["attacks"]["pgd20"])):
-            found[name + key] = round(value["accuracy"], 2)
-            found[f"{name + key}_interval"] = value["interval"]
-    return found | {
-        "n": result["data"]["n"],
+    start = path / "natural" if config.start == "natural" else Path(config.start)
+    of_start = accuracies_of(cure.Run(start))
+    del of_start["n"]
+    return {f"start_{key}": value for key, value in of_start.items()} | {
+        **accuracies_of(run),
         "seed": config.seed,
         "epochs": config.training.epochs,
         "steps": RunFolder.open(path).status().steps,
     }
+
+
+def accuracies_of(run: cure.Run) -> dict[str, Any]:
+    """Natural and PGD-20 accuracy of a run on its test split in percent, with intervals and n."""
+    result = cure.evaluate(run, attacks="pgd20")
+    found: dict[str, Any] = {}
+    for key, value in (("natural", result["natural"]), ("pgd20", result["attacks"]["pgd20"])):
+        found |= {key: round(value["accuracy"], 2), f"{key}_interval": value["interval"]}
+    return found | {"n": result["data"]["n"]}
 
 
 if __name__ == "__main__":

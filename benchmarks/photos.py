@@ -61,6 +61,16 @@ NATURAL = {
     },
     "resnet18": {"training.epochs": 30, "training.optimizer.learning_rate": 0.05},
 }
+"""Settings of the natural start of a network."""
+
+NATURAL_COMMON = {
+    "method": "natural",
+    "data.augment.cutmix": 0,
+    "training.batch_norm": "eval_attack",
+    "training.schedule": {"name": "one_cycle", "peak": 0.3},
+    "training.averaging": None,
+}
+"""Settings of every natural start."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "at": {"method": "at", "attack.epsilon": None},
@@ -163,15 +173,7 @@ def natural_start(options: argparse.Namespace, seed: int) -> Path:
     """The run that all methods of a seed begin with, trained where it is missing."""
     return trained(
         place(options, "natural", seed),
-        common(options, seed)
-        | NATURAL[options.network]
-        | {
-            "method": "natural",
-            "data.augment.cutmix": 0,
-            "training.batch_norm": "eval_attack",
-            "training.schedule": {"name": "one_cycle", "peak": 0.3},
-            "training.averaging": None,
-        },
+        common(options, seed) | NATURAL[options.network] | NATURAL_COMMON,
     )
 
 
