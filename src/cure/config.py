@@ -39,6 +39,9 @@ MEMORY = "memory:"
 NATURAL = "natural"
 """Value of ``start`` and of a teacher's ``path`` that means the run's own natural training."""
 
+NATURAL_FROM = "natural:"
+"""Prefix of a ``start`` whose weights are trained naturally first."""
+
 ROBUST = "robust:"
 """Prefix of a ``start`` whose weights are robust already and get a new head."""
 
@@ -688,15 +691,18 @@ class RunConfig(Section):
     start: str = "natural"
     """Weights at the beginning: ``natural`` trains naturally first; ``model`` or ``scratch`` keep
     those the model is built with (trained ones for hub models, random ones otherwise);
+    ``natural:PATH`` takes those of a checkpoint or run folder and trains naturally first;
     ``robust:PATH`` takes a robust backbone, of other images too, and trains a new head first (see
     ``head``); anything else is the path of a checkpoint or run folder."""
     start_key: str | None = None
     """Where a checkpoint holds several sets of weights: the name of the one to take, such as
     ``ema``; also ``start.key``."""
     new_head: bool | str = False
-    """With a checkpoint as ``start``: draw the layer of the logits anew and load the rest; ``true``
-    takes the last linear layer or 1x1 convolution whose output is the number of classes, a name
-    that layer."""
+    """Give the network a new last layer with one output a class and keep the rest, of its own
+    weights or of a checkpoint; ``true`` takes the last linear layer or 1x1 convolution that is as
+    wide as the logits, a name that layer.  The new layer is random: ``start=natural`` or
+    ``start=natural:PATH`` trains it first.  ``start=RUN`` of the same classes keeps that of the
+    run."""
     start_check: Literal["refuse", "warn", "off"] = "warn"
     """Where the start names classes hardly better than by chance, because its classes have another
     order or images are standardised twice or never: stop before the first step, say so, or say
@@ -725,7 +731,17 @@ class RunConfig(Section):
         """The checkpoint or run folder that ``start`` names, or None where it names none."""
         if self.start in (NATURAL, "scratch", "model"):
             return None
-        return self.start.removeprefix(ROBUST)
+        return self.start.removeprefix(ROBUST).removeprefix(NATURAL_FROM)
+
+    @property
+    def starts_naturally(self) -> bool:
+        """Whether the run trains its own natural start first."""
+        return self.start == NATURAL or self.start.startswith(NATURAL_FROM)
+
+    @property
+    def draws_head(self) -> bool | str:
+        """Whether the last layer is drawn anew, or the name of the layer that is."""
+        return self.new_head or self.start.startswith(ROBUST)
 
     @model_validator(mode="before")
     @classmethod

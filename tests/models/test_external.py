@@ -252,7 +252,7 @@ def test_transformers_classes_are_matched_by_name(hub: Path, tmp_path: Path) -> 
 
 
 def test_transformers_other_number_of_classes(hub: Path) -> None:
-    with pytest.raises(ModelError, match=r'10 classes but the data has 3; .*"num_labels": 3, '):
+    with pytest.raises(ModelError, match=r"10 classes but the data has 3; .*new_head=true"):
         make(f"hf:{hub}", classes=3, size=(8, 8))
     with pytest.raises(ModelError, match="ignore_mismatched_sizes: true"):
         make(f"hf:{hub}", {"num_labels": 3}, classes=3, size=(8, 8))
@@ -263,6 +263,22 @@ def test_transformers_other_number_of_classes(hub: Path) -> None:
     other = make(f"hf:{hub}", options, classes=3, size=(8, 8), seed=1).state_dict()
     assert all(torch.equal(value, second[key]) for key, value in first.items())
     assert not torch.equal(first["network.classifier.weight"], other["network.classifier.weight"])
+
+
+def test_transformers_network_of_other_classes_gets_a_new_head(hub: Path) -> None:
+    model = build_model(
+        ModelConfig(name=f"hf:{hub}"),
+        classes=3,
+        channels=1,
+        size=(8, 8),
+        seed=0,
+        names=("ant", "bee", "cow"),
+        new_head=True,
+    )
+    theirs, ours = original(hub).state_dict(), core(model).state_dict()
+    new = {name for name in ours if ours[name].shape != theirs[name].shape}
+    assert new == {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() - new)
 
 
 def test_transformers_half_precision_files_are_trained_in_float32(

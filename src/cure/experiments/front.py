@@ -273,7 +273,7 @@ def plan_of(
     common = _changed(raw, settings)
     config = check(common, f"recipe {recipe}")
     rows: dict[str, PlanRow] = {}
-    if config.start == NATURAL:
+    if config.starts_naturally:
         # All values of a seed begin with the same natural network.
         content = natural_config(config).model_dump(mode="json")
         start = {key: content[key] for key in ("layers", "start", "method", "training")}

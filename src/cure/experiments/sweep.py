@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import yaml
 
-from cure.config import NATURAL, Ratio, RunConfig
+from cure.config import Ratio, RunConfig
 from cure.data.cache import CachePlace
 from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, no_progress
@@ -305,7 +305,7 @@ def _read_file(sweep: Sweep) -> dict[str, Any]:
 def _natural_path(sweep: Sweep) -> Path | None:
     """The natural start of all trials, where none of what varies changes it."""
     shared = all(one.key.startswith("method.") for one in sweep.varied)
-    return sweep.output / "natural" if shared and sweep.config.start == NATURAL else None
+    return sweep.output / "natural" if shared and sweep.config.starts_naturally else None
 
 
 def _natural_start(sweep: Sweep) -> None:

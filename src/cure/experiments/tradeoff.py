@@ -274,7 +274,7 @@ def _start(folder: RunFolder, config: RunConfig, network: nn.Module) -> End:
     kept = folder.checkpoints / "start.safetensors"
     if kept.exists():
         path: Path | None = kept
-    elif config.start == NATURAL:
+    elif config.starts_naturally:
         path = RunFolder.open(folder.path / NATURAL).weights("best")
     elif config.start_path is None:
         path = None

@@ -251,6 +251,7 @@ def _contract(
         network={
             "name": config.model.name,
             "options": config.model.options,
+            "new_head": config.draws_head,
             "parameters": about["parameters"],
         },
         run={

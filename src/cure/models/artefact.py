@@ -105,6 +105,7 @@ def _built(path: Path, contract: Contract, network: nn.Module | None) -> nn.Modu
         return WHOLE[path.suffix](path)
     name, kind = str(contract.network.get("name", "")), contract.kind
     options: dict[str, Any] = dict(contract.network.get("options", {}))
+    new_head: Any = contract.network.get("new_head", False)
     constants: dict[str, Any] = {}
     if contract.normalisation is not None:
         constants = {"mean": contract.normalisation.mean, "std": contract.normalisation.std}
@@ -116,6 +117,7 @@ def _built(path: Path, contract: Contract, network: nn.Module | None) -> nn.Modu
             kind.channels,
             kind.size,
             ModelConfig(name="given", **constants),
+            new_head=new_head,
         )
     else:
         if name.startswith("hf:") and path.is_dir():
@@ -136,6 +138,7 @@ def _built(path: Path, contract: Contract, network: nn.Module | None) -> nn.Modu
             size=kind.size,
             seed=0,
             names=kind.classes,
+            new_head=new_head,
         )
     load_weights(model, weights)
     return model

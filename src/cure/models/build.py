@@ -13,6 +13,7 @@ from cure.config import OBJECT, ModelConfig, RunConfig
 from cure.data.images import ImageKind
 from cure.errors import ConfigError, unknown
 from cure.models.external import build_external, check_shape, is_external
+from cure.models.head import renew_head
 from cure.models.registry import MODELS, Builder
 from cure.models.trial import adapt, copy_network
 from cure.models.wrapper import Normalised, core
@@ -29,6 +30,7 @@ def build_model(
     size: tuple[int, int],
     seed: int,
     names: Sequence[str] | None = None,
+    new_head: bool | str = False,
 ) -> nn.Module:
     """The network that ``config`` names, on the processor.
 
@@ -43,6 +45,7 @@ def build_model(
         seed: the run's seed.
         names: of the classes; a network that comes with names of its own (``hf:``) is matched with
             them, and returns the logits of these classes in this order.
+        new_head: give it a new last layer (:func:`~cure.models.head.renew_head`).
 
     Returns:
         A network that takes images [B, channels, H, W] in [0, 1] and returns logits [B, classes].
@@ -60,7 +63,12 @@ def build_model(
     with seeded(derive(seed, "model")):
         if is_external(config.name):
             model = build_external(
-                config, classes=classes, channels=channels, size=size, names=names
+                config,
+                classes=classes,
+                channels=channels,
+                size=size,
+                names=names,
+                new_head=bool(new_head),
             )
         else:
             builder = MODELS[config.name]
@@ -70,7 +78,10 @@ def build_model(
                 model = model.network  # The constants that were given replace its own.
         if config.mean is not None and config.std is not None:
             model = Normalised(model, config.mean, config.std)
-        model = adapt(model, classes, channels, size, title=f"model {config.name}")
+        title = f"model {config.name}"
+        if new_head:
+            renew_head(model, classes, channels, size, new_head=new_head, seed=seed, title=title)
+        model = adapt(model, classes, channels, size, title=title)
     if is_external(config.name):
         check_shape(model, config.name, classes)
     setattr(model, _NAME, config.name)
@@ -118,6 +129,7 @@ def adapted_copy(
     size: tuple[int, int],
     config: ModelConfig,
     seed: int = 0,
+    new_head: bool | str = False,
 ) -> nn.Module:
     """A copy of a network that was given as a Python object, adapted after one trial pass.
 
@@ -127,7 +139,8 @@ def adapted_copy(
         channels: channels of the images.
         size: height and width of the images in pixels.
         config: for its constants for standardising.
-        seed: of the weights of lazy layers.
+        seed: of the weights of lazy layers, and of a new head.
+        new_head: give it a new last layer (:func:`~cure.models.head.renew_head`).
 
     Raises:
         ModelError: when it cannot be copied or does not take such images.
@@ -141,6 +154,8 @@ def adapted_copy(
             )
         network = Normalised(network, config.mean, config.std)
     with seeded(derive(seed, "model")):
+        if new_head:
+            renew_head(network, classes, channels, size, new_head=new_head, seed=seed)
         return adapt(network, classes, channels, size)
 
 
@@ -160,7 +175,13 @@ def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> n
                 "cure.evaluate(cure.Run(path, model))"
             )
         return adapted_copy(
-            model, len(kind.classes), kind.channels, kind.size, config.model, config.seed
+            model,
+            len(kind.classes),
+            kind.channels,
+            kind.size,
+            config.model,
+            config.seed,
+            config.draws_head,
         )
     return build_model(
         config.model,
@@ -168,4 +189,5 @@ def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> n
         channels=kind.channels,
         size=kind.size,
         seed=config.seed,
+        new_head=config.draws_head,
     )

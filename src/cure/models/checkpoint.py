@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cure.errors import CheckpointError, CureNote, ModelError
-from cure.models.fitting import Fit, choose, constants, draw_head, find_head, fits
-from cure.models.trial import traits_of
+from cure.models.fitting import Fit, choose, constants, fits
+from cure.models.head import draw_head, head_name
 from cure.models.weight_files import digest, read_file
 from cure.models.wrapper import Normalised, core
 from cure.utils.io import write_atomically
@@ -67,7 +67,7 @@ def load_weights(
         key: which dictionary to take where several fit, for example "ema".
         new_head: draw the layer of the logits anew and load the rest: the last linear layer or
             1x1 convolution whose output is the number of classes, or the layer of this name.
-        seed: of the new head.
+        seed: of the run, for the new head.
         setting: what messages call ``key``.
 
     Raises:
@@ -122,13 +122,6 @@ def load_weights(
         draw_head(network, head, seed)
 
 
-def head_name(model: nn.Module, new_head: bool | str) -> str:
-    """The layer of the logits inside ``core(model)``, or the one that ``new_head`` names."""
-    shape = traits_of(model).shape
-    name = new_head if isinstance(new_head, str) else None
-    return find_head(core(model), shape[1] if len(shape) == 2 else None, name)
-
-
 def _unfitting(
     model: nn.Module, path: Path, fit: Fit, target: Mapping[str, Tensor], exact: bool
 ) -> str:
@@ -150,8 +143,8 @@ def _unfitting(
             head = None
         if head is not None and all(name.startswith(f"{head}.") for name in fit.differing):
             advice = (
-                f"only its last layer '{head}' is for another number of classes: with start=FILE, "
-                "new_head=true draws a new one and loads the rest"
+                f"only its last layer '{head}' is for another number of classes: new_head=true "
+                "draws a new one and loads the rest, and start=natural:FILE trains it first"
             )
     return (
         f"{path} does not fit the model ({type(core(model)).__name__}): "

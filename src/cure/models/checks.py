@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from cure.errors import ModelError
 from cure.models.failure import failed_in
 
+NEW_HEAD_ADVICE = (
+    "to train a new last layer, say new_head=true start=natural, or start=natural:FILE"
+)
+"""What to do with a network of other classes."""
+
 
 def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
     """Refuse outputs that attacks would misinterpret without an error.
@@ -32,7 +37,7 @@ def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
         from_1 = logits.shape[1] == classes - 1
         raise ModelError(
             f"the model returns {logits.shape[1]} logits but the data has {classes} classes; "
-            f"use a model with {classes} outputs, or images of its own classes"
+            f"use a model with {classes} outputs, or images of its own classes; {NEW_HEAD_ADVICE}"
             f"{' (labels count from 0, not from 1)' if from_1 else ''}"
         )
     if not bool(logits.isfinite().all()):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cure.config import ModelConfig
 from cure.data.labels import match_classes
 from cure.errors import ConfigError, DataError, ModelError, unknown
+from cure.models.checks import NEW_HEAD_ADVICE
 from cure.models.trial import traits_of
 from cure.models.wrapper import Normalised, Selected, Wrapper
 
@@ -50,6 +51,7 @@ def build_external(
     channels: int,
     size: tuple[int, int],
     names: Sequence[str] | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """The network that ``config.name`` points to.
 
@@ -62,6 +64,7 @@ def build_external(
         channels: channels of the images.
         size: height and width of the images in pixels.
         names: of the classes, to be matched with those that come with the network.
+        new_head: its last layer is drawn anew, so its own classes do not matter.
 
     Raises:
         ConfigError: when an option does not exist or is missing.
@@ -70,6 +73,9 @@ def build_external(
     source, _, rest = config.name.partition(":")
     given = config.mean is not None
     if source == "hf":
+        if new_head:
+            anew = {"num_labels": classes, "ignore_mismatched_sizes": True} | config.options
+            config, names = config.model_copy(update={"options": anew}), None
         model = _from_transformers(rest, config.options, classes, channels, not given, names)
     elif source == "timm":
         model = _from_timm(rest, config.options, classes, channels, not given)
@@ -220,9 +226,8 @@ def _from_transformers(
             places, why = (), f" ({error})"
     if not places or (names is None and labels != classes):
         raise ModelError(
-            f"model hf:{name} has {labels} classes but the data has {classes}{why}; to train a new "
-            f'last layer, pass options {{"num_labels": {classes}, "ignore_mismatched_sizes": '
-            "true}"
+            f"model hf:{name} has {labels} classes but the data has {classes}{why}; "
+            f"{NEW_HEAD_ADVICE}"
         )
     # Newer versions keep the precision of the file; training needs float32.
     model: nn.Module = Logits(loaded.float())
@@ -332,6 +337,7 @@ def check_shape(model: nn.Module, name: str, classes: int) -> None:
         raise ModelError(
             f"expected model {name} to return logits of shape {[2, classes]} for two images and "
             f"{classes} classes, got {list(came)}"
+            f"{f'; {NEW_HEAD_ADVICE}' if len(came) == 2 else ''}"
         )
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cure.models.fitting import find_head
+from cure.models.head import find_head
 from cure.models.wrapper import core
 
 

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cure.errors import CheckpointError, ModelError
-from cure.utils.random import seeded
+from cure.errors import CheckpointError
 
 _OPTIONAL = "num_batches_tracked"
 """Counts of BatchNorm, which no result depends on: may be missing."""
@@ -134,58 +133,6 @@ def constants(extra: Mapping[str, Tensor]) -> dict[str, list[float]]:
             role = "mean" if match[1] else "std"
             found[role] = [round(number, 7) for number in tensor.flatten().tolist()]
     return found
-
-
-# -- the head ------------------------------------------------------------------------------------
-
-
-def find_head(model: nn.Module, classes: int | None = None, name: str | None = None) -> str:
-    """The name of the layer that makes the logits: the last linear one or 1x1 convolution.
-
-    Args:
-        model: the network inside its wrappers.
-        classes: number of logits; None takes the last such layer of any width.
-        name: the layer, where it was named.
-
-    Raises:
-        ModelError: when there is no such layer.
-
-    >>> find_head(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), 3)
-    '2'
-    """
-    layers = {
-        path: _width(module) for path, module in model.named_modules() if _width(module) is not None
-    }
-    if name is not None:
-        if name in layers:
-            return name
-        raise ModelError(
-            f"new_head: '{name}' is no linear layer or 1x1 convolution of the network; it has "
-            f"{', '.join(list(layers)[-5:])}"
-        )
-    fitting = [path for path, width in layers.items() if classes is None or width == classes]
-    if not fitting:
-        raise ModelError(
-            f"new_head: found no linear layer or 1x1 convolution with {classes} outputs; name the "
-            "layer: new_head=NAME"
-        )
-    return str(fitting[-1])
-
-
-def _width(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
-        return module.out_channels
-    return None
-
-
-def draw_head(model: nn.Module, name: str, seed: int) -> None:
-    """Draw the weights of a layer anew, as PyTorch initialises it."""
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    with seeded(seed):
-        layer.reset_parameters()
 
 
 def choose(found: list[Fit], path: object, key: str | None) -> list[Fit]:

@@ -180,13 +180,16 @@ def short_run_warnings(config: RunConfig, steps: int) -> list[str]:
 
 def _start_advice(config: RunConfig) -> str:
     """What to look at when the network that a training begins with only guesses."""
-    if config.start == "natural":
+    if config.starts_naturally:
         return (
             "train the start longer (natural.epochs), or set another natural.learning_rate; few "
             "images need more epochs"
         )
+    first = f"natural:{config.start_path}" if config.start_path else "natural"
+    if config.new_head:
+        return f"its new last layer is not trained: train it first (start={first})"
     given = "remove" if config.model.mean is not None else "set"
     return (
         "check that its classes are in the order of the data and that images are standardised "
-        f"once ({given} model.mean and model.std), or train it first (start=natural)"
+        f"once ({given} model.mean and model.std), or train it first (start={first})"
     )

@@ -22,8 +22,8 @@ from cure.models import load_weights
 from cure.models.batch_norm import running_statistics
 from cure.models.blocks import blocks, chosen, reinitialise
 from cure.models.build import network_of
-from cure.models.checkpoint import head_name
 from cure.models.failure import network_errors
+from cure.models.head import head_name
 from cure.registry import METHODS
 from cure.runs.folder import RunFolder
 from cure.training.budget import decide_cutmix, reach_steps
@@ -76,7 +76,7 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
 
     found: list[Prerequisite] = []
     teachers = config.method.teachers()
-    receivers = [prepared.network] if config.start == NATURAL else []
+    receivers = [prepared.network] if config.starts_naturally else []
     receivers += [prepared.teachers[role] for role, t in teachers.items() if t.path == NATURAL]
     if receivers:
         own = replace(prepared, network=copy.deepcopy(prepared.initial), teachers={})
@@ -263,7 +263,7 @@ def natural_config(config: RunConfig) -> RunConfig:
         update={
             "layers": LayersConfig(),
             "name": f"{config.name}-natural",
-            "start": "model",
+            "start": config.start_path or "model",
             "method": METHODS["natural"].Config(name="natural"),
             "training": training,
         }
@@ -292,7 +292,7 @@ def head_config(config: RunConfig, network: nn.Module) -> RunConfig:
         )
     return config.model_copy(
         update={
-            "layers": LayersConfig(update=(head_name(network, config.new_head),)),
+            "layers": LayersConfig(update=(head_name(network, config.draws_head),)),
             "name": f"{config.name}-head",
             "method": METHODS["at"].Config(name="at"),
             "training": training.model_copy(update=changes),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.attacks.nfgsm import NFGSM
 from cure.attacks.registry import evaluation_attack
-from cure.config import NATURAL, ROBUST, DataConfig, RunConfig, TeacherConfig
+from cure.config import NATURAL, DataConfig, RunConfig, TeacherConfig
 from cure.data import ImageKind, ImageSet, batches, carve, load_training, steps_per_epoch
 from cure.data.cache import CachePlace, no_words
 from cure.data.sources import check_not_memory
@@ -38,7 +38,6 @@ from cure.training.schedule import learning_rate, progress_at
 from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating
-from cure.utils.random import derive
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,8 @@ def prepare(
         return prepared
     training, validation = prepared.training, prepared.validation
     # A natural start is loaded later, so its features are not known yet.
-    trained = None if config.start in (NATURAL, "scratch") else prepared.network
+    untrained = config.starts_naturally or config.start == "scratch"
+    trained = None if untrained else prepared.network
     extra = choose_extra(config, training, validation, labeller, engine, folder, place, trained)
     return replace(prepared, extra=extra)
 
@@ -140,18 +140,14 @@ def _prepared(
     sample = next(batches(training, 2)).image
     with evaluating(initial):
         check_outputs(initial, sample, len(training.classes))
+    fresh = folder is None or not folder.state.exists()
+    if fresh and config.starts_naturally:
+        _load_start(initial, config, training.classes)
     network = copy.deepcopy(initial)
     if config.training.batch_norm == "frozen":
         freeze_statistics(network)
-    fresh = folder is None or not folder.state.exists()
-    if fresh and config.start_path is not None:
-        load_weights(
-            network,
-            _start_weights(config.start_path),
-            key=config.start_key,
-            new_head=config.new_head or config.start.startswith(ROBUST),
-            seed=derive(config.seed, "new head"),
-        )
+    if fresh and not config.starts_naturally:
+        _load_start(network, config, training.classes)
     choose_layers(network, config)
     prepared = Prepared(engine, training, validation, network, initial)
     prepared = replace(prepared, teachers=teacher_networks(config, prepared))
@@ -240,8 +236,19 @@ def _check_augmentation(config: RunConfig) -> None:
         )
 
 
+def _load_start(network: nn.Module, config: RunConfig, classes: Sequence[str]) -> None:
+    """Load the weights that ``start`` names, where it names any: a file, or a run (its best)."""
+    if config.start_path is None:
+        return
+    new_head, folder = config.draws_head, Path(config.start_path).expanduser()
+    if config.start == config.start_path and folder.is_dir():
+        # The last layer of a run of the same classes is what `new_head` asks for, trained already.
+        new_head = new_head if RunFolder.open(folder).kind.classes != classes else False
+    weights = _start_weights(config.start_path)
+    load_weights(network, weights, key=config.start_key, new_head=new_head, seed=config.seed)
+
+
 def _start_weights(path: str) -> Path:
-    """The weights file that ``start`` names: a file, or the folder of a run (its best)."""
     place = Path(path).expanduser()
     if place.is_dir():
         return RunFolder.open(place).weights("best")

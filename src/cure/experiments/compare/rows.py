@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from cure.config import Ratio
+from cure.config import NATURAL, NATURAL_FROM, ROBUST, Ratio
 from cure.errors import CheckpointError, ConfigError
 from cure.runs.folder import RunFolder
 from cure.runs.records import (
@@ -473,7 +473,8 @@ def _configuration(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _origin(start: str) -> str:
     # Each seed starts from a run of its own, so the path is no setting that tells groups apart.
-    return start if start in {"natural", "scratch", "model"} else "checkpoint"
+    prefix = next((p for p in (ROBUST, NATURAL_FROM) if start.startswith(p)), "")
+    return start if start in {NATURAL, "scratch", "model"} else f"{prefix}checkpoint"
 
 
 # Labels: runs of one label differ in nothing but their seed.
