@@ -48,8 +48,7 @@ def make_extra(config: DataConfig, count: int, file: Path) -> None:
             # Ten images at a time share one share of the mix.
             mix = AugmentConfig(mixup=1.0) if part % 20 else AugmentConfig(cutmix=1.0)
             some = slice(part, min(part + 10, size // 2))
-            label = torch.zeros(some.stop - some.start, dtype=torch.int64)
-            image[some] = mixed(image[some], label, 2, mix, draws)[0]
+            image[some] = mixed(image[some], torch.zeros(some.stop - some.start), mix, draws)[0]
         made.append((255 * image).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
     def write(temporary: Path) -> None:

@@ -25,7 +25,7 @@ from cure.data import ImageSet
 from cure.errors import ConfigError
 from cure.evaluation.journal import Journal
 from cure.evaluation.metrics import unpack
-from cure.evaluation.runner import WORST, measure
+from cure.evaluation.runner import WORST, AttackRunner, measure
 from cure.evaluation.shards import Shard
 from cure.registry import ATTACKS
 from cure.runs.records import AttackAccuracy
@@ -242,6 +242,33 @@ def test_a_part_ends_after_so_many_in_a_row(monkeypatch, fools, attacked, fooled
     part = found["attacks"]["planted"]
     assert part["not_attacked"] == {"planted": 20 - attacked}
     assert part["correct"] == 20 - fooled
+
+
+def test_ranks_stop_where_one_process_does(monkeypatch):
+    image = torch.full((20, 1, 2, 2), 255, dtype=torch.uint8)
+    image[:, 0, 0, 0] = torch.arange(20)
+    data = ImageSet(image, torch.zeros(20, dtype=torch.int64), ("a", "b"), "x", "test")
+    falls = torch.isin(torch.arange(20), torch.tensor([0, 9]))  # the second is not reached
+    monkeypatch.setitem(ATTACKS._entries, "planted", _planted(falls, torch.arange(20)))
+
+    def found():
+        return measure(
+            _White(), data, ["planted"], Threat("Linf", 1.0), engine=ENGINE, per_image=True
+        )["attacks"]["planted"]
+
+    alone = found()
+    rounds = AttackRunner._rounds
+
+    def of_three(self, *arguments):
+        """The batches of three ranks arrive together."""
+        single = [result for one in rounds(self, *arguments) for result in one]
+        yield from (single[first : first + 3] for first in range(0, len(single), 3))
+
+    monkeypatch.setattr(AttackRunner, "_rounds", of_three)
+    together = found()
+    assert (alone["correct"], alone["not_attacked"]) == (19, {"planted": 12})
+    for key in ("correct", "right", "not_attacked"):
+        assert together[key] == alone[key]
 
 
 def test_the_ordered_form_takes_no_shards():

@@ -189,6 +189,18 @@ def test_class_weights_scale_the_loss_of_each_image() -> None:
     assert torch.equal(plain.target, plain.label)
 
 
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_class_weights_balance_mixed_images_too(kind: str) -> None:
+    data = images([0] * 300 + [1] * 100)
+    augment = AugmentConfig(crop_padding=0, flip=False, **{kind: 1.0})
+    found = list(
+        epoch(data, batch_size=40, epoch=0, seed=1, augment=augment, class_weights="balanced")
+    )
+    # Every image has the same share in all, so both classes weigh 200 as they do unmixed.
+    mass = torch.cat([batch.target for batch in found]).sum(dim=0)
+    assert mass.tolist() == pytest.approx([200, 200], rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["natural", "at", "trades", "cure"])
 @pytest.mark.parametrize("setting", ["training.class_weights", "data.sampler"])
 def test_unequal_classes_are_trained_equally(tmp_path, method, setting) -> None:

@@ -471,6 +471,15 @@ def test_lists_of_files_and_labels_are_read(tmp_path) -> None:
     assert torch.equal(second.image[1], pixels_of(picture(104)))
 
 
+def test_a_short_list_named_for_a_split_is_that_split(tmp_path) -> None:
+    rows = labelled(tmp_path)
+    (tmp_path / "train.txt").write_text("".join(f"{n} {k}\n" for n, k in rows[:4] + rows[5:9]))
+    (tmp_path / "val.txt").write_text("".join(f"{n} {k}\n" for n, k in (rows[4], rows[9])))
+    first, second = load(config(tmp_path), "train"), load(config(tmp_path), "test")
+    assert torch.bincount(first.label).tolist() == [4, 4]
+    assert second.label.tolist() == [0, 1]
+
+
 def test_a_column_of_0_and_1_for_each_class_is_read(tmp_path) -> None:
     rows = labelled(tmp_path)
     marks = [

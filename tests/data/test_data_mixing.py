@@ -7,7 +7,7 @@ import torch
 
 from cure.config import AugmentConfig
 from cure.data import ImageSet
-from cure.data.augment import color_jitter, mixed, resized_crop
+from cure.data.augment import color_jitter, mixed, resized_crop, soft_labels
 from cure.data.loader import epoch
 
 
@@ -48,7 +48,7 @@ def test_color_jitter_leaves_grey_images_grey_and_stays_in_range() -> None:
 def test_label_smoothing_by_hand() -> None:
     config = AugmentConfig(label_smoothing=0.3)
     image = torch.rand(2, 3, 4, 4)
-    found, soft = mixed(image, torch.tensor([0, 2]), 3, config, draws())
+    found, soft = mixed(image, soft_labels(torch.tensor([0, 2]), 3, config), config, draws())
     assert found is image
     torch.testing.assert_close(soft, torch.tensor([[0.8, 0.1, 0.1], [0.1, 0.1, 0.8]]))
 
@@ -59,7 +59,8 @@ def test_images_and_labels_are_mixed_by_the_same_share(kind: str) -> None:
     label = torch.arange(8)
     image = label.float().view(8, 1, 1, 1).expand(8, 1, 12, 12).clone()
     for seed in range(10):
-        found, soft = mixed(image, label, 8, AugmentConfig(**{kind: 1.0}), draws(seed))
+        config = AugmentConfig(**{kind: 1.0})
+        found, soft = mixed(image, soft_labels(label, 8, config), config, draws(seed))
         torch.testing.assert_close(soft.sum(dim=1), torch.ones(8))
         torch.testing.assert_close(found.mean(dim=(1, 2, 3)), soft @ torch.arange(8.0))
         if kind == "cutmix":

@@ -372,6 +372,35 @@ def test_names_that_are_no_attack(name: str) -> None:
         evaluation_attack(name)
 
 
+def test_what_is_no_number_is_not_right() -> None:
+    """A network whose logits are NaN away from the images themselves."""
+
+    class Breaks(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            level = image.flatten(1).mean(dim=1, keepdim=True)
+            near = (level * 255 - (level * 255).round()).abs() < 1e-3
+            scores = torch.cat([1 - level, level], dim=1) * 4
+            return torch.where(near, scores, torch.nan)
+
+    images = image_set(torch.zeros(6, 1, 2, 2, dtype=torch.uint8), torch.zeros(6).long(), 2)
+    found = measure(Breaks(), images, ["noise"], Threat("Linf", 0.1), engine=ENGINE)
+    assert found["natural"]["correct"] == 6
+    assert found["attacks"]["noise"]["correct"] == 0
+
+
+def test_a_curve_is_refused_before_any_attack_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images, *_ = linear_case(4, 0.03)
+    monkeypatch.setattr(EVALUATION.AttackRunner, "run", None)
+    with pytest.raises(ConfigError, match="pgd20"):
+        evaluate(model, data=images, norm="L1", attacks=["apgd-ce"], curve="pgd20")
+
+
+def test_a_radius_of_a_curve_counts_once() -> None:
+    model, images, *_ = linear_case(4, 0.03)
+    found = evaluate(model, data=images, attacks=[], curve="pgd2", epsilons=["8/255", "8/255"])
+    assert len(found["curve"]["points"]) == 1
+
+
 def test_no_image_is_refused() -> None:
     plain, images, _, _ = linear_case(2, 0.1)
     with pytest.raises(DataError, match="no image"):
@@ -829,6 +858,7 @@ def test_evaluate_a_module_on_images_in_memory() -> None:
         "name": "made",
         "split": "test",
         "n": len(images),
+        "limit": None,
         "classes": ["0", "1"],
         "classes_present": 2,
         "images_by_class": images.label.bincount().tolist(),

@@ -44,6 +44,12 @@ def test_limits(text: str, lower: bool, met: bool) -> None:
     assert "\n" not in row["measured"]
 
 
+def test_other_spellings_of_an_attack_are_met_too() -> None:
+    for text in ("pgd-20>=40", "pgd20:restarts=1>=40"):
+        (row,) = check_requirements(RESULT, [Requirement.parse(text)], False)
+        assert row["met"], row
+
+
 def test_a_limit_on_an_estimate_says_so() -> None:
     early = accuracy(40, 100) | {"not_attacked": {"apgd-ce": 0, "square": 7}}
     whole = accuracy(40, 100) | {"not_attacked": {"apgd-ce": 0, "square": 0}}

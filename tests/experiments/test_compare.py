@@ -17,9 +17,11 @@ from markdown_it import MarkdownIt
 from scipy import stats
 
 import cure
+from cure.attacks.registry import attack_order, known_attacks
 from cure.data import ImageKind
 from cure.errors import CheckpointError, ConfigError
 from cure.experiments.compare import ResultTable, compare, difference, read_rows, table
+from cure.experiments.compare.rows import strength
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.records import EpochTiming
@@ -764,6 +766,17 @@ def test_the_order_is_by_the_strongest_that_all_have(make_run: MakeRun) -> None:
     without = make_run("d", result(90, pgd20=45), method="natural")
     assert labels(compare([*runs, without])) == ["trades", "natural", "at", "mart"]
     assert "sorted by pgd20" in compare([*runs, without]).caption
+
+
+def test_attacks_have_the_order_of_the_registry() -> None:
+    for name in (
+        *(n for n in known_attacks() if n != "natural"),
+        "pgd2",
+        "pgd50:restarts=5",
+        "cw:restarts=5",
+    ):
+        assert strength(name)[0] == attack_order(name)[0], name
+    assert strength("pgd20") > strength("pgd9") > strength("fgsm")
 
 
 def test_missing_values_come_last(make_run: MakeRun) -> None:

@@ -164,7 +164,7 @@ def evaluated(natural: list[bool], robust: list[bool]) -> dict[str, Any]:
         "natural": accuracy(natural),
         "attacks": {"pgd2": accuracy(robust) | {"settings": {}}},
         "nrr": {},
-        "threat": {"norm": "Linf", "epsilon": 0.1, "epsilon_text": "0.1"},
+        "threat": {"norm": "Linf", "epsilon": 0.15, "epsilon_text": "0.15"},
         "data": {"name": "/home/me/images", "split": "test", "size": [1, 8, 8], "classes": []},
         "model": {"checkpoint": "best"},
         "environment": {"time": "2026"},
@@ -314,3 +314,5 @@ def test_words_that_are_no_front(command: Command) -> None:
     refused(command("front", "at", "digits", "--values", "at"), "METHOD=A,B,C")
     refused(command("front", "at", "digits", "--with", "a=1"), "METHOD:KEY=VALUE")
     refused(command("front", "at", "digits", "--reference", "1"), "reference: expected")
+    refused(command("front", "at", "digits", "--limit", "0"), "front: evaluations.0.limit: ")
+    refused(command("front", "at", "digits", "--seeds=-1"), "front: seeds.0: ")

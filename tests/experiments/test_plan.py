@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -17,10 +18,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+import cure
 from cure.errors import CheckpointError, ConfigError, CureError
 from cure.experiments.executors import Job, LocalExecutor, cluster_executor
 from cure.experiments.plan import (
     Entry,
+    answer,
     carry_out_plan,
     entries,
     is_done,
@@ -183,6 +186,30 @@ def test_an_evaluation_that_was_added_is_made_up_for():
     elsewhere = [*PLAN["evaluations"], {"attacks": ["cw"], "limit": 9, "rows": ["at"]}]
     (entry,) = (e for e in entries(plan) if e.label == "natural")
     assert is_done(read_plan(written(evaluations=elsewhere)), entry, Path("out"))
+
+
+def test_only_an_evaluation_of_what_is_asked_for_counts() -> None:
+    carry_out_plan(read_plan(written()), Path("out"), Here(), only=["natural"])
+    run = Path("runs/natural-seed0")
+    (entry,) = (e for e in entries(read_plan(written())) if e.label == "natural")
+
+    def done(**measured: Any) -> bool:
+        wanted = [{"attacks": ["noise"], **measured}]
+        results = tuple(RunFolder.open(run).evaluations())
+        (m,) = read_plan(written(evaluations=wanted)).evaluations
+        return answer(results, m.of("best"), entry.config) is not None
+
+    evaluate = functools.partial(cure.evaluate, run, attacks=["noise"])
+    evaluate(epsilon="4/255")  # within another ball than the run's
+    evaluate(limit=15)
+    assert (done(limit=15), done(), done(limit=16), done(limit=1000)) == (True, False, False, False)
+    evaluate(limit=1000)  # there are fewer images
+    assert (done(), done(limit=1000), done(limit=999), done(limit=16)) == (True, True, True, False)
+
+
+def test_attacks_of_a_plan_may_be_spelt_otherwise() -> None:
+    plan = read_plan(written(evaluations=[{"attacks": ["pgd-2"], "limit": 20}]))
+    assert plan.evaluations[0].attacks == ("pgd2",)
 
 
 def test_a_run_that_was_stopped_goes_on(monkeypatch):

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import cure
+from cure.data import carve
 from cure.errors import CureError
-from cure.experiments.tradeoff import barriers, choose, combinations
+from cure.experiments.tradeoff import _images, barriers, choose, combinations
 from cure.runs.folder import RunFolder
 from cure.runs.records import TradeoffPoint
 from helpers import Command, bright_or_dark, refused
@@ -191,3 +192,21 @@ def test_three_ends_make_a_triangle(runs: Path) -> None:
     assert found.ends == ["natural start", "at", "other"]
     assert len(found.points) == 6
     assert found.chosen is None
+
+
+def test_images_in_memory_are_split_as_in_training(tmp_path: Path) -> None:
+    images = bright_or_dark(400)
+    given = (images.image.numpy().transpose(0, 2, 3, 1), images.label.numpy())
+    settings = SETTINGS | {
+        "data.limit": 100,
+        "data.validation": 40,
+        "training.epochs": 1,
+        "natural.epochs": 1,
+    }
+    cure.train("digits", settings, data=given, run=tmp_path / "run", quiet=True)
+    held = _images(RunFolder.open(tmp_path / "run"), given, "validation")
+    whole = images.subset(slice(0, 100))
+    _, expected = carve(whole, 40, cure.Run(tmp_path / "run").config.data.split_seed)
+    assert torch.equal(held.image, expected.image)
+    assert torch.equal(held.label, expected.label)
+    assert len(cure.tradeoff(tmp_path / "run", points=3, data=given).points) == 3

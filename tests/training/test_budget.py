@@ -10,6 +10,7 @@ import cure
 from cure.errors import ConfigError
 from cure.recipe import load_recipe
 from cure.training import budget
+from cure.training.prerequisites import natural_config
 
 PHOTOS = ["data.source=digits", "model.name=small_cnn"]
 
@@ -77,6 +78,13 @@ def test_a_budget_of_minutes_goes_before_the_least_steps() -> None:
     kept, told = budget.reach_steps(config, steps=5)
     assert (kept.training.epochs, kept.training.validate_every, told) == (36, 3, [])
     assert kept.training.min_steps is None
+
+
+def test_a_budget_of_minutes_is_not_that_of_the_natural_start() -> None:
+    config = load_recipe("photos", [*PHOTOS, "start=natural", "training.minutes=4"])
+    kept, _ = budget.reach_steps(natural_config(config), steps=5)
+    assert kept.training.epochs == 60  # natural.min_steps=300
+    assert kept.training.minutes is None
 
 
 def test_many_images_keep_the_epochs_of_the_recipe() -> None:

@@ -17,12 +17,12 @@ import cure
 from cure import data
 from cure.attacks import PGD, Threat
 from cure.config import AveragingConfig, MethodConfig, RunConfig
-from cure.data import Batch, accounting, carve, sources
+from cure.data import Batch, accounting, batches, carve, sources
 from cure.errors import TrainingStopped
 from cure.methods import Context, Method, StepOutput
 from cure.methods.base import holding
-from cure.methods.wrappers.averaging import Averaging
-from cure.models import read_weights
+from cure.methods.wrappers.averaging import Averaging, recompute_statistics
+from cure.models import load_weights, read_weights
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.training.trainer import Totals, Trainer
@@ -434,3 +434,31 @@ def test_totals_remember_the_first_bad_step_across_good_ones() -> None:
     for step, value in enumerate([1.0, float("inf"), 2.0, float("nan")]):
         totals.add({"loss": torch.tensor(value)}, step)
     assert totals.first_bad() == 1
+
+
+def test_weights_between_validations_have_statistics_of_their_own(tmp_path: Path) -> None:
+    settings = {
+        "model.name": "small_cnn",
+        "start": "scratch",
+        "method": "at",
+        "data.validation": 16,
+        "attack.steps": 1,
+        "training.epochs": 2,
+        "training.validate_every": 2,
+        "training.keep_every": 1,
+        "training.batch_norm": "train",
+        "training.batch_size": 16,
+        "training.threads": 1,
+    }
+    images = bright_or_dark()
+    run = cure.train("digits", settings, data=images, run=tmp_path / "run", quiet=True)
+    folder = RunFolder.open(run.path)
+    first = next(path for path in folder.checkpoints.iterdir() if "1" in path.stem)
+    network = run.model()
+    load_weights(network, first)
+    training, _ = carve(images, 16, run.config.data.split_seed)
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    recompute_statistics(network, (batch.image for batch in batches(training, 16)))
+    for name, value in network.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(before[name], value, rtol=0.05, atol=0.01)

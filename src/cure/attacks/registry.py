@@ -247,6 +247,16 @@ def attack_label(name: str) -> str:
     return (attack.label or attack.name) if attack is not None else name
 
 
+def attack_name(name: str) -> str:
+    """The name that results have for an attack; the name itself where there is no such attack.
+
+    >>> attack_name("pgd-20"), attack_name("natural")
+    ('pgd20', 'natural')
+    """
+    attack = _find(name)
+    return attack.name if attack is not None else name
+
+
 def attack_order(name: str) -> tuple[int, int, str]:
     """What sorts attacks from the weakest to the strongest, and PGD by its steps."""
     attack = _find(name)

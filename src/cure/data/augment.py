@@ -158,28 +158,31 @@ def color_jitter(image: Tensor, strength: float, generator: torch.Generator) -> 
     return changed.clamp(0, 1)
 
 
+def soft_labels(label: Tensor, classes: int, config: AugmentConfig) -> Tensor:
+    """Labels [B] as rows [B, K] that sum to 1, after label smoothing."""
+    target = F.one_hot(label, classes).float()
+    return (1 - config.label_smoothing) * target + config.label_smoothing / classes
+
+
 def mixed(
-    image: Tensor, label: Tensor, classes: int, config: AugmentConfig, generator: torch.Generator
+    image: Tensor, target: Tensor, config: AugmentConfig, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Images and soft labels after MixUp, CutMix and label smoothing.
+    """Images and their labels after MixUp or CutMix.
 
     Each image is mixed with another of the batch; one share for the batch.  With both MixUp and
     CutMix, each batch draws which of the two.
 
     Args:
         image: [B, C, H, W] float in [0, 1], the whole batch.
-        label: [B] int64.
-        classes: K.
-        config: alphas and smoothing.
+        target: [B, ...] float, of each image: what is mixed in the same shares, as soft labels.
+        config: their alphas.
         generator: on the image's device.
 
     Returns:
-        Images like ``image``, and labels [B, K] whose rows sum to 1.
+        Images like ``image``, and the mixed ``target``.
 
     Source: MixUp: Zhang et al., ICLR 2018.  CutMix: Yun et al., ICCV 2019.
     """
-    target = F.one_hot(label, classes).to(image.dtype)
-    target = (1 - config.label_smoothing) * target + config.label_smoothing / classes
     if not config.mixes:
         return image, target
     draws = torch.Generator().manual_seed(

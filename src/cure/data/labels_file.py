@@ -263,7 +263,7 @@ def _rows_of(path: Path, tree: _Tree) -> list[Cells]:
     if suffix in (".jsonl", ".ndjson"):
         return list(_json_rows(path, text))
     if suffix == ".txt":
-        return list(_list_rows(text, tree))
+        return list(_list_rows(text, tree, split=path.stem.lower() in SPLIT_NAMES))
     return list(_csv_rows(text, tree, "\t" if suffix == ".tsv" else None))
 
 
@@ -376,8 +376,11 @@ def _csv_rows(text: str, tree: _Tree, delimiter: str | None) -> Iterator[Cells]:
         yield dict(zip(header, row, strict=False))
 
 
-def _list_rows(text: str, tree: _Tree) -> Iterator[Cells]:
-    """Lines of a file and its label, as ``im/1.jpg 0``; boxes may follow after tabs."""
+def _list_rows(text: str, tree: _Tree, split: bool) -> Iterator[Cells]:
+    """Lines of a file and its label, as ``im/1.jpg 0``; boxes may follow after tabs.
+
+    In a file that is not named for a split, labels have to repeat: others may be captions.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     pairs = [
         line.split("\t")[:2] if "\t" in line else re.split(r"[\s,;]+(?=\S+$)", line)
@@ -385,5 +388,5 @@ def _list_rows(text: str, tree: _Tree) -> Iterator[Cells]:
     ]
     # Any text may be in such a file, so all of its first lines must be of this form.
     form = all(len(pair) == 2 and tree.has(pair[0], whole=True) for pair in pairs[:_TRIED])
-    if form and _repeat(pair[-1] for pair in pairs):
+    if form and (split or _repeat(pair[-1] for pair in pairs)):
         yield from ({"file_name": pair[0], "label": pair[-1]} for pair in pairs)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cure.config import AugmentConfig
-from cure.data.augment import augmented, mixed
+from cure.data.augment import augmented, mixed, soft_labels
 from cure.data.images import Batch, ImageSet
 from cure.errors import DataError
 from cure.utils.random import generator, shared_generator
@@ -96,12 +96,6 @@ def epoch(
         elif balanced and extra is not None:
             weights = _mixture_weights(images.label, extra.label, classes, drawn / batch_size)
 
-        def weighted(label: Tensor, soft: Tensor | None = None) -> Tensor | None:
-            if weights is None:
-                return None
-            whole = F.one_hot(label, classes) if soft is None else soft
-            return whole * weights[label][:, None]
-
         order = _order(images.label, sampler, seed, epoch)
         if extra is not None:
             own = order[: steps * (batch_size - drawn)].view(steps, -1)
@@ -127,14 +121,18 @@ def epoch(
             if augment is not None and mixing:
                 noise = generator(device, seed, "augment", step)
                 image = to_unit(augmented(image, augment, noise))
-                image, soft = mixed(image, labels[whole], classes, augment, noise)
-                soft = soft[mine]
-                yield Batch(image[mine], label, index, step, soft, weighted=weighted(label, soft))
+                soft = soft_labels(labels[whole], classes, augment)
+                heavy = soft if weights is None else soft * weights[labels[whole]][:, None]
+                # The labels of the attack and those of the loss are mixed alike.
+                image, both = mixed(image, torch.stack([soft, heavy], dim=1), augment, noise)
+                loss = None if weights is None else both[mine, 1]
+                yield Batch(image[mine], label, index, step, both[mine, 0], weighted=loss)
                 continue
             if augment is not None:
                 noise = shared_generator(device, rank, world, seed, "augment", step)
                 image = augmented(image, augment, noise)
-            yield Batch(to_unit(image), label, index, step, weighted=weighted(label))
+            loss = None if weights is None else F.one_hot(label, classes) * weights
+            yield Batch(to_unit(image), label, index, step, weighted=loss)
 
     return iterate()
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Unpack
 from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.attacks.registry import evaluation_attack
+from cure.attacks.registry import attack_name, evaluation_attack
 from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
 from cure.errors import CheckpointError, ConfigError, CureNote, notes_kept
@@ -33,7 +33,7 @@ from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, mea
 from cure.evaluation.shards import MergedShards, Shard
 from cure.evaluation.smoothing import check_sigma, smoothed_accuracy
 from cure.evaluation.target import Target, TargetLike, describe_images
-from cure.evaluation.unseen import attack_unseen, unseen_threats, with_all_threats
+from cure.evaluation.unseen import attack_unseen, check_unseen, unseen_threats, with_all_threats
 from cure.models import describe
 from cure.models.failure import network_errors
 from cure.models.trial import traits_of
@@ -163,6 +163,7 @@ def evaluate(
             keep_images=adversarial is not None,
             per_image=per_image or unseen,
             unseen=unseen,
+            bounds=bounds,
             float_network=float_network,
             time_limit=time_limit,
             sharded=sharded,
@@ -233,6 +234,7 @@ def _prepare(
     keep_images: bool,
     per_image: bool,
     unseen: bool,
+    bounds: bool,
     float_network: TargetLike | None = None,
     time_limit: float | None,
     sharded: Shard | int | None = None,
@@ -268,7 +270,10 @@ def _prepare(
         attacks = list(dict.fromkeys([*found, *(name for name in attacks if name != AUTO)]))
         warnings.warn(sentence, CureNote, stacklevel=2)
     identity = identify(model, images, attacks, threat, engine, size, seed, source, curve, replay)
+    if bounds:
+        verified_accuracy(model.eval(), images.subset(slice(0, 1)), threat, engine=engine)
     if unseen:
+        check_unseen(model, images, threat, replay)
         others = unseen_threats(threat, images)
         identity["unseen"] = {norm: float(other.epsilon) for norm, other in others.items()}
     with engine.agreeing():
@@ -384,7 +389,7 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
             "epsilon": float(threat.epsilon),
             "epsilon_text": str(threat.epsilon),
         },
-        "data": describe_images(images),
+        "data": describe_images(images) | {"limit": target.options.limit},
         "model": describe(this.model) | target.facts,
         "seed": target.options.seed,
         "batch_size": target.batch_size,
@@ -407,6 +412,7 @@ def _unseen(
         progress=progress,
         journal=this.journal,
         shard=shard,
+        replay=this.replay,
     )
 
 
@@ -514,7 +520,7 @@ def _attack_names(
         attacks = target.config.evaluation.attacks if target.config else EvaluationConfig().attacks
     known = (AUTO, "transfer") if with_source else (AUTO,)
     check_attacks(name for name in attacks if name not in known)
-    return attacks
+    return [attack_name(name) for name in attacks]
 
 
 def _with_required(
@@ -585,7 +591,7 @@ def _curve(attack: str | None, epsilons: Sequence[str | float] | None) -> Curve 
             raise ConfigError(f"epsilons: {error}") from None
     if not radii or min(radii) <= 0:
         raise ConfigError("epsilons: expected radii above 0 such as 1/255,2/255")
-    return Curve(attack, tuple(radii))
+    return Curve(attack, tuple(dict.fromkeys(radii)))
 
 
 def _partial(output: str | Path | None, target: Target, identity: Identity) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 from xml.etree import ElementTree
 
+from cure.attacks.registry import attack_name
 from cure.errors import ConfigError
 from cure.utils.io import write_json, write_text
 from cure.utils.version import VERSION
@@ -46,7 +47,7 @@ class Requirement:
                 f"require: expected a least accuracy in percent such as natural>=75 or pgd20>40, "
                 f"got '{text}'"
             )
-        return cls(found[1], found[2] == ">", float(found[3]))
+        return cls(attack_name(found[1]), found[2] == ">", float(found[3]))
 
     def __str__(self) -> str:
         return f"{self.attack}{'>' if self.above else '>='}{self.limit:g}"

@@ -16,6 +16,7 @@ from cure.data import ImageSet, batches
 from cure.errors import ConfigError, DataError
 from cure.evaluation.metrics import accuracy_of
 from cure.evaluation.runner import Result
+from cure.models.checks import predicted
 from cure.utils.engine import Engine
 
 ADVERSARIAL_FORMAT = "cure-adversarial-1"
@@ -191,8 +192,8 @@ def check_claim(
         beyond |= ((changed < 0) | (changed > 1) | changed.isnan()).flatten(1).any(dim=1)
         outside += int(beyond.sum())
         furthest = max(furthest, float(lengths.max()))
-        predicted = model(engine.arrange(changed)).argmax(dim=1)
-        right[batch.index.cpu()] = (predicted == batch.label).cpu()
+        named = predicted(model(engine.arrange(changed)))
+        right[batch.index.cpu()] = (named == batch.label).cpu()
     result = accuracy_of(right, 0.0)
     del result["seconds"]
     agrees = claim.correct is None or abs(result["correct"] - claim.correct) <= 1

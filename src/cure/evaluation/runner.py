@@ -22,7 +22,7 @@ from cure.evaluation.metrics import Result as Result
 from cure.evaluation.metrics import accuracy_of, by_class, majority, nrr, pack, smallest
 from cure.evaluation.shards import Shard
 from cure.models import digest
-from cure.models.checks import check_outputs
+from cure.models.checks import check_outputs, predicted
 from cure.models.trial import traits_of
 from cure.utils.engine import Engine
 
@@ -120,7 +120,10 @@ def measure(
     """
     ends = math.inf if time_limit is None else time.monotonic() + time_limit
     images = images.checked().to(engine.device)
-    chosen = _chosen(attacks, images, threat, source, model, replay)
+    chosen = chosen_attacks(attacks, images, threat, source, model, replay)
+    along = None
+    if curve is not None:
+        (along,) = chosen_attacks([curve.attack], images, threat, source, model, replay)
     if shard is not None and (named := [a.name for a in chosen if a.order is not None]):
         raise ConfigError(
             f"{named[0]} takes all images in one order, so they cannot be shared among shards; "
@@ -145,9 +148,8 @@ def measure(
         )
         tallies = {attack.name: runner.run(attack, natural) for attack in chosen}
         unfinished = {name: t.result() for name, t in tallies.items() if t.stopped_in is not None}
-        if curve is not None:
-            attack = _possible(evaluation_attack(curve.attack, source), images, threat, model)
-            result["curve"], missing = _measure_curve(runner, attack, natural, curve)
+        if curve is not None and along is not None:
+            result["curve"], missing = _measure_curve(runner, along, natural, curve)
             if missing is not None:
                 unfinished["curve"] = missing
     robust = {name: t.robust for name, t in tallies.items() if t.stopped_in is None}
@@ -195,7 +197,7 @@ def identify(
     replay: nn.Module | None = None,
 ) -> Identity:
     """All that the result of a batch depends on, for :class:`Journal`; see :func:`measure`."""
-    chosen = _chosen(attacks, images, threat, source, model, replay)
+    chosen = chosen_attacks(attacks, images, threat, source, model, replay)
     further: Identity = {} if source is None else {"source": digest(_tensors_of(source))}
     if replay is not None:
         further["replay"] = digest(_tensors_of(replay))
@@ -214,7 +216,7 @@ def identify(
     } | further
 
 
-def _chosen(
+def chosen_attacks(
     attacks: Sequence[str],
     images: ImageSet,
     threat: Threat,
@@ -222,7 +224,11 @@ def _chosen(
     model: nn.Module,
     replay: nn.Module | None = None,
 ) -> list[EvaluationAttack]:
-    """The attacks of these names, each once, as far as images and network allow them."""
+    """The attacks of these names, each once, as far as images and network allow them.
+
+    Raises:
+        ConfigError: for an attack that they do not allow.
+    """
     return [
         _possible(evaluation_attack(name, source), images, threat, model, replay)
         for name in dict.fromkeys(attacks)
@@ -260,11 +266,11 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _predict(model: nn.Module, images: ImageSet, engine: Engine, batch_size: int) -> Tensor:
-    predicted = torch.zeros_like(images.label)
+    named = torch.zeros_like(images.label)
     for batch in batches(images, batch_size):
         if batch.step % engine.world == engine.rank:
-            predicted[batch.index] = model(engine.arrange(batch.image)).argmax(dim=1)
-    return engine.total(predicted)
+            named[batch.index] = predicted(model(engine.arrange(batch.image)))
+    return engine.total(named)
 
 
 def _settings(attack: EvaluationAttack, engine: Engine) -> dict[str, Any]:
@@ -451,13 +457,17 @@ class AttackRunner:
                 order = self._ordered(attack, prepared, targets) if order is None else order
                 targets, size = order[tally.robust[order]], min(size, enough)
             for results in self._rounds(attack, part, prepared, targets, size):
-                for result in filter(None, results):
-                    tally.add(result)
+                for result in results:
+                    # Of a round of all ranks only what one process would have done counts.
+                    if enough is not None and tally.in_a_row >= enough:
+                        break
+                    if result is not None:
+                        tally.add(result)
+                if enough is not None and tally.in_a_row >= enough:
+                    break
                 if None in results:
                     tally.stopped_in = part
                     return tally
-                if enough is not None and tally.in_a_row >= enough:
-                    break
             tally.end(part, len(targets))
         return tally
 
@@ -593,7 +603,7 @@ class AttackRunner:
 
     @torch.no_grad()
     def _fooled(self, model: nn.Module, image: Tensor, label: Tensor) -> Tensor:
-        return model(self.engine.arrange(image)).argmax(dim=1) != label  # type: ignore[no-any-return]
+        return predicted(model(self.engine.arrange(image))) != label
 
 
 def _check_allowed(adversarial: Tensor, lengths: Tensor, name: str, threat: Threat) -> None:

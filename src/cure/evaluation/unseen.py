@@ -13,7 +13,7 @@ from cure.config import Ratio
 from cure.data import ImageSet
 from cure.evaluation.journal import Journal, JournalPart
 from cure.evaluation.metrics import Result, accuracy_of, unpack
-from cure.evaluation.runner import Progress, measure, no_progress
+from cure.evaluation.runner import Progress, chosen_attacks, measure, no_progress
 from cure.evaluation.shards import Shard
 from cure.utils.engine import Engine
 
@@ -60,6 +60,22 @@ def unseen_threats(threat: Threat, images: ImageSet) -> dict[str, Threat]:
     return {norm: customary(norm, values) for norm in norms if norm != threat.norm}
 
 
+def _attacks(images: ImageSet) -> tuple[str, ...]:
+    return ATTACKS if len(images.classes) >= 4 else ATTACKS[:1]
+
+
+def check_unseen(
+    model: nn.Module, images: ImageSet, threat: Threat, replay: nn.Module | None
+) -> None:
+    """Refuse a network that :func:`attack_unseen` cannot attack; the arguments are as there.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    for other in unseen_threats(threat, images).values():
+        chosen_attacks(_attacks(images), images, other, None, model, replay)
+
+
 def attack_unseen(
     model: nn.Module,
     images: ImageSet,
@@ -72,6 +88,7 @@ def attack_unseen(
     progress: Progress = no_progress,
     journal: Journal | None = None,
     shard: Shard | None = None,
+    replay: nn.Module | None = None,
 ) -> Result:
     """What :func:`~cure.evaluation.runner.measure` says of each unseen threat, by norm.
 
@@ -86,8 +103,9 @@ def attack_unseen(
         progress: called as there.
         journal: of the whole evaluation.
         shard: see there.
+        replay: see there.
     """
-    attacks = ATTACKS if len(images.classes) >= 4 else ATTACKS[:1]
+    attacks = _attacks(images)
     journal = journal or Journal()
     found: Result = {}
     for norm, other in unseen_threats(threat, images).items():
@@ -108,6 +126,7 @@ def attack_unseen(
             journal=JournalPart(journal, norm),
             per_image=True,
             shard=shard,
+            replay=replay,
         )
     return found
 

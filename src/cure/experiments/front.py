@@ -38,12 +38,13 @@ from cure.experiments.plan import (
     Measurement,
     Plan,
     PlanRow,
+    answer,
     carry_out_plan,
     entries,
     results_of,
     stages,
 )
-from cure.recipe import check, override, parse_override, read_recipe
+from cure.recipe import check, check_kept, override, parse_override, read_recipe
 from cure.registry import METHODS
 from cure.runs.records import (
     Accuracy,
@@ -293,17 +294,17 @@ def plan_of(
                 if teacher.path == NATURAL and NATURAL in rows:
                     row[f"method.{role}"] = REFERENCE + NATURAL
             rows[curve.row(value)] = PlanRow(settings=row)
-    plan = Plan(
-        name="front",
-        recipe=str(recipe),
-        runs=str(Path(folder or Path("fronts") / config.name) / "trained"),
-        settings=dict(settings),
-        seeds=tuple(seeds),
-        evaluations=(
-            Measurement(attacks=tuple(attacks), limit=limit, split=split, per_image=True),
-        ),
-        rows=rows,
-    )
+    measured = {"attacks": tuple(attacks), "limit": limit, "split": split, "per_image": True}
+    content = {
+        "name": "front",
+        "recipe": str(recipe),
+        "runs": str(Path(folder or Path("fronts") / config.name) / "trained"),
+        "settings": dict(settings),
+        "seeds": tuple(seeds),
+        "evaluations": (measured,),
+        "rows": rows,
+    }
+    plan = Plan.of(content, "front")
     stages(plan)
     return plan
 
@@ -370,8 +371,11 @@ class _Trained:
         results = {}
         for place, value in enumerate(curve.values):
             for seed in plan.seeds:
-                record = done.get(f"{curve.row(value)}-seed{seed}")
-                result = None if record is None else _evaluation(record, measured)
+                name = f"{curve.row(value)}-seed{seed}"
+                if (record := done.get(name)) is None:
+                    continue
+                config = check_kept(record.config, name)
+                result = answer(record.evaluations, measured.of("best"), config)
                 if result is not None:
                     results[place, seed] = result
         places = range(len(curve.values))
@@ -460,16 +464,6 @@ def record_of(
 
 def _attack(measured: Measurement) -> str:
     return next(name for name in measured.attacks if name != NATURAL)
-
-
-def _evaluation(record: RunRecord, measured: Measurement) -> EvaluationRecord | None:
-    """The newest result of a run that answers what is measured."""
-    wanted = {name for name in measured.attacks if name != NATURAL}
-    for result in reversed(record.evaluations):
-        alike = result.data.split == measured.split and measured.limit in (None, result.natural.n)
-        if alike and result.natural.right is not None and wanted <= result.attacks.keys():
-            return result
-    return None
 
 
 def _row(

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from cure.attacks.registry import attack_name
 from cure.config import RunConfig, Section
 from cure.errors import ConfigError, CureError, unknown
 from cure.evaluation.evaluate import evaluate
@@ -50,10 +51,25 @@ COLUMNS = (
 """Columns of a plan's table, those that were measured."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """One evaluation that a run must have."""
+
+    checkpoint: Literal["best", "last"]
+    attacks: tuple[str, ...]
+    limit: int | None
+    split: Literal["validation", "test"]
+    per_image: bool
+
+
+def _names(attacks: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(attack_name(name) for name in attacks)
+
+
 class Measurement(Section):
     """One evaluation of every run."""
 
-    attacks: tuple[str, ...] = ("pgd20", "cw")
+    attacks: Annotated[tuple[str, ...], AfterValidator(_names)] = ("pgd20", "cw")
     """Names from ``cure list attacks``."""
     limit: PositiveInt | None = None
     """Only the first so many images."""
@@ -67,6 +83,11 @@ class Measurement(Section):
     """Which images; tables are of test images."""
     per_image: bool = False
     """Also keep which images are right, for paired intervals."""
+
+    def of(self, checkpoint: Literal["best", "last"]) -> Wanted:
+        """What is measured of these weights."""
+        attacks = tuple(name for name in self.attacks if name != "natural")
+        return Wanted(checkpoint, attacks, self.limit, self.split, self.per_image)
 
 
 class PlanRow(Section):
@@ -102,6 +123,24 @@ class Plan(Section):
     reference: str | None = None
     """Label of the row that the others are subtracted from, seed by seed."""
 
+    @classmethod
+    def of(cls, content: object, place: str) -> Self:
+        """The plan with this content.
+
+        Args:
+            content: its fields.
+            place: what messages call it.
+
+        Raises:
+            ConfigError: when a field is wrong.
+        """
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"{place}: {where or 'it'}: {first['msg']}") from None
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -135,15 +174,11 @@ def read_plan(path: str | Path) -> Plan:
     """
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        plan = Plan.model_validate(raw)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"plan {path} cannot be read as text: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"plan {path} is not valid YAML: {str(error).splitlines()[0]}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"plan {path}: {where or 'it'}: {first['msg']}") from None
+    plan = Plan.of(raw, f"plan {path}")
     stages(plan)
     for measurement in plan.evaluations:
         check_attacks(measurement.attacks)
@@ -276,7 +311,10 @@ def is_done(
     theirs = check_kept(record.config, path)
     _check_same(theirs, _settled(entry.config, theirs), path)
     last_is_best = record.best_epoch == theirs.training.epochs
-    return all(_found(record.evaluations, wanted) for wanted in _wanted(plan, entry, last_is_best))
+    return all(
+        answer(record.evaluations, wanted, theirs) is not None
+        for wanted in wanted_of(plan, entry, last_is_best)
+    )
 
 
 def _settled(config: RunConfig, run: RunConfig) -> RunConfig:
@@ -313,26 +351,10 @@ def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """One evaluation that a run must have."""
-
-    checkpoint: Literal["best", "last"]
-    attacks: tuple[str, ...]
-    limit: int | None
-    split: Literal["validation", "test"]
-    per_image: bool
-
-
-def _wanted(plan: Plan, entry: Entry, last_is_best: bool) -> list[Wanted]:
+def wanted_of(plan: Plan, entry: Entry, last_is_best: bool) -> list[Wanted]:
+    """What is measured of a run; not the last weights where they are the best."""
     return [
-        Wanted(
-            checkpoint,
-            tuple(name for name in m.attacks if name != "natural"),
-            m.limit,
-            m.split,
-            m.per_image,
-        )
+        m.of(checkpoint)
         for m in plan.evaluations
         if (m.seeds is None or entry.seed in m.seeds) and (m.rows is None or entry.label in m.rows)
         for checkpoint in m.checkpoints
@@ -340,16 +362,22 @@ def _wanted(plan: Plan, entry: Entry, last_is_best: bool) -> list[Wanted]:
     ]
 
 
-def _found(results: Iterable[EvaluationRecord], wanted: Wanted) -> bool:
-    """Whether one of the results answers ``wanted``."""
-    return any(
-        result.model.checkpoint == wanted.checkpoint
+def answer(
+    results: Sequence[EvaluationRecord], wanted: Wanted, config: RunConfig
+) -> EvaluationRecord | None:
+    """The newest result of a run, of those oldest first, that answers what is measured."""
+    threat = config.threat
+    found = (
+        result
+        for result in reversed(results)
+        if result.model.checkpoint == wanted.checkpoint
         and result.data.split == wanted.split
         and set(wanted.attacks) <= result.attacks.keys()
-        and wanted.limit in (None, result.data.n)
+        and result.data.answers(wanted.limit)
+        and result.threat.same(threat.norm, threat.epsilon)
         and not (wanted.per_image and result.natural.right is None)
-        for result in results
     )
+    return next(found, None)
 
 
 def work(plan: Plan, entry: Entry, output: Path) -> str:
@@ -381,8 +409,8 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
     config = _settled(entry.config, folder.config)
     best = folder.status().best
     best_epoch = None if best is None else best.epoch
-    for wanted in _wanted(plan, entry, best_epoch == config.training.epochs):
-        if not _found(folder.evaluations(), wanted):
+    for wanted in wanted_of(plan, entry, best_epoch == config.training.epochs):
+        if answer(folder.evaluations(), wanted, config) is None:
             evaluate(
                 path,
                 attacks=wanted.attacks,

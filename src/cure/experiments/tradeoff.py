@@ -26,6 +26,7 @@ from cure.attacks import Threat
 from cure.config import NATURAL, RunConfig
 from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
+from cure.data.objects import as_images
 from cure.errors import CheckpointError, ConfigError
 from cure.evaluation.runner import measure
 from cure.experiments.pareto import undominated
@@ -41,7 +42,7 @@ from cure.runs.records import (
     TradeoffRecord,
 )
 from cure.runs.run import Run
-from cure.training.setup import check_attacks
+from cure.training.setup import check_attacks, limited
 from cure.training.validation import validate
 from cure.utils.engine import Engine
 from cure.utils.io import check_free, write_bytes, write_text
@@ -82,7 +83,7 @@ def tradeoff(
     strong: Sequence[str] | None = None,
     output: str | Path | None = None,
     model: nn.Module | None = None,
-    data: ImageSet | None = None,
+    data: object = None,
     device: str = "auto",
     say: Say = lambda line: None,  # noqa: ARG005
 ) -> TradeoffRecord:
@@ -103,7 +104,7 @@ def tradeoff(
         output: folder of the run to write the chosen network to; by default
             ``RUN-natural75`` or ``RUN-robust40`` beside the first run.
         model: the network, when the runs were given one as a Python object.
-        data: the training images, when the runs were given images in memory.
+        data: the training images as :func:`cure.train` took them, when it was given them in Python.
         device: "auto", "cpu", "cuda".
         say: receives a line of text for each point.
 
@@ -301,11 +302,12 @@ def _loaded(network: nn.Module, path: Path) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in twin.state_dict().items()}
 
 
-def _images(folder: RunFolder, data: ImageSet | None, split: Any) -> ImageSet:
+def _images(folder: RunFolder, data: object, split: Any) -> ImageSet:
     config = folder.config
     if data is None:
         return load_split(config.data, split, place=CachePlace.beside(folder.path))
-    training, validation = carve(data.checked(), config.data.validation, config.data.split_seed)
+    images = limited(as_images(data, "train", config.data), config.data)
+    training, validation = carve(images, config.data.validation, config.data.split_seed)
     return training if split == "train" else validation
 
 

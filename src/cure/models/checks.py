@@ -14,6 +14,15 @@ NEW_HEAD_ADVICE = (
 """What to do with a network of other classes."""
 
 
+def predicted(logits: Tensor) -> Tensor:
+    """The class with the largest logit [B]; -1, which is no class, where a logit is not a number.
+
+    >>> predicted(torch.tensor([[0.0, 2.0], [float("nan"), 2.0]])).tolist()
+    [1, -1]
+    """
+    return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
+
+
 def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
     """Refuse outputs that attacks would misinterpret without an error.
 

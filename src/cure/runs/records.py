@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -496,6 +497,10 @@ class ThreatFacts(Record):
     epsilon: float
     epsilon_text: str
 
+    def same(self, norm: str, epsilon: float) -> bool:
+        """Whether it is the ball of this norm and radius."""
+        return self.norm == norm and math.isclose(self.epsilon, epsilon, rel_tol=1e-9)
+
 
 class DataFacts(Record):
     """The images of a result."""
@@ -503,11 +508,23 @@ class DataFacts(Record):
     name: str
     split: str
     n: int | None = None
+    limit: int | None = None
+    """The first so many images were asked for; there may be fewer."""
     classes: list[str] = Field(default_factory=list)
     classes_present: int | None = None
     images_by_class: list[int] | None = None
     size: list[int] | None = None
     """Channels, height, width."""
+
+    def answers(self, limit: int | None) -> bool:
+        """Whether the images are the first ``limit``, or all where there are fewer or it is None.
+
+        Older results do not tell what was asked for; they answer for all images.
+        """
+        if "limit" not in self.model_fields_set or self.n is None:
+            return limit in (None, self.n)
+        whole = self.limit is None or self.n < self.limit
+        return self.n == limit or (whole and (limit is None or self.n < limit))
 
 
 class SizedData(DataFacts):

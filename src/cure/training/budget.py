@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
+
 from cure.config import RunConfig
 from cure.data import Batch, epoch, steps_per_epoch
 from cure.errors import ConfigError
@@ -163,14 +165,21 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
 
     batches = [batch for batch, _ in zip(found, range(TIMED_STEPS), strict=False)]
     step(batches[0])  # The first call allocates and, where it is asked for, compiles.
-    seconds = min(_seconds(step, batch) for batch in batches)
+    seconds = min(_seconds(step, batch, engine.device) for batch in batches)
     count = min(len(prepared.validation), config.evaluation.batch_size)
     some = prepared.validation.subset(slice(0, count)).to(engine.device)
-    part = _seconds(lambda _: validate(network, some, config, engine), None)
+    part = _seconds(lambda _: validate(network, some, config, engine), None, engine.device)
     return seconds, part * len(prepared.validation) / count
 
 
-def _seconds(call: Callable[..., object], argument: object) -> float:
-    began = time.perf_counter()
+def _seconds(call: Callable[..., object], argument: object, device: torch.device) -> float:
+    """Wall time of a call; on a GPU until its work is done."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    began = now()
     call(argument)
-    return time.perf_counter() - began
+    return now() - began

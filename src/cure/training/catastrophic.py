@@ -19,6 +19,7 @@ from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import Batch
 from cure.methods import Method
+from cure.models.checks import predicted
 from cure.utils.modes import evaluating
 
 STEPS = 10
@@ -77,7 +78,7 @@ class CatastrophicOverfitting:
         draws = context.generator_for("catastrophic", batch)
         image = attack(model, batch.image, batch.label, CROSS_ENTROPY, draws)
         with evaluating(model), torch.no_grad():
-            right = (model(image).argmax(dim=1) == batch.label).float().mean()
+            right = (predicted(model(image)) == batch.label).float().mean()
         return 100 * float(context.engine.average([right])[0])
 
 

@@ -248,6 +248,7 @@ def natural_config(config: RunConfig) -> RunConfig:
     training = config.training.model_copy(
         update={
             "epochs": change.get("epochs", config.training.epochs),
+            "minutes": None,
             "min_steps": config.natural.min_steps,
             "schedule": config.natural.schedule or config.training.schedule,
             "optimizer": config.training.optimizer.model_copy(

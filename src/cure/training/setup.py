@@ -122,7 +122,7 @@ def _prepared(
         check_not_memory(config)
         training, validation = load_training(config.data, place)
     else:
-        images = _limited(images, config.data)
+        images = limited(images, config.data)
         training, validation = carve(images, config.data.validation, config.data.split_seed)
     steps_per_epoch(training, config.training.batch_size)
     initial = network_of(config, training.kind, model)
@@ -177,7 +177,7 @@ def check_attacks(names: Iterable[str]) -> None:
             evaluation_attack(name)
 
 
-def _limited(images: ImageSet, config: DataConfig) -> ImageSet:
+def limited(images: ImageSet, config: DataConfig) -> ImageSet:
     """Images in memory under the settings of the data section that apply to them."""
     images = images.checked()
     return images if config.limit is None else images.subset(slice(0, config.limit))

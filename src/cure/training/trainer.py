@@ -316,10 +316,16 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Natural and robust accuracy in percent on the validation split."""
+        return validate(
+            self._evaluated(), self.validation, self.config, self.engine, balanced=self.balanced
+        )
+
+    def _evaluated(self) -> nn.Module:
+        """The network that is evaluated; its BatchNorm has the statistics of its weights."""
         model = self.method.inference_model()
         if self.config.training.batch_norm == "train":
             recompute_statistics(model, self.method.context.natural_images())
-        return validate(model, self.validation, self.config, self.engine, balanced=self.balanced)
+        return model
 
     def _measure_start(self) -> None:
         """Accuracies before the first step, printed and kept in the run."""
@@ -521,8 +527,8 @@ class Trainer:
             tracker.warn(sentence)
 
     def _save_weights(self, record: dict[str, Any]) -> None:
-        model = self.method.inference_model()
         validation = record.get("validation")
+        model = self._evaluated() if validation is None else self.method.inference_model()
         facts = {"epoch": str(record["epoch"]), "run": self.config.name}
         if validation is not None:
             figure = self.method.selection + ("_balanced" if self.balanced else "")

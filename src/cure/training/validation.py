@@ -9,7 +9,9 @@ from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import RunConfig
 from cure.data import ImageSet, batches
+from cure.models.checks import predicted
 from cure.utils.engine import Engine
+from cure.utils.modes import evaluating
 
 
 def validation_attack(config: RunConfig, engine: Engine, steps: int | None = None) -> PGD:
@@ -56,19 +58,17 @@ def validate(
     attack = validation_attack(config, engine, steps)
     counts = torch.bincount(images.label, minlength=len(images.classes))
     right = torch.zeros(2, len(counts), dtype=torch.int64, device=counts.device)
-    was_training = model.training
-    model.eval()
-    for batch in batches(images, config.evaluation.batch_size):
-        if batch.step % engine.world != engine.rank:
-            continue
-        image = engine.arrange(batch.image)
-        draws = engine.generator(0, "validation", batch.step)
-        adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
-        with torch.no_grad():
-            for row, shown in zip(right, (image, adversarial), strict=True):
-                hit = batch.label[model(shown).argmax(dim=1) == batch.label]
-                row += torch.bincount(hit, minlength=len(counts))
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches(images, config.evaluation.batch_size):
+            if batch.step % engine.world != engine.rank:
+                continue
+            image = engine.arrange(batch.image)
+            draws = engine.generator(0, "validation", batch.step)
+            adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
+            with torch.no_grad():
+                for row, shown in zip(right, (image, adversarial), strict=True):
+                    hit = batch.label[predicted(model(shown)) == batch.label]
+                    row += torch.bincount(hit, minlength=len(counts))
     by_class = engine.total(right).cpu()
     names = ("natural", "robust")
     found = {

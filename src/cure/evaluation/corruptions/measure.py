@@ -32,7 +32,7 @@ from cure.evaluation.options import TargetKeywords
 from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
-from cure.models.checks import check_outputs
+from cure.models.checks import check_outputs, predicted
 from cure.models.failure import network_errors
 from cure.runs.records import CorruptionRecord
 from cure.utils.engine import Engine
@@ -323,7 +323,7 @@ def _measure(
                 pixels = images.rows(slice(first, last))
             else:
                 pixels = corrupted(name, severity, first, last)
-            found.append(model(arranged(pixels)).argmax(dim=1).cpu() == label[first:last])
+            found.append(predicted(model(arranged(pixels))).cpu() == label[first:last])
             progress(name, before + last, total)
         truths: Truths = torch.cat(found).numpy()
         return truths

@@ -404,11 +404,23 @@ def _last(name: str, best: Accuracy, last: list[EvaluationRecord]) -> TableRow:
     }
 
 
+_STRENGTH = {
+    **{"noise": 0, "transfer": 0, "fgsm": 1, "pgd": 2, "cw": 4},
+    **{"autoattack-rand": 5, "screened-ordered": 5},
+    **{"autoattack": 6, "screened": 6, "autoattack-plus": 7},
+}
+
+
 def strength(attack: str) -> tuple[int, int, str]:
-    """Order of attacks in a table: PGD by its steps, others, C&W, AutoAttack."""
-    steps = re.fullmatch(r"pgd(\d+)", attack)
-    place = {"cw": 2, "autoattack": 3}.get(attack, 1)
-    return (0, int(steps[1]), "") if steps else (place, 0, attack)
+    """Order of attacks from the weakest, PGD by its steps: that of the registry, without PyTorch.
+
+    >>> sorted(["cw", "pgd20", "autoattack", "fgsm", "pgd100"], key=strength)
+    ['fgsm', 'pgd20', 'pgd100', 'cw', 'autoattack']
+    """
+    base, _, options = attack.partition(":")
+    steps = re.fullmatch(r"pgd(\d+)", base)
+    place = _STRENGTH.get("pgd" if steps else base, 3)
+    return (place, int(steps[1]) if steps and not options else 0, attack)
 
 
 def attacks_of(rows: Iterable[TableRow]) -> list[str]:
