@@ -597,6 +597,7 @@ def fronts(most: int | None = None) -> str:
         else f"- **What to take**: {setting(record, order[0])}, so `cure train photos "
         f"method={order[0].curve}`."
     )
+    lines[-1] += " It was chosen on the photos that its figures are of, so these are a little high."
     alike = [f"`{p.curve}`" for p in order[1:] if overlap(order[0], p)]
     if alike:
         lines[-1] += (

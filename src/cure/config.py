@@ -46,6 +46,10 @@ ROBUST = "robust:"
 """Prefix of a ``start`` whose weights are robust already and get a new head."""
 
 
+Split = Literal["train", "validation", "test"]
+"""Images of a data set; the validation images are carved from the training images."""
+
+
 class Ratio(float):
     """A number that may be written as a fraction, and remembers how it was written.
 

@@ -1,6 +1,6 @@
-"""Errors a user can mend, each said in one sentence.
+"""Errors a user can correct, each said in one sentence.
 
-Everything that is the user's to mend is a :class:`CureError`: the command line prints its text and
+Everything that the user can correct is a :class:`CureError`: the command line prints its text and
 ends with status 2, a notebook shows it as the last line.  Anything else that is raised is a fault
 of this project and keeps its traceback.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class CureError(Exception):
-    """A mistake the user can mend: what was expected, what came, what to do."""
+    """A mistake the user can correct: what was expected, what came, what to do."""
 
 
 class ConfigError(CureError):
@@ -46,8 +46,12 @@ class TrainingStopped(CureError):
     """Training ended itself: a loss that is not finite, or a network that fell to chance."""
 
 
+class Interrupted(CureError):
+    """The user stopped the command; what it can go on from is on disk."""
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a name nobody registered: the nearest known name, then all of them.
+    """The sentence for an unregistered name: the nearest known name, then all of them.
 
     >>> unknown("method", "cuer", ["cure", "natural"])
     "unknown method 'cuer'; did you mean 'cure'? Known: cure, natural"

@@ -22,7 +22,7 @@ from cure.methods import Masking
 from cure.methods.cure import CURE, rgp_mask
 from cure.models import read_weights
 from cure.runs.folder import RunFolder
-from cure.training.gradient_logger import GradientRecorder
+from cure.training.gradient_logger import GradientLogger
 from cure.training.trainer import Trainer
 from helpers import Command, refused
 
@@ -97,7 +97,7 @@ def test_steps_are_counted_by_hand(tmp_path: Path, run: Path) -> None:
     """Two tensors of 4 and 2 weights, whose gradients and masks are written down here."""
     folder = RunFolder(tmp_path)
     parameters = {"a": nn.Parameter(torch.zeros(2, 2)), "b": nn.Parameter(torch.zeros(2))}
-    recorder = GradientRecorder(10, parameters, folder)
+    recorder = GradientLogger(10, parameters, folder)
     recorder.start()
 
     def masks(a: list[int], b: list[int]) -> dict[str, Tensor]:

@@ -250,7 +250,10 @@ class Stream(IterableDataset):
         (lambda: TensorDataset(IMAGE), "got 1 parts"),
         (lambda: (PIXELS, NUMBERS, PIXELS, NUMBERS), r"got 4 arrays; pass .*\{'train': \(images"),
         (lambda: ((IMAGE, NUMBERS), (IMAGE, NUMBERS)), "got 2 pairs; pass the pair that is meant"),
-        (Broken, "item 7 of the data set .* fails with KeyError: 'no such cat'; mend the data set"),
+        (
+            Broken,
+            "item 7 of the data set .* fails with KeyError: 'no such cat'; correct the data set",
+        ),
         (lambda: [IMAGE[0], IMAGE[1], IMAGE[2]], "items \\(image, label\\)"),
         (lambda: {"a": 1}, "a split 'train' in the dictionary"),
         (lambda: ([PIXELS[0], PIXELS[1, :2]], [0, 1]), "images of one size"),

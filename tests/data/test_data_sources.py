@@ -380,12 +380,12 @@ def test_a_broken_image_is_named(write_parquet) -> None:
     write_parquet("test", pictures[:2], [0, 1])
     fails(
         r"2 images cannot be used \(row 317 of train \('train_317\.png'\): .*truncated.*; row 590 "
-        r"of train .*none of PNG, JPEG.*\); mend them or take them out, or set data\.damaged=skip",
+        r"of train .*none of PNG, JPEG.*\); repair them or take them out, or set data\.dam",
         folder,
     )
     assert len(train(folder, limit=317)) == 317
     write_parquet("train", [*pictures[:317], pictures[0], *pictures[318:]], labels)
-    fails(r"image row 590 of train .*none of PNG, JPEG.*; mend it .*data\.damaged=skip", folder)
+    fails(r"image row 590 of train .*none of PNG, JPEG.*; repair it .*data\.damaged=skip", folder)
     images = train(folder, damaged="skip")
     assert len(images) == 599
     assert images.label.tolist() == labels[:590] + labels[591:]
@@ -742,7 +742,7 @@ def test_folder_names_the_broken_file(image_folder) -> None:
     files = {f"{c}/{i}.png": picture(i, (30, 30)) for c in "ab" for i in range(5)}
     files["b/bad.png"] = encoded(picture(0, (30, 30)))[:400]
     fails(
-        r"image '.*b/bad\.png' cannot be used: .*mend it or take it out",
+        r"image '.*b/bad\.png' cannot be used: .*repair it or take it out",
         image_folder(files),
         split_seed=0,
     )

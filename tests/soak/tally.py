@@ -48,7 +48,7 @@ def count(kind: str, what: str) -> None:
 
 @contextmanager
 def done_or_refused(kind: str) -> Iterator[None]:
-    """Inside, an error that a user can mend counts as refused; any other one fails the test.
+    """Inside, an error that a user can correct counts as refused; any other one fails the test.
 
     A refusal is a sentence of one line; mistakes in a recipe are a list, one a line.
     """

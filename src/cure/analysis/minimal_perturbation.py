@@ -164,7 +164,7 @@ def _fab(
     """FAB's nearest images that are of another class, aimed at the wrong class of that rank."""
     with attack_mode(model), torch.no_grad():
         network = PlainLayout(model)
-        # In a ball without volume nobody is done before the last iteration.
+        # In a ball without volume no image is finished before the last iteration.
         attack = early_exit("fab-t", network, image, Threat(norm, 0.0), seed)
         attack.n_iter, attack.target_class = iterations, target + 2
         made: Tensor = attack.attack_single_run(image, label, False, True)

@@ -17,13 +17,12 @@ from cure.analysis.render import (
     with_interval,
 )
 from cure.analysis.study import STUDIES, Study, save_result
-from cure.errors import ConfigError
+from cure.errors import ConfigError, Interrupted
 from cure.evaluation.runner import Progress, Result
 from cure.experiments.executors import LocalExecutor, stopped_by_signals
 from cure.experiments.pareto import undominated
 from cure.experiments.sweep import Sweep, begin, fitting, read_varied, trials, work
 from cure.recipe import check, override, parse_override, read_recipe
-from cure.training.trainer import Interrupted
 from cure.utils.plotting import Chart, Panel, Series
 from cure.utils.stats import rank_correlation, wilson
 

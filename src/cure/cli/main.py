@@ -47,6 +47,7 @@ from cure.errors import (
     ConfigError,
     CureError,
     CureNote,
+    Interrupted,
     ModelError,
     OutOfMemory,
     RanksLost,
@@ -833,8 +834,6 @@ def main() -> None:
             raise
         if whole:
             traceback.print_exception(error)
-        from cure.training.trainer import Interrupted
-
         stopped = isinstance(said, Interrupted)
         _say("stopped" if stopped else "error", said)
         status = INTERRUPTED if stopped else USER_MISTAKE

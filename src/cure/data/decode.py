@@ -41,7 +41,7 @@ SUFFIXES = frozenset(
 HEIC_SUFFIXES = frozenset([".heic", ".heif", ".hif"])
 HEIC_ADVICE = "pip install pillow-heif"
 
-# The start of a file of these formats is no accident: a file that has it is an image, or was one.
+# The start of a file identifies these formats: a file that has it is an image, or was one.
 _MAGIC = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "JPEG2000", "AVIF")
 _HEIC_BRANDS = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"])
 _GREY_MODES = frozenset(["1", "L", "LA", "La"])
@@ -254,12 +254,8 @@ def _head(file: Any) -> bytes:
     return head
 
 
-def to_pixels(image: Any, treatment: Treatment) -> Pixels:
-    """A Pillow image as [H, W, C] uint8; C is 1 for grey, else 3."""
-    return _convert(image, treatment).pixels
-
-
 def _convert(image: Any, treatment: Treatment) -> Picture:
+    """A Pillow image as [H, W, C] uint8; C is 1 for grey, else 3."""
     size = (image.height, image.width)
     converted = []
     if image.info.get(_MOVING):
@@ -436,13 +432,13 @@ def failures_text(failures: Sequence[Failure]) -> str:
     if len(failures) == 1:
         one = failures[0]
         return (
-            f"image {one.name} cannot be used: {one.reason}; mend it or take it out, or set "
+            f"image {one.name} cannot be used: {one.reason}; repair it or take it out, or set "
             "data.damaged=skip"
         )
     named = "; ".join(f"{one.name}: {one.reason}" for one in failures[:_NAMED])
     more = f"; and {len(failures) - _NAMED} more" if len(failures) > _NAMED else ""
     return (
-        f"{len(failures)} images cannot be used ({named}{more}); mend them or take them out, or "
+        f"{len(failures)} images cannot be used ({named}{more}); repair them or take them out, or "
         "set data.damaged=skip"
     )
 

@@ -279,7 +279,7 @@ def _table_of_items(given: Any, split: str) -> Table:
         labels = [_pair_of_item(_item(given, row))[1] for row in range(len(given))]
 
     def cells(rows: Sequence[int]) -> Iterator[Cell]:
-        # Read here, one after another: a data set need not bear several threads.
+        # Read here, one after another: a data set may not be safe in several threads.
         for row in rows:
             name = f"item {row} of {split}"
             try:
@@ -308,7 +308,7 @@ def _item(given: Any, row: int) -> Any:
     except Exception as error:
         raise DataError(
             f"item {row} of the data set passed as data fails with {type(error).__name__}: "
-            f"{first_line(error)}; mend the data set, or pass it without that item"
+            f"{first_line(error)}; correct the data set, or pass it without that item"
         ) from error
 
 
@@ -450,7 +450,7 @@ def _levels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
     low, high = float(pixels.min()), float(pixels.max())
     if not math.isfinite(high - low):
         raise DataError(
-            "expected finite values in images, got not a number or infinity; mend or leave out "
+            "expected finite values in images, got not a number or infinity; correct or leave out "
             "these images"
         )
     if pixels.dtype.kind in "iu":

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cure.config import DataConfig
-from cure.data.readers import Splits, Table, array_cells, dataset_table, first_line, listing
+from cure.data.readers import Splits, Table, array_cells, dataset_table, listing
 from cure.errors import DataError
+from cure.utils.io import first_line
 
 _IDX = re.compile(r"(.*?)(train|t10k|test)-(images|labels)[.-]idx[134]-ubyte(\.gz)?$", re.I)
 _CIFAR = {

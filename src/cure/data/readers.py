@@ -21,6 +21,7 @@ from cure.config import DataConfig
 from cure.data.decode import Cell, open_image
 from cure.data.images import Skipped
 from cure.errors import DataError
+from cure.utils.io import first_line
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -175,7 +176,7 @@ def _parquet_table(split: str, files: Sequence[Path], config: DataConfig) -> Tab
                 if column not in file.schema_arrow.names:
                     raise DataError(
                         f"expected the columns of '{files[0].name}' in every file of split "
-                        f"'{split}', but '{path}' has no '{column}'; remove or mend that file"
+                        f"'{split}', but '{path}' has no '{column}'; remove or correct that file"
                     )
                 try:
                     for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
@@ -548,9 +549,3 @@ def _array_content(pixels: NDArray[np.uint8]) -> bytes:
 def listing(names: Iterable[str]) -> str:
     """Names in quotes."""
     return ", ".join(f"'{name}'" for name in names)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, without the full stop."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cure.config import MEMORY, DataConfig, RunConfig
+from cure.config import MEMORY, DataConfig, RunConfig, Split
 from cure.data.cache import CachePlace, decode_rows
 from cure.data.decode import Failure, damaged, failures_text, set_side
 from cure.data.folders import read_folder, read_loose, read_table
@@ -59,8 +59,6 @@ SHORT_NAMES: dict[str, HubName] = {
 
 _HUB_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(:(?P<subset>[\w.-]+))?")
 
-
-Split = Literal["train", "validation", "test"]
 
 _PLACE = CachePlace()
 

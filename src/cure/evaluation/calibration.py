@@ -1,4 +1,4 @@
-"""Whether probabilities can be believed: calibration error, and the temperature that mends it."""
+"""Calibration error of probabilities, and the temperature that corrects it."""
 
 from __future__ import annotations
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
+from cure.config import Split
 from cure.errors import ConfigError
 
 if TYPE_CHECKING:
     from cure.data import ImageSet
 
 Checkpoint = Literal["best", "last"]
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from cure.errors import ConfigError
-from cure.training.trainer import Interrupted
+from cure.errors import ConfigError, Interrupted
 from cure.utils.memory import keep_freed_memory
 
 

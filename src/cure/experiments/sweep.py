@@ -25,7 +25,7 @@ import yaml
 
 from cure.config import Ratio, RunConfig
 from cure.data.cache import CachePlace
-from cure.errors import CheckpointError, ConfigError, ModelError, TrainingStopped
+from cure.errors import CheckpointError, ConfigError, Interrupted, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, no_progress
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.runs.folder import RunFolder
@@ -33,7 +33,6 @@ from cure.training.budget import settle
 from cure.training.prerequisites import natural_config
 from cure.training.run import resume, train
 from cure.training.setup import prepare
-from cure.training.trainer import Interrupted
 from cure.utils.io import read_json, write_json
 
 if TYPE_CHECKING:

@@ -60,8 +60,8 @@ def failed_in(error: BaseException, title: str, image: Tensor | None, mode: str 
     images = f" on images of shape {list(image.shape)}" if image is not None else ""
     where = network_error(error) or reason_of(error)
     return (
-        f"{title} failed{images}{f' {mode}' if mode else ''}: {where}; mend its forward, or, where "
-        "it expects another size or number of channels, set data.resize or data.color"
+        f"{title} failed{images}{f' {mode}' if mode else ''}: {where}; correct its forward, or, "
+        "where it expects another size or number of channels, set data.resize or data.color"
     )
 
 

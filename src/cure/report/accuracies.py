@@ -35,7 +35,6 @@ from cure.runs.records import Accuracy, EvaluationRecord, Finding
 from cure.utils.stats import newcombe
 
 # They change an image without asking the network which change would hurt it.
-_BLIND = ("noise", "transfer")
 _BELIEVED = "can it be believed?"
 
 

@@ -279,7 +279,7 @@ def page_sections(inputs: PageInputs, measured: Measured) -> list[Section]:
         Section(
             "corruptions",
             "Corruptions",
-            "Noise, blur, weather and digital damage: harm that nobody aims at the network. Being "
+            "Noise, blur, weather and digital damage: changes that are not an attack. Being "
             "robust to attacks does not make a network robust to these, or the reverse.",
             _corruptions(entries, place, where),
         ),

@@ -1,7 +1,7 @@
 """Records sizes of gradients, and which weights a mask conserves, while a run trains.
 
 On at ``training.record_gradients``: every N steps a line of ``gradients.jsonl``, and how often each
-weight was conserved in ``gradients.safetensors``.  It listens: nothing that trains depends on it,
+weight was conserved in ``gradients.safetensors``.  It only reads: training does not depend on it,
 and steps that are not recorded do nothing and wait for no device.
 """
 
@@ -26,7 +26,7 @@ SIZES = (1e-5, 1e-4, 1e-3)
 """Fixed sizes; the share of gradients beyond each is recorded."""
 
 
-class GradientRecorder:
+class GradientLogger:
     """Writes what one step in ``every`` does to the weights.
 
     Lines of ``gradients.jsonl``, lists in the order of the tensors:

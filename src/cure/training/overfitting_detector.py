@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cure.runs.records import EpochMetrics
 
 LAST = 5
-"""Validations that are averaged, so that one lucky validation is no best."""
+"""Validations that are averaged, to reduce the effect of noise."""
 
 
 def robust_overfitting(
@@ -23,7 +23,7 @@ def robust_overfitting(
 
     The standard error is that of the difference of two accuracies measured on different images,
     ``sqrt(p (1 - p) / n + q (1 - q) / n)``.  The images are the same ones, on which two networks of
-    one run mostly agree, so the true error is smaller and the alarm comes rather late than false.
+    one run mostly agree, so the true error is smaller and the test is conservative.
 
     Args:
         records: of ``metrics.jsonl``, in their order; those without a validation are passed over.

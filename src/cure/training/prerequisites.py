@@ -17,7 +17,7 @@ from torch import nn
 
 from cure.config import NATURAL, ROBUST, LayersConfig, RunConfig
 from cure.data import steps_per_epoch
-from cure.errors import CureError, RanksLost
+from cure.errors import CureError, Interrupted, RanksLost
 from cure.models import load_weights
 from cure.models.batch_norm import running_statistics
 from cure.models.blocks import blocks, chosen, reinitialise
@@ -36,7 +36,7 @@ from cure.training.setup import (
     teacher_networks,
 )
 from cure.training.tracking import TerminalTracker, Tracker, trackers_of
-from cure.training.trainer import Interrupted, Trainer
+from cure.training.trainer import Trainer
 from cure.utils.engine import Engine, configure
 from cure.utils.random import generator
 
@@ -182,7 +182,7 @@ def _train_prerequisite(folder: RunFolder, needed: Prerequisite, quiet: bool) ->
             with ExitStack() as held:
                 with needed.prepared.engine.agreeing():
                     held.enter_context(inner.lock())
-                _train(inner, needed.config, needed.prepared, quiet, verdict=False)
+                _train(inner, needed.config, needed.prepared, quiet, measures_gain=False)
         except BaseException:
             with suppress(CureError):
                 folder.set_status(**(inner.status().content() | {"phase": needed.phase}))
@@ -192,7 +192,11 @@ def _train_prerequisite(folder: RunFolder, needed: Prerequisite, quiet: bool) ->
 
 
 def _train(
-    folder: RunFolder, config: RunConfig, prepared: Prepared, quiet: bool, verdict: bool = True
+    folder: RunFolder,
+    config: RunConfig,
+    prepared: Prepared,
+    quiet: bool,
+    measures_gain: bool = True,
 ) -> None:
     """Train one run whose prerequisites are there, from the state in its folder if it has one."""
     engine = prepared.engine
@@ -215,7 +219,7 @@ def _train(
         engine,
         folder,
         trackers,
-        verdict,
+        measures_gain,
         None if prepared.extra is None else prepared.extra.images,
     )
     for sentence in method.warnings():

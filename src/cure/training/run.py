@@ -52,7 +52,7 @@ def train(
         The finished run.
 
     Raises:
-        CureError: for every mistake a user can mend, before or while training.
+        CureError: for every mistake a user can correct, before or while training.
     """
     raw = read_recipe(recipe)
     for key, value in _pairs(overrides):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cure.config import RunConfig
 from cure.data import Batch, ImageSet, epoch, steps_per_epoch
-from cure.errors import CheckpointError, ConfigError, CureError, RanksLost, TrainingStopped
+from cure.errors import CheckpointError, ConfigError, Interrupted, RanksLost, TrainingStopped
 from cure.methods import Method, Metrics
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import load_weights
@@ -31,7 +31,7 @@ from cure.runs.folder import RunFolder, epoch_name
 from cure.runs.records import EpochMetrics, EpochTiming, MeasuredAccuracies, Outcome
 from cure.runs.state import load_state, save_state
 from cure.training.catastrophic import detector_of
-from cure.training.gradient_logger import GradientRecorder
+from cure.training.gradient_logger import GradientLogger
 from cure.training.optimizer import build_optimizer
 from cure.training.outcome import FINAL_STEPS, judge, short_run_warnings, start_warnings
 from cure.training.overfitting_detector import robust_overfitting
@@ -50,10 +50,6 @@ SHOW_EVERY = 5.0
 """Seconds between two updates of ``status.json``."""
 
 
-class Interrupted(CureError):
-    """The user stopped the run; its state is on disk."""
-
-
 class Trainer:
     """Trains one method in one run folder; goes on from the folder's state if it has one."""
 
@@ -66,12 +62,12 @@ class Trainer:
         engine: Engine,
         folder: RunFolder,
         trackers: Sequence[Tracker] = (),
-        verdict: bool = True,
+        measures_gain: bool = True,
         extra: ImageSet | None = None,
     ) -> None:
         self.config = config
         # Whether start and end are compared: not in a run that another one needs first.
-        self.verdict = verdict and method.selection != "natural"
+        self.measures_gain = measures_gain and method.selection != "natural"
         self.method = method
         self.training = training.to(engine.device)
         self.validation = validation.to(engine.device)
@@ -84,7 +80,7 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(training, config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs
         self.recorder = (
-            GradientRecorder(config.training.record_gradients, self.parameters, folder)
+            GradientLogger(config.training.record_gradients, self.parameters, folder)
             if config.training.record_gradients is not None and folder.writes
             else None
         )
@@ -329,7 +325,7 @@ class Trainer:
 
     def _measure_start(self) -> None:
         """Accuracies before the first step, printed and kept in the run."""
-        if not self.verdict or self.done:
+        if not self.measures_gain or self.done:
             return
         if self.engine.first(lambda: self.folder.outcome() is not None):
             return
@@ -357,7 +353,7 @@ class Trainer:
 
     def _measure_end(self) -> None:
         """Accuracies of the best weights under a stronger attack, and what training gained."""
-        if not self.verdict:
+        if not self.measures_gain:
             return
         self.engine.any(False)  # The first rank has written the weights that the others read.
         network = copy.deepcopy(self.method.inference_model())

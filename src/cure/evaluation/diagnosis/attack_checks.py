@@ -102,7 +102,7 @@ def gradient_direction(context: CheckContext) -> Finding | str:
         status,
         measured,
         "A step along the gradient raises the other class, as it should.",
-        "A step along the gradient does not raise the other class as it promises: the gradient is "
+        "A step along the gradient raises the other class less than the gradient predicts: it is "
         "not that of the network, or turns within a step (shattered). Attack with gradients "
         "averaged over noise, through a differentiable stand-in (BPDA), or without them (Square).",
     )
@@ -277,8 +277,8 @@ def noise(context: CheckContext) -> Finding:
         beyond(int(found.sum()), context.count),
         {**context.points(found), "draws": NOISES},
         "Random noise finds nothing that PGD-20 has not found.",
-        "Random noise of the same size fools images that PGD-20 does not: the attack goes astray. "
-        "See what the other checks say of gradients.",
+        "Random noise of the same size fools images that PGD-20 does not: the attack does not find "
+        "these changes. See what the other checks say of gradients.",
     )
 
 

@@ -129,7 +129,7 @@ def recompute_statistics(model: nn.Module, images: Iterable[Tensor]) -> None:
         momenta = [(norm, norm.momentum) for norm in norms]
         size = seen = 0
         try:
-            model.eval()  # Dropout stays out of it.
+            model.eval()  # Dropout stays in evaluation mode.
             for norm in norms:
                 norm.reset_running_stats()
                 norm.train()
