@@ -19,7 +19,7 @@ from typing import Any
 from cure.experiments.compare.rows import no_place
 from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
 from cure.recipe import parse_override
-from cure.runs.records import RunRecord
+from cure.runs.results import RunRecord
 from cure.utils.environment import environment
 from cure.utils.io import write_bytes, write_text
 from cure.utils.plotting import Chart, Panel, Series

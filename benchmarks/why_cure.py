@@ -23,7 +23,7 @@ from cure.experiments.compare.rows import no_place
 from cure.experiments.pareto import Estimate, image_weights
 from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
 from cure.recipe import parse_override
-from cure.runs.records import RunRecord
+from cure.runs.results import RunRecord
 from cure.utils.environment import environment
 from planned import arguments, carry_out, keep
 

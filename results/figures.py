@@ -16,7 +16,8 @@ from typing import Any
 from cure.analysis.study import find_study
 from cure.experiments.compare import table
 from cure.experiments.compare.rows import Source, rows_of
-from cure.runs.records import FrontEstimate, FrontPoint, FrontRecord, read_packed
+from cure.runs.packed import read_packed
+from cure.runs.results import FrontEstimate, FrontPoint, FrontRecord
 from cure.utils.io import write_json
 from cure.utils.stats import student_t
 

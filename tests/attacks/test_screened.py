@@ -28,7 +28,7 @@ from cure.evaluation.metrics import unpack
 from cure.evaluation.runner import WORST, AttackRunner, measure
 from cure.evaluation.shards import Shard
 from cure.registry import ATTACKS
-from cure.runs.records import AttackAccuracy
+from cure.runs.results import AttackAccuracy
 from linear_models import ENGINE, linear_case, unit
 
 BOTH = ["autoattack", "screened"]

@@ -22,7 +22,7 @@ from cure.evaluation.smoothing import certified_radius, lower_bound, smoothed_ac
 from cure.evaluation.unseen import customary
 from cure.models.resnet import resnet10
 from cure.models.small_cnn import small_cnn
-from cure.runs.records import EvaluationRecord
+from cure.runs.results import EvaluationRecord
 from cure.utils.engine import Engine
 
 ENGINE = Engine.for_evaluation("cpu")

@@ -40,7 +40,7 @@ from cure.evaluation.metrics import accuracy_of, by_class, nrr
 from cure.evaluation.runner import measure
 from cure.models import digest
 from cure.models.checks import check_outputs
-from cure.runs.records import EvaluationRecord
+from cure.runs.results import EvaluationRecord
 from cure.utils.random import generator
 from cure.utils.stats import wilson
 from linear_models import ENGINE, image_set, linear, linear_case, unit

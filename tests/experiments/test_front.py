@@ -16,7 +16,7 @@ from cure.evaluation.metrics import pack, unpack
 from cure.experiments.front import Curve, curves_of, lines, plan_of, read_values, record_of
 from cure.experiments.plan import Plan, entries
 from cure.registry import METHODS
-from cure.runs.records import FrontRecord, RunRecord
+from cure.runs.results import FrontRecord, RunRecord
 from cure.utils.stats import wilson
 from helpers import Command, refused
 

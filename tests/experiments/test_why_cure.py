@@ -12,7 +12,7 @@ import torch
 
 from cure.evaluation.metrics import pack
 from cure.experiments.plan import entries
-from cure.runs.records import RunRecord
+from cure.runs.results import RunRecord
 from cure.utils.stats import student_t, wilson
 
 

@@ -11,21 +11,23 @@ import pytest
 from cure.errors import CheckpointError
 from cure.runs.folder import RunFolder
 from cure.runs.records import (
-    CorruptionRecord,
-    DiagnosisRecord,
     Environment,
     EpochMetrics,
     EpochTiming,
-    EvaluationRecord,
     FileRecord,
     GradientLine,
     Images,
-    RunRecord,
     Status,
-    StudyRecord,
     TrackingIds,
     line_text,
     read_lines,
+)
+from cure.runs.results import (
+    CorruptionRecord,
+    DiagnosisRecord,
+    EvaluationRecord,
+    RunRecord,
+    StudyRecord,
     read_result,
 )
 from helpers import Command

@@ -95,7 +95,7 @@ def print_evaluation(result: dict[str, Any], kept: bool) -> None:
 
 def print_beyond(result: dict[str, Any]) -> None:
     """Unseen threats and certificates, where they were asked for."""
-    from cure.runs.records import EvaluationRecord
+    from cure.runs.results import EvaluationRecord
 
     rows = EvaluationRecord.parse(result, "the result").beyond()
     if not rows:
@@ -261,7 +261,7 @@ def print_unfinished(result: dict[str, Any], kept: bool) -> None:
 
 def print_estimates(result: dict[str, Any]) -> None:
     """Attacks that left images alone."""
-    from cure.runs.records import AttackAccuracy
+    from cure.runs.results import AttackAccuracy
 
     for name, part in result["attacks"].items():
         estimate = (

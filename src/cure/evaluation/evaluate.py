@@ -37,7 +37,7 @@ from cure.evaluation.unseen import attack_unseen, check_unseen, unseen_threats, 
 from cure.models import describe
 from cure.models.failure import network_errors
 from cure.models.trial import traits_of
-from cure.runs.records import EvaluationRecord
+from cure.runs.results import EvaluationRecord
 from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
 from cure.utils.environment import environment

@@ -46,10 +46,10 @@ from cure.experiments.plan import (
 )
 from cure.recipe import check, check_kept, override, parse_override, read_recipe
 from cure.registry import METHODS
-from cure.runs.records import (
+from cure.runs.records import Environment
+from cure.runs.results import (
     Accuracy,
     DataFacts,
-    Environment,
     EvaluationRecord,
     FrontComparison,
     FrontCurve,

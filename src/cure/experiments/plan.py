@@ -29,7 +29,8 @@ from cure.experiments.compare.rows import Source, TableRow, check_alike, rows_of
 from cure.experiments.executors import Executor, Job, LocalExecutor, stopped_by_signals
 from cure.recipe import Raw, check, check_kept, override, read_recipe
 from cure.runs.folder import RunFolder
-from cure.runs.records import EvaluationRecord, RunRecord, read_packed, summary, write_packed
+from cure.runs.packed import read_packed, summary, write_packed
+from cure.runs.results import EvaluationRecord, RunRecord
 from cure.training.run import resume, train
 from cure.training.setup import check_attacks
 from cure.utils.io import write_text
@@ -41,7 +42,7 @@ SEED = "{seed}"
 """In a text of the settings: the seed of the run, as in ``start: runs/natural-seed{seed}``."""
 
 PACKED = "records.jsonl"
-"""File of a plan's folder with the figures of all runs, see :mod:`cure.runs.records`."""
+"""File of a plan's folder with the figures of all runs, see :mod:`cure.runs.packed`."""
 
 COLUMNS = (
     *("natural", "pgd20", "cw", "autoattack", "nrr_cw", "nrr_autoattack"),

@@ -11,7 +11,7 @@ from cure.errors import CheckpointError, ConfigError
 from cure.experiments.compare.rows import no_place
 from cure.experiments.pareto import natural_at, robust_range
 from cure.runs.folder import RunFolder
-from cure.runs.records import EvaluationRecord, FrontCurve, FrontPoint, FrontRecord
+from cure.runs.results import EvaluationRecord, FrontCurve, FrontPoint, FrontRecord
 from cure.runs.run import Run
 
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -31,7 +31,7 @@ from cure.report.components import (
     written,
 )
 from cure.report.loader import Entry
-from cure.runs.records import Accuracy, EvaluationRecord, Finding
+from cure.runs.results import Accuracy, EvaluationRecord, Finding
 from cure.utils.stats import newcombe
 
 # They change an image without asking the network which change would hurt it.

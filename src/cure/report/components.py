@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cure.analysis.render import number, with_interval
-from cure.runs.records import Share
+from cure.runs.results import Share
 from cure.utils.plotting import Picture
 
 NO_BREAK = "\N{NO-BREAK SPACE}"

@@ -14,13 +14,8 @@ from cure.methods import METHODS
 from cure.report.accuracies import attack_name, measured_attacks
 from cure.report.components import Cell, Figure, Grid, accuracy_cell, percent, share_cell, written
 from cure.report.loader import Entry
-from cure.runs.records import (
-    EpochMetrics,
-    EvaluationRecord,
-    Share,
-    TradeoffPoint,
-    TradeoffRecord,
-)
+from cure.runs.records import EpochMetrics, TradeoffPoint, TradeoffRecord
+from cure.runs.results import EvaluationRecord, Share
 from cure.utils.plotting import Chart, Panel, Series
 
 PAPER = Path(__file__).with_name("paper.json")

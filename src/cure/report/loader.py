@@ -1,4 +1,4 @@
-"""What a page is about: runs, and results in files, as records of :mod:`cure.runs.records`.
+"""What a page is about: runs, and results in files, as records of :mod:`cure.runs.results`.
 
 A file that a user named and that cannot be read is refused. A damaged file inside a run costs the
 page one sentence in its place, not the page.
@@ -20,21 +20,23 @@ from cure.config import ROBUST
 from cure.errors import CheckpointError, ConfigError, CureError
 from cure.experiments.compare.rows import Source, checked_config, current, no_place
 from cure.runs.records import (
-    RESULTS,
-    CorruptionRecord,
-    DiagnosisRecord,
     Environment,
     EpochMetrics,
     EpochTiming,
-    EvaluationRecord,
     Images,
     Line,
     Outcome,
+    Status,
+    TradeoffRecord,
+)
+from cure.runs.results import (
+    RESULTS,
+    CorruptionRecord,
+    DiagnosisRecord,
+    EvaluationRecord,
     ResultRecord,
     RunRecord,
-    Status,
     StudyRecord,
-    TradeoffRecord,
     number_of,
     oldest_first,
     read_result,

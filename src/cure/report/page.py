@@ -34,7 +34,8 @@ from cure.report.components import (
     written,
 )
 from cure.report.loader import Entry, PageInputs, StudyResult, load_inputs
-from cure.runs.records import Environment, Unfinished
+from cure.runs.records import Environment
+from cure.runs.results import Unfinished
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.utils.io import check_free, write_text

@@ -20,7 +20,7 @@ What a folder holds:
 - ``tradeoff.json``: of a run that `cure tradeoff` made, the points that it was chosen from.
 - ``tracking.json``: identities at W&B and MLflow; ``tensorboard/``, ``wandb/``: their files.
 
-The formats of the JSON files are in :mod:`cure.runs.records`.
+The formats of the JSON files are in :mod:`cure.runs.records` and :mod:`cure.runs.results`.
 """
 
 from __future__ import annotations
@@ -40,13 +40,9 @@ from cure.config import MEMORY, OBJECT, RunConfig
 from cure.errors import CheckpointError, CureError
 from cure.recipe import check_kept, dump
 from cure.runs.records import (
-    RESULTS,
-    CorruptionRecord,
-    DiagnosisRecord,
     Environment,
     EpochMetrics,
     EpochTiming,
-    EvaluationRecord,
     FileRecord,
     GradientLine,
     Images,
@@ -54,10 +50,16 @@ from cure.runs.records import (
     LineKind,
     Outcome,
     Status,
-    StudyRecord,
     line_text,
-    oldest_first,
     read_lines,
+)
+from cure.runs.results import (
+    RESULTS,
+    CorruptionRecord,
+    DiagnosisRecord,
+    EvaluationRecord,
+    StudyRecord,
+    oldest_first,
     read_numbered,
 )
 from cure.utils.environment import environment

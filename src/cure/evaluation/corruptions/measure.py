@@ -34,7 +34,7 @@ from cure.evaluation.target import Target, TargetLike, describe_images
 from cure.models import describe
 from cure.models.checks import check_outputs, predicted
 from cure.models.failure import network_errors
-from cure.runs.records import CorruptionRecord
+from cure.runs.results import CorruptionRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free

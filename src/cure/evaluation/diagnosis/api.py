@@ -12,7 +12,7 @@ from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike
 from cure.models import describe
 from cure.models.failure import network_errors
-from cure.runs.records import DiagnosisRecord
+from cure.runs.results import DiagnosisRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free

@@ -12,15 +12,9 @@ from typing import TYPE_CHECKING, Any
 from cure.config import NATURAL, NATURAL_FROM, ROBUST, Ratio
 from cure.errors import CheckpointError, ConfigError
 from cure.runs.folder import RunFolder
-from cure.runs.records import (
-    Accuracy,
-    Environment,
-    EpochTiming,
-    EvaluationRecord,
-    RunRecord,
-    oldest_first,
-    read_packed,
-)
+from cure.runs.packed import read_packed
+from cure.runs.records import Environment, EpochTiming
+from cure.runs.results import Accuracy, EvaluationRecord, RunRecord, oldest_first
 from cure.utils.io import read_json
 from cure.utils.stats import is_unequal
 
