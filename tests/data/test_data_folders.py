@@ -351,7 +351,7 @@ def test_damaged_files_are_named_at_once_or_skipped(image_folder) -> None:
     }
     folder = image_folder(files)
     with pytest.raises(
-        DataError, match=r"12 images cannot be used .*; and 2 more\); mend"
+        DataError, match=r"12 images cannot be used .*; and 2 more\); repair"
     ) as caught:
         load(config(folder), "train")
     assert str(caught.value).count("broken") == 10

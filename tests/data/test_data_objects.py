@@ -236,7 +236,7 @@ class Stream(IterableDataset):
         (lambda: (PIXELS, NUMBERS[:5]), "12 labels, one an image"),
         (lambda: (PIXELS / 127.5 - 1, NUMBERS), "from -1 to 1; undo their standardisation"),
         (lambda: (PIXELS * 1.0, NUMBERS), "divide them by 255"),
-        (lambda: (PIXELS * np.nan, NUMBERS), "got not a number or infinity; mend"),
+        (lambda: (PIXELS * np.nan, NUMBERS), "got not a number or infinity; correct"),
         (lambda: (PIXELS[:0] / 255, NUMBERS[:0]), "expected images with pixels, got an array"),
         (lambda: (PIXELS.astype(np.int64) * 300, NUMBERS), "0..255"),
         (lambda: (PIXELS[..., :2], NUMBERS), "has no side of 1 or 3"),
