@@ -19,7 +19,7 @@ from cure.config import AveragingConfig, WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.at import AT
-from cure.methods.base import holding
+from cure.methods.step import holding
 from cure.methods.wrappers.averaging import Averaging
 from cure.methods.wrappers.awp import AWP, keeping_buffers, perturbation
 

@@ -20,7 +20,7 @@ from cure.config import AveragingConfig, MethodConfig, RunConfig
 from cure.data import Batch, accounting, batches, carve, sources
 from cure.errors import TrainingStopped
 from cure.methods import Context, Method, StepOutput
-from cure.methods.base import holding
+from cure.methods.step import holding
 from cure.methods.wrappers.averaging import Averaging, recompute_statistics
 from cure.models import load_weights, read_weights
 from cure.recipe import load_recipe

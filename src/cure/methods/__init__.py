@@ -7,16 +7,8 @@ registered name (``cure list methods``).
 from cure.methods.act import ACT
 from cure.methods.ard import ARD
 from cure.methods.at import AT
-from cure.methods.base import (
-    METHODS,
-    AdversarialBatch,
-    Context,
-    Masking,
-    Method,
-    Metrics,
-    Step,
-    StepOutput,
-)
+from cure.methods.base import METHODS, Method
+from cure.methods.context import Context
 from cure.methods.cure import CURE
 from cure.methods.fat import FAT
 from cure.methods.hat import HAT
@@ -26,6 +18,7 @@ from cure.methods.las_at import LASAT
 from cure.methods.mart import MART
 from cure.methods.natural import Natural
 from cure.methods.st_at import STAT
+from cure.methods.step import AdversarialBatch, Masking, Metrics, Step, StepOutput
 from cure.methods.trades import TRADES
 from cure.methods.wrappers.averaging import Averaging
 from cure.methods.wrappers.awp import AWP

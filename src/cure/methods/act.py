@@ -14,8 +14,9 @@ from cure.attacks.losses import Objective, cross_entropy, kl_divergence_per_samp
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.base import METHODS, AdversarialBatch, Method, Metrics, StepOutput, Tradeoff
+from cure.methods.base import METHODS, Method, Tradeoff
 from cure.methods.common.losses import accuracy, distillation
+from cure.methods.step import AdversarialBatch, Metrics, StepOutput
 from cure.models.batch_norm import untracked
 
 Reduction = Literal["released", "even"]

@@ -10,8 +10,9 @@ from pydantic import Field
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
+from cure.methods.base import METHODS, Method, Tradeoff
 from cure.methods.common.losses import accuracy
+from cure.methods.step import AdversarialBatch, StepOutput
 
 
 class AdversarialConfig(MethodConfig):

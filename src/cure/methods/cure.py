@@ -22,17 +22,10 @@ from cure.attacks.losses import KL, with_cross_entropy
 from cure.config import MethodConfig, Section
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.base import (
-    METHODS,
-    AdversarialBatch,
-    Masking,
-    Method,
-    Metrics,
-    StepOutput,
-    Tradeoff,
-)
+from cure.methods.base import METHODS, Method, Tradeoff
 from cure.methods.common.losses import accuracy, kl_divergence
 from cure.methods.common.revision import RevisionConfig, RevisionModel
+from cure.methods.step import AdversarialBatch, Masking, Metrics, StepOutput
 from cure.utils.engine import Grads
 
 Scope = Literal["layer", "global"]

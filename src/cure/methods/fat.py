@@ -14,9 +14,10 @@ from cure.attacks.losses import CROSS_ENTROPY, KL
 from cure.attacks.threat import drawn
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
+from cure.methods.base import METHODS, Method, Tradeoff
 from cure.methods.common.losses import accuracy
 from cure.methods.mart import mart_output
+from cure.methods.step import AdversarialBatch, StepOutput
 from cure.methods.trades import trades_output
 
 Form = Literal["ce", "trades", "mart"]

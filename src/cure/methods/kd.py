@@ -12,9 +12,10 @@ from torch import Tensor
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
+from cure.methods.base import METHODS, Method, Tradeoff
 from cure.methods.common.losses import accuracy, soft_cross_entropy
 from cure.methods.common.teacher import Teacher
+from cure.methods.step import AdversarialBatch, StepOutput
 
 
 class KdConfig(MethodConfig):

@@ -27,9 +27,10 @@ from cure.attacks.losses import CROSS_ENTROPY, KL, kl_divergence_per_sample
 from cure.attacks.pgd import Start, attack_mode
 from cure.config import MethodConfig, ModelConfig, Section
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
+from cure.methods.base import METHODS, Method, Tradeoff
 from cure.methods.common.losses import accuracy, smoothed_cross_entropy
 from cure.methods.fat import EarlyStop
+from cure.methods.step import AdversarialBatch, StepOutput
 from cure.models import build_model
 from cure.models.trial import fitted
 from cure.utils.random import derive, draw_for_batch

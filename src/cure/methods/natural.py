@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput
+from cure.methods.base import METHODS, Method
 from cure.methods.common.losses import accuracy
+from cure.methods.step import AdversarialBatch, StepOutput
 
 
 class NaturalConfig(MethodConfig):

@@ -16,8 +16,9 @@ from cure.attacks.pgd import starting_point
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
+from cure.methods.base import METHODS, Method, Tradeoff
 from cure.methods.common.losses import accuracy, symmetric_kl
+from cure.methods.step import AdversarialBatch, StepOutput
 from cure.models.batch_norm import untracked
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from cure.attacks import PGD, Threat
 from cure.config import MethodConfig, TeacherConfig
 from cure.errors import ConfigError, unknown
+from cure.methods.context import Context
 from cure.utils.engine import Engine
-
-if TYPE_CHECKING:
-    from cure.methods.base import Context
 
 GIVEN = "object:"
 """Path of a teacher that was passed as a network."""
@@ -58,8 +56,6 @@ def standalone(
     Raises:
         ConfigError: when a setting is unknown or does not fit, or a teacher is missing.
     """
-    from cure.methods.base import Context
-
     config, teachers = _settings(kind, section, settings)
     if attack is None:
         threat = threat or Threat()

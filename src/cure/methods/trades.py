@@ -10,8 +10,9 @@ from torch import Tensor
 from cure.attacks.losses import KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.methods.base import METHODS, AdversarialBatch, Method, StepOutput, Tradeoff
+from cure.methods.base import METHODS, Method, Tradeoff
 from cure.methods.common.losses import accuracy, trades_terms
+from cure.methods.step import AdversarialBatch, StepOutput
 
 
 def trades_output(

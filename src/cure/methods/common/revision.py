@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.config import Section
-from cure.methods.base import Context
+from cure.methods.context import Context
 from cure.utils.random import generator
 
 PAPER_DECAY = 0.999

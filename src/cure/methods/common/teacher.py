@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cure.methods.base import Context
+from cure.methods.context import Context
 
 
 class Teacher(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.config import AveragingConfig
-from cure.methods.base import Method, Metrics
+from cure.methods.base import Method
+from cure.methods.step import Metrics
 from cure.methods.wrappers.base import Wrapper
 from cure.utils.modes import modes_kept
 

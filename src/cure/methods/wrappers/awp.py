@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cure.config import WeightPerturbationConfig
 from cure.data.images import Batch
-from cure.methods.base import AdversarialBatch, Method, Metrics, PartMean, StepOutput
+from cure.methods.base import Method
+from cure.methods.step import AdversarialBatch, Metrics, PartMean, StepOutput
 from cure.methods.wrappers.base import Wrapper
 from cure.utils.engine import Grads
 

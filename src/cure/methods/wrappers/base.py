@@ -9,8 +9,10 @@ from torch import nn
 from cure.config import Section
 from cure.data.images import Batch
 from cure.errors import ConfigError
-from cure.methods.base import AdversarialBatch, Context, Method, Metrics, Progress, StepOutput
+from cure.methods.base import Method
+from cure.methods.context import Context
 from cure.methods.standalone import settings_of
+from cure.methods.step import AdversarialBatch, Metrics, Progress, StepOutput
 
 
 class Wrapper(Method):
