@@ -31,6 +31,7 @@ MINI = Path(__file__).resolve().parents[2] / "results" / "cifar10-mini-cure"
 
 PGD = {"steps": 20, "step_size": "epsilon/4", "start": "uniform", "restarts": 1}
 SETTINGS: dict[str, dict[str, Any]] = {
+    "square": {},
     "pgd20": PGD | {"objective": "cross_entropy"},
     "pgd100": PGD | {"steps": 100, "objective": "cross_entropy"},
     "cw": PGD | {"objective": "margin", "confidence": 50},
@@ -766,6 +767,14 @@ def test_the_order_is_by_the_strongest_that_all_have(make_run: MakeRun) -> None:
     without = make_run("d", result(90, pgd20=45), method="natural")
     assert labels(compare([*runs, without])) == ["trades", "natural", "at", "mart"]
     assert "sorted by pgd20" in compare([*runs, without]).caption
+
+
+def test_the_order_is_by_the_attack_that_left_fewest(make_run: MakeRun) -> None:
+    masked = make_run("masked", result(80, pgd20=80, cw=80, square=2), method="at")
+    honest = make_run("honest", result(80, pgd20=20, cw=19, square=30), method="mart")
+    done = compare([masked, honest])
+    assert "sorted by square" in done.caption
+    assert labels(done) == ["mart", "at"]
 
 
 def test_attacks_have_the_order_of_the_registry() -> None:

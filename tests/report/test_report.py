@@ -224,7 +224,15 @@ def test_weak_attacks_alone_are_called_weak(tmp_path: Path) -> None:
     run = plant(tmp_path / "run", results=[evaluation("run", attacks={"pgd20": 60, "noise": 140})])
     said = section(read(write_report(run)), "verdict").text
     assert "withstands PGD-20, the strongest attack tried, on 30.0 %" in said
-    assert "comes from PGD-20 alone" in said
+    assert "comes from noise and PGD-20 alone" in said
+
+
+def test_the_verdict_is_of_the_attack_that_left_fewest(tmp_path: Path) -> None:
+    attacks = {"pgd20": 198, "cw": 200, "square": 17}
+    run = plant(tmp_path / "run", results=[evaluation("run", attacks=attacks)])
+    said = section(read(write_report(run)), "verdict").text
+    assert "withstands Square, the strongest attack tried, on 8.5 %" in said
+    assert "100.0 %" not in said
     assert "--attacks autoattack" in said
 
 

@@ -272,13 +272,19 @@ def _usual_columns(rows: Sequence[TableRow]) -> list[str]:
 
 
 def _usual_sort(rows: Sequence[TableRow]) -> str:
-    """The NRR of the strongest attack that all rows have on as many images, else that attack."""
-    attacks = attacks_of(rows)
-    candidates = [*(f"nrr_{name}" for name in reversed(RATIOS)), *reversed(attacks)]
-    for name in candidates:
-        if all(row.get(name) is not None for row in rows) and len(_counts(rows, name)) == 1:
-            return name
-    return "natural"
+    """The NRR of the attack that left fewest right of those that all rows have, else that attack.
+
+    Only attacks count that all rows have on as many images; of equals the usual strongest.
+    """
+
+    def shared(name: str) -> bool:
+        return all(row.get(name) is not None for row in rows) and len(_counts(rows, name)) == 1
+
+    attacks = [name for name in reversed(attacks_of(rows)) if shared(name)]
+    if not attacks:
+        return "natural"
+    attack = min(attacks, key=lambda name: sum(float(row[name]) for row in rows))
+    return f"nrr_{attack}" if attack in RATIOS and shared(f"nrr_{attack}") else attack
 
 
 def _count(row: TableRow, column: str) -> int | None:
