@@ -3,7 +3,7 @@
     python benchmarks/robust_start.py --data FOLDER [--seeds 0,1,2] [--epochs 12,36]
 
 The classes of the photographs are halved.  The first half trains the teacher: CURE from the
-pretrained network.  The second half is the task: CURE from ``robust:TEACHER``, whose head is
+pretrained network, trained naturally on them first.  The second half is the task: CURE from ``robust:TEACHER``, whose head is
 trained first, and CURE from a natural start, which is the pretrained network trained naturally on
 the task; each with every number of epochs.  ``training.min_steps`` is dropped: budgets differ.
 Every choice in training uses photographs carved from the training split; the figures are of the
@@ -74,21 +74,24 @@ def trained_from(
         "training.threads": 1,
         "training.min_steps": None,
     }
-    task = {"data.source": str(runs / "task")}
+
+    def begun(part: str) -> Path:
+        """The pretrained network, trained naturally on one half of the classes."""
+        settings = common | {"data.source": str(runs / part)} | NATURAL[NETWORK] | NATURAL_COMMON
+        return trained(runs / f"natural-{part}-seed{seed}", settings)
+
     if start == "robust":
-        teacher = trained(
-            runs / f"teacher-seed{seed}",
-            common
-            | {"data.source": str(runs / "teacher"), "training.epochs": options.teacher_epochs},
-        )
+        of_teacher = {
+            "data.source": str(runs / "teacher"),
+            "start": str(begun("teacher")),
+            "training.epochs": options.teacher_epochs,
+        }
+        teacher = trained(runs / f"teacher-seed{seed}", common | of_teacher)
         began = f"robust:{teacher}"
     else:
-        natural = common | task | NATURAL[NETWORK] | NATURAL_COMMON
-        began = str(trained(runs / f"natural-seed{seed}", natural))
-    path = trained(
-        runs / f"{start}-{epochs}-seed{seed}",
-        common | task | {"start": began, "training.epochs": epochs},
-    )
+        began = str(begun("task"))
+    task = {"data.source": str(runs / "task"), "start": began, "training.epochs": epochs}
+    path = trained(runs / f"{start}-{epochs}-seed{seed}", common | task)
     lines = [line for each in (path, path / "head") if each.exists() for line in timing_of(each)]
     return path, {"processor_minutes": round(sum(lines) / 60, 1)}
 
