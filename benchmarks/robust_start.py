@@ -3,9 +3,10 @@
     python benchmarks/robust_start.py --data FOLDER [--seeds 0,1,2] [--epochs 12,36]
 
 The classes of the photographs are halved.  The first half trains the teacher: CURE from the
-pretrained network, trained naturally on them first.  The second half is the task: CURE from ``robust:TEACHER``, whose head is
-trained first, and CURE from a natural start, which is the pretrained network trained naturally on
-the task; each with every number of epochs.  ``training.min_steps`` is dropped: budgets differ.
+pretrained network, trained naturally on these classes first.  The second half is the task: CURE
+from ``robust:TEACHER``, whose head is trained first, and CURE from a natural start, which is the
+pretrained network trained naturally on the task; each with every number of epochs.
+``training.min_steps`` is dropped, so that the budgets differ.
 Every choice in training uses photographs carved from the training split; the figures are of the
 test split.  Rows that are done are skipped.  ``results/photos/robust_start.json`` holds a row a
 start, budget and seed.
