@@ -176,7 +176,9 @@ class _Opened:
         attack = validation_attack(config, engine)
         settings = {
             "name": f"pgd{attack.steps}",
-            "step_size": config.attack.step_size.text,
+            "step_size": config.attack.step_size.text
+            if attack.step_size == config.attack.step_size
+            else f"{attack.step_size:.4g}",
             "epsilon": config.threat.epsilon.text,
             "norm": config.threat.norm,
             "start": attack.start,

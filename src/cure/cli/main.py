@@ -676,12 +676,11 @@ def export_(
     ] = None,
 ) -> None:
     """Write a run's network for other programs; checks the file against the run."""
-    from cure.exporters.export import export
+    from cure.exporters.export import export, next_command
 
     made = export(run, to.value, folder, int8=int8, opset=opset, push=push, **options)  # type: ignore[arg-type]
     say(f"exported: {made}")
-    if to is not ExportFormat("torch-export"):
-        say(f"next: cure evaluate {made} --data IMAGES --float {run}")
+    say(f"next: {next_command(run, made)}")
 
 
 @app.command("list")

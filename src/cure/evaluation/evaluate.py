@@ -148,15 +148,16 @@ def evaluate(
         names = _attack_names(attacks, chosen, transfer is not None, float_network is not None)
         names = _with_required(names, limits, transfer is not None)
         _check_attacks_fit(names, time_limit, robustbench)
+        threat = chosen.threat(epsilon, norm)
         if bounds:
-            check_linf(chosen.threat(epsilon, norm))
+            check_linf(threat)
         if smoothing is not None:
             check_sigma(smoothing)
         evaluation = _prepare(
             chosen,
             names,
             _curve(curve, epsilons),
-            chosen.threat(epsilon, norm),
+            threat,
             Engine.for_evaluation(chosen.options.device, precision),
             transfer,
             output,
@@ -177,7 +178,7 @@ def evaluate(
                 threats = unseen_threats(evaluation.threat, evaluation.images)
                 result["unseen"] = with_all_threats(result, found, threats)
             result |= _certificates(evaluation, bounds, smoothing, progress)
-            note = masking_note(result)
+            note = masking_note(result, traits_of(evaluation.model).gradient)
             if note:
                 warnings.warn(note, CureNote, stacklevel=2)
             result["notes"] = notes

@@ -80,23 +80,30 @@ def _difference(before: dict[str, Any], after: dict[str, Any]) -> Result:
     return {"difference": difference, "interval": [low, high], "lost": lost, "gained": gained}
 
 
-def masking_note(result: Result) -> str:
-    """What must be said of an int8 file: its rounding hides the gradient.
+def masking_note(result: Result, gradient: bool) -> str:
+    """What must be said of a network that gives no gradients: attacks without them are weak.
 
     Args:
         result: an evaluation of it.
+        gradient: whether gradients reach its images.
 
     Returns:
-        A sentence; empty for other files.
+        A sentence; empty for other networks.
     """
-    if result["model"].get("precision") != "int8":
+    if gradient:
         return ""
     attacks = result["attacks"]
     replayed = {n: part for n, part in attacks.items() if "made_on" in part["settings"]}
     own = {n: part for n, part in attacks.items() if n not in replayed}
+    int8 = result["model"].get("precision") == "int8"
+    if not attacks or (replayed and not int8):
+        return ""
     said = (
         "int8 rounds what the layers compute, which masks the gradient and is no robustness: an "
         "accuracy under attacks without gradients is an upper bound"
+        if int8
+        else "the network gives no gradients: an accuracy under attacks without them is an upper "
+        "bound of what gradients would leave"
     )
     if not replayed:
         return f"{said}; give the run with --float RUN to replay images made on the float network"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from cure.data.labels import relabelled
 from cure.data.loader import to_unit
 from cure.data.objects import as_images, is_object
 from cure.data.sources import check_not_memory
-from cure.errors import CheckpointError, ConfigError, DataError, unknown
+from cure.errors import CheckpointError, ConfigError, CureNote, DataError, unknown
 from cure.evaluation.options import TargetKeywords, TargetOptions
+from cure.evaluation.unseen import customary
 from cure.models import MODELS, Normalised, build_model, load_weights
 from cure.models.artefact import WEIGHTS, WHOLE, contract_of, from_pretrained, is_artefact
 from cure.models.build import adapted_copy, network_of
@@ -188,6 +190,8 @@ class Target:
             config = self._data_config(source, how.data_options or {})
             place = CachePlace.beside(None if self.folder is None else self.folder.path)
             images = load_split(config, how.split, how.limit, place)
+            for skipped in images.findings.skipped:
+                warnings.warn(f"{images.name}: {skipped}", CureNote, stacklevel=2)
         if self.folder is not None:
             return relabelled(images, self.folder.kind)
         return images if self.contract is None else relabelled(images, self.contract.kind)
@@ -212,6 +216,8 @@ class Target:
     def threat(self, epsilon: str | float | None = None, norm: str | None = None) -> Threat:
         """The run's threat, else Linf 8/255, with another radius or norm where they are given.
 
+        Another norm without a radius has the customary one, which a note tells.
+
         Raises:
             ConfigError: when they are no radius or norm.
         """
@@ -223,10 +229,24 @@ class Target:
             "norm": base.norm if norm is None else norm,
         }
         try:
-            return Threat.of(ThreatConfig.model_validate(wanted))
+            found = Threat.of(ThreatConfig.model_validate(wanted))
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
+        if epsilon is not None or found.norm == base.norm:
+            return found
+        kind = self.folder.kind if self.folder is not None else None
+        if self.contract is not None:
+            kind = self.contract.kind
+        values = 3 * 32 * 32 if kind is None else kind.channels * kind.size[0] * kind.size[1]
+        usual = customary(found.norm, values)
+        warnings.warn(
+            f"in {found.norm} the radius is {usual.epsilon:g}, which is usual for images of "
+            f"{values:,} values; set another one with epsilon",
+            CureNote,
+            stacklevel=2,
+        )
+        return usual
 
     def validation_accuracy(self) -> float | None:
         """Natural accuracy of a run's weights on its validation images, percent, if recorded.

@@ -14,6 +14,7 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
+from cure.config import OBJECT
 from cure.data import ImageSet, to_unit
 from cure.errors import CheckpointError, ConfigError, ModelError, unknown
 from cure.evaluation.calibration import fit_temperature
@@ -384,11 +385,33 @@ _WRITERS: dict[str, Callable[[_Source, Path, bool, int], Path]] = {
 }
 
 
+def next_command(run: str | Path, made: Path) -> str:
+    """The command that evaluates a file of :func:`export`.
+
+    Args:
+        run: the run that was exported.
+        made: the file or hub folder.
+    """
+    name = RunFolder.open(Path(run)).config.model.name
+    if made.suffix == ".onnx":
+        return f"cure evaluate {made} --data IMAGES --float {run}"
+    if not _is_own(name) or made.suffix == ".pt2":
+        return f"cure evaluate {made} --data IMAGES"
+    weights = made if made.is_file() else made / WEIGHTS
+    if name.startswith(OBJECT):
+        return f"cure.from_pretrained('{made}', network=...) in Python, with a new network of yours"
+    return f"cure evaluate --model {name} --weights {weights} --data IMAGES"
+
+
+def _is_own(name: str) -> bool:
+    """Whether a network is code of its own, which no file holds."""
+    return ":" in name and not name.startswith(("timm:", "hf:"))
+
+
 def _read_back(path: Path, source: _Source) -> nn.Module:
     """The network of a file; code of its own is taken from the run."""
     name: Any = source.contract.network["name"]
-    own = not name.startswith("timm:") and ":" in name
-    if own and not (name.startswith("hf:") and path.is_dir()):
+    if _is_own(name) or (name.startswith("hf:") and not path.is_dir()):
         return from_pretrained(path, network=_blank(source.model))
     return from_pretrained(path)
 
