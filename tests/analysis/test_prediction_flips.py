@@ -26,6 +26,11 @@ CLASSES = ("plain", "$10$ bill", "<b>bold</b>")
 TRUE = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
 FIRST = [0, 0, 0, 1, 1, 1, 0, 2, 0, 0]
 SECOND = [0, 1, 2, 1, 0, 1, 1, 2, 0, 1]
+import shutil
+
+from cure.analysis.prediction_flips import start_of
+from cure.runs.folder import RunFolder
+from helpers import bright_or_dark
 
 
 class Reads(nn.Module):
@@ -216,3 +221,28 @@ def test_bad_input_is_one_sentence(run: Path, command: Command, tmp_path: Path) 
 def test_a_network_in_python_needs_to_be_told_its_start(written: ImageSet) -> None:
     with pytest.raises(ConfigError, match="Reads is no run"):
         prediction_flips(Reads(0), data=written)
+
+
+def test_weights_in_a_file_are_a_start_too(tmp_path: Path) -> None:
+    settings = {
+        "model": {"name": "small_cnn", "options": {"width": 2}},
+        "data.validation": 16,
+        "attack.steps": 1,
+        "training.epochs": 1,
+        "training.batch_size": 16,
+        "training.threads": 1,
+        "training.validation_steps": 1,
+    }
+    images = bright_or_dark()
+
+    def trained(name: str, **more: Any) -> cure.Run:
+        return cure.train("digits", settings | more, data=images, run=tmp_path / name, quiet=True)
+
+    first = trained("first", method="natural", start="scratch")
+    file = tmp_path / "weights.safetensors"
+    shutil.copy(RunFolder.open(first.path).weights("best"), file)
+    second = trained("second", method="at", start=str(file))
+    network = start_of(second)
+    assert isinstance(network, torch.nn.Module)
+    expected = first.model().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())

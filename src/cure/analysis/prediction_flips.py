@@ -18,7 +18,8 @@ from cure.errors import ConfigError
 from cure.evaluation.metrics import accuracy_of
 from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import TargetLike
-from cure.models import core
+from cure.models import core, load_weights
+from cure.models.build import network_of
 from cure.models.checks import check_outputs
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
@@ -194,11 +195,11 @@ def _same(one: TargetLike, other: TargetLike) -> bool:
     return one == other
 
 
-def start_of(target: TargetLike) -> Path:
-    """The run that a run started from.
+def start_of(target: TargetLike) -> Path | nn.Module:
+    """The run that a run started from, or its network with the weights that it started with.
 
     Raises:
-        ConfigError: when it started from none, or is no run.
+        ConfigError: when these are not kept, or it is no run.
     """
     path = target.path if isinstance(target, Run) else target
     if isinstance(path, str | Path) and (Path(path) / "config.yaml").is_file():
@@ -206,6 +207,11 @@ def start_of(target: TargetLike) -> Path:
         for place in (folder.path / "natural", Path(folder.config.start_path or NATURAL)):
             if (place / "config.yaml").is_file():
                 return place
+        if (weights := folder.start_weights()) is not None:
+            given = target.network if isinstance(target, Run) else None
+            network = network_of(folder.config, folder.kind, given)
+            load_weights(network, weights)
+            return network
         what = f"{path} has no natural start of its own and its setting start names no run here"
     else:
         name = type(path).__name__ if isinstance(path, nn.Module) else path

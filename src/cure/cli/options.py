@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from cure.config import Ratio
 from cure.errors import ConfigError
 from cure.evaluation.options import TargetOptions
 
@@ -180,7 +181,7 @@ def numbers(name: str, text: str | None) -> list[float] | None:
     if text is None:
         return None
     try:
-        return [float(part) for part in text.strip("[]() ").replace(",", " ").split()]
+        return [float(Ratio(part)) for part in text.strip("[]() ").replace(",", " ").split()]
     except ValueError:
         raise ConfigError(
             f"--{name}: expected numbers such as 0.49,0.48,0.45, got '{text}'"

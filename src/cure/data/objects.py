@@ -461,13 +461,14 @@ def _levels(pixels: NDArray[Any]) -> NDArray[np.uint8]:
             )
         return pixels.astype(np.uint8)
     if not (low >= 0 and high <= 1):
-        advice = (
-            "divide them by 255"
-            if low >= 0 and 1 < high <= 255
-            else "undo their standardisation and give mean and std to the model instead"
-        )
+        if low > -0.1 and high < 1.1:
+            advice = "clip them to [0, 1]"
+        elif low >= 0 and high <= 255:
+            advice = "divide them by 255"
+        else:
+            advice = "undo their standardisation and give mean and std to the model instead"
         raise DataError(
-            f"expected images in [0, 1], got values from {low:.4g} to {high:.4g}; {advice}"
+            f"expected images in [0, 1], got values from {low:.6g} to {high:.6g}; {advice}"
         )
     # As ImageSet.of and torchvision's conversions: the nearest of the 256 levels.
     wide = pixels.astype(np.float32) if pixels.dtype.itemsize < 4 else pixels

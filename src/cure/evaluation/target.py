@@ -80,6 +80,11 @@ class Target:
         network = None
         if isinstance(given, Run):
             network, given = given.network, given.path
+        if not isinstance(given, str | Path):
+            raise ConfigError(
+                f"expected a run, a network (torch.nn.Module) or the name of one, got "
+                f"{type(given).__name__}; put a function or several networks into a module"
+            )
         path = Path(given).expanduser()
         if (path / "config.yaml").is_file():
             return cls._of_run(RunFolder.open(path), how, network)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.attacks import Threat
-from cure.config import NATURAL, RunConfig
+from cure.config import RunConfig
 from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
 from cure.data.objects import as_images
@@ -272,19 +272,8 @@ def _check_runs(folders: Sequence[RunFolder]) -> None:
 
 def _start(folder: RunFolder, config: RunConfig, network: nn.Module) -> End:
     """The weights that a run began with."""
-    kept = folder.checkpoints / "start.safetensors"
-    if kept.exists():
-        path: Path | None = kept
-    elif config.starts_naturally:
-        path = RunFolder.open(folder.path / NATURAL).weights("best")
-    elif config.start_path is None:
-        path = None
-    elif (folder.path / "head").is_dir():
-        path = RunFolder.open(folder.path / "head").weights("best")
-    else:
-        path = Path(config.start_path).expanduser()
-        path = RunFolder.open(path).weights("best") if path.is_dir() else path
-    if path is None or not path.exists():
+    path = folder.start_weights()
+    if path is None:
         raise CheckpointError(
             f"{folder.path}: the weights that the run began with (start={config.start}) are not "
             "kept; a line needs a natural start: train with start=natural or start=FILE"

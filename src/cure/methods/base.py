@@ -24,7 +24,7 @@ from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
 from cure.methods.context import Context
-from cure.methods.standalone import standalone
+from cure.methods.standalone import check_batch, standalone
 from cure.methods.step import (
     AdversarialBatch,
     Metrics,
@@ -153,8 +153,9 @@ class Method(nn.Module, Generic[Attacked]):
             labels: classes [B] int64, or probabilities [B, K] for methods that take soft labels.
 
         Raises:
-            ConfigError: when images lie outside [0, 1] (checked in the first call only), the method
-                takes no soft labels, or :meth:`update` was forgotten.
+            ConfigError: when images or labels are not as above, or the network returns no logits
+                (checked in the first call only), the method takes no soft labels, or
+                :meth:`update` was forgotten.
         """
         progress = self.progress
         weight = next(iter(self.trainable().values()))
@@ -163,12 +164,8 @@ class Method(nn.Module, Generic[Attacked]):
                 "the weights changed since the last batch: say method.update() after each "
                 "optimizer.step()"
             )
-        if progress.done == progress.part == 0 and not 0 <= images.min() <= images.max() <= 1:
-            raise ConfigError(
-                f"expected images in [0, 1], got values from {images.min():.3g} to "
-                f"{images.max():.3g}; standardise inside the model: cure.models.Normalised(model, "
-                "mean, std)"
-            )
+        if progress.done == progress.part == 0:
+            check_batch(self.model, images, labels)
         soft = labels if labels.dim() == 2 else None
         if soft is not None and not self.soft_labels:
             raise ConfigError(f"{type(self).__name__} takes no soft labels; give classes [B]")

@@ -14,7 +14,9 @@ from cure.attacks import PGD, Threat
 from cure.config import MethodConfig, TeacherConfig
 from cure.errors import ConfigError, unknown
 from cure.methods.context import Context
+from cure.models.failure import failed_in
 from cure.utils.engine import Engine
+from cure.utils.modes import evaluating
 
 GIVEN = "object:"
 """Path of a teacher that was passed as a network."""
@@ -147,3 +149,44 @@ def _images(batches: Iterable[Any] | None, device: torch.device) -> Iterator[Ten
     for batch in batches:
         image = batch[0] if isinstance(batch, tuple | list) else batch
         yield image.to(device)
+
+
+def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Refuse a first batch that a method would misread, or fail on without saying why.
+
+    Args:
+        model: the network in training.
+        images: should be [B, C, H, W] in [0, 1].
+        labels: should be classes [B] int64, or probabilities [B, K].
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    if not 0 <= images.min() <= images.max() <= 1:
+        raise ConfigError(
+            f"expected images in [0, 1], got values from {images.min():.3g} to "
+            f"{images.max():.3g}; standardise inside the model: cure.models.Normalised(model, "
+            "mean, std)"
+        )
+    with evaluating(model), torch.no_grad():
+        try:
+            logits = model(images[:2])
+        except Exception as error:
+            raise ConfigError(failed_in(error, "the model", images)) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"expected the model to return logits [B, K], got {came}; return its logits alone, for "
+            "example from a module around it"
+        )
+    count = logits.shape[1]
+    if labels.dim() == 2:
+        if labels.shape[1] != count:
+            raise ConfigError(f"expected labels [B, {count}], got {list(labels.shape)}")
+    elif labels.dtype != torch.int64:
+        raise ConfigError(f"expected labels in int64, got {labels.dtype}; say labels.long()")
+    elif labels.min() < 0 or labels.max() >= count:
+        raise ConfigError(
+            f"expected labels 0 to {count - 1} for {count} logits, got {int(labels.min())} to "
+            f"{int(labels.max())}; labels count from 0"
+        )

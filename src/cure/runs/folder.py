@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cure.config import MEMORY, OBJECT, RunConfig
+from cure.config import MEMORY, NATURAL, OBJECT, RunConfig
 from cure.errors import CheckpointError, CureError
 from cure.recipe import check_kept, dump
 from cure.runs.records import (
@@ -160,6 +160,22 @@ class RunFolder:
             what = "holds no run (no config.yaml)" if folder.path.exists() else "does not exist"
             raise CheckpointError(f"{path} {what}; name the folder that `cure train` printed")
         return folder
+
+    def start_weights(self) -> Path | None:
+        """The file of the weights that the run began with; None where they were not kept."""
+        config, kept = self.config, self.checkpoints / "start.safetensors"
+        if kept.exists():
+            return kept
+        if config.starts_naturally:
+            return RunFolder.open(self.path / NATURAL).weights("best")
+        if config.start_path is None:
+            return None
+        if (self.path / "head").is_dir():
+            return RunFolder.open(self.path / "head").weights("best")
+        path = Path(config.start_path).expanduser()
+        if path.is_dir():
+            return RunFolder.open(path).weights("best")
+        return path if path.exists() else None
 
     def settings(self) -> dict[str, Any]:
         """``config.yaml`` as it was written, not checked.

@@ -126,7 +126,7 @@ def logits(context: CheckContext) -> Finding:
         "different_values": len(torch.unique(values)),
     }
     inside = bool(((values >= 0) & (values <= 1)).all())
-    if measured["different_values"] <= context.classes:
+    if context.count > 1 and measured["different_values"] <= context.classes:
         return Finding(
             "fail",
             measured,
@@ -340,6 +340,11 @@ def natural_accuracy(context: CheckContext) -> Finding:
     }
     # With one class among the images, always naming it would be right always: nothing to compare.
     several = len(torch.unique(context.label)) > 1
+    # Even all right would be no better than guessing by this measure.
+    if several and at_least(context.count, context.count, 1 / context.classes) > LEVEL:
+        return Finding(
+            "warn", measured, f"{context.count} images are too few to tell accuracy from guessing."
+        )
     if several and at_least(right, context.count, 1 / context.classes) > LEVEL:
         return Finding(
             "fail",

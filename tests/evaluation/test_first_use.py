@@ -1,0 +1,122 @@
+"""What a first evaluation meets: files without gradients, another norm, broken images, slips."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import cure
+from cure.attacks import Threat
+from cure.cli.options import numbers
+from cure.errors import ConfigError, CureNote, DataError
+from cure.evaluation.replay import masking_note
+from cure.recipe import load_recipe
+from cure.training.validation import validation_attack
+from linear_models import ENGINE, linear_case
+
+PHOTOS = ["data.source=photos", "model.name=resnet18", "start=model"]
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "step"),
+    # 1/255 is a quarter and a fifth of the first two; from the third it would not cross the ball.
+    [("4/255", 1 / 255), ("5/255", 1 / 255), ("8/255", 2 / 255), ("12/255", 3 / 255)],
+)
+def test_steps_of_the_validation_attack_cross_the_ball(epsilon: str, step: float) -> None:
+    config = load_recipe("photos", [*PHOTOS, f"threat.epsilon={epsilon}"])
+    assert validation_attack(config, ENGINE).step_size == pytest.approx(step)
+
+
+def test_recipes_keep_the_steps_of_their_validation() -> None:
+    for recipe in ("digits", "cifar10-mini", "cifar10-resnet18-cure-released", "finetune"):
+        config = load_recipe(recipe, PHOTOS if recipe == "finetune" else [])
+        assert validation_attack(config, ENGINE).step_size == config.attack.step_size
+
+
+def test_without_gradients_an_accuracy_is_an_upper_bound() -> None:
+    attacks: dict[str, Any] = {"square": {"accuracy": 60.4, "settings": {}}}
+    result = {"model": {}, "attacks": attacks}
+    assert "an upper bound of what gradients would leave" in masking_note(result, gradient=False)
+    assert masking_note(result, gradient=True) == ""
+    attacks["pgd20"] = {"accuracy": 2.1, "settings": {"made_on": "float network"}}
+    assert masking_note(result, gradient=False) == ""
+
+
+def test_another_norm_has_its_usual_radius_and_says_so() -> None:
+    model, images, *_ = linear_case(4, 0.03)
+    with pytest.warns(CureNote, match=r"in L2 the radius is 0\.5, .*set another one with epsilon"):
+        found = cure.evaluate(model, data=images, norm="L2", attacks=["noise"])
+    assert found["threat"]["epsilon"] == 0.5
+    assert any("in L2 the radius" in note for note in found["notes"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cure.evaluate(model, data=images, norm="L2", epsilon=0.2, attacks=["noise"])
+
+
+def test_images_that_are_left_out_are_noted(tmp_path: Path) -> None:
+    for number in range(12):
+        place = tmp_path / "test" / ("a" if number % 2 else "b")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((8, 8, 3), 20 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+        (tmp_path / "train" / place.name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "train" / place.name / f"{number}.png")
+    (tmp_path / "test" / "a" / "1.png").write_bytes(b"broken")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    with pytest.warns(CureNote, match="1 damaged image skipped"):
+        found = cure.evaluate(
+            network, data=str(tmp_path), data_options={"damaged": "skip"}, attacks=["noise"]
+        )
+    assert found["data"]["n"] == 11
+    assert any("1 damaged image skipped" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize("target", [lambda image: image, [nn.Identity(), nn.Identity()]])
+def test_what_is_no_network_is_refused(target: Any) -> None:
+    _, images, *_ = linear_case(4, 0.03)
+    with pytest.raises(ConfigError, match=r"expected a run, a network .*, got (function|list)"):
+        cure.evaluate(target, data=images)
+
+
+def test_constants_may_be_fractions() -> None:
+    assert numbers("std", "1/255,0.5") == [pytest.approx(1 / 255), 0.5]
+
+
+def test_images_a_little_outside_are_to_be_clipped() -> None:
+    image = np.random.default_rng(0).random((4, 8, 8, 3)) + 1e-4
+    image[0, 0, 0, 0] = 1.0001
+    with pytest.raises(DataError, match=r"to 1\.0001; clip them to \[0, 1\]"):
+        cure.evaluate(nn.Identity(), data=(image, np.arange(4)))
+
+
+class _Of(nn.Module):
+    """A linear network whose logits are put into something."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.network, self.make = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), make
+
+    def forward(self, image: Tensor) -> Any:
+        return self.make(self.network(image))
+
+
+@pytest.mark.parametrize(
+    ("make", "label", "says"),
+    [
+        (lambda x: {"logits": x}, [0, 1, 2, 0], "logits .*got dict"),
+        (lambda x: (x, x), [0, 1, 2, 0], "got tuple"),
+        (lambda x: x, [1, 2, 3, 1], "labels 0 to 2 for 3 logits, got 1 to 3; labels count from 0"),
+        (lambda x: x, [0.0, 1.0, 2.0, 0.0], "labels in int64, got torch.float32"),
+    ],
+)
+def test_a_method_refuses_a_batch_that_it_would_misread(make: Any, label: Any, says: str) -> None:
+    method = cure.methods.TRADES(_Of(make), threat=Threat("Linf", 0.03), steps=3)
+    with pytest.raises(ConfigError, match=says):
+        method(torch.rand(4, 3, 4, 4), torch.tensor(label))
