@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import cure
-from cure.analysis.prediction_flips import flips, moved, prediction_flips
+from cure.analysis.prediction_flips import flips, moved, prediction_flips, start_of
 from cure.analysis.study import STUDIES
 from cure.data import ImageSet
 from cure.errors import ConfigError
 from cure.models import Normalised
+from cure.runs.folder import RunFolder
 from cure.utils.stats import holm, mcnemar, paired_difference
-from helpers import Command, refused
+from helpers import Command, bright_or_dark, refused
 
 CLASSES = ("plain", "$10$ bill", "<b>bold</b>")
 
@@ -26,11 +28,6 @@ CLASSES = ("plain", "$10$ bill", "<b>bold</b>")
 TRUE = [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
 FIRST = [0, 0, 0, 1, 1, 1, 0, 2, 0, 0]
 SECOND = [0, 1, 2, 1, 0, 1, 1, 2, 0, 1]
-import shutil
-
-from cure.analysis.prediction_flips import start_of
-from cure.runs.folder import RunFolder
-from helpers import bright_or_dark
 
 
 class Reads(nn.Module):
