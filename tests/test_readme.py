@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from cure.experiments.plan import entries, is_done, read_plan, results_of, write
 from cure.models import save_weights
 from cure.recipe import load_recipe
 from cure.training import budget
+from cure.utils.stats import student_t
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -413,18 +415,18 @@ def test_the_photo_figures_of_the_readme_are_those_of_result_files() -> None:
     )
     first, second, third = (f"{row['natural']}/{row['pgd20']}" for row in ours)
     assert f"ended at natural/PGD-20 {first}, {second} and {third}." in text
-    assert (
-        "(seeds 0 and 1) AT has {} and {}: CURE".format(
-            *(f"{row['natural']}/{row['pgd20']}" for row in at)
-        )
-        in text
-    )
-    natural, robust = (
-        [mine[name] - theirs[name] for mine, theirs in zip(ours, at, strict=False)]
-        for name in ("natural", "pgd20")
-    )
-    assert f"{natural[0]:.1f} and {natural[1]:.1f} points more natural accuracy" in text
-    assert f"{-robust[0]:.1f} less and {robust[1]:.1f} more robust accuracy" in text
+    theirs = [f"{row['natural']}/{row['pgd20']}" for row in at]
+    assert f"AT has {theirs[0]}, {theirs[1]} and {theirs[2]}." in text
+    long = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
+    for name, words in (
+        ("natural", "{:.1f} points more natural accuracy (Student interval over the three seeds, "),
+        ("pgd20", "its robust accuracy differs by {:.1f} points ({:.1f} to {:.1f})"),
+    ):
+        gained = [mine[name] - other[name] for mine, other in zip(ours, at, strict=True)]
+        figures = (statistics.fmean(gained), *student_t(gained))
+        assert words.format(*figures) in text
+        assert "paired: {1:.1f} to {2:.1f})".format(*figures) in text or name == "pgd20"
+        assert "{:.1f} ({:.1f} to {:.1f})".format(*figures) in long
     choices = json.loads((RESULTS / "photos" / "choices.json").read_text(encoding="utf-8"))
     assert f"at most {choices['noted']['autoattack']['after_apgd_t']} %" in text
     low, high = ours[1]["autoattack_interval"]
@@ -443,8 +445,11 @@ def test_the_line_of_at_is_told_from_its_results() -> None:
         ]
         assert " / ".join(told) in text
         short.append("/".join(f"{part['accuracy']:.1f}" for part in parts))
-    assert [row["natural_at_least"] for row in rows] == [81, 81, 80]
-    assert f"towards its start has {short[0]} and {short[1]}," in " ".join(README.split())
+    assert [(row["seed"], row["natural_at_least"]) for row in rows] == [
+        *((0, 81), (1, 81), (1, 80), (2, 81), (2, 82))
+    ]
+    flat = " ".join(README.split())
+    assert f"validation photos, has {short[0]}, {short[1]} and {short[4]}: CURE" in flat
 
 
 def test_copies_that_are_found_are_told_from_their_results() -> None:
