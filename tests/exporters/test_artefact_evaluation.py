@@ -102,6 +102,14 @@ def test_int8_is_told_of_as_masking(run: cure.Run, folder: Path, command: Comman
         cure.evaluate(run, attacks="fgsm", limit=5, float_network=run)
 
 
+def test_checks_of_attacks_are_left_out_of_a_file_without_gradients(folder: Path) -> None:
+    found = cure.diagnose(folder / "model.onnx", data="digits", limit=60)
+    assert found["verdict"] == "warn"
+    assert "ONNX file" in found["left_out"]["gradients"]
+    assert {"gradients", "convergence", "black_box", "total_gap"} <= found["left_out"].keys()
+    assert not any(one["status"] == "fail" for one in found["checks"])
+
+
 class Mean(nn.Module):
     """Reads brightness: no constants, no contract."""
 

@@ -376,7 +376,7 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
             engine=replace(engine, rank=0, world=1, precision="fp32"),
             seed=target.options.seed,
             expected=target.validation_accuracy(),
-            gradients=not _is_onnx(target),
+            gradients=not target.is_onnx,
         )
     )
     return {
@@ -513,7 +513,7 @@ def _attack_names(
     attacks: str | Sequence[str] | None, target: Target, with_source: bool, with_float: bool
 ) -> Sequence[str]:
     """The attacks that were asked for, else the run's; unknown ones are refused."""
-    if attacks is None and _is_onnx(target):
+    if attacks is None and target.is_onnx:
         attacks = [*(EvaluationConfig().attacks if with_float else ()), "noise", "square"]
     if isinstance(attacks, str):
         attacks = [name.strip() for name in attacks.split(",")]
@@ -565,11 +565,6 @@ def _sharded(
                 f"{name} is not kept by shards; leave it out, or evaluate in one process"
             )
     return Shard.parse(shard) if shard is not None else shards
-
-
-def _is_onnx(target: Target) -> bool:
-    """Whether the target is an exported file, which computes no gradients."""
-    return str(target.facts.get("artefact", "")).endswith(".onnx")
 
 
 def _curve(attack: str | None, epsilons: Sequence[str | float] | None) -> Curve | None:

@@ -177,6 +177,11 @@ class Target:
         return cls(path.name, facts, how, build, contract=contract)
 
     @property
+    def is_onnx(self) -> bool:
+        """Whether it is an exported file that computes no gradients."""
+        return str(self.facts.get("artefact", "")).endswith(".onnx")
+
+    @property
     def batch_size(self) -> int:
         """Images at once: what was asked for, else the run's, else 256."""
         if self.options.batch_size is not None:

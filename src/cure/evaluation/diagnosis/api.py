@@ -12,6 +12,7 @@ from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike
 from cure.models import describe
 from cure.models.failure import network_errors
+from cure.models.onnx_network import NO_GRADIENT
 from cure.runs.results import DiagnosisRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
@@ -67,7 +68,8 @@ def diagnose(
         other=other,
     )
     with network_errors():
-        found = run_checks(context, progress=progress)
+        reason = NO_GRADIENT if chosen.is_onnx else ""
+        found = run_checks(context, progress=progress, no_gradient=reason)
     result = {
         "format": "cure-diagnosis-1",
         "target": chosen.name,

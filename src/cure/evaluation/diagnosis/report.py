@@ -23,6 +23,7 @@ def run_checks(
     names: Iterable[str] | None = None,
     *,
     progress: Progress = no_progress,
+    no_gradient: str = "",
 ) -> dict[str, Any]:
     """Run checks and put their findings together.
 
@@ -30,6 +31,8 @@ def run_checks(
         context: the network, its images and the threat.
         names: which checks; by default all.
         progress: called with (check, images done, images in all).
+        no_gradient: why the network gives no gradients, as an exported file: checks of attacks are
+            left out then, and the verdict is "warn" at best.
 
     Returns:
         {"verdict": the worst status, "checks": [{"name", "status", "measured", "meaning"}],
@@ -41,13 +44,13 @@ def run_checks(
     chosen = set(CHECKS if names is None else names)
     found: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
-    count, astray = context.count, False
+    count, finite = context.count, True
     with context.evaluating():
         for row in CHECKS.values():
             if row.name not in chosen:
                 continue
-            if row.attacks and astray:
-                left_out[row.name] = "what the network returns is not finite"
+            if row.attacks and (no_gradient or not finite):
+                left_out[row.name] = no_gradient or "what the network returns is not finite"
                 continue
             progress(row.name, 0, count)
             finding = row.run(context)
@@ -55,9 +58,9 @@ def run_checks(
             if isinstance(finding, str):
                 left_out[row.name] = finding
                 continue
-            astray |= row.name == "finite" and finding.status == "fail"
+            finite &= row.name != "finite" or finding.status != "fail"
             found.append({"name": row.name, **vars(finding)})
-    verdict = worst(*(item["status"] for item in found))
+    verdict = worst(*(item["status"] for item in found), "warn" if no_gradient else "pass")
     return {"verdict": verdict, "checks": found, "left_out": left_out}
 
 
