@@ -78,6 +78,17 @@ def test_images_that_are_left_out_are_noted(tmp_path: Path) -> None:
     assert any("1 damaged image skipped" in note for note in found["notes"])
 
 
+def test_a_carved_test_split_is_noted(tmp_path: Path) -> None:
+    for number in range(20):
+        place = tmp_path / ("a" if number % 2 else "b")
+        place.mkdir(exist_ok=True)
+        pixels = np.full((8, 8, 3), 10 * number, dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    with pytest.warns(CureNote, match=r"no test split: 4 of 20 images .*test_fraction=0\.2"):
+        cure.evaluate(network, data=str(tmp_path), attacks=["noise"])
+
+
 @pytest.mark.parametrize("target", [lambda image: image, [nn.Identity(), nn.Identity()]])
 def test_what_is_no_network_is_refused(target: Any) -> None:
     _, images, *_ = linear_case(4, 0.03)

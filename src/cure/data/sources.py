@@ -181,6 +181,12 @@ def load_split(
     opened = _Opened.of(config)
     if split == "test":
         chosen = _test(opened, config)
+        if opened.test is None:
+            note = (
+                f"no test split: {len(chosen.rows):,} of {len(chosen.label):,} images are carved "
+                f"as test images (data.test_fraction={config.test_fraction:g})"
+            )
+            chosen = replace(chosen, table=replace(chosen.table, notes=(note,)))
     elif split == "validation" and opened.validation is not None:
         chosen = _named(opened, opened.validation, "validation_split")
     else:

@@ -200,8 +200,11 @@ class Target:
             config = self._data_config(source, how.data_options or {})
             place = CachePlace.beside(None if self.folder is None else self.folder.path)
             images = load_split(config, how.split, how.limit, place)
-            for skipped in images.findings.skipped:
-                warnings.warn(f"{images.name}: {skipped}", CureNote, stacklevel=2)
+            said = [f"{images.name}: {skipped}" for skipped in images.findings.skipped]
+            if self.folder is None:  # a run has told it
+                said += [f"{images.name}: {note}" for note in images.findings.notes]
+            for sentence in said:
+                warnings.warn(sentence, CureNote, stacklevel=2)
         if self.folder is not None:
             return relabelled(images, self.folder.kind)
         return images if self.contract is None else relabelled(images, self.contract.kind)
