@@ -17,6 +17,7 @@ from cure.attacks import Threat
 from cure.cli.options import numbers
 from cure.errors import ConfigError, CureNote, DataError
 from cure.evaluation.replay import masking_note
+from cure.models import Normalised
 from cure.recipe import load_recipe
 from cure.training.validation import validation_attack
 from linear_models import ENGINE, linear_case
@@ -105,6 +106,29 @@ def test_images_a_little_outside_are_to_be_clipped() -> None:
     image[0, 0, 0, 0] = 1.0001
     with pytest.raises(DataError, match=r"to 1\.0001; clip them to \[0, 1\]"):
         cure.evaluate(nn.Identity(), data=(image, np.arange(4)))
+
+
+class _Noisy(nn.Module):
+    """Dropout that stays on in evaluation, by an ``eval()`` of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(16, 4)
+
+    def eval(self) -> _Noisy:
+        super().eval()
+        self.drop.train()
+        return self
+
+    def forward(self, image: Tensor) -> tuple[Tensor, int]:
+        return self.head(self.drop(image.flatten(1))), 0
+
+
+def test_an_eval_of_its_own_holds_inside_wrappers() -> None:
+    network = Normalised(_Noisy(), [0.5], [0.5])
+    network.train().eval()
+    assert (network.training, network.network.head.training) == (False, False)
+    assert network.network.drop.training
 
 
 class _Of(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,12 @@ class Wrapper(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+
+    def eval(self) -> Self:
+        """Evaluation mode, as the network's own ``eval()`` sets it where it has one."""
+        super().eval()
+        self.network.eval()
+        return self
 
 
 class Normalised(Wrapper):
