@@ -415,6 +415,9 @@ def test_the_photo_figures_of_the_readme_are_those_of_result_files() -> None:
     )
     first, second, third = (f"{row['natural']}/{row['pgd20']}" for row in ours)
     assert f"ended at natural/PGD-20 {first}, {second} and {third}." in text
+    second = {row["method"]: row for row in rows if row["network"] == "resnet18"}
+    figures = {name: f"{row['natural']}/{row['pgd20']}" for name, row in second.items()}
+    assert f"AT is ahead: {figures['at']}, CURE {figures['cure']}." in text
     theirs = [f"{row['natural']}/{row['pgd20']}" for row in at]
     assert f"AT has {theirs[0]}, {theirs[1]} and {theirs[2]}." in text
     long = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
