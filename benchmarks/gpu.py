@@ -36,11 +36,10 @@ from torch import Tensor
 
 import cure
 import step
-from cure.errors import CureError
+from cure.errors import CureError, Interrupted
 from cure.methods.cure import threshold
 from cure.recipe import check, override, read_recipe
 from cure.runs.folder import RunFolder
-from cure.training.trainer import Interrupted
 from cure.utils.device import pick_device
 from cure.utils.environment import environment
 from cure.utils.io import write_json, write_text

@@ -26,7 +26,7 @@ import cure
 from cure.attacks import Threat
 from cure.attacks.registry import evaluation_attack
 from cure.data import batches
-from cure.evaluation.target import ModelOptions, subject_of
+from cure.evaluation.target import Target
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 
@@ -111,9 +111,7 @@ PAIRS: list[tuple[str, str, Fools, Fools]] = [
 
 def compared(run: str, count: int) -> dict[str, Any]:
     """Verdicts on the first ``count`` test images."""
-    subject = subject_of(run, "best", None, ModelOptions())
-    images, model = subject.load(None, "test", {})
-    images = images.subset(slice(0, count))
+    images, model = Target.of(run, limit=count).load()
     # One layout for all: rounding differs between layouts.
     model = Engine(torch.device("cpu")).place(model).eval().requires_grad_(False)
     whole = next(batches(images, len(images)))

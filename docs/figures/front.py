@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from cure.experiments.compare.rows import Source, rows_of
-from cure.runs.records import read_packed
+from cure.runs.packed import read_packed
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "results"

@@ -95,7 +95,8 @@ def test_drawn_anew_is_another_network_than_kept(trained):
 
 def test_a_run_that_was_stopped_is_not_drawn_anew(trained, tmp_path, monkeypatch):
     """Resumed inside the first epoch: the blocks go on from where they were."""
-    from cure.training.trainer import Interrupted, Trainer
+    from cure.errors import Interrupted
+    from cure.training.trainer import Trainer
 
     change = [*TINY, "method=at", f"start={trained['natural']}", "layers.update=[B3]"]
     change += ["layers.reinitialise=weights", "training.checkpoint_every=1"]

@@ -213,7 +213,8 @@ def test_attacks_of_a_plan_may_be_spelt_otherwise() -> None:
 
 
 def test_a_run_that_was_stopped_goes_on(monkeypatch):
-    from cure.training.trainer import Interrupted, Trainer
+    from cure.errors import Interrupted
+    from cure.training.trainer import Trainer
 
     plan = read_plan(written())
     (entry,) = (e for e in entries(plan) if e.label == "natural")

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 import cure
 from cure.config import ModelConfig, Section, TeacherConfig
 from cure.data import ImageSet
+from cure.errors import Interrupted
 from cure.methods import METHODS
-from cure.training.trainer import Interrupted, Trainer
+from cure.training.trainer import Trainer
 
 QUICK: dict[str, Any] = {
     "model": {"name": "small_cnn", "options": {"width": 2}},

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 import cure
 from cure.config import TeacherConfig
 from cure.data import ImageSet
-from cure.errors import CheckpointError, CureError
+from cure.errors import CheckpointError, CureError, Interrupted
 from cure.models.checkpoint import save_weights
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.state import load_state
 from cure.training.setup import teacher_config
-from cure.training.trainer import Interrupted, Trainer
+from cure.training.trainer import Trainer
 from helpers import Command, bright_or_dark, refused
 
 QUICK: dict[str, Any] = {
