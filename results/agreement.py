@@ -111,7 +111,8 @@ PAIRS: list[tuple[str, str, Fools, Fools]] = [
 
 def compared(run: str, count: int) -> dict[str, Any]:
     """Verdicts on the first ``count`` test images."""
-    images, model = Target.of(run, limit=count).load()
+    target = Target.of(run, limit=count)
+    images, model = target.load()
     # One layout for all: rounding differs between layouts.
     model = Engine(torch.device("cpu")).place(model).eval().requires_grad_(False)
     whole = next(batches(images, len(images)))
@@ -136,8 +137,8 @@ def compared(run: str, count: int) -> dict[str, Any]:
                 "differ": int((stands[0] != stands[1]).sum()),
             }
         )
-        print(subject.name, rows[-1], flush=True)
-    return {"run": subject.name, "n": count, "natural": int(right.sum()), "rows": rows}
+        print(target.name, rows[-1], flush=True)
+    return {"run": target.name, "n": count, "natural": int(right.sum()), "rows": rows}
 
 
 def main() -> None:
