@@ -455,6 +455,17 @@ def test_the_line_of_at_is_told_from_its_results() -> None:
     assert f"validation photos, has {short[0]}, {short[1]} and {short[4]}: CURE" in flat
 
 
+def test_the_robust_start_is_told_from_its_results() -> None:
+    rows = json.loads((RESULTS / "photos" / "robust_start.json").read_text(encoding="utf-8"))
+    text = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
+    for row in rows["rows"]:
+        told = []
+        for name in ("natural", "pgd20"):
+            low, high = row[f"{name}_interval"]
+            told.append(f"{row[name]} ({low:.1f} to {high:.1f})")
+        assert " / ".join(told) in text
+
+
 def test_copies_that_are_found_are_told_from_their_results() -> None:
     found = json.loads((RESULTS / "bench" / "leaks.json").read_text(encoding="utf-8"))["changes"]
 
