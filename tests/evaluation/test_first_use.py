@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import cure
 from cure.attacks import Threat
 from cure.cli.options import numbers
-from cure.errors import ConfigError, CureNote, DataError
+from cure.errors import ConfigError, CureNote, DataError, ModelError
 from cure.evaluation.replay import masking_note
 from cure.models import Normalised
 from cure.recipe import load_recipe
@@ -143,15 +143,22 @@ class _Of(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "label", "says"),
+    ("make", "label", "kind", "says"),
     [
-        (lambda x: {"logits": x}, [0, 1, 2, 0], "logits .*got dict"),
-        (lambda x: (x, x), [0, 1, 2, 0], "got tuple"),
-        (lambda x: x, [1, 2, 3, 1], "labels 0 to 2 for 3 logits, got 1 to 3; labels count from 0"),
-        (lambda x: x, [0.0, 1.0, 2.0, 0.0], "labels in int64, got torch.float32"),
+        (lambda x: {"logits": x}, [0, 1, 2, 0], ModelError, "logits .*got dict"),
+        (lambda x: (x, x), [0, 1, 2, 0], ModelError, "got tuple"),
+        (
+            lambda x: x,
+            [1, 2, 3, 1],
+            ConfigError,
+            "labels 0 to 2 for 3 logits, got 1 to 3; labels count from 0",
+        ),
+        (lambda x: x, [0.0, 1.0, 2.0, 0.0], ConfigError, "labels in int64, got torch.float32"),
     ],
 )
-def test_a_method_refuses_a_batch_that_it_would_misread(make: Any, label: Any, says: str) -> None:
+def test_a_method_refuses_a_batch_that_it_would_misread(
+    make: Any, label: Any, kind: type[Exception], says: str
+) -> None:
     method = cure.methods.TRADES(_Of(make), threat=Threat("Linf", 0.03), steps=3)
-    with pytest.raises(ConfigError, match=says):
+    with pytest.raises(kind, match=says):
         method(torch.rand(4, 3, 4, 4), torch.tensor(label))

@@ -176,9 +176,7 @@ class _Opened:
         attack = validation_attack(config, engine)
         settings = {
             "name": f"pgd{attack.steps}",
-            "step_size": config.attack.step_size.text
-            if attack.step_size == config.attack.step_size
-            else f"{attack.step_size:.4g}",
+            "step_size": str(attack.step_size),
             "epsilon": config.threat.epsilon.text,
             "norm": config.threat.norm,
             "start": attack.start,

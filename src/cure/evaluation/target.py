@@ -248,9 +248,8 @@ class Target:
             raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
         if epsilon is not None or found.norm == base.norm:
             return found
-        kind = self.folder.kind if self.folder is not None else None
-        if self.contract is not None:
-            kind = self.contract.kind
+        known = self.folder or self.contract
+        kind = None if known is None else known.kind
         values = 3 * 32 * 32 if kind is None else kind.channels * kind.size[0] * kind.size[1]
         usual = customary(found.norm, values)
         warnings.warn(

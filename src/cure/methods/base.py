@@ -153,9 +153,9 @@ class Method(nn.Module, Generic[Attacked]):
             labels: classes [B] int64, or probabilities [B, K] for methods that take soft labels.
 
         Raises:
-            ConfigError: when images or labels are not as above, or the network returns no logits
-                (checked in the first call only), the method takes no soft labels, or
-                :meth:`update` was forgotten.
+            ConfigError: when images or labels are not as above (checked in the first call only),
+                the method takes no soft labels, or :meth:`update` was forgotten.
+            ModelError: when the network returns no logits (checked in the first call only).
         """
         progress = self.progress
         weight = next(iter(self.trainable().values()))

@@ -14,7 +14,7 @@ from cure.attacks import PGD, Threat
 from cure.config import MethodConfig, TeacherConfig
 from cure.errors import ConfigError, unknown
 from cure.methods.context import Context
-from cure.models.failure import failed_in
+from cure.models.checks import checked_logits
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating
 
@@ -160,7 +160,8 @@ def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
         labels: should be classes [B] int64, or probabilities [B, K].
 
     Raises:
-        ConfigError: in one sentence.
+        ConfigError: for images or labels.
+        ModelError: when the network fails or returns no logits.
     """
     if not 0 <= images.min() <= images.max() <= 1:
         raise ConfigError(
@@ -168,18 +169,8 @@ def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
             f"{images.max():.3g}; standardise inside the model: cure.models.Normalised(model, "
             "mean, std)"
         )
-    with evaluating(model), torch.no_grad():
-        try:
-            logits = model(images[:2])
-        except Exception as error:
-            raise ConfigError(failed_in(error, "the model", images)) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError(
-            f"expected the model to return logits [B, K], got {came}; return its logits alone, for "
-            "example from a module around it"
-        )
-    count = logits.shape[1]
+    with evaluating(model):
+        count = checked_logits(model, images[:2]).shape[1]
     if labels.dim() == 2:
         if labels.shape[1] != count:
             raise ConfigError(f"expected labels [B, {count}], got {list(labels.shape)}")

@@ -23,6 +23,28 @@ def predicted(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
 
 
+@torch.no_grad()
+def checked_logits(model: nn.Module, image: Tensor, classes: str = "classes") -> Tensor:
+    """The logits [B, K] of images [B, C, H, W].
+
+    Args:
+        model: in evaluation mode.
+        image: some images.
+        classes: what messages call K.
+
+    Raises:
+        ModelError: when the network fails, or returns anything else.
+    """
+    try:
+        logits = model(image)
+    except Exception as error:
+        raise ModelError(failed_in(error, "the model", image)) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(image):
+        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ModelError(f"expected logits of shape [{len(image)}, {classes}], got {came}")
+    return logits
+
+
 def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
     """Refuse outputs that attacks would misinterpret without an error.
 
@@ -34,14 +56,7 @@ def check_outputs(model: nn.Module, image: Tensor, classes: int) -> None:
     Raises:
         ModelError: when the output is no finite logits [B, classes].
     """
-    with torch.no_grad():
-        try:
-            logits = model(image)
-        except Exception as error:
-            raise ModelError(failed_in(error, "the model", image)) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(image):
-        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"expected logits of shape [{len(image)}, {classes}], got {came}")
+    logits = checked_logits(model, image, str(classes))
     if logits.shape[1] != classes:
         from_1 = logits.shape[1] == classes - 1
         raise ModelError(

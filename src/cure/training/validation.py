@@ -7,7 +7,7 @@ from torch import nn
 
 from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
-from cure.config import RunConfig
+from cure.config import Ratio, RunConfig
 from cure.data import ImageSet, batches
 from cure.models.checks import predicted
 from cure.utils.engine import Engine
@@ -25,11 +25,11 @@ def validation_attack(config: RunConfig, engine: Engine, steps: int | None = Non
         engine: where it runs.
         steps: steps of PGD; by default ``training.validation_steps``.
     """
-    epsilon, step = config.threat.epsilon, float(config.attack.step_size)
+    epsilon, step = config.threat.epsilon, config.attack.step_size
     return PGD(
         Threat.of(config.threat),
         steps=config.training.validation_steps if steps is None else steps,
-        step_size=step if step >= epsilon / 5 * (1 - 1e-9) else epsilon / 4,
+        step_size=step if step >= epsilon / 5 * (1 - 1e-9) else Ratio(epsilon / 4),
         start="uniform",
         precision=engine.attack_precision,
         fold=True,

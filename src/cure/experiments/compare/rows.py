@@ -399,10 +399,18 @@ def _last(name: str, best: Accuracy, last: list[EvaluationRecord]) -> TableRow:
 
 
 _STRENGTH = {
-    **{"noise": 0, "transfer": 0, "fgsm": 1, "pgd": 2, "cw": 4},
-    **{"autoattack-rand": 5, "screened-ordered": 5},
-    **{"autoattack": 6, "screened": 6, "autoattack-plus": 7},
+    "noise": 0,
+    "transfer": 0,
+    "fgsm": 1,
+    "pgd": 2,
+    "cw": 4,
+    "autoattack-rand": 5,
+    "screened-ordered": 5,
+    "autoattack": 6,
+    "screened": 6,
+    "autoattack-plus": 7,
 }
+"""Places of attacks; of others it is 3."""
 
 
 def strength(attack: str) -> tuple[int, int, str]:
