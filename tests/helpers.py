@@ -33,10 +33,11 @@ Command = Callable[..., Ended]
 
 
 def refused(ended: Ended, *words: str) -> None:
-    """One message, on stderr, that names these words, and status 2."""
+    """One message, on stderr, after notes at most, that names these words, and status 2."""
     assert ended.status == 2, ended
     assert "Traceback" not in ended.err
-    assert ended.err.startswith("error: ")
+    notes, error, _ = ended.err.partition("error: ")
+    assert error and all(line.startswith("note: ") for line in notes.splitlines()), ended.err
     assert ended.err.count("error: ") == 1
     assert ended.out == ""
     for word in words:
