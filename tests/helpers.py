@@ -37,7 +37,8 @@ def refused(ended: Ended, *words: str) -> None:
     assert ended.status == 2, ended
     assert "Traceback" not in ended.err
     notes, error, _ = ended.err.partition("error: ")
-    assert error and all(line.startswith("note: ") for line in notes.splitlines()), ended.err
+    assert error, ended.err
+    assert all(line.startswith("note: ") for line in notes.splitlines()), ended.err
     assert ended.err.count("error: ") == 1
     assert ended.out == ""
     for word in words:

@@ -305,7 +305,7 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(
     folder.set_status("running", step=0)
     fill(folder, [(50.0, 10.0)])
     file = io.StringIO()
-    monkeypatch.setattr("cure.cli.main.out", Console(file=file, force_terminal=True, width=300))
+    monkeypatch.setattr("cure.cli.training.out", Console(file=file, force_terminal=True, width=300))
     waited = []
 
     def sleep(seconds: float) -> None:
@@ -315,7 +315,7 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(
                 raise KeyboardInterrupt
             folder.set_status("finished", step=9)
 
-    monkeypatch.setattr("cure.cli.main.time.sleep", sleep)
+    monkeypatch.setattr("cure.cli.training.time.sleep", sleep)
     ended = command("watch", folder.path, "--interval", "0.5")
     assert (ended.status, ended.err) == (0, "")
     assert waited == [0.5, 0.5]

@@ -36,6 +36,18 @@ ModelOption = Annotated[
     typer.Option(help="A network: `cure list models`, package.module:callable, hf:..., timm:..."),
 ]
 
+JobsOption = Annotated[int, typer.Option(help="So many at a time on this machine.")]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(help="Instead: slurm (through submitit; local to try it), or ray."),
+]
+ClusterParameter = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Parameter of the cluster: slurm_partition=gpu, timeout_min=600, num_gpus=1."
+    ),
+]
+
 Command = Callable[..., None]
 
 # The type of images is not imported here: it needs PyTorch, and no option is of that type.

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,6 +34,15 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """As :func:`say`, on stderr."""
     err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_run_ended(path: Path, quiet: bool = True) -> None:
+    """Where the run is, and what is next where the training has not said that already."""
+    from cure.runs.folder import RunFolder
+
+    say(f"run folder: {path}")
+    if quiet or RunFolder.open(path).outcome() is None:
+        say(f"next: cure evaluate {path}")
 
 
 @contextmanager
