@@ -74,7 +74,7 @@ def every(step: int) -> Callable[[Tensor], Tensor]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, units: int, calls: list[tuple[str, int]]) -> None:
     """Time that is up as soon as so many batches are done."""
-    before, asked = len(calls), 0
+    before = len(calls)
     now = EVALUATION.time.monotonic
 
     class Clock:
@@ -82,10 +82,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, units: int, calls: list[tuple[st
 
         @staticmethod
         def monotonic() -> float:
-            # The first answer says when the time began.
-            nonlocal asked
-            asked += 1
-            return float("inf") if asked > 1 and len(calls) - before > units else now()
+            return float("inf") if len(calls) - before > units else now()
 
     monkeypatch.setattr(EVALUATION, "time", Clock)
 
@@ -333,6 +330,20 @@ def test_a_refused_evaluation_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="probabilities"):
         evaluate(Probabilities(), data=grey(), attacks=["pgd2"], output=tmp_path / "result.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_time_limit_holds_for_all_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+
+    def noted(*arguments: Any, **options: Any) -> dict[str, Any]:
+        ends.append(options["ends"])
+        return measure(*arguments, **options)
+
+    for module in ("evaluate", "unseen"):
+        monkeypatch.setattr(f"cure.evaluation.{module}.measure", noted)
+    evaluate(Brightness(), data=grey(8), attacks=["fgsm"], unseen=True, time_limit=600)
+    assert len(ends) == 3
+    assert len(set(ends)) == 1
 
 
 def partial(tmp_path: Path) -> Path:

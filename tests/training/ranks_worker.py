@@ -283,7 +283,7 @@ class Clock:
     perf_counter = staticmethod(time.perf_counter)
 
     def __init__(self, passes: float) -> None:
-        self.left = passes + 1  # It asks once before them.
+        self.left = passes
 
     def monotonic(self) -> float:
         self.left -= 1
@@ -300,7 +300,7 @@ def stopped(engine: Engine, path: Path) -> dict[str, Any]:
     kept = path if engine.rank == 0 else None
     try:
         with Journal(kept, {}) as journal:
-            first = evaluated(engine, time_limit=1, journal=journal)
+            first = evaluated(engine, ends=1, journal=journal)
     finally:
         module.time = time  # type: ignore[attr-defined]
     lines = engine.first(lambda: path.read_text().splitlines())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -172,9 +173,10 @@ def evaluate(
         with evaluation.journal, network_errors():
             if isinstance(sharded, Shard):
                 return _measure_shard(evaluation, sharded, progress)
-            result = _measure(evaluation, time_limit, progress)
+            ends = math.inf if time_limit is None else time.monotonic() + time_limit
+            result = _measure(evaluation, ends, progress)
             if unseen:
-                found = _unseen(evaluation, time_limit, progress)
+                found = _unseen(evaluation, ends, progress)
                 threats = unseen_threats(evaluation.threat, evaluation.images)
                 result["unseen"] = with_all_threats(result, found, threats)
             result |= _certificates(evaluation, bounds, smoothing, progress)
@@ -335,7 +337,7 @@ def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
     """Run the attacks on the images of a shard; what they found stays in its file."""
     _attacked(this, progress, shard=shard)
     if this.unseen:
-        _unseen(this, None, progress, shard)
+        _unseen(this, math.inf, progress, shard)
     return {
         "format": "cure-evaluation-shard-1",
         "shard": str(shard),
@@ -344,13 +346,13 @@ def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
     }
 
 
-def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> Result:
+def _measure(this: _Prepared, ends: float, progress: Progress) -> Result:
     """Run the attacks and the cheap checks: the content of the result file."""
     target, images, threat, engine = this.target, this.images, this.threat, this.engine
     measured = _attacked(
         this,
         progress,
-        time_limit=time_limit,
+        ends=ends,
         keep=this.kept,
         per_image=this.per_image or this.replay is not None,
         replay=this.replay,
@@ -365,7 +367,7 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
             engine=engine,
             batch_size=target.batch_size,
             seed=target.options.seed,
-            time_limit=time_limit,
+            ends=ends,
             progress=progress,
         )
     diagnosis = engine.first(
@@ -398,9 +400,7 @@ def _measure(this: _Prepared, time_limit: float | None, progress: Progress) -> R
     }
 
 
-def _unseen(
-    this: _Prepared, time_limit: float | None, progress: Progress, shard: Shard | None = None
-) -> Result:
+def _unseen(this: _Prepared, ends: float, progress: Progress, shard: Shard | None = None) -> Result:
     """Attacks in the other norms."""
     return attack_unseen(
         this.model,
@@ -409,7 +409,7 @@ def _unseen(
         engine=this.engine,
         batch_size=this.target.batch_size,
         seed=this.target.options.seed,
-        time_limit=time_limit,
+        ends=ends,
         progress=progress,
         journal=this.journal,
         shard=shard,

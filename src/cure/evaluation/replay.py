@@ -24,7 +24,7 @@ def compared(
     engine: Engine,
     batch_size: int,
     seed: int,
-    time_limit: float | None,
+    ends: float,
     progress: Progress,
 ) -> Result:
     """The float network under the attacks whose images were replayed, and the differences.
@@ -37,7 +37,7 @@ def compared(
         engine: device.
         batch_size: images at once.
         seed: of random starts, the same.
-        time_limit: seconds.
+        ends: when attacks stop: see :func:`~cure.evaluation.runner.measure`.
         progress: called with (attack, images done, images in all).
 
     Returns:
@@ -57,7 +57,7 @@ def compared(
         engine=engine,
         batch_size=batch_size,
         seed=seed,
-        time_limit=time_limit,
+        ends=ends,
         progress=tell,
         per_image=True,
     )

@@ -65,7 +65,7 @@ def measure(
     batch_size: int = 256,
     seed: int = 0,
     progress: Progress = no_progress,
-    time_limit: float | None = None,
+    ends: float = math.inf,
     journal: Journal | None = None,
     source: nn.Module | None = None,
     curve: Curve | None = None,
@@ -92,7 +92,7 @@ def measure(
         seed: of random starts.
         progress: called with (attack, and its part where there are several; images done, images in
             all).
-        time_limit: seconds after which attacks stop; natural accuracy is always measured.
+        ends: time of ``time.monotonic`` at which attacks stop; natural accuracy is always measured.
         journal: batches that are finished already, and where new ones are written; with several
             ranks only the first one's is used.
         source: the network that the attack "transfer" makes its images on.
@@ -118,7 +118,6 @@ def measure(
         DataError: when there is no image, or a label without a class.
         ModelError: when the model's output is no logits.
     """
-    ends = math.inf if time_limit is None else time.monotonic() + time_limit
     images = images.checked().to(engine.device)
     chosen = chosen_attacks(attacks, images, threat, source, model, replay)
     along = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -84,7 +85,7 @@ def attack_unseen(
     engine: Engine,
     batch_size: int,
     seed: int = 0,
-    time_limit: float | None = None,
+    ends: float = math.inf,
     progress: Progress = no_progress,
     journal: Journal | None = None,
     shard: Shard | None = None,
@@ -99,7 +100,7 @@ def attack_unseen(
         engine: in bfloat16 attacks it is used in float32 here.
         batch_size: images attacked at once.
         seed: of random starts.
-        time_limit: seconds for each norm.
+        ends: when attacks stop, as there.
         progress: called as there.
         journal: of the whole evaluation.
         shard: see there.
@@ -121,7 +122,7 @@ def attack_unseen(
             engine=replace(engine, precision="fp32"),
             batch_size=batch_size,
             seed=seed,
-            time_limit=time_limit,
+            ends=ends,
             progress=tell,
             journal=JournalPart(journal, norm),
             per_image=True,
