@@ -285,7 +285,7 @@ def test_the_command_trains_once_and_writes_a_record_and_pictures(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cure.experiments.front.LocalExecutor", InThisProcess)
+    monkeypatch.setattr("cure.experiments.front.run.LocalExecutor", InThisProcess)
     settings = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
     words = ("front", "at", "trades", "digits", *settings, "--values", "at=0", "--values")
     more = ("trades=1,6", "--attacks", "pgd2", "--limit", 50, "--output", "fronts.json")

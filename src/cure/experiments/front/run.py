@@ -1,0 +1,136 @@
+"""Train the runs of a front, and keep what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cure.config import NATURAL
+from cure.errors import ConfigError, TrainingStopped
+from cure.experiments.executors import LocalExecutor
+from cure.experiments.front.curves import Curve, Values, curves_of, plan_of
+from cure.experiments.front.picture import write_picture
+from cure.experiments.front.record import FORMAT, record_of
+from cure.experiments.pareto import Point, check_reference
+from cure.experiments.plan import Plan, carry_out_plan, entries, results_of
+from cure.recipe import parse_override
+from cure.runs.results import FrontRecord
+from cure.training.setup import check_attacks
+from cure.utils.io import read_json
+
+Say = Callable[[str], None]
+
+
+def front(
+    methods: str | Sequence[str],
+    recipe: str | Path,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    values: Values | None = None,
+    own: Mapping[str, Mapping[str, Any]] | None = None,
+    seeds: Sequence[int] = (0,),
+    attacks: Sequence[str] = ("pgd20",),
+    split: Any = "test",
+    limit: int | None = None,
+    reference: Point = (0.0, 0.0),
+    at: Sequence[float] | None = None,
+    folder: str | Path | None = None,
+    output: str | Path | None = None,
+    jobs: int = 1,
+    say: Say = lambda line: None,  # noqa: ARG005
+) -> FrontRecord:
+    """Train methods with several values of their trade-off setting, and compare their fronts.
+
+    What is done in ``folder`` is not done again, so the same call continues after a kill.
+
+    Args:
+        methods: names from ``cure list methods``.
+        recipe: a name, or the path of a YAML file.
+        settings: changes to it for all runs; ``{seed}`` in a text is the run's seed, as in
+            ``start=runs/natural-seed{seed}``.  With ``start: natural`` the natural start of a seed
+            is trained once for all its runs.
+        values: by method, values in the place of those that the method declares
+            (:attr:`cure.methods.Method.tradeoff`); under ``METHOD:KEY``, of another setting.
+        own: by method, settings for it alone; ``run:ROW`` is the run of another row.
+        seeds: of the runs.
+        attacks: what is measured; the first gives the robust accuracy of the front.
+        split: which images, "validation" or "test".
+        limit: only the first so many of them.
+        reference: natural and robust accuracy from which the hypervolume counts.
+        at: robust accuracies in percent at which natural accuracies are compared; by default the
+            middle of what all methods reach.
+        folder: of runs and results; by default ``fronts/NAME`` with the recipe's name.
+        output: JSON file to write, with a picture (.svg, .png) beside it; by default
+            ``front.json`` in ``folder``.
+        jobs: runs at a time.
+        say: receives a line about each run.
+
+    Returns:
+        All rows, the points over seeds, hypervolumes and comparisons.
+
+    Raises:
+        CureError: for a mistake a user can correct, and when runs failed (what is done is written).
+    """
+    check_reference(reference)
+    check_attacks(attacks)
+    if not attacks or attacks[0] == NATURAL:
+        raise ConfigError("attacks: expected one attack or more besides natural, such as pgd20")
+    if not isinstance(settings, Mapping):
+        settings = dict(map(parse_override, settings))
+    names = [methods] if isinstance(methods, str) else list(methods)
+    curves = curves_of(names, values or {})
+    plan = plan_of(curves, recipe, settings, own or {}, seeds, attacks, split, limit, folder)
+    place = Path(plan.runs).parent
+    file = place / "front.json" if output is None else Path(output)
+    _check_output(file)
+    _announce(plan, curves, place, say)
+    place.mkdir(parents=True, exist_ok=True)
+
+    def write() -> FrontRecord | None:
+        made = record_of(plan, curves, results_of(plan, place), reference, at, own or {})
+        if made is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            made.write(file)
+        return made
+
+    def tell(line: str) -> None:
+        say(line)
+        if line.endswith(": done"):
+            write()
+
+    failures = carry_out_plan(plan, place, LocalExecutor(jobs), tell=tell)
+    made = write()
+    if made is not None:
+        write_picture(made, file)
+    if failures or made is None:
+        raise TrainingStopped(f"{len(failures)} runs of the front failed: " + "; ".join(failures))
+    return made
+
+
+def _check_output(file: Path) -> None:
+    """Refuse to replace a file that is no front.
+
+    Raises:
+        ConfigError: when it is there and something else.
+    """
+    if not file.exists():
+        return
+    content = read_json(file)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ConfigError(f"{file} exists and is no front of this command; name another file")
+
+
+def _announce(plan: Plan, curves: Sequence[Curve], place: Path, say: Say) -> None:
+    """Say what is trained, and what is done already."""
+    for curve in curves:
+        if curve.key is None:
+            say(f"{curve.label}: no setting trades natural for robust accuracy; trained once")
+        else:
+            say(f"{curve.label}: {curve.knob} {', '.join(map(str, curve.values))}")
+    wanted, done = entries(plan), results_of(plan, place)
+    epochs = sum(entry.config.training.epochs for entry in wanted if entry.name not in done)
+    say(
+        f"{len(wanted)} runs, {len(done)} of them done before; {epochs:,} epochs to train, in "
+        f"{plan.runs}"
+    )
