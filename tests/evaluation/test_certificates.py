@@ -18,7 +18,12 @@ from cure.data import ImageSet
 from cure.errors import ConfigError, ModelError
 from cure.evaluation.bounds import logit_bounds, verified_accuracy
 from cure.evaluation.runner import measure
-from cure.evaluation.smoothing import certified_radius, lower_bound, smoothed_accuracy
+from cure.evaluation.smoothing import (
+    certified_radius,
+    class_counts,
+    lower_bound,
+    smoothed_accuracy,
+)
 from cure.evaluation.unseen import customary
 from cure.models.resnet import resnet10
 from cure.models.small_cnn import small_cnn
@@ -188,6 +193,20 @@ def test_a_coin_toss_abstains_and_is_counted_wrong() -> None:
     }
     with pytest.raises(ConfigError, match="standard deviation above 0, got -1"):
         smoothed_accuracy(network, data, -1.0, engine=ENGINE)
+
+
+def test_logits_that_are_no_numbers_are_votes_for_no_class() -> None:
+    class Broken(torch.nn.Module):
+        """Class 0 on half of all noise, no number on the other half."""
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            first = torch.where(image.flatten(1)[:, 0] > 0.5, 1.0, torch.nan)
+            return torch.stack([first, torch.zeros_like(first)], dim=1)
+
+    noise = torch.Generator().manual_seed(0)
+    counts = class_counts(Broken(), torch.full((1, 2, 2), 0.5), 0.25, 1000, 256, noise)
+    assert counts[1] == 0
+    assert 400 < counts[0] < 600
 
 
 # Unseen threats.

@@ -33,6 +33,7 @@ from cure.data import batches
 from cure.errors import ConfigError
 from cure.evaluation.runner import Curve, Progress, Result, measure
 from cure.evaluation.target import TargetLike
+from cure.models.checks import predicted
 from cure.utils.plotting import Chart, HeatMap, HeatMaps, Panel
 from cure.utils.random import generator
 
@@ -133,7 +134,7 @@ def _measured(model: nn.Module, examples: Batches) -> tuple[float, float]:
     for image, label in examples:
         logits = model(image).double()
         loss += float(F.cross_entropy(logits, label, reduction="sum"))
-        right += int((logits.argmax(dim=1) == label).sum())
+        right += int((predicted(logits) == label).sum())
         count += len(label)
     return loss / count, 100 * right / count
 

@@ -26,7 +26,7 @@ from cure.data import ImageSet, batches
 from cure.errors import ConfigError
 from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import TargetLike
-from cure.models.checks import check_outputs
+from cure.models.checks import check_outputs, predicted
 from cure.utils.plotting import Chart, Figures, ImageGrid, Panel, Series
 from cure.utils.random import generator
 from cure.utils.stats import median_interval, wilson
@@ -96,7 +96,7 @@ def least_change(
 
     @torch.no_grad()
     def fools(candidate: Tensor, rows: Tensor) -> Tensor:
-        return model(candidate).argmax(dim=1) != label[rows]  # type: ignore[no-any-return]
+        return predicted(model(candidate)) != label[rows]
 
     def take(candidate: Tensor, rows: Tensor) -> Tensor:
         """Keep what fools and is nearer; which fooled."""
@@ -275,7 +275,7 @@ def _right(inputs: StudyInputs, name: str, images: ImageSet) -> Tensor:
         image = arrange(batch.image)
         if not found:
             check_outputs(network, image[:8], len(images.classes))
-        found.append(network(image).argmax(dim=1) == batch.label)
+        found.append(predicted(network(image)) == batch.label)
     return torch.cat(found)
 
 

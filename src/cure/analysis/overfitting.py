@@ -36,6 +36,7 @@ from cure.evaluation.target import epoch_of
 from cure.models import digest, load_weights
 from cure.models.build import network_of
 from cure.models.checkpoint import read_weights
+from cure.models.checks import predicted
 from cure.runs.folder import RunFolder
 from cure.runs.records import EpochMetrics
 from cure.runs.run import Run
@@ -67,8 +68,8 @@ def verdicts(
         image = engine.arrange(batch.image)
         draws = engine.generator(0, "validation", batch.step)
         adversarial = attack(model, image, batch.label, CROSS_ENTROPY, draws)
-        natural.append((model(image).argmax(dim=1) == batch.label).cpu())
-        robust.append((model(adversarial).argmax(dim=1) == batch.label).cpu())
+        natural.append((predicted(model(image)) == batch.label).cpu())
+        robust.append((predicted(model(adversarial)) == batch.label).cpu())
     return {"natural": torch.cat(natural), "robust": torch.cat(robust)}
 
 

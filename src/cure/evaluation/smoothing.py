@@ -20,6 +20,7 @@ from cure.data import ImageSet, batches
 from cure.errors import ConfigError
 from cure.evaluation.metrics import Result, accuracy_of
 from cure.evaluation.runner import Progress, no_progress
+from cure.models.checks import predicted
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating
 from cure.utils.random import generator
@@ -62,7 +63,8 @@ def class_counts(
         shape = (min(size, draws - first), *image.shape)
         drawn = torch.randn(shape, generator=noise, device=image.device)
         logits = model(image + sigma * drawn)
-        found = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+        voted = predicted(logits)
+        found = torch.bincount(voted[voted >= 0], minlength=logits.shape[1])
         counts = found if counts is None else counts + found
     assert counts is not None
     return counts

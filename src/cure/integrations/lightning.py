@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from cure.attacks import PGD
 from cure.errors import ConfigError, ModelError
 from cure.methods import Method, Step
+from cure.models.checks import predicted
 from cure.utils.io import first_line
 
 
@@ -113,7 +114,7 @@ class RobustModule(_lightning().LightningModule):  # type: ignore[misc]
                 network = self.method.inference_model()
                 images["robust"] = self.attack(network, image, label)
         for name, tried in images.items():
-            right = (self(tried).argmax(dim=1) == label).float().mean()
+            right = (predicted(self(tried)) == label).float().mean()
             self.log(f"val_{name}", 100 * right, batch_size=len(label), prog_bar=True)
 
     def predict_step(self, batch: Any, number: int) -> Tensor:  # noqa: ARG002

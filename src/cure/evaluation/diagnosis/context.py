@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cure.attacks import PGD, Objective, Threat, attack_mode
 from cure.attacks.losses import CROSS_ENTROPY, MARGIN, cross_entropy, lead
 from cure.data import ImageSet, to_unit
-from cure.models.checks import check_outputs
+from cure.models.checks import check_outputs, predicted
 from cure.utils.engine import Engine
 from cure.utils.random import generator, seeded
 
@@ -175,7 +175,7 @@ class CheckContext:
 
     def correct(self, image: Tensor) -> Tensor:
         """Which of the changed images [N, C, H, W] are classified right, [N]."""
-        return self.logits(image).argmax(dim=1) == self.label
+        return predicted(self.logits(image)) == self.label
 
     @cached_property
     def natural(self) -> Tensor:
@@ -185,7 +185,7 @@ class CheckContext:
     @cached_property
     def right(self) -> Tensor:
         """Which images are classified right as they are [N]."""
-        return self.natural.argmax(dim=1) == self.label
+        return predicted(self.natural) == self.label
 
     def gradient(
         self, loss: Callable[[Tensor, Tensor], Tensor], target: Tensor | None = None
@@ -266,7 +266,7 @@ class CheckContext:
         left = standing.clone()
         if len(index):
             changed = self.attacked(standing, run, share)[index]
-            left[index] = self.logits(changed).argmax(dim=1) == self.label[index]
+            left[index] = predicted(self.logits(changed)) == self.label[index]
         if in_ball:
             self.fooled |= standing & ~left
         return left
