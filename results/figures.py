@@ -508,7 +508,7 @@ def photos() -> str:
         f"pixel by at most 4/255; `autoattack`: {strong}. "
         "`processor minutes` of training, of all threads, on machines with other work "
         f"({', '.join(processors)}); with nothing else running they are fewer. The method "
-        "`natural` is the start of the others, `plain` a plain loop of 50 lines.",
+        "`natural` is the start of the others, `plain` a plain loop of 50 lines without CutMix.",
     ]
     return "\n".join(lines) + "\n"
 
