@@ -276,3 +276,39 @@ def test_units_of_a_run_that_exists_are_not_questioned() -> None:
     with pytest.raises(ConfigError, match="epsilon"):
         check(raw, "recipe")
     assert float(check_kept(raw, "run").threat.epsilon) == 8
+
+
+def test_on_and_off_are_words_and_true_and_false_are_not() -> None:
+    assert parse_override("start_check=off") == ("start_check", "off")
+    assert parse_override("training.x=yes")[1] == "yes"
+    assert [parse_override(f"a={word}")[1] for word in ("true", "False", "1", "null")] == [
+        *(True, False, 1, None)
+    ]
+    assert load_recipe("digits", ["start_check=off"]).start_check == "off"
+
+
+def test_a_method_s_settings_may_come_before_its_name() -> None:
+    assert load_recipe("digits", ["method.beta=3", "method=trades"]).method.beta == 3
+    assert load_recipe("digits", ["method.gamma=5", "method=cure"]).method.gamma == 5
+    with pytest.raises(ConfigError, match="betta"):
+        load_recipe("digits", ["method.betta=1", "method=trades"])
+
+
+def test_epochs_go_before_the_minutes_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "short.yaml").write_text("extends: digits\ntraining: {minutes: 5}\n")
+    recipe = tmp_path / "short.yaml"
+    assert load_recipe(recipe).training.minutes == 5
+    assert load_recipe(recipe, ["training.epochs=3"]).training.minutes is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["attack.epsilon=0"], "attack.epsilon"),
+        (["training.optimizer.nesterov=true", "training.optimizer.momentum=0"], "nesterov"),
+        (["training.optimizer={name: adamw, nesterov: true}"], "nesterov"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_recipe("digits", words)

@@ -393,7 +393,11 @@ class AttackConfig(Section):
     last saved state and takes two steps from there on."""
 
     _step_size_positive = field_validator("step_size")(_positive)
-    _epsilon_positive = field_validator("epsilon")(lambda value: value and _positive(value))
+
+    @field_validator("epsilon")
+    @classmethod
+    def _epsilon_positive(cls, value: Ratio | None) -> Ratio | None:
+        return None if value is None else _positive(value)
 
 
 class TeacherConfig(Section):
@@ -464,6 +468,16 @@ class OptimizerConfig(Section):
     decay_norms: bool = True
     """Whether weight decay also applies to biases and to the weights of norms."""
 
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> OptimizerConfig:
+        if self.nesterov and (self.name != "sgd" or not self.momentum):
+            raise PydanticCustomError(
+                "nesterov",
+                "nesterov: expected sgd with momentum, got {name} and {momentum}",
+                {"name": self.name, "momentum": f"{self.momentum:g}"},
+            )
+        return self
+
 
 class ScheduleConfig(Section):
     """Learning rate over the run; times are shares of the run, so a shorter run keeps the shape."""
@@ -526,6 +540,9 @@ class TrainingConfig(Section):
     schedule_from: NonNegativeInt = 0
     """Epoch from which the schedule of the learning rate runs to the end; ``cure resume RUN
     training.epochs=N`` sets it to where a finished run ended."""
+    schedule_length: NonNegativeInt = 0
+    """Epochs that the schedules of method and attack are shares of, where not all: ``cure resume``
+    keeps there the length that a run had first."""
     batch_size: PositiveInt = 128
     """Images a step; an incomplete last batch is left out.  ``auto`` on the command line keeps the
     recipe's number and sets ``accumulation_steps=auto``."""
@@ -611,7 +628,7 @@ class TrainingConfig(Section):
     @property
     def schedule_epochs(self) -> int:
         """Epochs that the schedules of method and attack are shares of: before an extension."""
-        return self.schedule_from or self.epochs
+        return self.schedule_length or self.schedule_from or self.epochs
 
     @property
     def parts(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from cure.config import MethodConfig, RunConfig, Section
 from cure.errors import ConfigError, unknown
 from cure.registry import METHODS
+from cure.utils.io import user_path
 
 Raw = dict[str, Any]
 
@@ -43,8 +45,7 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         ConfigError: for anything unknown, of the wrong type or out of range; all at once.
     """
     raw = read_recipe(recipe)
-    for word in overrides:
-        override(raw, *parse_override(word))
+    override_all(raw, map(parse_override, overrides))
     return check(raw, f"recipe {recipe}")
 
 
@@ -61,8 +62,7 @@ def show_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> str:
         ConfigError: as :func:`load_recipe`.
     """
     raw = read_recipe(recipe)
-    for word in overrides:
-        override(raw, *parse_override(word))
+    override_all(raw, map(parse_override, overrides))
     for section, key in (("data", "source"), ("model", "name")):
         given = raw.setdefault(section, {})
         if isinstance(given, dict):
@@ -91,7 +91,7 @@ def _read(recipe: str | Path, children: tuple[str, ...]) -> Raw:
 
 def _find(recipe: str | Path) -> tuple[str, Path | None]:
     """Text of a recipe, and its folder when it is a file of the user's."""
-    path = Path(recipe)
+    path = user_path(recipe)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         try:
             return path.read_text(encoding="utf-8"), path.parent
@@ -102,9 +102,32 @@ def _find(recipe: str | Path) -> tuple[str, Path | None]:
     return (resources.files("cure") / "recipes" / f"{recipe}.yaml").read_text("utf-8"), None
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``on``, ``off``, ``yes`` and ``no`` as text, as YAML 1.2 does: settings have values of
+    such names."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in rules if tag != "tag:yaml.org,2002:bool"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """What a recipe, a plan or a value holds.
+
+    >>> read_yaml("[off, true, 8/255]")
+    ['off', True, '8/255']
+    """
+    return yaml.load(text, _Loader)
+
+
 def _parse(text: str, name: str) -> Raw:
     try:
-        raw = yaml.safe_load(text)
+        raw = read_yaml(text)
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
@@ -120,6 +143,8 @@ def _merge(base: Raw, change: Raw) -> Raw:
     merged = dict(base)
     if any(name in change for name in LENGTHS):
         merged.pop("min_steps", None)
+    if "epochs" in change:
+        merged.pop("minutes", None)
     for key, value in change.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
@@ -138,7 +163,7 @@ def parse_override(word: str) -> tuple[str, object]:
     if not equals or not key:
         raise ConfigError(f"expected key=value, for example training.epochs=10, got '{word}'")
     try:
-        return key, yaml.safe_load(text)
+        return key, read_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"the value in '{word}' is not valid YAML; quote it?") from None
 
@@ -149,7 +174,8 @@ def override(raw: Raw, key: str, value: object) -> None:
     ``training.batch_size=auto`` keeps the number and sets ``training.accumulation_steps=auto``.
     Another ``method.name`` drops the settings of the method before, as ``method=NAME`` does, and
     logs which: settings of the same name mean other things in other methods.  A length in
-    ``epochs`` or ``minutes`` drops the recipe's ``min_steps`` beside it.
+    ``epochs`` or ``minutes`` drops the recipe's ``min_steps`` beside it, and ``epochs`` also its
+    ``minutes``.
 
     Raises:
         ConfigError: when the place lies inside a plain value.
@@ -179,7 +205,15 @@ def override(raw: Raw, key: str, value: object) -> None:
         raw.clear()
     if last in LENGTHS:
         raw.pop("min_steps", None)
+    if key == "training.epochs":
+        raw.pop("minutes", None)
     raw[last] = copy.deepcopy(value)  # A later override inside it must not reach the giver's.
+
+
+def override_all(raw: Raw, pairs: Iterable[tuple[str, object]]) -> None:
+    """Set several values, in place; the method before its settings, whatever their order."""
+    for key, value in sorted(pairs, key=lambda pair: pair[0] not in ("method", "method.name")):
+        override(raw, key, value)
 
 
 def check(raw: Mapping[str, Any], where: str, *, kept: bool = False) -> RunConfig:
@@ -195,7 +229,9 @@ def check(raw: Mapping[str, Any], where: str, *, kept: bool = False) -> RunConfi
     try:
         config = RunConfig.model_validate({**raw, "method": method}, context={"kept": kept})
     except ValidationError as error:
-        mistakes += [_explain(item, RunConfig, ()) for item in error.errors()]
+        mistakes += [
+            _explain(item, RunConfig, ()) + _of_method(method_type, item) for item in error.errors()
+        ]
     if mistakes:
         count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise ConfigError(f"{where} has {count}:\n" + "\n".join(f"  - {m}" for m in mistakes))
@@ -249,6 +285,14 @@ def _owners(method: str, item: Any) -> str:
     if not owners:
         return ""
     return f". '{key}' is a setting of {', '.join(owners)}, and the method is {method}"
+
+
+def _of_method(method: type[MethodConfig], item: Any) -> str:
+    """Where an unknown key of the recipe belongs, when the method has it."""
+    key = item["loc"][-1] if item["loc"] else None
+    if item["type"] != "extra_forbidden" or key not in method.model_fields:
+        return ""
+    return f"; the method has it: method.{key}"
 
 
 def _explain(item: Any, root: type[BaseModel], prefix: tuple[str, ...]) -> str:

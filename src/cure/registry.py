@@ -7,13 +7,18 @@ method is one new file: nothing else lists it.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from cure.errors import ConfigError, unknown
 
 T = TypeVar("T")
+
+PLUGINS = "CURE_PLUGINS"
+"""Environment variable: modules of your own methods, models, attacks and studies, with commas."""
 
 
 class Registry(Generic[T]):
@@ -53,7 +58,10 @@ class Registry(Generic[T]):
         """
         self._load()
         if name not in self._entries:
-            raise ConfigError(unknown(self.kind, name, self._entries))
+            raise ConfigError(
+                f"{unknown(self.kind, name, self._entries)} (one of your own is found when "
+                f"{PLUGINS} names its module)"
+            )
         return self._entries[name]
 
     def __contains__(self, name: str) -> bool:
@@ -73,6 +81,27 @@ class Registry(Generic[T]):
         for module in pkgutil.iter_modules(package.__path__):
             if not module.ispkg:
                 importlib.import_module(f"{self._package}.{module.name}")
+        import_plugins()
+
+
+def import_plugins() -> None:
+    """Import the modules that :data:`PLUGINS` names, which register what they hold.
+
+    Raises:
+        ConfigError: when there is no such module, or it fails.
+    """
+    for name in filter(None, map(str.strip, os.environ.get(PLUGINS, "").split(","))):
+        folder = os.getcwd()
+        sys.path.insert(0, folder)  # as `python -m` does
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise ConfigError(
+                f"{PLUGINS}: the module '{name}' could not be imported from here ({error}); it "
+                "takes names of modules, such as mine,package.other"
+            ) from error
+        finally:
+            sys.path.remove(folder)
 
 
 METHODS: Registry[Any] = Registry("method", "cure.methods")

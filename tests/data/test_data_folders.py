@@ -631,3 +631,62 @@ def test_a_home_folder_is_expanded(image_folder, monkeypatch) -> None:
     folder = image_folder(two_classes(count=5))
     monkeypatch.setenv("HOME", str(folder.parent))
     assert len(load(config(f"~/{folder.name}"), "train")) == 8
+
+
+# texts and tables beside images
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("captions.csv", f"caption,who\n{'long words ' * 40},me\n"),
+        ("metadata.jsonl", json.dumps({"prompt": "long words " * 40, "photo": 1}) + "\n"),
+        ("annotations.txt", f"{'long words ' * 40}1.0\n"),
+        ("notes.csv", f"caption,who\n{'x' * 140_000},me\n"),
+    ],
+)
+def test_texts_beside_class_folders_do_not_stop_reading(image_folder, name, content) -> None:
+    folder = image_folder(two_classes())
+    (folder / name).write_text(content)
+    assert load(config(folder), "train").classes == ("ant", "bee")
+
+
+def test_a_json_line_may_hold_any_separator_of_lines(image_folder) -> None:
+    folder = image_folder({f"{i}.png": picture(i) for i in range(4)})
+    rows = [{"file_name": f"{i}.png", "label": "ab"[i % 2], "note": "a\u2028b"} for i in range(4)]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+    assert load(config(folder, test_fraction=0.5), "train").classes == ("a", "b")
+
+
+def test_a_table_in_utf_16_is_read(image_folder) -> None:
+    folder = image_folder({f"{i}.png": picture(i) for i in range(8)})
+    rows = "".join(f"{i}.png,{'ab'[i % 2]}\n" for i in range(8))
+    (folder / "labels.csv").write_text("file_name,label\n" + rows, encoding="utf-16")
+    assert load(config(folder), "train").classes == ("a", "b")
+
+
+def test_a_table_that_names_images_in_class_folders_is_told(image_folder) -> None:
+    folder = image_folder(two_classes())
+    names = [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(3)]
+    rows = "".join(f"{name},{number % 3}\n" for number, name in enumerate(names))
+    (folder / "predictions.csv").write_text("path,label\n" + rows)
+    images = load(config(folder), "train")
+    assert images.classes == ("0", "1", "2")
+    assert "labels come from predictions.csv, not from the folders" in images.findings.notes
+
+
+def test_a_parquet_table_without_images_does_not_hide_them(image_folder) -> None:
+    import pandas
+
+    folder = image_folder(two_classes())
+    pandas.DataFrame({"file_name": ["a"], "weight": [1.0]}).to_parquet(folder / "more.parquet")
+    assert load(config(folder), "train").classes == ("ant", "bee")
+
+
+def test_folders_that_hold_the_same_folders_are_told(image_folder) -> None:
+    folder = image_folder(two_classes("entrainement/") | two_classes("controle/"))
+    images = load(config(folder), "train")
+    assert images.classes == ("controle", "entrainement")
+    (note,) = (n for n in images.findings.notes if "hold the same folders" in n)
+    assert "if these are the classes, move them up" in note

@@ -392,3 +392,24 @@ def test_string_labels_of_parquet(write_parquet) -> None:
     assert first.classes == ("cat", "dog", "owl")
     assert first.label.tolist() == [2, 0, 2, 0, 1, 1]
     assert second.label.tolist() == [2, 1]
+
+
+def test_labels_that_a_data_set_changes_are_those_of_its_items() -> None:
+    class Parity(Dataset):
+        """Keeps the numbers, and returns whether they are odd; the first one is not changed."""
+
+        targets = list(range(10)) * 2
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, i):
+            return torch.full((3, 4, 4), i / 20), self.targets[i] % 2
+
+    assert as_images(Parity()).label.tolist() == [0, 1] * 10
+
+
+def test_bfloat16_images_are_read() -> None:
+    image = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    found = as_images((image.bfloat16(), [0, 1]))
+    assert found.image.float().mean(dim=(1, 2, 3)).tolist() == [0, 255]

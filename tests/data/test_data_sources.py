@@ -127,7 +127,10 @@ def test_unknown_names_and_paths(tmp_path) -> None:
     fails(r"does not exist", "absent.npz")
     fails(r"does not exist", "folder/absent.npz")
     (tmp_path / "notes.txt").write_text("x")
-    fails(r"a folder or a \.npz file as data\.source, got the file", tmp_path / "notes.txt")
+    fails(
+        r"a folder or a \.npz, \.parquet or \.csv file as data\.source, got the file",
+        tmp_path / "notes.txt",
+    )
 
 
 def test_cure_data_must_be_a_folder(monkeypatch) -> None:
@@ -902,3 +905,45 @@ def test_many_threads_agree_with_one(tmp_path, monkeypatch) -> None:
     first = train(path)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     assert torch.equal(first.image, train(path).image)
+
+
+def _table(folder, **columns):
+    import datasets
+
+    rows = len(next(iter(columns.values())))
+    images = [picture(i) for i in range(rows)]
+    features = datasets.Features(
+        {"image": datasets.Image()}
+        | {
+            name: datasets.Value("string" if isinstance(values[0], str) else "int64")
+            for name, values in columns.items()
+        }
+    )
+    made = datasets.Dataset.from_dict({"image": images} | columns, features=features)
+    folder.mkdir()
+    made.to_parquet(folder / "train.parquet")
+    return folder
+
+
+def test_the_column_of_labels_is_not_guessed_among_several(tmp_path) -> None:
+    for number, columns in enumerate(
+        (
+            {"breed": ["a", "b"] * 10, "age": list(range(20))},
+            {"id": list(range(20)), "species": ["a", "b"] * 10},
+        )
+    ):
+        folder = _table(tmp_path / str(number), **columns)
+        assert load(config(folder), "train").classes == ("a", "b")
+    fails("set data.label_column", _table(tmp_path / "c", disease=["x"] * 9, patient=[1] * 9))
+    fails("nearly as many values as rows", _table(tmp_path / "d", caption=list("abcdefgh")))
+    images = load(config(_table(tmp_path / "e", finding=["a", "b"] * 10)), "train")
+    assert images.findings.notes[0] == "labels are the column 'finding'"
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("all.zip", "unpack it"), ("all.tar.gz", "unpack it"), ("x.npy", "numpy.savez")],
+)
+def test_other_files_are_answered_by_what_helps(tmp_path, name, advice) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    fails(advice, tmp_path / name)

@@ -157,6 +157,13 @@ def test_what_does_not_fit_together_is_one_sentence(runs: Path, tmp_path: Path) 
 def test_runs_of_other_networks_and_class_orders_are_refused(runs: Path, tmp_path: Path) -> None:
     for name, file, old, new, word in (
         ("classes", "data.json", None, None, "differ in their classes"),
+        (
+            "split",
+            "config.yaml",
+            "split_seed: 0",
+            "split_seed: 7",
+            "differ in their data.split_seed",
+        ),
         ("network", "config.yaml", "name: small_cnn", "name: resnet10", "differ in their network"),
     ):
         shutil.copytree(runs / "other", tmp_path / name)

@@ -25,6 +25,7 @@ from cure.errors import CheckpointError, CureError, ModelError
 from cure.exporters import export as module
 from cure.exporters.onnx import captured, onnx_model
 from cure.models.contract import Contract, Preprocessing
+from cure.runs.folder import RunFolder
 from helpers import Command, refused
 
 
@@ -69,6 +70,17 @@ def test_onnx_carries_its_contract(run: cure.Run, folder: Path) -> None:
     assert found["check"]["largest_difference"] <= found["check"]["tolerance"] < 0.01
     assert found["data"]["n"] == 100
     assert len(found["data"]["sha256"]) == 64
+
+
+def test_accuracies_are_those_on_the_run_s_own_images(run: cure.Run, tmp_path: Path) -> None:
+    before = module._accuracies(RunFolder.open(run.path), "best")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
+    np.savez(tmp_path / "noise.npz", image=noise, label=np.arange(40) % 10)
+    other = cure.evaluate(
+        run.path, data=tmp_path / "noise.npz", data_options={"test_fraction": 0.5}, attacks="fgsm"
+    )
+    assert other["data"]["own"] is False
+    assert module._accuracies(RunFolder.open(run.path), "best") == before
 
 
 def test_int8_is_quantised_smaller_and_says_how_often_it_agrees(folder: Path) -> None:
@@ -162,14 +174,16 @@ def test_a_network_of_transformers_loads_there(tmp_path: Path) -> None:
     theirs = transformers.AutoModelForImageClassification.from_pretrained(
         made, use_safetensors=True
     ).eval()
-    assert theirs.config.id2label == {0: "bright", 1: "dark"}
+    # The network keeps the order of its own labels, and the run takes that of the data.
+    assert theirs.config.id2label == {0: "dark", 1: "bright"}
     written = json.loads((made / "preprocessor_config.json").read_text())
     standard = (pixels[:4] / 255 - torch.tensor(written["image_mean"])[:, None, None]) / (
         torch.tensor(written["image_std"])[:, None, None]
     )
     with torch.no_grad():
         ours = trained.model()(pixels[:4] / 255)
-        torch.testing.assert_close(theirs(standard).logits, ours, atol=1e-5, rtol=1e-5)
+        logits = theirs(standard).logits.flip(1)
+        torch.testing.assert_close(logits, ours, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(cure.from_pretrained(made)(pixels[:4] / 255), ours)
 
 

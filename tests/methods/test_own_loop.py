@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from method_bench import batch, build, context, small_networks, teacher_network,
 from torch import Tensor, nn
 
 import cure
+from cure.attacks import PGD, Threat
 from cure.config import AveragingConfig, MethodConfig, TeacherConfig, WeightPerturbationConfig
 from cure.data import Batch, ImageSet, epoch
 from cure.errors import ConfigError
@@ -408,3 +410,21 @@ def test_a_method_of_one_s_own_works_in_the_loop_without_more() -> None:
     )
     found = Mine(model, weight=3.0)(given.image, given.label).loss
     assert found.item() == pytest.approx(expected.item())
+
+
+def test_a_method_follows_its_network_to_another_device() -> None:
+    method = cure.methods.AWP(
+        cure.methods.AT(nn.Sequential(nn.Flatten(), nn.Linear(64, 3))), gamma=0.01
+    ).to("meta")
+    with contextlib.suppress(Exception):  # the meta device has no numbers
+        method(torch.zeros(2, 1, 8, 8, device="meta"), torch.zeros(2, dtype=torch.long))
+    assert method.context.engine.device.type == "meta"
+    assert method.inner.context.engine.device.type == "meta"
+
+
+def test_restarts_are_refused_where_a_method_changes_the_steps() -> None:
+    attack = PGD(Threat("Linf", "8/255"), 3, "2/255", restarts=2)
+    assert attack.length == 2 / 255
+    method = cure.methods.FAT(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), attack=attack)
+    with pytest.raises(ConfigError, match="restarts: expected 1"):
+        method(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))

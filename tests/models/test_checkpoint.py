@@ -560,3 +560,83 @@ def test_a_pickled_network_is_converted_by_the_command_that_the_refusal_names(
     subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
     load_weights(other, path.with_suffix(".safetensors"))
     assert same(other.state_dict(), model.state_dict())
+
+
+# What a file may hold instead of plain weights.
+
+
+def test_whole_numbers_are_not_taken_for_weights(tmp_path: Path) -> None:
+    state = network().state_dict()
+    state["0.weight"] = (100 * state["0.weight"]).to(torch.int8)
+    state["0.weight_scale"] = torch.ones(1)
+    torch.save(state, tmp_path / "int8.pt")
+    with pytest.raises(CheckpointError, match=r"floating-point weights, got int8 in '0.weight'"):
+        load_weights(network(), tmp_path / "int8.pt")
+
+
+def test_quantised_and_sparse_weights_are_read(tmp_path: Path) -> None:
+    model = network()
+    state = model.state_dict()
+    values = torch.quantize_per_tensor(state["0.weight"], 0.01, 0, torch.qint8)
+    sparse = state["3.weight"].to_sparse()
+    torch.save(state | {"0.weight": values, "3.weight": sparse}, tmp_path / "mixed.pt")
+    other = network()
+    load_weights(other, tmp_path / "mixed.pt")
+    assert torch.equal(other[0].weight, values.dequantize())
+    assert torch.equal(other[3].weight, model[3].weight)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+
+def test_tied_weights_that_are_written_once_are_read(tmp_path: Path) -> None:
+    model, path = Tied(), tmp_path / "tied.safetensors"
+    safetensors.torch.save_model(model, str(path))
+    other = Tied()
+    load_weights(other, path)
+    assert same(other.state_dict(), model.state_dict())
+
+
+class Counting(nn.Module):
+    """Keeps something in its state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        assert state == {"calls": 1}
+
+
+def test_state_that_is_no_tensor_is_left_out(tmp_path: Path) -> None:
+    model, path = Counting(), tmp_path / "weights.safetensors"
+    save_weights(model, path, {})
+    other = Counting()
+    load_weights(other, path)
+    assert torch.equal(other.linear.weight, model.linear.weight)
+
+
+@pytest.mark.parametrize(
+    ("constants", "advice"),
+    [
+        ({"data_mean": [0.1, 0.2, 0.3]}, "--mean 0.1,0.2,0.3 --std 1.0,1.0,1.0"),
+        (
+            {"image_mean": [127.5] * 3, "image_std": [51.0] * 3},
+            "divided by 255 .*--mean 0.5,0.5,0.5 --std 0.2,0.2,0.2",
+        ),
+    ],
+)
+def test_constants_are_advised_in_a_form_that_works(
+    tmp_path: Path, constants: dict[str, list[float]], advice: str
+) -> None:
+    tensors = {name: torch.tensor(values) for name, values in constants.items()}
+    torch.save(network().state_dict() | tensors, tmp_path / "own.pt")
+    with pytest.raises(CheckpointError, match=advice):
+        load_weights(network(), tmp_path / "own.pt")

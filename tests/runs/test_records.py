@@ -24,6 +24,7 @@ from cure.runs.records import (
 )
 from cure.runs.results import (
     CorruptionRecord,
+    DataFacts,
     DiagnosisRecord,
     EvaluationRecord,
     RunRecord,
@@ -192,3 +193,9 @@ def test_a_run_in_one_file_holds_the_run(old: Path, tmp_path: Path) -> None:
     again = read_result(tmp_path / "run.json")
     assert isinstance(again, RunRecord)
     assert again == record
+
+
+def test_a_result_on_other_images_answers_no_question_about_a_run() -> None:
+    for own, expected in ((None, True), (True, True), (False, False)):
+        facts = DataFacts(name="a", split="test", n=5, limit=None, own=own)
+        assert facts.answers(None) is expected

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 
 import cure
+from cure.data import Batch
 from cure.errors import ConfigError
+from cure.methods import CURE
+from cure.methods.step import StepOutput
 from cure.recipe import load_recipe
+from cure.runs.folder import RunFolder
 from cure.training import budget
-from cure.training.prerequisites import natural_config
+from cure.training.budget import _beside, fit_epochs, settle
+from cure.training.prerequisites import natural_config, prerequisites
+from cure.training.setup import prepare
 
 PHOTOS = ["data.source=digits", "model.name=small_cnn"]
 
@@ -143,3 +149,50 @@ def test_a_run_keeps_what_was_decided(tmp_path: Path) -> None:
     settings = SETTINGS | {"training.epochs": 1, "data.augment.cutmix": "auto"}
     run = cure.train("digits", settings, run=tmp_path / "run", quiet=True)
     assert run.config.data.augment.cutmix == 0
+
+
+def test_a_budget_counts_the_later_steps_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CURE begins with natural steps here, which are much cheaper."""
+    settings = [
+        *("training.minutes=1", "training.batch_size=32", "training.threads=1", "start=scratch"),
+        *("method=cure", "method.warmup=0.4", "data.limit=300", "data.validation=40"),
+    ]
+    config = load_recipe("digits", settings)
+    prepared = prepare(config, None, None)
+    asked: list[int] = []
+    step = CURE.step
+
+    def noted(self: CURE, batch: Batch) -> StepOutput:
+        asked.append(batch.step)
+        return step(self, batch)
+
+    monkeypatch.setattr(CURE, "step", noted)
+    fit_epochs(config, prepared)
+    last = config.training.epochs * (260 // 32) - 1
+    assert asked == [0, 0, round(last / 2), last]
+
+
+def test_settings_that_hide_something_are_told() -> None:
+    def told(*words: str) -> list[str]:
+        return _beside(load_recipe("digits", words))
+
+    assert told() == []
+    (line,) = told("attack.epsilon=0.05", "attack.step_size=0.02")
+    assert "smaller than threat.epsilon" in line
+    (line,) = told("attack.steps=2", "attack.step_size=0.01")
+    assert "a weak attack: attack.step_size=" in line
+    (line,) = told("start=natural", "training.minutes=3")
+    assert "besides the budget" in line
+
+
+def test_the_natural_start_decides_about_cutmix_by_its_own_length(tmp_path: Path) -> None:
+    words = [
+        *("data.augment.cutmix=auto", "start=natural", "natural.epochs=2", "training.epochs=80"),
+        *("method=at", "training.batch_size=32", "data.limit=300", "data.validation=40"),
+    ]
+    config = load_recipe("digits", words)
+    prepared = prepare(config, None, None)
+    settled, _ = settle(config, prepared)
+    assert settled.data.augment.cutmix == 1
+    (natural,) = prerequisites(RunFolder(tmp_path / "run"), settled, prepared)
+    assert natural.config.data.augment.cutmix == 0

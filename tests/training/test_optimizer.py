@@ -8,6 +8,7 @@ from torch import nn
 
 from cure.config import ModelConfig, OptimizerConfig
 from cure.models import build_model
+from cure.models.trial import adapt
 from cure.training.optimizer import build_optimizer, rate_factors
 
 
@@ -65,3 +66,11 @@ def test_adamw_decouples_weight_decay() -> None:
     weight.grad = torch.zeros(2, 2)
     optimizer.step()
     assert weight.detach().flatten().tolist() == pytest.approx([1 - 0.1 * 0.5] * 4)
+
+
+def test_a_head_that_is_a_convolution_has_its_own_rate() -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    model = nn.Sequential(body, nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = adapt(model, 3, 3, (16, 16))
+    factors = rate_factors(OptimizerConfig(head_rate=10), model)
+    assert {name for name, factor in factors.items() if factor == 10} == {"1.weight", "1.bias"}

@@ -260,3 +260,33 @@ def test_the_state_names_the_folder_when_the_teacher_s_run_is_gone(brightness, m
         cure.resume("student", data=brightness, quiet=True)
     Path("elsewhere").rename("robust")
     cure.resume("student", data=brightness, quiet=True)
+
+
+def test_the_settings_of_a_teacher_are_those_of_a_run(brightness):
+    """Its start, its frozen statistics and its layers, as in a run of its own."""
+    first = quick("first", brightness, method="at", start="scratch")
+    settings = recipe_teacher(
+        start=str(first.path),
+        **{"training.batch_norm": "frozen", "training.optimizer.learning_rate": 1e-9},
+    )
+    student = quick("student", brightness, method={"name": "ard", "teacher": settings})
+    trained, began = teacher_weights(student.path), first.model().state_dict()
+    for name, value in trained.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, began[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"start": "nowhere"}, "method.teacher: start: 'nowhere' does not exist"),
+        ({"layers.update": ["nonsense"]}, "method.teacher: .*nonsense"),
+        ({"training.minutes": 1}, "method.teacher: expected training.epochs, got training.minutes"),
+        ({"method": "mart", "training.class_weights": "balanced"}, "a method whose loss takes wei"),
+    ],
+)
+def test_the_settings_of_a_teacher_are_checked_as_those_of_a_run(brightness, changes, words):
+    settings = recipe_teacher(**changes)
+    with pytest.raises(CureError, match=words):
+        quick("student", brightness, method={"name": "ard", "teacher": settings})
+    assert not Path("student").exists()

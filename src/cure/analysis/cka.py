@@ -187,7 +187,8 @@ class Similarity:
             interval = None
             values = [means_[place] for means_ in left]
             if values and all(map(math.isfinite, values)):
-                interval = list(jackknife_interval(means[place], values))
+                low, high = jackknife_interval(means[place], values)
+                interval = [max(0.0, low), min(1.0, high)]  # where CKA lies
             found.append({"name": name, "mean": _plain(means[place]), "interval": interval})
         return found
 

@@ -29,7 +29,7 @@ from cure.config import RunConfig
 from cure.data import ImageSet, batches, load_split
 from cure.data.cache import CachePlace
 from cure.data.sources import check_not_memory
-from cure.errors import CheckpointError
+from cure.errors import CheckpointError, ConfigError
 from cure.evaluation.options import check_counts
 from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import epoch_of
@@ -116,6 +116,12 @@ def compute(targets: Sequence[Any], options: OverfittingOptions, progress: Progr
     protocol says neither what chose the best checkpoint nor by which attack.
     """
     named = open_runs(targets)
+    for name, folder in named:
+        if not folder.metrics():
+            raise ConfigError(
+                f"{name} has no epochs: it was not trained, or chosen between weights by `cure "
+                "tradeoff`; name the runs whose weights these were"
+            )
     runs = [
         _Opened(name, folder, folder.config, target.network if isinstance(target, Run) else None)
         for (name, folder), target in zip(named, targets, strict=True)

@@ -22,7 +22,8 @@ from cure.evaluation.runner import Progress, Result
 from cure.experiments.executors import LocalExecutor, stopped_by_signals
 from cure.experiments.pareto import undominated
 from cure.experiments.sweep import Sweep, begin, fitting, read_varied, trials, work
-from cure.recipe import check, override, parse_override, read_recipe
+from cure.recipe import check, override_all, parse_override, read_recipe
+from cure.runs.folder import RunFolder
 from cure.utils.plotting import Chart, Panel, Series
 from cure.utils.stats import rank_correlation, wilson
 
@@ -89,8 +90,7 @@ def compute(arguments: Sequence[str], options: SensitivityOptions, progress: Pro
     if trials is not None and trials < 0:
         raise ConfigError(f"trials: expected 0 or more, got {trials}")
     raw = read_recipe(recipe)
-    for word in settings:
-        override(raw, *parse_override(word))
+    override_all(raw, map(parse_override, settings))
     config = check(raw, f"recipe {recipe}")
     words = list(options.vary) or [f"method.{word}" for word in config.method.sweep()]
     if not words:
@@ -129,8 +129,10 @@ def compute(arguments: Sequence[str], options: SensitivityOptions, progress: Pro
 def _body(sweep: Sweep) -> Result:
     """The trials of a sweep so far, as plain values."""
     config, found = sweep.config, trials(sweep)
-    n = int(config.data.validation)
     finished = [trial for trial in found if trial["state"] == "finished"]
+    # A run keeps how many images a share of them was.
+    kept = [RunFolder.open(sweep.folder(trial["number"])).config for trial in finished[:1]]
+    n = int(kept[0].data.validation) if kept else 0
     on_front = undominated([(trial["natural"], trial["robust"]) for trial in finished])
     best = {trial["number"] for trial, good in zip(finished, on_front, strict=True) if good}
     for trial in found:

@@ -24,7 +24,7 @@ from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import check_free, write_json, write_text
+from cure.utils.io import check_free, user_path, write_json, write_text
 
 STUDY_FORMAT = "cure-study-1"
 
@@ -257,7 +257,7 @@ def save_result(
         or None.
     """
     result = {"format": STUDY_FORMAT, "study": study, **body, "environment": environment()}
-    path = Path(output) if output is not None else None
+    path = user_path(output)
     if path is None and folder is not None:
         places = (folder.path / "studies" / f"{study}-{n}.json" for n in itertools.count(1))
         path = next(place for place in places if not place.exists())

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from cure.attacks.losses import CROSS_ENTROPY, Objective
 from cure.attacks.threat import Threat, drawn, per_sample
+from cure.config import Ratio
+from cure.errors import ConfigError
 from cure.models.fuse import folded
 from cure.utils.modes import modes_kept
 from cure.utils.random import generator as keyed_generator
@@ -238,7 +240,7 @@ class PGD:
 
     threat: Threat
     steps: int = 10
-    step_size: float | None = None
+    step_size: float | str | None = None
     start: Start = "uniform"
     mode: Literal["eval", "train"] = "eval"
     precision: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -251,7 +253,7 @@ class PGD:
     def length(self) -> float:
         """``step_size``, or its default."""
         if self.step_size is not None:
-            return float(self.step_size)
+            return float(Ratio(self.step_size))
         return 2.5 * self.threat.epsilon / max(1, self.steps)
 
     def __call__(
@@ -281,6 +283,10 @@ class PGD:
             [B, C, H, W], detached.  Costs ``steps`` forward and data-backward passes a restart, and
             one more forward pass when the objective compares with the natural logits.
         """
+        if hooks is not None and self.restarts > 1:
+            raise ConfigError(
+                f"restarts: expected 1 where a method changes the steps of PGD, got {self.restarts}"
+            )
         if generator is None and self.start != "none":
             generator = keyed_generator(image.device, 0, "PGD")
         network = _compiled(model) if self.compile else model

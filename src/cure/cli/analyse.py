@@ -27,7 +27,8 @@ from cure.registry import RENAMED_STUDIES, STUDIES
 RunsArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="RUN...", help="Run folders; or networks: hf:..., package.module:callable"
+        metavar="RUN...",
+        help="Run folders; for studies of networks alone also hf:..., package.module:callable.",
     ),
 ]
 

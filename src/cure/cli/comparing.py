@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,7 @@ from cure.cli.options import (
 from cure.cli.printing import print_run_ended, print_table, say, warn
 from cure.cli.status import Status
 from cure.errors import ConfigError, TrainingStopped
+from cure.registry import METHODS
 
 Split = StrEnum("Split", ["train", "validation", "test"])
 
@@ -36,7 +38,8 @@ def compare(
         str | None, typer.Option(help="Columns to show: natural,pgd20,nrr_cw,seconds_per_epoch.")
     ] = None,
     sort: Annotated[
-        str | None, typer.Option(help="Column to sort by; by default NRR of the strongest attack.")
+        str | None,
+        typer.Option(help="Column to sort by; by default the strongest attack (its NRR, of cw)."),
     ] = None,
     split: Annotated[
         Split | None, typer.Option(help="Evaluations on these images; by default test, if there.")
@@ -187,7 +190,7 @@ def front(
     from cure.experiments.front import lines, read_values
 
     plain = [word for word in words_ if "=" not in word]
-    if len(plain) < 2:
+    if len(plain) < 2 or plain[-1] in METHODS:
         raise ConfigError(
             f"expected one method or more and then a recipe, got '{' '.join(plain)}'; for example "
             "cure front at trades cure cifar10-mini"
@@ -276,6 +279,7 @@ def tradeoff(
     for sentence in found.barriers:
         warn(sentence)
     if found.chosen is None:
+        say(f"next: cure tradeoff {' '.join(map(shlex.quote, runs))} --natural-at-least PERCENT")
         return
     asked = (
         f"natural accuracy of {natural_at_least:g} %"

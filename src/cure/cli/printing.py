@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ def print_run_ended(path: Path, quiet: bool = True) -> None:
 
     say(f"run folder: {path}")
     if quiet or RunFolder.open(path).outcome() is None:
-        say(f"next: cure evaluate {path}")
+        say(f"next: cure evaluate {shlex.quote(str(path))}")
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def show_progress() -> Iterator[Any]:
                 bars[name] = progress.add_task(name, total=count)
             progress.update(bars[name], completed=done)
             if done >= count and not err.is_terminal:
-                warn(f"{name}: done on {count} images")
+                warn(f"{name}: done ({count:,})")
 
         yield tell
 
@@ -151,8 +152,7 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
             f"{data['name']} {data['split']}, {data['n']:,} images, "
             f"{threat['norm']} {threat['epsilon_text']}"
         ),
-        caption="accuracy in percent, 95 % interval; NRR: harmonic mean with natural accuracy; "
-        + escape(baseline),
+        caption=f"accuracy in percent, 95 % interval; {escape(baseline)}",
     )
     if len(results) == 1 and len(names) > MOST_COLUMNS:
         _by_attack(table, results[0], shown[0], baseline)
@@ -163,6 +163,8 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     ratios = [name for name in ("cw", "autoattack") if name in names]
     for name in ratios:
         table.add_column(f"NRR {name}", justify="right")
+    if ratios:
+        table.caption = f"{table.caption}; NRR: harmonic mean of natural accuracy and that one"
     for result, attacks in zip(results, shown, strict=True):
         cells = [result["natural"], *(attacks.get(name) for name in names)]
         table.add_row(

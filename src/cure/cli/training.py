@@ -21,12 +21,9 @@ from cure.cli.printing import (
     show_progress,
     warn,
 )
-from cure.errors import ConfigError, ModelError
+from cure.errors import ConfigError, ModelError, unknown
 
-Kind = StrEnum(
-    "Kind",
-    ["methods", "models", "recipes", "attacks", "corruptions", "data", "studies", "settings"],
-)
+KINDS = ("methods", "models", "recipes", "attacks", "corruptions", "data", "studies", "settings")
 ExportFormat = StrEnum("ExportFormat", ["onnx", "safetensors", "torch-export", "hub"])
 
 RunOption = Annotated[
@@ -160,11 +157,15 @@ def show(
     typer.echo(show_recipe(recipe, settings or []), nl=False)
 
 
-def list_names(what: Annotated[Kind, typer.Argument(help="What to list.")]) -> None:
+def list_names(
+    what: Annotated[str, typer.Argument(help=f"What to list: {', '.join(KINDS)}.")],
+) -> None:
     """List what can be named in a recipe or on the command line."""
     from cure.cli.listing import listing
 
-    rows = listing(what.value)
+    if what not in KINDS:
+        raise ConfigError(unknown("list", what, KINDS))
+    rows = listing(what)
     width = max(len(name) for name, _ in rows)
     for name, description in rows:
         # A row a line, whatever the terminal's width, so that grep finds whole rows.

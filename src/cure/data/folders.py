@@ -30,6 +30,7 @@ from cure.data.readers import (
     Table,
     find_parquet,
     find_parquet_below,
+    hold_images,
     in_order,
     listing,
     order_notes,
@@ -59,7 +60,7 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
     """
     if config.labels == "file_names":
         return _named_images(folder, config)
-    if files := find_parquet(folder):
+    if (files := find_parquet(folder)) and (not holds_image(folder) or hold_images(files)):
         return read_parquet(files, config)
     original = read_original(folder, config)
     if original is not None:
@@ -286,6 +287,15 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
         complete: refuse a class without images.
     """
     names = in_order(path.name for path in folders_in(folder))
+    inside = {name: frozenset(path.name for path in folders_in(folder / name)) for name in names}
+    alike = set(inside.values())
+    notes = order_notes(names)
+    if complete and len(alike) == 1 and len(next(iter(alike))) > 1:
+        notes += (
+            f"the folders {listing(names[:5])} are taken as classes; they hold the same folders "
+            f"{listing(sorted(next(iter(alike)))[:5])}, which are not looked at: if these are the "
+            "classes, move them up",
+        )
     reasons = Counter(beside)
     files = []
     for name in names:
@@ -308,7 +318,7 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
         names,
         partial(path_cells, paths),
         as_skipped(reasons),
-        order_notes(names),
+        notes,
         any_order=True,
     )
 
@@ -372,9 +382,13 @@ def labelled_images(
         reasons[other_file(table)] -= 1
     reasons["images", f"{found.name} does not name them"] += unnamed
     splits = {}
+    folders = {path.parent for path in used} - {folder}
+    notes = (f"labels come from {found.name}, not from the folders",) if len(folders) > 1 else ()
     for number, (name, rows) in enumerate(found.rows.items()):
         left_out = as_skipped(reasons) if not number else ()
-        splits[name or split or config.train_split] = partial(_labelled_table, rows, left_out)
+        splits[name or split or config.train_split] = partial(
+            _labelled_table, rows, left_out, notes
+        )
     return splits
 
 
@@ -437,9 +451,12 @@ def _or_by_name(images: Sequence[Path]) -> str:
     )
 
 
-def _labelled_table(rows: Sequence[LabelRow], skipped: tuple[Skipped, ...]) -> Table:
+def _labelled_table(
+    rows: Sequence[LabelRow], skipped: tuple[Skipped, ...], notes: tuple[str, ...] = ()
+) -> Table:
     classes = in_order(row.label for row in rows)
     paths, labels = dealt([[r.path for r in rows if r.label == name] for name in classes])
     label = np.array(labels, dtype=np.int64)
     cells = partial(path_cells, paths)
-    return Table(label, classes, cells, skipped, order_notes(classes), any_order=True)
+    notes += order_notes(classes)
+    return Table(label, classes, cells, skipped, notes, any_order=True)

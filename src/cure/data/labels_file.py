@@ -5,28 +5,32 @@ Other files with labels are not read, and named where no classes are found witho
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import json
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from cure.config import DataConfig
-from cure.data.readers import SPLIT_NAMES, TRAIN_SPLITS, listing
+from cure.data.readers import (
+    LABEL_COLUMNS,
+    SPLIT_NAMES,
+    TRAIN_SPLITS,
+    labels_repeat,
+    listing,
+)
 from cure.data.walk import files_in
 from cure.errors import DataError
 
 FILE_COLUMNS = (
     *("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_name"),
     *("image_file", "name", "img", "image_id", "id"),
-)
-LABEL_COLUMNS = (
-    *("label", "labels", "class", "class_name", "category", "target", "species", "breed"),
-    *("class_id", "y"),
 )
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 
@@ -103,7 +107,7 @@ class _Tree:
         """
         name = name.replace("\\", "/")
         direct = self.folder / Path(name).expanduser()
-        if direct.is_file():
+        if _is_file(direct):
             return direct
         parts = Path(name).parts
         named = self.names.get(parts[-1] if parts else "", [])
@@ -128,9 +132,17 @@ class _Tree:
         if not name or (whole and not Path(name).suffix):
             return False
         try:
-            return self.find(name).is_file()
+            return _is_file(self.find(name))
         except DataError:
             return False
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file; a long text in the place of its name is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_label_files(
@@ -220,7 +232,10 @@ def _distinct(rows: Sequence[LabelRow], folder: Path) -> list[LabelRow]:
 
 def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
     """The rows of a table of labels; of another file, why it is none."""
-    rows = _rows_of(path, tree)
+    try:
+        rows = _rows_of(path, tree)
+    except csv.Error as error:
+        return f"it is no table ({error})"
     if not rows:
         return "it has no rows"
     columns = _columns(rows, tree, config)
@@ -251,14 +266,17 @@ def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
 def _rows_of(path: Path, tree: _Tree) -> list[Cells]:
     """The rows of a file, by the names of its columns."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = path.read_text(encoding="latin-1")
+        content = path.read_bytes()
     except OSError as error:
         raise DataError(
             f"the table '{path}' cannot be read ({error.strerror}); change its permissions or move "
             "it away"
         ) from None
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return list(_json_rows(path, text))
@@ -314,7 +332,7 @@ def _label_column(rows: list[Cells], columns: list[str]) -> str | None:
     It is the only one, or is added to the rows where columns of 0 and 1 mark one class a row.
     """
     if len(columns) == 1:
-        return columns[0] if _repeat(_text(row.get(columns[0])) for row in rows) else None
+        return columns[0] if labels_repeat(_text(row.get(columns[0])) for row in rows) else None
     marks = [c for c in columns if all(_text(row.get(c)) in _MARKS for row in rows)]
     if len(marks) < 2:
         return None
@@ -324,12 +342,6 @@ def _label_column(rows: list[Cells], columns: list[str]) -> str | None:
     for row, (name,) in zip(rows, on, strict=True):
         row[_MARKED] = name
     return _MARKED
-
-
-def _repeat(labels: Iterable[str]) -> bool:
-    """Whether labels are of classes: two rows or more for each, on average."""
-    counts = Counter(labels)
-    return 2 * len(counts) <= counts.total()
 
 
 def _text(value: object) -> str:
@@ -344,7 +356,7 @@ def _column(columns: Sequence[str], given: str | None, usual: Sequence[str]) -> 
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Cells]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -360,12 +372,10 @@ def _json_rows(path: Path, text: str) -> Iterator[Cells]:
 
 
 def _csv_rows(text: str, tree: _Tree, delimiter: str | None) -> Iterator[Cells]:
-    lines = text.splitlines()
-    if not lines:
-        return
     if delimiter is None:
-        delimiter = max(",;\t|", key=lines[0].count)
-    rows = [row for row in csv.reader(lines, delimiter=delimiter) if any(row)]
+        delimiter = max(",;\t|", key=text.partition("\n")[0].count)
+    read = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows = [row for row in read if any(row)]
     header = [name.strip() for name in rows[0]] if rows else []
     known = {name.lower() for name in header} & {*FILE_COLUMNS, *LABEL_COLUMNS}
     if len(header) == 2 and not known and tree.has(header[0]):
@@ -388,5 +398,5 @@ def _list_rows(text: str, tree: _Tree, split: bool) -> Iterator[Cells]:
     ]
     # Any text may be in such a file, so all of its first lines must be of this form.
     form = all(len(pair) == 2 and tree.has(pair[0], whole=True) for pair in pairs[:_TRIED])
-    if form and (split or _repeat(pair[-1] for pair in pairs)):
+    if form and (split or labels_repeat(pair[-1] for pair in pairs)):
         yield from ({"file_name": pair[0], "label": pair[-1]} for pair in pairs)

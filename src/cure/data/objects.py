@@ -57,7 +57,7 @@ _IMAGES = (
     "inputs",
     *labels_file.FILE_COLUMNS,
 )
-_LABELS = (*LABEL_COLUMNS, "targets", *labels_file.LABEL_COLUMNS)
+_LABELS = (*LABEL_COLUMNS, "targets")
 
 
 def as_images(
@@ -328,16 +328,18 @@ def _same(value: Any) -> Any:
 
 
 def _targets(given: Any) -> Any:
-    """The labels of a data set that keeps them beside the images, unless it changes them."""
-    if getattr(given, "target_transform", None) is not None:
+    """The labels that a data set of torchvision keeps beside its images, unless it changes them.
+
+    A class that somebody derived from one may return other labels than it keeps.
+    """
+    read = getattr(type(given), "__getitem__", None)
+    if not str(getattr(read, "__module__", "")).startswith("torchvision."):
+        return None
+    joint = type(getattr(given, "transforms", None)).__name__
+    if given.target_transform is not None or joint not in ("NoneType", "StandardTransform"):
         return None
     targets = getattr(given, "targets", None)
-    if targets is None or isinstance(targets, str) or len(targets) != len(given):
-        return None
-    first = _pair_of_item(_item(given, 0))[1] if len(given) else None
-    return (
-        targets if first is not None and str(_scalar(first)) == str(_scalar(targets[0])) else None
-    )
+    return None if targets is None or len(targets) != len(given) else targets
 
 
 def _scalar(value: Any) -> Any:
@@ -383,7 +385,8 @@ def _as_picture(image: Any) -> Any:
 
 def _array(value: Any) -> NDArray[Any]:
     if isinstance(value, Tensor):
-        return value.detach().to_dense().cpu().numpy()
+        dense = value.detach().to_dense().cpu()
+        return (dense.float() if dense.dtype == torch.bfloat16 else dense).numpy()
     try:
         return np.asarray(value)
     except ValueError:

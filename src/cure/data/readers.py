@@ -7,6 +7,7 @@ import os
 import re
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,10 @@ from cure.errors import DataError
 from cure.utils.io import first_line
 
 IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "labels", "fine_label")
+LABEL_COLUMNS = (
+    *("label", "labels", "fine_label", "class", "class_name", "category", "target", "species"),
+    *("breed", "class_id", "y"),
+)
 IMAGE_ARRAYS = ("image", "images", "x", "img", "data")
 LABEL_ARRAYS = ("label", "labels", "y")
 TRAIN_SPLITS = ("train", "training")
@@ -137,6 +141,17 @@ def find_parquet_below(folder: Path) -> list[Path]:
     return files
 
 
+def hold_images(files: Sequence[Path]) -> bool:
+    """Whether a parquet file has a column of encoded images, or cannot be read."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        return any(_is_encoded(field.type) for field in pyarrow.parquet.read_schema(files[0]))
+    except (pyarrow.ArrowException, OSError):
+        return True
+
+
 def _split_of_folder(folder: Path) -> str | None:
     """The split that a folder is named after (``train``, ``split=train``), if it is."""
     name = folder.name.lower().removeprefix("split=")
@@ -158,8 +173,8 @@ def read_parquet(files: Sequence[Path], config: DataConfig) -> Splits:
 
 def _parquet_table(split: str, files: Sequence[Path], config: DataConfig) -> Table:
     import datasets
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     def opened(path: Path) -> Any:
         try:
@@ -259,9 +274,12 @@ def _arrow_table(
     integers = [c for c in columns if pyarrow.types.is_integer(schema.field(c).type)]
     texts = [c for c in columns if _is_text(schema.field(c).type)]
     image = _choose("image", config.image_column, IMAGE_COLUMNS, [holds_images], columns, where)
+    others = [c for c in columns if c not in holds_images]
+    only = [c for c in others if len(others) == 1 and c in (*integers, *texts)]
     label = _choose(
-        "label", config.label_column, LABEL_COLUMNS, [class_labels, integers, texts], columns, where
+        "label", config.label_column, LABEL_COLUMNS, [class_labels, only], columns, where
     )
+    guessed = config.label_column is None and label in only and label not in LABEL_COLUMNS
     if image not in holds_images:
         raise DataError(
             f"expected encoded images (bytes) in column '{image}' of {where}, got "
@@ -300,10 +318,17 @@ def _arrow_table(
             )
         arrays.append(array)
         read += len(array)
+    notes = (f"labels are the column '{label}'",) if guessed else ()
+    if guessed and not labels_repeat(str(v) for array in arrays for v in array.to_pylist()):
+        raise DataError(
+            f"expected a column of labels in {where}, which has the columns {listing(columns)}, "
+            f"got nearly as many values as rows in '{label}'; set data.label_column to the one "
+            "with the labels"
+        )
     if label in texts:
         values = [str(value) for array in arrays for value in array.to_pylist()]
         named, classes = named_labels(values)
-        return Table(named, classes, cells, notes=order_notes(classes))
+        return Table(named, classes, cells, notes=(*notes, *order_notes(classes)))
     given = [array.to_numpy(zero_copy_only=False) for array in arrays]
     found = np.concatenate(given or [np.empty(0, np.int64)])
     whole = found.astype(np.int64)
@@ -314,7 +339,13 @@ def _arrow_table(
             "another column, or number the classes"
         )
     names = tuple(features[label].names) if label in class_labels else None
-    return Table(whole, names, cells)
+    return Table(whole, names, cells, notes=notes)
+
+
+def labels_repeat(labels: Iterable[str]) -> bool:
+    """Whether labels are of classes: two rows or more for each, on average."""
+    counts = Counter(labels)
+    return 2 * len(counts) <= counts.total()
 
 
 def _is_text(kind: Any) -> bool:

@@ -355,9 +355,14 @@ def _file(path: Path, config: DataConfig, unlabelled: bool) -> tuple[str, Splits
         return path.stem, read_parquet([path], config)
     if path.suffix.lower() in TABLES:
         return path.resolve().parent.name, read_table(path, config)
+    what = "give the folder that holds it"
+    if path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"):
+        what = "unpack it and give the folder that comes of it"
+    elif path.suffix.lower() in (".npy", ".pt", ".pth", ".pkl", ".pickle", ".mat", ".h5", ".hdf5"):
+        what = "write its images and labels with numpy.savez(FILE, image=..., label=...)"
     raise DataError(
-        f"expected a folder or a .npz file as data.source, got the file '{config.source}'; give "
-        "the folder that holds it"
+        f"expected a folder or a .npz, .parquet or .csv file as data.source, got the file "
+        f"'{config.source}'; {what}"
     )
 
 

@@ -42,7 +42,7 @@ from cure.runs.results import EvaluationRecord
 from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import check_free, read_json, write_json
+from cure.utils.io import check_free, read_json, user_path, write_json
 
 EVALUATION_FORMAT = "cure-evaluation-1"
 
@@ -129,6 +129,8 @@ def evaluate(
     Raises:
         CureError: for every mistake a user can correct; nothing is written then.
     """
+    output, robustbench = user_path(output), user_path(robustbench)
+    adversarial = user_path(adversarial)
     sharded = _sharded(
         shard,
         shards,
@@ -392,7 +394,8 @@ def _measure(this: _Prepared, ends: float, progress: Progress) -> Result:
             "epsilon": float(threat.epsilon),
             "epsilon_text": str(threat.epsilon),
         },
-        "data": describe_images(images) | {"limit": target.options.limit},
+        "data": describe_images(images)
+        | {"limit": target.options.limit, "own": target.measures_own},
         "model": describe(this.model) | target.facts,
         "seed": target.options.seed,
         "batch_size": target.batch_size,
@@ -486,6 +489,7 @@ def verify(
     Raises:
         CureError: for every mistake a user can correct.
     """
+    output, file = user_path(output), user_path(file)
     check_free(output)
     claim = read_claim(file)
     chosen = Target.of(target, **options)

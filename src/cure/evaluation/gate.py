@@ -47,6 +47,11 @@ class Requirement:
                 f"require: expected a least accuracy in percent such as natural>=75 or pgd20>40, "
                 f"got '{text}'"
             )
+        if 0 < float(found[3]) <= 1:
+            raise ConfigError(
+                f"require: expected a percentage such as {found[1]}>={100 * float(found[3]):g}, "
+                f"got '{text}', which nearly every network meets"
+            )
         return cls(attack_name(found[1]), found[2] == ">", float(found[3]))
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.config import DataConfig, ModelConfig, RunConfig, ThreatConfig
+from cure.config import MEMORY, DataConfig, ModelConfig, RunConfig, ThreatConfig
 from cure.data import ImageSet, load_split
 from cure.data.cache import CachePlace
 from cure.data.images import replace_labels
@@ -182,6 +182,16 @@ class Target:
         return str(self.facts.get("artefact", "")).endswith(".onnx")
 
     @property
+    def measures_own(self) -> bool | None:
+        """Whether the images are those that the run names; None for what is no run."""
+        if self.config is None:
+            return None
+        given, source = self.options.data, self.config.data.source
+        own = given is None or (isinstance(given, str | Path) and str(given) == source)
+        # Images in memory have to be given again.
+        return (own or source.startswith(MEMORY)) and not self.options.data_options
+
+    @property
     def batch_size(self) -> int:
         """Images at once: what was asked for, else the run's, else 256."""
         if self.options.batch_size is not None:
@@ -190,14 +200,24 @@ class Target:
 
     def images(self) -> ImageSet:
         """The images of the split, up to the limit; those of a run in the order of its classes."""
+        given = dict(self.options.data_options or {})
+        images = self._read(given)
+        if self.folder is not None:
+            if self.folder.kind.channels == 1 < images.channels and "color" not in given:
+                images = self._read(given | {"color": "grey"})  # as in training
+            return relabelled(images, self.folder.kind)
+        return images if self.contract is None else relabelled(images, self.contract.kind)
+
+    def _read(self, changed: Mapping[str, Any]) -> ImageSet:
+        """The images, read with some settings of ``data``."""
         how = self.options
         if is_object(how.data):
             # Images in memory stand for themselves, not for those that the run names.
-            config = self._data_config("memory", how.data_options or {})
+            config = self._data_config("memory", changed)
             images = as_images(how.data, how.split, config, how.limit)
         else:
             source: Any = how.data
-            config = self._data_config(source, how.data_options or {})
+            config = self._data_config(source, changed)
             place = CachePlace.beside(None if self.folder is None else self.folder.path)
             images = load_split(config, how.split, how.limit, place)
             said = [f"{images.name}: {skipped}" for skipped in images.findings.skipped]
@@ -205,9 +225,7 @@ class Target:
                 said += [f"{images.name}: {note}" for note in images.findings.notes]
             for sentence in said:
                 warnings.warn(sentence, CureNote, stacklevel=2)
-        if self.folder is not None:
-            return relabelled(images, self.folder.kind)
-        return images if self.contract is None else relabelled(images, self.contract.kind)
+        return images
 
     def load(self) -> tuple[ImageSet, nn.Module]:
         """The images, up to the limit, and the network.
@@ -351,7 +369,10 @@ def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSe
                 names=images.classes,
             )
         else:
-            model = adapted_copy(given, len(images.classes), images.channels, images.size, section)
+            kind = images.kind
+            model = adapted_copy(
+                given, len(kind.classes), kind.channels, kind.size, section, names=kind.classes
+            )
         if how.weights is not None:
             load_weights(model, how.weights, key=how.weights_key, setting="weights_key")
         return model

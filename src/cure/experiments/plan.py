@@ -27,13 +27,13 @@ from cure.evaluation.evaluate import evaluate
 from cure.experiments.compare import ResultTable, difference, table
 from cure.experiments.compare.rows import Source, TableRow, check_alike, rows_of
 from cure.experiments.executors import Executor, Job, LocalExecutor, stopped_by_signals
-from cure.recipe import Raw, check, check_kept, override, read_recipe
+from cure.recipe import Raw, check, check_kept, override_all, read_recipe, read_yaml
 from cure.runs.folder import RunFolder
 from cure.runs.packed import read_packed, summary, write_packed
 from cure.runs.results import EvaluationRecord, RunRecord
 from cure.training.run import resume, train
 from cure.training.setup import check_attacks
-from cure.utils.io import write_text
+from cure.utils.io import user_path, write_text
 
 REFERENCE = "run:"
 """A text ``run:ROW`` in a row's settings is the folder of that row's run of the same seed."""
@@ -174,7 +174,7 @@ def read_plan(path: str | Path) -> Plan:
         ConfigError: when it cannot be read, or a row is no valid run.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = read_yaml(user_path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"plan {path} cannot be read as text: {error}") from None
     except yaml.YAMLError as error:
@@ -208,8 +208,7 @@ def _entry(plan: Plan, label: str, seed: int) -> Entry:
     settings = plan.settings | plan.rows[label].settings | {"seed": seed, "name": label}
     settings = _texts(settings, lambda text: text.replace(SEED, str(seed)))
     raw = read_recipe(plan.recipe)
-    for key, value in settings.items():
-        override(raw, key, value)
+    override_all(raw, settings.items())
     needs: set[str] = set()
 
     def note(needed: str) -> str:
@@ -339,8 +338,9 @@ def _check_same(theirs: RunConfig, ours: RunConfig, place: str) -> None:
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise ConfigError(
-                f"{place} was made with {key} {before.get(key)!r}, the plan says {now.get(key)!r}; "
-                "move it away to repeat the run, or restore the plan"
+                f"{place} was made with {key} {before.get(key)!r}, this call says "
+                f"{now.get(key)!r}; give another folder for other settings, or move it away to "
+                "repeat the run"
             )
 
 

@@ -13,6 +13,7 @@ from cure.experiments.pareto import natural_at, robust_range
 from cure.runs.folder import RunFolder
 from cure.runs.results import EvaluationRecord, FrontCurve, FrontPoint, FrontRecord
 from cure.runs.run import Run
+from cure.utils.io import user_path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 PLACES = (PACKAGE / "fronts", PACKAGE.parents[1] / "results")
@@ -61,7 +62,7 @@ def recommend(run: Run | str | Path, fronts: Iterable[str | Path] | None = None)
     """
     folder = RunFolder.open(run.path if isinstance(run, Run) else run)
     config = folder.config
-    known = _alike(config, map(Path, fronts) if fronts is not None else known_fronts())
+    known = _alike(config, fronts)
     if not known:
         raise ConfigError(
             f"expected a front of recipe {config.name} under {config.threat.norm} "
@@ -69,7 +70,7 @@ def recommend(run: Run | str | Path, fronts: Iterable[str | Path] | None = None)
             f"{config.name} KEY=VALUE --output FILE` and give it with --front FILE"
         )
     for file, record in known:
-        result = _evaluated(folder, record.attack)
+        result = _evaluated(folder, record)
         if result is not None:
             return _compared(config, result, record, file)
     attacks = sorted({record.attack for _, record in known})
@@ -85,13 +86,17 @@ def known_fronts() -> list[Path]:
     return [] if place is None else sorted(place.glob("*/fronts.json"))
 
 
-def _alike(config: RunConfig, files: Iterable[Path]) -> list[tuple[Path, FrontRecord]]:
-    """The fronts of a run's recipe and threat, those of its own data first."""
+def _alike(
+    config: RunConfig, fronts: Iterable[str | Path] | None
+) -> list[tuple[Path, FrontRecord]]:
+    """The fronts of a run's threat, those of its own data first; of the package, its recipe's."""
+    files = known_fronts() if fronts is None else [user_path(file) for file in fronts]
     read = [(file, FrontRecord.read(file)) for file in files]
     alike = [
         (file, record)
         for file, record in read
-        if record.recipe == config.name
+        # A run of a front is named after its method.
+        if (fronts is not None or record.recipe == config.name)
         and record.threat.norm == config.threat.norm
         and abs(record.threat.epsilon - float(config.threat.epsilon)) < 1e-9
     ]
@@ -99,11 +104,13 @@ def _alike(config: RunConfig, files: Iterable[Path]) -> list[tuple[Path, FrontRe
     return sorted(alike, key=lambda item: item[1].data.name != name)
 
 
-def _evaluated(folder: RunFolder, attack: str) -> EvaluationRecord | None:
-    """The newest result of the best weights on test images under an attack."""
+def _evaluated(folder: RunFolder, front: FrontRecord) -> EvaluationRecord | None:
+    """The newest result of the best weights on the run's test images under a front's attack."""
     for result in reversed(folder.evaluations()):
         if (
-            attack in result.attacks
+            front.attack in result.attacks
+            and result.threat.same(front.threat.norm, front.threat.epsilon)
+            and result.data.own is not False
             and result.data.split == "test"
             and result.model.checkpoint == "best"
         ):
@@ -141,7 +148,10 @@ def _place(
     )
     here = f"natural {natural:.1f} %, {record.attack} {robust:.1f} %"
     if not same:
-        return f"{here}; the front that is known ({known}) is of other images: compare changes only"
+        return (
+            f"{here}; the front that is known ({known}) is of other images, or another number of "
+            "them: compare changes only"
+        )
     if ahead is None:
         low, high = robust_range([(p.natural.mean, p.robust.mean) for p in record.points])
         return (
@@ -171,8 +181,11 @@ def _change(
         None,
     )
     if curve is None:
-        best = max(record.points, key=lambda point: point.natural.mean * point.robust.mean)
-        return f"{config.method.name} is not on it; {_named(best, record)}"
+        methods = " ".join(dict.fromkeys(c.method for c in record.curves.values() if c.knob))
+        return (
+            f"the front has no run of {config.method.name}; one with it is made by `cure front "
+            f"{config.method.name} {methods} {record.recipe} ...`"
+        )
     return _step(config, *curve, record)
 
 

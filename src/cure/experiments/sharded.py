@@ -15,7 +15,7 @@ from cure.evaluation.metrics import Result
 from cure.evaluation.shards import Shard
 from cure.experiments.executors import Executor, LocalExecutor, stopped_by_signals
 from cure.runs.run import Run
-from cure.utils.io import check_free, read_json
+from cure.utils.io import check_free, read_json, user_path
 
 ONLY_WHOLE = ("robustbench", "bounds", "smoothing")
 """Arguments of ``evaluate`` that concern the merged result alone."""
@@ -61,6 +61,7 @@ def evaluate_in_shards(
         )
     if shards < 1:
         raise ConfigError(f"shards: expected 1 or more, got {shards}")
+    output = user_path(output)
     check_free(output)
     executor = executor or LocalExecutor(1)
     # Jobs that each use every core of one machine wait for one another.

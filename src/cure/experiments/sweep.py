@@ -27,7 +27,7 @@ from cure.config import Ratio, RunConfig
 from cure.data.cache import CachePlace
 from cure.errors import CheckpointError, ConfigError, Interrupted, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, no_progress
-from cure.recipe import check, override, parse_override, read_recipe
+from cure.recipe import check, override, parse_override, read_recipe, read_yaml
 from cure.runs.folder import RunFolder
 from cure.training.budget import settle
 from cure.training.prerequisites import natural_config
@@ -114,7 +114,7 @@ def read_varied(word: str) -> Varied:
         raise expected
     if "," in text or ":" not in text:
         try:
-            choices = tuple(yaml.safe_load(part) for part in text.split(","))
+            choices = tuple(read_yaml(part) for part in text.split(","))
         except yaml.YAMLError:
             raise expected from None
         plain = all(isinstance(value, str | int | float | bool) for value in choices)

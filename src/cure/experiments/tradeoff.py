@@ -33,6 +33,7 @@ from cure.experiments.pareto import undominated
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import core, load_weights, save_weights
 from cure.models.build import network_of
+from cure.models.wrapper import tensors_of
 from cure.runs.folder import RunFolder
 from cure.runs.records import (
     MeasuredAccuracies,
@@ -45,7 +46,7 @@ from cure.runs.run import Run
 from cure.training.setup import check_attacks, limited
 from cure.training.validation import validate
 from cure.utils.engine import Engine
-from cure.utils.io import check_free, write_bytes, write_text
+from cure.utils.io import check_free, user_path, write_bytes, write_text
 from cure.utils.plotting import Chart, Panel, Series
 from cure.utils.stats import wilson
 
@@ -120,7 +121,7 @@ def tradeoff(
     config = folders[0].config
     _check_runs(folders)
     wanted = natural_at_least is not None or robust_at_least is not None
-    place = Path(output) if output else _place(folders[0], natural_at_least, robust_at_least)
+    place = user_path(output) if output else _place(folders[0], natural_at_least, robust_at_least)
     kind = folders[0].kind
     if strong is None:
         strong = STRONG if len(kind.classes) >= 4 else STRONG[:1]
@@ -243,6 +244,10 @@ def _check_requirements(natural: float | None, robust: float | None, points: int
     for name, value in (("natural_at_least", natural), ("robust_at_least", robust)):
         if value is not None and not 0 <= value <= 100:
             raise ConfigError(f"{name}: expected a percentage from 0 to 100, got {value:g}")
+        if value is not None and 0 < value <= 1:
+            raise ConfigError(
+                f"{name}: expected a percentage such as {100 * value:g}, got {value:g}"
+            )
     if natural is not None and robust is not None:
         raise ConfigError(
             "natural_at_least and robust_at_least: give one of the two; the other accuracy is what "
@@ -262,6 +267,10 @@ def _check_runs(folders: Sequence[RunFolder]) -> None:
             ("threat", ours.threat, theirs.threat),
             ("classes", first.kind.classes, other.kind.classes),
             ("image size", first.kind.size, other.kind.size),
+            *(
+                (f"data.{name}", getattr(ours.data, name), getattr(theirs.data, name))
+                for name in ("source", "validation", "split_seed", "validation_split", "limit")
+            ),
         ):
             if one != two:
                 raise ConfigError(
@@ -288,7 +297,7 @@ def _end(folder: RunFolder, network: nn.Module) -> End:
 def _loaded(network: nn.Module, path: Path) -> dict[str, Tensor]:
     twin = copy.deepcopy(network)
     load_weights(twin, path)
-    return {name: value.detach().clone() for name, value in twin.state_dict().items()}
+    return {name: value.detach().clone() for name, value in tensors_of(twin).items()}
 
 
 def _images(folder: RunFolder, data: object, split: Any) -> ImageSet:
@@ -317,7 +326,7 @@ def _statistics_moved(network: nn.Module, ends: Sequence[End]) -> bool:
 def _mix(network: nn.Module, ends: Sequence[End], shares: Sequence[float]) -> None:
     """Load the weighted mean of the ends; whole numbers are those of the end with most weight."""
     most = max(range(len(ends)), key=lambda end: shares[end])
-    for name, tensor in network.state_dict().items():
+    for name, tensor in tensors_of(network).items():
         if not tensor.is_floating_point():
             tensor.copy_(ends[most].state[name])
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from cure.models import describe, digest, save_weights
 from cure.models.artefact import WEIGHTS, from_pretrained
 from cure.models.contract import Contract, Measured, Normalisation, Preprocessing
 from cure.models.onnx_network import OnnxNetwork
-from cure.models.wrapper import Normalised, core
+from cure.models.wrapper import Normalised, core, tensors_of
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.utils.io import write_atomically
@@ -261,7 +262,7 @@ def _contract(
             "checkpoint": target.options.checkpoint,
             "epoch": target.facts["epoch"],
             "seed": config.seed,
-            "weights_sha256": digest(core(model).state_dict()),
+            "weights_sha256": digest(tensors_of(core(model))),
         },
         temperature=temperature,
         versions=_versions(),
@@ -269,9 +270,14 @@ def _contract(
 
 
 def _accuracies(folder: RunFolder, checkpoint: str) -> list[Measured]:
-    """Those of the newest evaluation of the checkpoint, test images first; else of validation."""
-    known = [record for record in folder.evaluations() if record.model.checkpoint == checkpoint]
-    known.sort(key=lambda record: (record.data.split == "test", record.time))
+    """Those of the largest, then newest evaluation of the checkpoint on the run's own images, test
+    images first; else of validation."""
+    known = [
+        record
+        for record in folder.evaluations()
+        if record.model.checkpoint == checkpoint and record.data.own is not False
+    ]
+    known.sort(key=lambda record: (record.data.split == "test", record.natural.n, record.time))
     if known:
         record = known[-1]
         parts = {"natural": record.natural, **record.attacks}
@@ -393,11 +399,12 @@ def next_command(run: str | Path, made: Path) -> str:
         made: the file or hub folder.
     """
     name = RunFolder.open(Path(run)).config.model.name
+    place = shlex.quote(str(made))
     if made.suffix == ".onnx":
-        return f"cure evaluate {made} --data IMAGES --float {run}"
+        return f"cure evaluate {place} --data IMAGES --float {shlex.quote(str(run))}"
     if not _is_own(name) or made.suffix == ".pt2":
-        return f"cure evaluate {made} --data IMAGES"
-    weights = made if made.is_file() else made / WEIGHTS
+        return f"cure evaluate {place} --data IMAGES"
+    weights = shlex.quote(str(made if made.is_file() else made / WEIGHTS))
     if name.startswith(OBJECT):
         return f"cure.from_pretrained('{made}', network=...) in Python, with a new network of yours"
     return f"cure evaluate --model {name} --weights {weights} --data IMAGES"
@@ -420,6 +427,6 @@ def _blank(model: nn.Module) -> nn.Module:
     """A copy of the network inside all wrappers, with other weights."""
     copy = deepcopy(core(model))
     with torch.no_grad():
-        for tensor in copy.state_dict().values():
+        for tensor in tensors_of(copy).values():
             tensor.zero_()
     return copy

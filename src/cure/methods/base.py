@@ -22,7 +22,7 @@ from cure.attacks import Hooks
 from cure.attacks.losses import Objective
 from cure.config import MethodConfig
 from cure.data.images import Batch
-from cure.errors import ConfigError
+from cure.errors import ConfigError, ModelError
 from cure.methods.context import Context
 from cure.methods.standalone import check_batch, standalone
 from cure.methods.step import (
@@ -113,6 +113,9 @@ class Method(nn.Module, Generic[Attacked]):
     tradeoff: ClassVar[tuple[Tradeoff, ...]] = ()
     """Settings that exchange natural for robust accuracy, the usual one first; empty for a method
     without one."""
+    needs_pgd: ClassVar[bool] = False
+    """Whether it changes the steps of PGD, so that a single-step attack does not fit."""
+
     splits: ClassVar[bool] = True
     """Whether a batch may come in parts (``training.accumulation_steps``)."""
     graphs: ClassVar[int] = 2
@@ -158,7 +161,11 @@ class Method(nn.Module, Generic[Attacked]):
             ModelError: when the network returns no logits (checked in the first call only).
         """
         progress = self.progress
-        weight = next(iter(self.trainable().values()))
+        learnt = self.trainable()
+        if not learnt:
+            raise ModelError("no weight of the network may change: set requires_grad to True")
+        weight = next(iter(learnt.values()))
+        self._follow(weight.device)
         if progress.part and weight._version != progress.version:
             raise ConfigError(
                 "the weights changed since the last batch: say method.update() after each "
@@ -174,6 +181,13 @@ class Method(nn.Module, Generic[Attacked]):
         step = self.take_step(Batch(images, label, index, progress.done, soft, progress.part))
         progress.part, progress.version = progress.part + 1, weight._version
         return step
+
+    def _follow(self, device: torch.device) -> None:
+        """Compute where the network is: it may have been moved since the method was made."""
+        for method in self.modules():
+            if isinstance(method, Method) and method.context.engine.device != device:
+                engine = replace(method.context.engine, device=device)
+                method.context = replace(method.context, engine=engine)
 
     def take_step(self, batch: Batch, parts: int = 1) -> Step:
         """The step of one batch; what :meth:`forward` and the trainer call.

@@ -130,6 +130,7 @@ class FAT(Method):
     """
 
     Config = FatConfig
+    needs_pgd = True
     tradeoff = (Tradeoff("tau", (0, 1, 2, 4), "robust"),)
 
     def setup(self) -> None:

@@ -308,6 +308,7 @@ class LASAT(Method[LasAtBatch]):
     """
 
     Config = LasAtConfig
+    needs_pgd = True
     tradeoff = (Tradeoff("reward.natural", (0.5, 2.0, 8.0), None),)
     splits = False
 
@@ -333,7 +334,7 @@ class LASAT(Method[LasAtBatch]):
             seed=derive(context.seed, "strategy"),
         )
         self.strategy = StrategyNetwork(trunk, ranges)
-        layout = fitted(context.engine, self.strategy)
+        layout = fitted(context.engine, trunk)
         layout.place(self.strategy)
         self.contiguous = not layout.channels_last
         weights = torch.cat([weight.detach().flatten() for weight in self.strategy.parameters()])
@@ -382,7 +383,8 @@ class LASAT(Method[LasAtBatch]):
             self.model,
             batch.image,
             batch.label,
-            KL if self.config.form == "trades" else CROSS_ENTROPY,
+            self.context.attack_objective
+            or (KL if self.config.form == "trades" else CROSS_ENTROPY),
             self.generator(purpose, batch),
             hooks=OwnStrategy(epsilon, actions["steps"], step_size),
         )

@@ -118,6 +118,7 @@ def _built(path: Path, contract: Contract, network: nn.Module | None) -> nn.Modu
             kind.size,
             ModelConfig(name="given", **constants),
             new_head=new_head,
+            names=kind.classes,
         )
     else:
         if name.startswith("hf:") and path.is_dir():

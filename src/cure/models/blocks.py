@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cure.errors import ConfigError, unknown
+from cure.errors import ConfigError, ModelError, unknown
 from cure.models.batch_norm import freeze_statistics
+from cure.models.head import head_name
 from cure.models.wrapper import core
 
 STEM, CLASSIFIER = "stem", "classifier"
@@ -31,7 +32,8 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     The blocks are the containers (``Sequential``, ``ModuleList``) that lie beside each other
     nearest to the root; inside a single one, its children; where there is none, the layers with
     matrices.  More than four are joined to four neighbourhoods of equal number.  What comes before
-    belongs to the stem, the last linear layer is the classifier, what stands between the two and
+    belongs to the stem, the last linear layer (or 1x1 convolution of the logits) is the classifier,
+    what stands between the two and
     no block (a last norm) belongs to the block before it.  "Before" is the order in which modules
     were made; a network for which this is not the order of its layers says its parts itself, in an
     attribute ``parts``: modules by part.
@@ -50,7 +52,7 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
             for part, inside in declared.items()
         }
     order = [name for name, _ in network.named_parameters()]
-    last = _last_linear(network)
+    last = _classifier(model)
     heads = _units(network, last)
     count = min(len(heads), MOST_BLOCKS)
     owner: dict[str, str] = {}
@@ -69,10 +71,16 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
     return {part: parts[part] for part in known if part in parts}
 
 
-def _last_linear(network: nn.Module) -> str | None:
-    """Name of the last linear layer."""
+def _classifier(model: nn.Module) -> str | None:
+    """Name of the last linear layer; where there is none, of the 1x1 convolution of the logits."""
+    network = core(model)
     found = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    return found[-1] if found else None
+    if found:
+        return str(found[-1])
+    try:
+        return head_name(model, True)
+    except ModelError:
+        return None
 
 
 def _units(network: nn.Module, last: str | None) -> list[list[str]]:

@@ -12,6 +12,7 @@ from torch import nn
 from cure.config import OBJECT, ModelConfig, RunConfig
 from cure.data.images import ImageKind
 from cure.errors import ConfigError, unknown
+from cure.models.classes import in_order, own_classes, rename_classes
 from cure.models.external import build_external, check_shape, is_external
 from cure.models.head import renew_head
 from cure.models.registry import MODELS, Builder
@@ -81,6 +82,7 @@ def build_model(
         title = f"model {config.name}"
         if new_head:
             renew_head(model, classes, channels, size, new_head=new_head, seed=seed, title=title)
+            rename_classes(model, names)
         model = adapt(model, classes, channels, size, title=title)
     if is_external(config.name):
         check_shape(model, config.name, classes)
@@ -130,6 +132,7 @@ def adapted_copy(
     config: ModelConfig,
     seed: int = 0,
     new_head: bool | str = False,
+    names: Sequence[str] | None = None,
 ) -> nn.Module:
     """A copy of a network that was given as a Python object, adapted after one trial pass.
 
@@ -141,9 +144,10 @@ def adapted_copy(
         config: for its constants for standardising.
         seed: of the weights of lazy layers, and of a new head.
         new_head: give it a new last layer (:func:`~cure.models.head.renew_head`).
+        names: of the classes; a network with names of its own is matched with them.
 
     Raises:
-        ModelError: when it cannot be copied or does not take such images.
+        ModelError: when it cannot be copied, does not take such images or has other classes.
     """
     network = copy_network(model)
     if config.mean is not None and config.std is not None:
@@ -156,7 +160,11 @@ def adapted_copy(
     with seeded(derive(seed, "model")):
         if new_head:
             renew_head(network, classes, channels, size, new_head=new_head, seed=seed)
-        return adapt(network, classes, channels, size)
+            rename_classes(network, names)
+        # A wrapper has no names, so they are read from what was given.
+        known = own_classes(network if new_head else model)
+        network = adapt(network, classes, channels, size)
+    return network if names is None else in_order(network, names, known)
 
 
 def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> nn.Module:
@@ -182,6 +190,7 @@ def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> n
             config.model,
             config.seed,
             config.draws_head,
+            kind.classes,
         )
     return build_model(
         config.model,
@@ -189,5 +198,6 @@ def network_of(config: RunConfig, kind: ImageKind, model: nn.Module | None) -> n
         channels=kind.channels,
         size=kind.size,
         seed=config.seed,
+        names=kind.classes,
         new_head=config.draws_head,
     )

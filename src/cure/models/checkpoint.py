@@ -15,7 +15,7 @@ from cure.errors import CheckpointError, CureNote, ModelError
 from cure.models.fitting import Fit, choose, constants, fits
 from cure.models.head import draw_head, head_name
 from cure.models.weight_files import digest, read_file
-from cure.models.wrapper import Normalised, core
+from cure.models.wrapper import Normalised, core, tensors_of
 from cure.utils.io import write_atomically
 
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
@@ -78,7 +78,7 @@ def load_weights(
     path = Path(path).expanduser()
     content, exact = read_file(path)
     network = core(model)
-    target: dict[str, Tensor] = network.state_dict()
+    target = tensors_of(network)
     found = choose(fits(content, target), path, key)
     if exact:
         # Written here, so that its names are those of the network.
@@ -100,7 +100,7 @@ def load_weights(
     fit = fitting[0]
     _check_normalisation(model, path, fit.extra)
     ready = {
-        name: value.to(target[name].dtype)
+        name: _as(target[name], value, name, path)
         for name, value in fit.weights.items()
         if name not in drawn
     }
@@ -117,9 +117,28 @@ def load_weights(
             CureNote,
             stacklevel=2,
         )
-    network.load_state_dict(target | ready, strict=True)
+    network.load_state_dict({**network.state_dict(), **ready}, strict=True)
     if head is not None:
         draw_head(network, head, seed)
+
+
+def _as(target: Tensor, value: Tensor, name: str, path: Path) -> Tensor:
+    """A tensor of a file as one of the network's.
+
+    Raises:
+        CheckpointError: when its numbers are no weights without more of the file.
+    """
+    if value.is_quantized:
+        value = value.dequantize()
+    if value.layout != torch.strided:
+        value = value.to_dense()
+    if value.is_meta or (target.is_floating_point() and not value.is_floating_point()):
+        kind = "no numbers" if value.is_meta else str(value.dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{path}: expected floating-point weights, got {kind} in '{name}'; give the file from "
+            "before its weights were quantised"
+        )
+    return value.to(target.dtype)
 
 
 def _unfitting(
@@ -165,7 +184,7 @@ def save_weights(model: nn.Module, path: str | Path, metadata: dict[str, str]) -
     """
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, value in core(model).state_dict().items():
+    for name, value in tensors_of(core(model)).items():
         tensor = value.detach().to("cpu").contiguous()
         # Safetensors refuses tensors that share memory: tied weights become equal copies.
         if tensor.untyped_storage().data_ptr() in storages:
@@ -243,13 +262,19 @@ def _check_normalisation(model: nn.Module, path: Path, extra: dict[str, Tensor])
         ):
             return
     names = [name for name in extra if constants({name: extra[name]})]
+    levels = max(map(max, values.values())) > 2  # for images of 0 to 255
+    if levels:
+        values = {role: [round(one / 255, 7) for one in part] for role, part in values.items()}
+    channels = len(next(iter(values.values())))
+    values = {"mean": [0.0] * channels, "std": [1.0] * channels} | values
     advice = " and ".join(f"model.{role} {numbers}" for role, numbers in sorted(values.items()))
     given = " ".join(
         f"--{role} {','.join(map(str, numbers))}" for role, numbers in sorted(values.items())
     )
     raise CheckpointError(
         f"{path} standardises images inside ({_listed('unexpected', names)}); give the same "
-        f"constants as mean and std in the recipe: {advice} (cure evaluate: {given})"
+        f"constants{', divided by 255 for images in [0, 1],' if levels else ''} as mean and std in "
+        f"the recipe: {advice} (cure evaluate: {given})"
     )
 
 

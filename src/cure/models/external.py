@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cure.config import ModelConfig
-from cure.data.labels import match_classes
-from cure.errors import ConfigError, DataError, ModelError, unknown
+from cure.errors import ConfigError, ModelError, unknown
 from cure.models.checks import NEW_HEAD_ADVICE
+from cure.models.classes import places_of
 from cure.models.trial import traits_of
 from cure.models.wrapper import Normalised, Selected, Wrapper
 
@@ -215,19 +215,14 @@ def _from_transformers(
             f"{hint if 'mismatch' in str(error) else ''}"
         ) from error
     labels = int(loaded.config.num_labels)
-    places, why = tuple(range(classes)), ""
     if names is not None:
         theirs = [str(loaded.config.id2label.get(i, f"LABEL_{i}")) for i in range(labels)]
-        try:
-            places = match_classes(names, theirs)
-        except DataError as error:
-            if labels == classes:
-                raise ModelError(f"model hf:{name}: {error}") from None
-            places, why = (), f" ({error})"
-    if not places or (names is None and labels != classes):
+        places = places_of(names, theirs, f"model hf:{name}")
+    elif labels == classes:
+        places = tuple(range(classes))
+    else:
         raise ModelError(
-            f"model hf:{name} has {labels} classes but the data has {classes}{why}; "
-            f"{NEW_HEAD_ADVICE}"
+            f"model hf:{name} has {labels} classes but the data has {classes}; {NEW_HEAD_ADVICE}"
         )
     # Newer versions keep the precision of the file; training needs float32.
     model: nn.Module = Logits(loaded.float())

@@ -80,6 +80,10 @@ def _fit(
     names = {name: prefix + name.removeprefix(dropped) for name in target}
     weights = {name: tensors[there] for name, there in names.items() if there in tensors}
     used = set(names.values())
+    # safetensors.torch.save_model writes tied weights once.
+    for name, tensor in target.items():
+        if name not in weights and (twin := _twin(name, tensor, target, weights)) is not None:
+            weights[name] = weights[twin]
     return Fit(
         ".".join(filter(None, [place, prefix.rstrip(".")])),
         weights,
@@ -87,6 +91,20 @@ def _fit(
         [n for n in target if n not in weights and n.rpartition(".")[2] != _OPTIONAL],
         [n for n, tensor in weights.items() if tensor.shape != target[n].shape],
     )
+
+
+def _twin(
+    name: str, tensor: Tensor, target: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> str | None:
+    """The name of the same tensor of the network that is in the file."""
+    if tensor.is_meta or not tensor.numel():
+        return None
+    place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+    for other in weights:
+        one = target[other]
+        if other != name and (one.data_ptr(), one.shape, one.stride()) == place:
+            return other
+    return None
 
 
 def _prefixes(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[tuple[str, str]]:

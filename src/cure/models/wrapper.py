@@ -285,6 +285,12 @@ class Adapted(Wrapper):
                 waiting.append(vars(value))
 
 
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what modules keep there besides tensors (``get_extra_state``)."""
+    state = network.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 def core(model: nn.Module) -> nn.Module:
     """The network inside all wrappers: the one whose state dict is saved and loaded.
 

@@ -19,6 +19,7 @@ from cure.analysis.study import find_study, unique
 from cure.config import ROBUST
 from cure.errors import CheckpointError, ConfigError, CureError
 from cure.experiments.compare.rows import Source, checked_config, current, no_place
+from cure.recipe import read_yaml
 from cure.runs.records import (
     Environment,
     EpochMetrics,
@@ -42,6 +43,7 @@ from cure.runs.results import (
     read_result,
 )
 from cure.runs.run import Run
+from cure.utils.io import user_path
 
 T = TypeVar("T")
 LineKind = TypeVar("LineKind", bound=Line)
@@ -173,7 +175,7 @@ def load_inputs(targets: Iterable[str | Path | Run]) -> PageInputs:
     loose: list[tuple[str, ResultRecord]] = []
     seen: set[Path] = set()
     for target in targets:
-        path = Path(target.path if isinstance(target, Run) else target)
+        path = user_path(target.path if isinstance(target, Run) else target)
         if path.resolve() in seen:
             raise ConfigError(f"{path} is named twice; name it once")
         seen.add(path.resolve())
@@ -243,7 +245,7 @@ def _same(first: Entry, second: Entry) -> bool:
 def _of_folder(path: Path, name: str, inputs: PageInputs) -> Entry:
     """What the folder of one run holds; what is damaged in it becomes a sentence."""
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         config = None
     config = checked_config(config, path / "config.yaml")

@@ -38,7 +38,7 @@ import yaml
 
 from cure.config import MEMORY, NATURAL, OBJECT, RunConfig
 from cure.errors import CheckpointError, CureError
-from cure.recipe import check_kept, dump
+from cure.recipe import check_kept, dump, read_yaml
 from cure.runs.records import (
     Environment,
     EpochMetrics,
@@ -185,7 +185,7 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = read_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         if not isinstance(raw, dict):

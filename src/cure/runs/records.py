@@ -16,6 +16,7 @@ formats; tests/fixtures/run-0.1 is one of its runs.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -154,7 +155,7 @@ class Outcome(FileRecord):
             f"start: {self.start}",
             f"now:   {self.end}: {won:+.1f} points of robust accuracy for {lost:+.1f} points of "
             "natural accuracy",
-            f"next:  cure evaluate {run}",
+            f"next:  cure evaluate {shlex.quote(str(run))}",
         ]
 
 

@@ -147,12 +147,17 @@ class DataFacts(Record):
     images_by_class: list[int] | None = None
     size: list[int] | None = None
     """Channels, height, width."""
+    own: bool | None = None
+    """Whether they are the images that the run itself names; None in older results."""
 
     def answers(self, limit: int | None) -> bool:
-        """Whether the images are the first ``limit``, or all where there are fewer or it is None.
+        """Whether they are the run's own: the first ``limit``, or all where there are fewer or it
+        is None.
 
         Older results do not tell what was asked for; they answer for all images.
         """
+        if self.own is False:
+            return False
         if "limit" not in self.model_fields_set or self.n is None:
             return limit in (None, self.n)
         whole = self.limit is None or self.n < self.limit

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import cycle
 
 import torch
 
@@ -38,7 +39,27 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
     steps = steps_per_epoch(prepared.training, config.training.batch_size)
     config, raised = reach_steps(config, steps)
     config, mixed = decide_cutmix(fit_epochs(config, prepared), steps)
-    return config, told + raised + mixed
+    return config, told + raised + mixed + _beside(config)
+
+
+def _beside(config: RunConfig) -> list[str]:
+    """What a user may not expect of settings that are right by themselves."""
+    told, attack, threat = [], config.attack.epsilon, config.threat.epsilon
+    if attack is not None and attack < threat:
+        told.append(
+            f"attack.epsilon={attack} is smaller than threat.epsilon={threat}: training sees a "
+            "weaker attack than evaluation"
+        )
+    reach, radius = config.attack.steps * config.attack.step_size, attack or threat
+    across = f"attack.step_size={radius / 4:.4g}"
+    if config.attack.name == "pgd" and reach < radius / 2:
+        told.append(
+            f"{config.attack.steps} attack steps of {config.attack.step_size} go {reach:.3g} of "
+            f"the radius {radius}, so training sees a weak attack: {across} crosses it"
+        )
+    if config.training.minutes is not None and config.starts_naturally:
+        told.append("the natural start is trained besides the budget of training.minutes")
+    return told
 
 
 def reach_steps(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
@@ -64,6 +85,8 @@ def reach_steps(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
     least = 0 if training.minutes is not None else training.min_steps
     epochs = max(training.epochs, -(-least // steps))
     every = training.validate_every * epochs // training.epochs
+    if epochs > training.epochs:
+        every = min(every, max(training.validate_every, epochs // 4))
     fixed = {"epochs": epochs, "min_steps": None, "validate_every": every}
     changed = training.model_copy(update=fixed)
     told = []
@@ -138,6 +161,7 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
     method = build_method(config, replace(prepared, network=network, teachers=teachers))
     parameters = method.trainable()
     optimizer = build_optimizer(config.training.optimizer, method.model, parameters)
+    each = steps_per_epoch(prepared.training, config.training.batch_size)
     method.on_epoch(0)
     method.train()
     found = epoch(
@@ -155,6 +179,7 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
     )
 
     def step(batch: Batch) -> None:
+        method.on_epoch(batch.step // each)
         batch = replace(batch, image=engine.arrange(batch.image))
         taken = method.take_step(batch, config.training.parts)
         for name, gradient in taken.gradients().items():
@@ -165,7 +190,12 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
 
     batches = [batch for batch, _ in zip(found, range(TIMED_STEPS), strict=False)]
     step(batches[0])  # The first call allocates and, where it is asked for, compiles.
-    seconds = min(_seconds(step, batch, engine.device) for batch in batches)
+    # Steps differ along a run: warm-ups end, and wrappers begin.
+    last = config.training.epochs * each - 1
+    places = [round(share * last) for share in (0, 1 / 2, 1)]
+    pairs = zip(cycle(batches), places, strict=False)
+    later = [replace(batch, step=place) for batch, place in pairs]
+    seconds = sum(_seconds(step, batch, engine.device) for batch in later) / len(later)
     count = min(len(prepared.validation), config.evaluation.batch_size)
     some = prepared.validation.subset(slice(0, count)).to(engine.device)
     part = _seconds(lambda _: validate(network, some, config, engine), None, engine.device)

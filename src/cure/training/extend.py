@@ -15,6 +15,7 @@ from cure.training.budget import MARGIN
 LENGTH = ("training.epochs", "training.minutes")
 PARTS = "training.accumulation_steps"
 FROM = "training.schedule_from"
+SHAPE = "training.schedule_length"
 
 
 def changed(folder: RunFolder, settings: Iterable[tuple[str, Any]]) -> tuple[RunConfig, list[str]]:
@@ -33,12 +34,13 @@ def changed(folder: RunFolder, settings: Iterable[tuple[str, Any]]) -> tuple[Run
         override(raw, key, value)
         if key in LENGTH:
             override(raw, FROM, 0)
+            override(raw, SHAPE, 0)
     after = check_kept(raw, f"{folder.path} with these settings")
     names = _different(before.model_dump(mode="json"), after.model_dump(mode="json"))
-    if not set(names) - {FROM}:
+    if not set(names) - {FROM, SHAPE}:
         return before, []
     if set(names) & set(LENGTH):
-        names = [name for name in names if name != FROM]
+        names = [name for name in names if name not in (FROM, SHAPE)]
     told = []
     for name in names:
         if name not in (*LENGTH, PARTS):
@@ -87,7 +89,13 @@ def _longer(folder: RunFolder, before: RunConfig, after: RunConfig) -> RunConfig
             f"training.epochs: the run has {old.epochs} epochs behind it, got {epochs}; say more, "
             "in all, or evaluate the weights of an earlier epoch (training.keep_every)"
         )
-    training = new.model_copy(update={"epochs": epochs, "schedule_from": old.epochs})
+    training = new.model_copy(
+        update={
+            "epochs": epochs,
+            "schedule_from": old.epochs,
+            "schedule_length": old.schedule_epochs,
+        }
+    )
     return after.model_copy(update={"training": training})
 
 

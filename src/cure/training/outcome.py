@@ -117,6 +117,11 @@ def _likely_cause(
             f"the start withstands {config.threat.norm} {config.threat.epsilon.text} already: set "
             "a larger threat.epsilon"
         )
+    if config.start == "scratch" and low and (training is None or training < 0.5):
+        return (
+            "random weights take a longer training (training.epochs), or a natural one first "
+            "(start=natural)"
+        )
     if training is not None and 100 * training >= 2 * max(LEAST, end.robust):
         frozen = config.training.batch_norm == "frozen"
         return (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,6 +32,7 @@ from cure.training.setup import (
     Prepared,
     build_method,
     choose_layers,
+    starting_network,
     teacher_config,
     teacher_networks,
 )
@@ -80,23 +81,33 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
     receivers += [prepared.teachers[role] for role, t in teachers.items() if t.path == NATURAL]
     if receivers:
         own = replace(prepared, network=copy.deepcopy(prepared.initial), teachers={})
-        theirs = _with_length(natural_config(config), prepared)
+        theirs = natural_config(config)
+        if (inside(NATURAL).path / "config.yaml").is_file():
+            cutmix: Any = inside(NATURAL).config.data.augment.cutmix
+            theirs = _with_cutmix(theirs, cutmix)
+        elif prepared.decides_cutmix:
+            theirs = _with_cutmix(theirs, "auto")
+        theirs = _with_length(theirs, prepared)
         found.append(Prerequisite("natural start", inside(NATURAL), theirs, own, receivers))
     if config.start.startswith(ROBUST) and config.head.share:
         theirs = head_config(config, prepared.network)
         own = replace(prepared, network=copy.deepcopy(prepared.network), teachers={})
+        # `layers` is for the run itself: its head may be one that does not learn there.
+        learnt = dict(prepared.initial.named_parameters())
+        for name, parameter in own.network.named_parameters():
+            parameter.requires_grad_(learnt[name].requires_grad)
         choose_layers(own.network, theirs)
         found.append(Prerequisite("head", inside("head"), theirs, own, [prepared.network]))
     for role, source in teachers.items():
         if source.recipe is None:
             continue
         theirs = _with_length(teacher_config(f"method.{role}", source, config), prepared)
-        network = network_of(theirs, prepared.training.kind, None)
+        initial = network_of(theirs, prepared.training.kind, None)
         own = replace(
             prepared,
             engine=Engine.of(theirs.training),
-            network=network,
-            initial=copy.deepcopy(network),
+            network=starting_network(initial, theirs, prepared.training.classes),
+            initial=initial,
             teachers={},
         )
         own = replace(own, teachers=teacher_networks(theirs, own))
@@ -104,6 +115,12 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
         found += prerequisites(place, theirs, own)
         found.append(Prerequisite(f"teacher {role}", place, theirs, own, [prepared.teachers[role]]))
     return found
+
+
+def _with_cutmix(config: RunConfig, cutmix: float | Literal["auto"]) -> RunConfig:
+    augment = config.data.augment.model_copy(update={"cutmix": cutmix})
+    data = config.data.model_copy(update={"augment": augment})
+    return config.model_copy(update={"data": data})
 
 
 def _with_length(config: RunConfig, prepared: Prepared) -> RunConfig:
@@ -253,6 +270,8 @@ def natural_config(config: RunConfig) -> RunConfig:
         update={
             "epochs": change.get("epochs", config.training.epochs),
             "minutes": None,
+            "schedule_from": 0,
+            "schedule_length": 0,
             "min_steps": config.natural.min_steps,
             "schedule": config.natural.schedule or config.training.schedule,
             "optimizer": config.training.optimizer.model_copy(
@@ -286,6 +305,8 @@ def head_config(config: RunConfig, network: nn.Module) -> RunConfig:
     changes: dict[str, Any] = {
         "epochs": max(1, round(head.share * training.epochs)),
         "minutes": None,
+        "schedule_from": 0,
+        "schedule_length": 0,
         "averaging": None,
         "weight_perturbation": None,
         "keep_every": None,

@@ -14,7 +14,7 @@ from cure.data import ImageSet
 from cure.data.accounting import account_of_run
 from cure.data.cache import CachePlace, no_words
 from cure.data.objects import as_images, is_object
-from cure.recipe import check, dump, override, parse_override, read_recipe
+from cure.recipe import check, dump, override, override_all, parse_override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.training.budget import settle
@@ -55,8 +55,11 @@ def train(
         CureError: for every mistake a user can correct, before or while training.
     """
     raw = read_recipe(recipe)
-    for key, value in _pairs(overrides):
-        override(raw, key, value)
+    if isinstance(section := raw.get("training"), dict):
+        # The recipe may be the config.yaml of a run that was extended.
+        for name in ("schedule_from", "schedule_length"):
+            section.pop(name, None)
+    override_all(raw, _pairs(overrides))
     if model is not None:
         given = {"name": OBJECT + f"{type(model).__module__}.{type(model).__qualname__}"}
         old = raw.get("model")

@@ -61,6 +61,8 @@ class Prepared:
     initial: nn.Module
     teachers: dict[str, nn.Module] = field(default_factory=dict)
     extra: Extra | None = None
+    decides_cutmix: bool = False
+    """Whether ``cutmix=auto`` was asked for, which each run decides by its own length."""
 
 
 def prepare(
@@ -141,15 +143,9 @@ def _prepared(
     with evaluating(initial):
         check_outputs(initial, sample, len(training.classes))
     fresh = folder is None or not folder.state.exists()
-    if fresh and config.starts_naturally:
-        _load_start(initial, config, training.classes)
-    network = copy.deepcopy(initial)
-    if config.training.batch_norm == "frozen":
-        freeze_statistics(network)
-    if fresh and not config.starts_naturally:
-        _load_start(network, config, training.classes)
-    choose_layers(network, config)
-    prepared = Prepared(engine, training, validation, network, initial)
+    network = starting_network(initial, config, training.classes, fresh)
+    auto = config.data.augment.cutmix == "auto"
+    prepared = Prepared(engine, training, validation, network, initial, decides_cutmix=auto)
     prepared = replace(prepared, teachers=teacher_networks(config, prepared))
     for role, teacher in prepared.teachers.items():
         try:
@@ -158,6 +154,28 @@ def _prepared(
             raise ModelError(f"method.{role}: {error}") from None
     check_method(config, prepared)
     return prepared
+
+
+def starting_network(
+    initial: nn.Module, config: RunConfig, classes: Sequence[str], fresh: bool = True
+) -> nn.Module:
+    """The network with which a run begins, as far as nothing has to be trained for it.
+
+    Args:
+        initial: as it is built; receives the weights that a natural start begins with.
+        config: the run.
+        classes: names of the classes of its images.
+        fresh: whether it has no state yet, so that weights come from ``start``.
+    """
+    if fresh and config.starts_naturally:
+        _load_start(initial, config, classes)
+    network = copy.deepcopy(initial)
+    if config.training.batch_norm == "frozen":
+        freeze_statistics(network)
+    if fresh and not config.starts_naturally:
+        _load_start(network, config, classes)
+    choose_layers(network, config)
+    return network
 
 
 def choose_layers(network: nn.Module, config: RunConfig) -> None:
@@ -229,6 +247,16 @@ def _check_augmentation(config: RunConfig) -> None:
             f"training.class_weights: expected a method whose loss takes weights "
             f"({', '.join(able)}), got {config.method.name}; set data.sampler=balanced instead"
         )
+    if config.training.class_weights != "none" and config.data.sampler == "balanced":
+        raise ConfigError(
+            "training.class_weights: expected none beside data.sampler=balanced, which shows rare "
+            "classes more often already; set one of the two"
+        )
+    if config.attack.name == "n-fgsm" and METHODS[config.method.name].needs_pgd:
+        raise ConfigError(
+            f"attack.name: n-fgsm takes one step, and {config.method.name} changes how PGD takes "
+            "its steps; say attack.name=pgd"
+        )
     if config.attack.name == "n-fgsm" and config.threat.norm != "Linf":
         raise ConfigError(
             f"attack.name: n-fgsm is an attack in Linf, the threat is {config.threat.norm}; say "
@@ -281,8 +309,18 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
             raise ConfigError(
                 f"{place}: accumulation_steps=auto is for the run itself; give its teacher a number"
             )
-        network = network_of(theirs, kind, None)
-        inner = replace(prepared, network=network, initial=network, teachers={})
+        if theirs.training.minutes is not None:
+            raise ConfigError(
+                f"{place}: expected training.epochs, got training.minutes, which is for the run "
+                "itself; say settings: {training.epochs: 10}"
+            )
+        initial = network_of(theirs, kind, None)
+        try:
+            _check_augmentation(theirs)
+            network = starting_network(initial, theirs, kind.classes)
+        except CureError as error:
+            raise type(error)(f"{place}: {error}") from None
+        inner = replace(prepared, network=network, initial=initial, teachers={})
         inner = replace(inner, teachers=teacher_networks(theirs, inner))
         try:
             check_method(theirs, inner)

@@ -27,6 +27,7 @@ from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import load_weights
 from cure.models.batch_norm import running_statistics
 from cure.models.checkpoint import save_weights
+from cure.models.wrapper import tensors_of
 from cure.runs.folder import RunFolder, epoch_name
 from cure.runs.records import EpochMetrics, EpochTiming, MeasuredAccuracies, Outcome
 from cure.runs.state import load_state, save_state
@@ -119,7 +120,7 @@ class Trainer:
         if self.folder.state.exists():
             self.restore()
         # Ranks may differ where the builder of a network draws without a seed.
-        self.engine.spread(self.method.state_dict().values())
+        self.engine.spread(tensors_of(self.method).values())
         if self.detector is not None and not self.folder.state.exists():
             self.save()  # A state to go back to already in the first epoch.
         self.folder.rewind(self.done // self.steps_per_epoch, self.done)
@@ -350,6 +351,8 @@ class Trainer:
                 tracker.say(self._why_balanced())
             for sentence in warned:
                 tracker.warn(sentence)
+        if self.config.training.batch_norm == "train":
+            self.save()  # Its statistics were computed anew, which a resumed run does not repeat.
 
     def _measure_end(self) -> None:
         """Accuracies of the best weights under a stronger attack, and what training gained."""

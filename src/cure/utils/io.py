@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from cure.errors import CheckpointError, ConfigError
 
@@ -115,6 +115,15 @@ def first_line(error: BaseException) -> str:
     return (text or type(error).__name__)[:200].rstrip(".")
 
 
+@overload
+def user_path(path: str | Path) -> Path: ...
+@overload
+def user_path(path: None) -> None: ...
+def user_path(path: str | Path | None) -> Path | None:
+    """A path that a user gave; ``~`` is the home directory."""
+    return None if path is None else Path(path).expanduser()
+
+
 def check_free(output: str | Path | None) -> None:
     """Refuse an output file that exists or cannot be made, before anything is computed for it.
 
@@ -124,9 +133,10 @@ def check_free(output: str | Path | None) -> None:
     Raises:
         ConfigError: when it exists or its folder does not.
     """
+    output = user_path(output)
     if output is None:
         return
-    if Path(output).exists():
+    if output.exists():
         raise ConfigError(f"{output} exists and is kept; name another output file")
-    if not Path(output).absolute().parent.is_dir():
+    if not output.absolute().parent.is_dir():
         raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")

@@ -15,7 +15,7 @@ from cure.runs.folder import RunFolder
 from cure.runs.packed import read_packed
 from cure.runs.records import Environment, EpochTiming
 from cure.runs.results import Accuracy, EvaluationRecord, RunRecord, oldest_first
-from cure.utils.io import read_json
+from cure.utils.io import read_json, user_path
 from cure.utils.stats import is_unequal
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def read_rows(runs: Iterable[str | Path | Run], split: str | None = None) -> lis
     loose: list[tuple[str, EvaluationRecord]] = []
     seen: set[Path] = set()
     for run in runs:
-        path = Path(run if isinstance(run, str | Path) else run.path)
+        path = user_path(run if isinstance(run, str | Path) else run.path)
         if path.resolve() in seen:
             raise ConfigError(f"{path} is named twice; a run counts once: name it once")
         seen.add(path.resolve())

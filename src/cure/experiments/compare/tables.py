@@ -27,7 +27,7 @@ from cure.experiments.compare.rows import (
     read_rows,
     refuse_unlike,
 )
-from cure.utils.io import check_free
+from cure.utils.io import check_free, user_path
 from cure.utils.stats import student_t
 
 if TYPE_CHECKING:
@@ -132,10 +132,10 @@ class ResultTable:
             ".csv": self.csv,
             ".json": self.json,
         }
-        text = write[Path(output).suffix.lower()]()
+        text = write[user_path(output).suffix.lower()]()
         try:
             # "x": another process may have made the file since it was looked for.
-            with Path(output).open("x", encoding="utf-8", newline="") as file:
+            with user_path(output).open("x", encoding="utf-8", newline="") as file:
                 file.write(text)
         except FileExistsError:
             raise ConfigError(f"{output} exists and is kept; name another output file") from None
@@ -186,7 +186,7 @@ def check_output(output: str | Path) -> None:
     Raises:
         ConfigError: for an unknown suffix, a file that exists, a folder that does not.
     """
-    if Path(output).suffix.lower() not in SUFFIXES:
+    if user_path(output).suffix.lower() not in SUFFIXES:
         raise ConfigError(
             f"expected an output file that ends in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, "
             f"got {output}; name such a file"

@@ -14,6 +14,7 @@ from cure.experiments.plan import REFERENCE, Plan, PlanRow, stages
 from cure.recipe import check, override, parse_override, read_recipe
 from cure.registry import METHODS
 from cure.training.prerequisites import natural_config
+from cure.utils.io import user_path
 
 Values = Mapping[str, Sequence[Any]]
 
@@ -153,7 +154,7 @@ def plan_of(
     content = {
         "name": "front",
         "recipe": str(recipe),
-        "runs": str(Path(folder or Path("fronts") / config.name) / "trained"),
+        "runs": str(user_path(folder or Path("fronts") / config.name) / "trained"),
         "settings": dict(settings),
         "seeds": tuple(seeds),
         "evaluations": (measured,),

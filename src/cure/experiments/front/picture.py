@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cure.runs.results import FrontEstimate, FrontRecord
+from cure.runs.results import FrontEstimate, FrontPoint, FrontRecord
 from cure.utils.io import write_bytes, write_text
 from cure.utils.plotting import Chart, Panel, Series
 
@@ -13,7 +13,8 @@ from cure.utils.plotting import Chart, Panel, Series
 def lines(record: FrontRecord) -> list[str]:
     """Hypervolumes, and natural accuracies at equal robustness, as sentences."""
     n, reference = f"{record.data.n:,}", record.reference
-    found = [
+    found = [_point(point, record) for point in record.points]
+    found += [
         f"hypervolume above natural {reference[0]:g} %, robust {reference[1]:g} % "
         f"({record.attack}, {n} {record.data.split} images; percent of the area to 100 %, 100 %):"
     ]
@@ -30,10 +31,23 @@ def lines(record: FrontRecord) -> list[str]:
         low, high = record.common_range
         found.append(f"all curves have points around {record.attack} {low:.1f} to {high:.1f} %")
     elif len(record.curves) > 1:
-        found.append("no robust accuracy lies between the points of every curve")
+        found.append(
+            "the methods have no robust accuracy in common to be compared at; give more values"
+        )
     if record.missing:
         found.append(f"not done yet: {', '.join(record.missing)}")
     return found
+
+
+def _point(point: FrontPoint, record: FrontRecord) -> str:
+    """The accuracies of a point."""
+    knob = record.curves[point.curve].knob
+    setting = "" if knob is None else f" {knob} {point.value}"
+    beaten = "; another point is better in both" if point.dominated else ""
+    return (
+        f"{point.curve}{setting}: natural {point.natural.mean:.1f} %, {record.attack} "
+        f"{point.robust.mean:.1f} %{beaten}"
+    )
 
 
 def _words(value: FrontEstimate | None) -> str:

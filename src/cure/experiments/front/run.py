@@ -17,7 +17,7 @@ from cure.experiments.plan import Plan, carry_out_plan, entries, results_of
 from cure.recipe import parse_override
 from cure.runs.results import FrontRecord
 from cure.training.setup import check_attacks
-from cure.utils.io import read_json
+from cure.utils.io import read_json, user_path
 
 Say = Callable[[str], None]
 
@@ -82,7 +82,7 @@ def front(
     curves = curves_of(names, values or {})
     plan = plan_of(curves, recipe, settings, own or {}, seeds, attacks, split, limit, folder)
     place = Path(plan.runs).parent
-    file = place / "front.json" if output is None else Path(output)
+    file = place / "front.json" if output is None else user_path(output)
     _check_output(file)
     _announce(plan, curves, place, say)
     place.mkdir(parents=True, exist_ok=True)
@@ -103,6 +103,7 @@ def front(
     made = write()
     if made is not None:
         write_picture(made, file)
+        say(f"kept in {file}, drawn in {file.with_suffix('.svg').name} and .png beside it")
     if failures or made is None:
         raise TrainingStopped(f"{len(failures)} runs of the front failed: " + "; ".join(failures))
     return made

@@ -66,7 +66,9 @@ class Averaging(Wrapper):
         first = round(self.settings.start * self.context.epochs)
         if self.settings.every == "epoch" and epoch >= first:
             self._take()
-        if self.settings.batch_norm == "recomputed" and self.count:
+        # In one's own loop without epochs this is called after every step.
+        own = self.context.has_epochs is False
+        if self.settings.batch_norm == "recomputed" and self.count and not own:
             recompute_statistics(self.average, self.context.natural_images())
 
     @torch.no_grad()
@@ -92,7 +94,11 @@ class Averaging(Wrapper):
 
     def inference_model(self) -> nn.Module:
         """The average, once there is one."""
-        return self.average if self.count else self.inner.inference_model()
+        if not self.count:
+            return self.inner.inference_model()
+        if self.settings.batch_norm == "recomputed" and self.context.has_epochs is False:
+            recompute_statistics(self.average, self.context.natural_images())
+        return self.average
 
     def get_extra_state(self) -> Tensor:
         """How many weights are in the average, for a restart."""

@@ -1,0 +1,63 @@
+"""Networks that know their classes by name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from cure.config import ModelConfig
+from cure.errors import ModelError
+from cure.evaluation.evaluate import evaluate
+from cure.models.build import adapted_copy
+from cure.models.classes import own_classes
+from helpers import bright_or_dark
+
+
+def named(names: list[str]) -> nn.Sequential:
+    """A network that has names for its logits, as those of transformers have."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, len(names)))
+    model.config = SimpleNamespace(id2label=dict(enumerate(names)))
+    return model
+
+
+def logits(model: nn.Module, names: tuple[str, ...], **options: object) -> torch.Tensor:
+    given = ModelConfig(name="given")
+    made = adapted_copy(model, len(names), 3, (2, 2), given, names=names, **options)
+    return made(torch.ones(2, 3, 2, 2))
+
+
+def test_logits_are_brought_into_the_order_of_the_data() -> None:
+    model = named(["owl", "dog", "cat"])
+    plain = model(torch.ones(2, 3, 2, 2))
+    assert torch.equal(logits(model, ("cat", "dog", "owl")), plain[:, [2, 1, 0]])
+    assert torch.equal(logits(model, ("Cat", "Owl")), plain[:, [2, 0]])
+    assert torch.equal(logits(model, ("0", "1", "2")), plain)
+    with pytest.raises(ModelError, match=r"'emu' is unknown to it.*new_head=true"):
+        logits(model, ("cat", "dog", "emu"))
+
+
+def test_names_of_a_replaced_layer_do_not_count() -> None:
+    model = named(["owl", "dog", "cat"])
+    model[1] = nn.Linear(12, 2)
+    assert torch.equal(logits(model, ("ant", "bee")), model(torch.ones(2, 3, 2, 2)))
+    new = adapted_copy(
+        model, 2, 3, (2, 2), ModelConfig(name="given"), new_head=True, names=("ant", "bee")
+    )
+    assert own_classes(new) == ("ant", "bee")
+    assert own_classes(model) == ("owl", "dog", "cat")
+
+
+def test_an_evaluation_reads_the_names() -> None:
+    images = bright_or_dark(20)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(images.image[0].numel(), 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1.0, -1.0])[:, None].expand_as(model[1].weight))
+        model[1].bias.zero_()
+        model[1].bias[1] = model[1].weight[0].numel() / 1.0
+    plain = evaluate(model, data=images, attacks=[])["natural"]["accuracy"]
+    model.config = SimpleNamespace(id2label=dict(enumerate(images.classes[::-1])))
+    turned = evaluate(model, data=images, attacks=[])["natural"]["accuracy"]
+    assert sorted([plain, turned]) == [0, 100]
