@@ -485,7 +485,7 @@ def test_results_made_with_other_settings_are_kept(command: Command):
     before = Path("out/runs/natural-seed0.json").read_bytes()
     settings = {**PLAN["settings"], "training.epochs": 3}
     path = written(settings=settings)
-    refused(command("table", path, "--output", "out"), "training.epochs 2", "the plan says 3")
+    refused(command("table", path, "--output", "out"), "training.epochs 2", "this call says 3")
     assert Path("out/runs/natural-seed0.json").read_bytes() == before
     # Nor is a run folder of other settings taken for the plan's.
     failures = carry_out_plan(read_plan(path), Path("fresh"), Here(), only=["natural"])
@@ -501,7 +501,7 @@ def test_a_result_older_than_a_setting_has_its_default():
     del record["config"]["attack"]["steps"]  # Here the plan differs from the default of 10.
     path.write_text(json.dumps(record))
     (entry,) = (e for e in entries(plan) if e.label == "natural")
-    with pytest.raises(ConfigError, match=r"attack\.steps 10, the plan says 1"):
+    with pytest.raises(ConfigError, match=r"attack\.steps 10, this call says 1"):
         is_done(plan, entry, Path("out"))
     record["config"]["attack"]["steps"] = 1
     path.write_text(json.dumps(record))

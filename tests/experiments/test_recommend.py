@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,14 +146,14 @@ def test_a_run_outside_of_the_front_and_of_a_method_that_is_not_on_it(run: Path)
     found = recommend(run, [planted(run, [("at", 0.0, 50.0, 30.0), ("at", 0.5, 55.0, 25.0)])])
     assert "outside of the known front" in found.place
     assert "from pgd2 25.0 to 30.0 %" in found.place
-    assert found.change.startswith("trades is not on it; at with natural_share 0")
+    assert found.change.startswith("the front has no run of trades")
 
 
 def test_a_front_whose_curve_has_no_point_yet(run: Path) -> None:
     curve = {"knob": "beta", "more": None, "seeds": [], "hypervolume": None, "robust_range": None}
     curves = {"at": curve | {"method": "at"}, "trades": curve | {"method": "trades"}}
     found = recommend(run, [planted(run, [("at", 0.0, 50.0, 30.0)], curves=curves)])
-    assert found.change.startswith("trades is not on it")
+    assert found.change.startswith("the front has no run of trades")
 
 
 def test_the_command(run: Path, command: Command) -> None:
@@ -171,3 +172,11 @@ def test_nothing_is_said_without_evidence(run: Path, command: Command) -> None:
     with pytest.raises(CheckpointError, match="--attacks pgd50"):
         recommend(run, [planted(run, points, attack="pgd50")])
     refused(command("recommend", run), "expected a front of recipe digits")
+
+
+def test_a_run_of_a_front_has_its_place_on_it(run: Path, tmp_path: Path) -> None:
+    front = planted(run, [("trades", 1.0, 66.0, 14.0), ("trades", 6.0, 60.0, 22.0)])
+    shutil.copytree(run, tmp_path / "row")
+    path = tmp_path / "row" / "config.yaml"
+    path.write_text(path.read_text().replace("name: digits", "name: trades-6.0", 1))
+    assert recommend(tmp_path / "row", [front]).place == recommend(run, [front]).place

@@ -425,6 +425,6 @@ def test_a_method_follows_its_network_to_another_device() -> None:
 def test_restarts_are_refused_where_a_method_changes_the_steps() -> None:
     attack = PGD(Threat("Linf", "8/255"), 3, "2/255", restarts=2)
     assert attack.length == 2 / 255
-    method = cure.methods.FAT(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), attack=attack)
+    method = cure.methods.FAT(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), attack=attack, steps=9)
     with pytest.raises(ConfigError, match="restarts: expected 1"):
         method(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from cure.config import RunConfig
 from cure.errors import CheckpointError, ConfigError
 from cure.experiments.compare.rows import no_place
+from cure.experiments.front.curves import Curve
 from cure.experiments.pareto import natural_at, robust_range
 from cure.runs.folder import RunFolder
 from cure.runs.results import EvaluationRecord, FrontCurve, FrontPoint, FrontRecord
@@ -89,19 +90,28 @@ def known_fronts() -> list[Path]:
 def _alike(
     config: RunConfig, fronts: Iterable[str | Path] | None
 ) -> list[tuple[Path, FrontRecord]]:
-    """The fronts of a run's threat, those of its own data first; of the package, its recipe's."""
+    """The fronts of a run's recipe and threat, those of its own data first."""
     files = known_fronts() if fronts is None else [user_path(file) for file in fronts]
     read = [(file, FrontRecord.read(file)) for file in files]
     alike = [
         (file, record)
         for file, record in read
-        # A run of a front is named after its method.
-        if (fronts is not None or record.recipe == config.name)
+        if config.name in {record.recipe, *_rows(record)}
         and record.threat.norm == config.threat.norm
         and abs(record.threat.epsilon - float(config.threat.epsilon)) < 1e-9
     ]
     name = Path(str(config.data.source)).name
     return sorted(alike, key=lambda item: item[1].data.name != name)
+
+
+def _rows(record: FrontRecord) -> list[str]:
+    """Names of the runs that a front is of, without their seeds."""
+    return [
+        Curve(label, curve.method, curve.knob, (), None).row(point.value)
+        for label, curve in record.curves.items()
+        for point in record.points
+        if point.curve == label
+    ]
 
 
 def _evaluated(folder: RunFolder, front: FrontRecord) -> EvaluationRecord | None:
@@ -181,10 +191,11 @@ def _change(
         None,
     )
     if curve is None:
-        methods = " ".join(dict.fromkeys(c.method for c in record.curves.values() if c.knob))
+        curves = [curve.method for curve in record.curves.values() if curve.knob is not None]
+        methods = " ".join(dict.fromkeys([config.method.name, *curves]))
         return (
-            f"the front has no run of {config.method.name}; one with it is made by `cure front "
-            f"{config.method.name} {methods} {record.recipe} ...`"
+            f"the front has no run of {config.method.name} with another setting; `cure front "
+            f"{methods} {record.recipe} ...` trains some"
         )
     return _step(config, *curve, record)
 
