@@ -57,7 +57,7 @@ def test_the_folder_holds_what_is_tested_here_one_screen_each() -> None:
     for name in NAMES:
         lines = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()
         # A service must also refuse what is no image.
-        assert len(lines) <= (85 if name == "export_and_serve" else 60), name
+        assert len(lines) <= (100 if name == "export_and_serve" else 60), name
 
 
 @example("own_training_loop")

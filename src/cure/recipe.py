@@ -263,7 +263,7 @@ def _check_method(raw: object, mistakes: list[str]) -> tuple[MethodConfig, type[
         )
         return placeholder
     if raw["name"] not in METHODS:
-        mistakes.append("method.name: " + unknown("method", raw["name"], METHODS.names()))
+        mistakes.append("method.name: " + METHODS.unknown(raw["name"]))
         return placeholder
     kind = METHODS[raw["name"]].Config
     try:

@@ -58,11 +58,14 @@ class Registry(Generic[T]):
         """
         self._load()
         if name not in self._entries:
-            raise ConfigError(
-                f"{unknown(self.kind, name, self._entries)} (one of your own is found when "
-                f"{PLUGINS} names its module)"
-            )
+            raise ConfigError(self.unknown(name))
         return self._entries[name]
+
+    def unknown(self, name: str) -> str:
+        """The sentence for a name that is not registered."""
+        self._load()
+        hint = f" (one of your own is found when {PLUGINS} names its module)"
+        return unknown(self.kind, name, self._entries) + hint
 
     def __contains__(self, name: str) -> bool:
         self._load()

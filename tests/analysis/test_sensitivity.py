@@ -28,7 +28,7 @@ from helpers import Command, refused
 
 WORDS = [
     "data.limit=160",
-    "data.validation=60",
+    "data.validation=0.375",
     "model.options.width=2",
     "attack.steps=1",
     "natural.epochs=1",

@@ -70,3 +70,8 @@ def test_a_limit_on_an_estimate_says_so() -> None:
 def test_what_is_no_limit_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="natural>=75"):
         Requirement.parse(text)
+
+
+def test_a_share_is_no_percentage() -> None:
+    with pytest.raises(ConfigError, match="a percentage such as natural>=90"):
+        Requirement.parse("natural>=0.9")

@@ -19,7 +19,9 @@ import uvicorn
 from PIL import Image
 
 import cure
+from cure.config import DataConfig
 from cure.data import load_split
+from cure.data.decode import Cell, Treatment, decode, open_image
 from cure.runs.folder import RunFolder
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "export_and_serve.py"
@@ -98,3 +100,20 @@ def test_hostile_images_are_refused_and_the_service_goes_on(address: str) -> Non
         status = httpx.post(address, content=content, timeout=60).status_code
         assert 400 <= status < 500, (name, status)
         assert httpx.post(address, content=encoded(grey), timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+@pytest.mark.parametrize("fit", ["crop", "stretch"])
+def test_photographs_are_read_as_in_training(mode: str, fit: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (31, 47, 4), np.uint8)
+    image = Image.fromarray(noise, "RGBA").convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Orientation: to be turned by a quarter.
+    kind, options = ("JPEG", {"exif": exif}) if mode in ("RGB", "L") else ("PNG", {})
+    content = encoded(image, kind, **options)
+    needs = {"size": [16, 16], "channels": 3, "resize": 16, "fit": fit, "background": "white"}
+    ours = runpy.run_path(str(EXAMPLE))["read_image"](content, needs)
+    config = DataConfig(source="x", resize=16, fit=fit, color="rgb")
+    cell = Cell(lambda: open_image(io.BytesIO(content)), "it")
+    theirs = decode([cell], 1, Treatment.of(config)).image
+    assert np.array_equal(ours, theirs.numpy().astype(np.float32) / 255)

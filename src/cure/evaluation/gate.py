@@ -47,7 +47,7 @@ class Requirement:
                 f"require: expected a least accuracy in percent such as natural>=75 or pgd20>40, "
                 f"got '{text}'"
             )
-        if 0 < float(found[3]) <= 1:
+        if 0 < float(found[3]) < 1:
             raise ConfigError(
                 f"require: expected a percentage such as {found[1]}>={100 * float(found[3]):g}, "
                 f"got '{text}', which nearly every network meets"

@@ -244,7 +244,7 @@ def _check_requirements(natural: float | None, robust: float | None, points: int
     for name, value in (("natural_at_least", natural), ("robust_at_least", robust)):
         if value is not None and not 0 <= value <= 100:
             raise ConfigError(f"{name}: expected a percentage from 0 to 100, got {value:g}")
-        if value is not None and 0 < value <= 1:
+        if value is not None and 0 < value < 1:
             raise ConfigError(
                 f"{name}: expected a percentage such as {100 * value:g}, got {value:g}"
             )
