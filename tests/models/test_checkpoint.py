@@ -640,3 +640,14 @@ def test_constants_are_advised_in_a_form_that_works(
     torch.save(network().state_dict() | tensors, tmp_path / "own.pt")
     with pytest.raises(CheckpointError, match=advice):
         load_weights(network(), tmp_path / "own.pt")
+
+
+def test_files_are_read_by_their_content_and_not_by_their_name(tmp_path: Path) -> None:
+    model = network()
+    save_weights(model, tmp_path / "one.pth", {})
+    torch.save(model.state_dict(), tmp_path / "two.safetensors")
+    torch.save(
+        model.state_dict(), tmp_path / "old.safetensors", _use_new_zipfile_serialization=False
+    )
+    for path in tmp_path.iterdir():
+        assert same(read_weights(path), model.state_dict()), path.name

@@ -82,7 +82,9 @@ def read_file(path: Path) -> tuple[object, bool]:
             first = file.read(24)
     except OSError as error:
         raise CheckpointError(f"could not read {path}: {first_line(error)}") from None
-    if path.suffix == ".safetensors":
+    # By content: files are renamed.  A safetensors file begins with the length of its JSON.
+    torchs = first.startswith((b"PK\x03\x04", b"\x80"))
+    if first[8:9] == b"{" or (path.suffix == ".safetensors" and not torchs):
         return _read_safetensors(path)
     if path.name.endswith(".index.json"):
         return _read_parts(path), False
@@ -194,10 +196,15 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path, first: bytes) -> object:
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_data_classes()):
+        with (
+            # Of a path, PyTorch goes by the suffix.
+            path.open("rb") as file,
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(_data_classes()),
+        ):
             # Of files that are refused below anyway (other pickle versions).
             warnings.simplefilter("ignore", UserWarning)
-            return _with_tensors(torch.load(path, map_location="cpu", weights_only=True))
+            return _with_tensors(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as error:
         # The safe reader knows only version 2 of plain pickles, so its message does not help.
         unread = isinstance(error, pickle.UnpicklingError)
