@@ -413,3 +413,9 @@ def test_bfloat16_images_are_read() -> None:
     image = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 4, 4)
     found = as_images((image.bfloat16(), [0, 1]))
     assert found.image.float().mean(dim=(1, 2, 3)).tolist() == [0, 255]
+
+
+def test_a_transform_of_a_hub_data_set_is_told() -> None:
+    given = hub().with_transform(lambda rows: rows)
+    (note,) = as_images(given).findings.notes
+    assert "its transform" in note

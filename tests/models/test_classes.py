@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cure.config import ModelConfig
-from cure.errors import ModelError
+from cure.errors import CureNote, ModelError
 from cure.evaluation.evaluate import evaluate
 from cure.models.build import adapted_copy
 from cure.models.classes import own_classes
@@ -61,3 +61,10 @@ def test_an_evaluation_reads_the_names() -> None:
     model.config = SimpleNamespace(id2label=dict(enumerate(images.classes[::-1])))
     turned = evaluate(model, data=images, attacks=[])["natural"]["accuracy"]
     assert sorted([plain, turned]) == [0, 100]
+
+
+def test_a_compiled_network_is_taken_as_it_was() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with pytest.warns(CureNote, match=r"without its torch\.compile"):
+        made = adapted_copy(torch.compile(model), 2, 3, (2, 2), ModelConfig(name="given"))
+    assert made.state_dict().keys() == model.state_dict().keys()

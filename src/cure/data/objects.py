@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def as_images(
         return _decoded(table, given.split, given.name, treatment, config, limit)
     table, classes = _table(given, split, config or DataConfig(source="memory"))
     if classes is not None and table.classes is None:
-        table = Table(table.label, classes, table.cells)
+        table = replace(table, classes=classes)
     return _decoded(table, split, "memory", treatment, config, limit)
 
 
@@ -124,7 +125,8 @@ def _decoded(
         raise DataError(failures_text(decoded.failures))
     label = torch.from_numpy(table.label[np.array(rows)[decoded.kept]])
     classes = table.classes or tuple(map(str, range(1 + int(table.label.max()))))
-    images = ImageSet(decoded.image, label, tuple(classes), name, split, decoded.findings)
+    findings = replace(decoded.findings, notes=table.notes)
+    images = ImageSet(decoded.image, label, tuple(classes), name, split, findings)
     return images.checked()
 
 

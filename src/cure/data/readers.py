@@ -9,7 +9,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,11 @@ def dataset_table(name: str, split: str, dataset: Any, config: DataConfig) -> Ta
             yield table.column(0).combine_chunks()
 
     where = f"split '{split}' of '{name}'"
-    return _arrow_table(features, features.arrow_schema, batches, where, split, config)
+    table = _arrow_table(features, features.arrow_schema, batches, where, split, config)
+    if dataset.format["type"] == "custom":
+        note = "its transform (set_transform, with_transform) is not applied"
+        table = replace(table, notes=(*table.notes, note))
+    return table
 
 
 def _arrow_table(

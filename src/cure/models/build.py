@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any, get_type_hints
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from cure.config import OBJECT, ModelConfig, RunConfig
 from cure.data.images import ImageKind
-from cure.errors import ConfigError, unknown
+from cure.errors import ConfigError, CureNote, unknown
 from cure.models.classes import in_order, own_classes, rename_classes
 from cure.models.external import build_external, check_shape, is_external
 from cure.models.head import renew_head
@@ -149,6 +150,15 @@ def adapted_copy(
     Raises:
         ModelError: when it cannot be copied, does not take such images or has other classes.
     """
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        warnings.warn(
+            "the network is taken without its torch.compile; training.compile=true compiles the "
+            "passes of the attack",
+            CureNote,
+            stacklevel=2,
+        )
+        model = compiled
     network = copy_network(model)
     if config.mean is not None and config.std is not None:
         if len(config.mean) != channels:

@@ -287,7 +287,8 @@ def natural_config(config: RunConfig) -> RunConfig:
         update={
             "layers": LayersConfig(),
             "name": f"{config.name}-natural",
-            "start": config.start_path or "model",
+            # A natural teacher of a run that starts elsewhere begins as the network is built.
+            "start": (config.start_path if config.starts_naturally else None) or "model",
             "method": METHODS["natural"].Config(name="natural"),
             "training": training,
         }
