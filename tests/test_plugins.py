@@ -32,17 +32,18 @@ def test_commands_know_the_modules_that_the_environment_names(
 ) -> None:
     (tmp_path / "mine.py").write_text(METHOD)
 
-    def listed() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cure", "show", "digits", "method=mine"]
+    def ran(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cure", *words]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
-    before = listed()
+    before = ran("show", "digits", "method=mine")
     assert before.returncode == 2
     assert "CURE_PLUGINS" in before.stderr
     monkeypatch.setenv("CURE_PLUGINS", "mine")
-    after = listed()
+    after = ran("show", "digits", "method=mine")
     assert after.returncode == 0, after.stderr
     assert "name: mine" in after.stdout
+    assert "Adversarial training under another name." in ran("list", "methods").stdout
 
 
 def test_a_module_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cure.registry import PLUGINS
 from cure.utils.io import write_text
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def listing(kind: str) -> Rows:
 
         return known_sources()
     index = json.loads(INDEX.read_text(encoding="utf-8"))
-    if index["modules"] != _modules():
+    if index["modules"] != _modules() or os.environ.get(PLUGINS):
         # Somebody added a method, model, attack or study.
         index = make_index()
     return [(name, text) for name, text in index[kind]]
