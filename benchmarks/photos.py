@@ -73,8 +73,8 @@ NATURAL_COMMON = {
 """Settings of every natural start."""
 
 METHODS: dict[str, dict[str, Any]] = {
-    "at": {"method": "at", "attack.epsilon": None},
-    "trades": {"method": {"name": "trades", "beta": 3.0}, "attack.epsilon": None},
+    "at": {"method": "at", "attack.epsilon_factor": 1},
+    "trades": {"method": {"name": "trades", "beta": 3.0}, "attack.epsilon_factor": 1},
     "cure": {},
 }
 """What each row changes about the recipe."""
@@ -202,9 +202,6 @@ def trained_by(
         settings["training.minutes"] = options.minutes
     if options.epochs:
         settings["training.epochs"] = options.epochs
-    if options.epsilon != "4/255" and "attack.epsilon" not in settings:
-        # The recipe's training attack has 5/4 of the threat's radius.
-        settings["attack.epsilon"] = str(Fraction(options.epsilon) * Fraction(5, 4))
     began = time.perf_counter()
     trained(path, common(options, seed) | settings | {"start": str(start)})
     whole = (time.perf_counter() - began) / 60

@@ -294,6 +294,14 @@ def test_a_method_s_settings_may_come_before_its_name() -> None:
         load_recipe("digits", ["method.betta=1", "method=trades"])
 
 
+def test_the_training_attack_of_photos_follows_the_threat() -> None:
+    words = ["data.source=x", "model.name=small_cnn"]
+    assert load_recipe("photos", words).training_epsilon == 5 / 255  # to the bit
+    assert load_recipe("photos", [*words, "threat.epsilon=8/255"]).training_epsilon == 10 / 255
+    assert load_recipe("photos", [*words, "attack.epsilon=3/255"]).training_epsilon == 3 / 255
+    assert load_recipe("digits").training_epsilon == load_recipe("digits").threat.epsilon
+
+
 def test_epochs_go_before_the_minutes_of_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "short.yaml").write_text("extends: digits\ntraining: {minutes: 5}\n")
     recipe = tmp_path / "short.yaml"

@@ -379,6 +379,9 @@ class AttackConfig(Section):
     statistics; its running statistics are put back afterwards."""
     epsilon: Ratio | None = None
     """Radius of the training attack, where it differs from the threat's."""
+    epsilon_factor: PositiveFloat = 1.0
+    """Where ``epsilon`` is not given: the radius of the training attack as a multiple of
+    ``threat.epsilon``."""
     warmup: float = Field(default=0.0, ge=0, le=1)
     """Share of the run over which epsilon and the step size rise linearly from 0.  A pretrained
     network attacked with the whole epsilon from the first step falls to chance."""
@@ -749,6 +752,13 @@ class RunConfig(Section):
     """Experiment trackers that receive the numbers of every epoch: tensorboard, wandb, mlflow."""
 
     @property
+    def training_epsilon(self) -> float:
+        """Radius of the attack that training uses."""
+        if self.attack.epsilon is not None:
+            return self.attack.epsilon
+        return self.attack.epsilon_factor * self.threat.epsilon
+
+    @property
     def start_path(self) -> str | None:
         """The checkpoint or run folder that ``start`` names, or None where it names none."""
         if self.start in (NATURAL, "scratch", "model"):
@@ -783,7 +793,7 @@ class RunConfig(Section):
     def _step_inside_the_ball(self, info: ValidationInfo) -> RunConfig:
         if _kept(info):
             return self
-        epsilon = self.attack.epsilon or self.threat.epsilon
+        epsilon = self.training_epsilon
         # Single-step attacks with a random start step by up to two radii.
         longest = epsilon * (1 if self.attack.steps > 1 else 2)
         if self.attack.name == "pgd" and self.attack.step_size > longest * (1 + 1e-9):
@@ -793,6 +803,6 @@ class RunConfig(Section):
                 "units",
                 "attack.step_size: expected a step no longer than the radius {epsilon}, got "
                 "{step}; say attack.step_size={meant}",
-                {"epsilon": str(epsilon), "step": step, "meant": meant},
+                {"epsilon": f"{epsilon:.4g}", "step": step, "meant": meant},
             )
         return self

@@ -44,18 +44,18 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
 
 def _beside(config: RunConfig) -> list[str]:
     """What a user may not expect of settings that are right by themselves."""
-    told, attack, threat = [], config.attack.epsilon, config.threat.epsilon
-    if attack is not None and attack < threat:
+    told, radius, threat = [], config.training_epsilon, config.threat.epsilon
+    if radius < threat:
         told.append(
-            f"attack.epsilon={attack} is smaller than threat.epsilon={threat}: training sees a "
-            "weaker attack than evaluation"
+            f"the training attack has the radius {radius:.4g}, smaller than "
+            f"threat.epsilon={threat}: training sees a weaker attack than evaluation"
         )
-    reach, radius = config.attack.steps * config.attack.step_size, attack or threat
+    reach = config.attack.steps * config.attack.step_size
     across = f"attack.step_size={radius / 4:.4g}"
     if config.attack.name == "pgd" and reach < radius / 2:
         told.append(
             f"{config.attack.steps} attack steps of {config.attack.step_size} go {reach:.3g} of "
-            f"the radius {radius}, so training sees a weak attack: {across} crosses it"
+            f"the radius {radius:.4g}, so training sees a weak attack: {across} crosses it"
         )
     if config.training.minutes is not None and config.starts_naturally:
         told.append("the natural start is trained besides the budget of training.minutes")

@@ -449,9 +449,7 @@ def natural_images(prepared: Prepared, batch_size: int) -> Iterator[Tensor]:
 def training_attack(config: RunConfig, engine: Engine) -> PGD:
     """The attack that a run trains with."""
     attack = config.attack
-    threat = Threat.of(config.threat)
-    if attack.epsilon is not None:
-        threat = replace(threat, epsilon=attack.epsilon)
+    threat = replace(Threat.of(config.threat), epsilon=config.training_epsilon)
     common: dict[str, Any] = {
         "mode": "train" if config.training.batch_norm == "train" else attack.mode,
         "precision": engine.attack_precision,
