@@ -419,3 +419,10 @@ def test_a_transform_of_a_hub_data_set_is_told() -> None:
     given = hub().with_transform(lambda rows: rows)
     (note,) = as_images(given).findings.notes
     assert "its transform" in note
+
+
+def test_whole_numbers_of_0_and_1_are_asked_about() -> None:
+    binary = np.random.default_rng(0).integers(0, 2, (6, 4, 4))
+    with pytest.raises(DataError, match="only 0 and 1"):
+        as_images((binary.astype(np.uint8), [0, 1] * 3))
+    assert set(as_images((binary.astype(bool), [0, 1] * 3)).image.unique().tolist()) == {0, 255}

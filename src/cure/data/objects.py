@@ -412,6 +412,11 @@ def _table_of_pair(pair: Sequence[Any], split: str) -> Table:
         label, classes = _labels(labels, len(pictures))
         return Table(label, classes, listed)
     pixels = _nhwc(_array(given))
+    if pixels.size and pixels.dtype.kind in "iu" and pixels.max() == 1:
+        raise DataError(
+            "expected whole numbers in 0..255, got only 0 and 1, which would be nearly black; pass "
+            "floats or booleans"
+        )
     label, classes = _labels(labels, len(pixels))
     return Table(label, classes, partial(array_cells, _levels(pixels), split))
 
