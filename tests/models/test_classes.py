@@ -39,6 +39,15 @@ def test_logits_are_brought_into_the_order_of_the_data() -> None:
         logits(model, ("cat", "dog", "emu"))
 
 
+def test_an_order_is_applied_once() -> None:
+    """A network of a run, whose logits are in the order of its data already."""
+    model, names = named(["owl", "dog", "cat"]), ("cat", "dog", "owl")
+    once = adapted_copy(model, 3, 3, (2, 2), ModelConfig(name="given"), names=names)
+    assert own_classes(once) == names
+    assert torch.equal(logits(once, names), once(torch.ones(2, 3, 2, 2)))
+    assert torch.equal(logits(once, ("owl", "cat")), model(torch.ones(2, 3, 2, 2))[:, [0, 2]])
+
+
 def test_names_of_a_replaced_layer_do_not_count() -> None:
     model = named(["owl", "dog", "cat"])
     model[1] = nn.Linear(12, 2)

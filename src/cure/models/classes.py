@@ -13,7 +13,7 @@ from cure.errors import DataError, ModelError
 from cure.models.checks import NEW_HEAD_ADVICE
 from cure.models.contract import Contract
 from cure.models.trial import traits_of, with_traits
-from cure.models.wrapper import Selected, core
+from cure.models.wrapper import Selected, Wrapper
 
 
 def own_classes(model: nn.Module) -> tuple[str, ...] | None:
@@ -26,7 +26,12 @@ def own_classes(model: nn.Module) -> tuple[str, ...] | None:
     contract = getattr(model, "contract", None)
     if isinstance(contract, Contract):
         return contract.kind.classes
-    table = getattr(getattr(core(model), "config", None), "id2label", None)
+    if isinstance(model, Selected):
+        inner = own_classes(model.network)
+        return None if inner is None else tuple(inner[place] for place in model.places.tolist())
+    if isinstance(model, Wrapper):
+        return own_classes(model.network)
+    table = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(table, Mapping) or not table:
         return None
     numbered = {str(place): str(name) for place, name in table.items()}
@@ -71,9 +76,14 @@ def in_order(model: nn.Module, names: Sequence[str], theirs: Sequence[str] | Non
 
 def rename_classes(model: nn.Module, names: Sequence[str] | None) -> None:
     """Forget the names of a last layer that was replaced; take ``names`` where they are known."""
-    if isinstance(getattr(model, "contract", None), Contract):
-        del model.contract
-    config: Any = getattr(core(model), "config", None)
+    network = model
+    while True:
+        if isinstance(getattr(network, "contract", None), Contract):
+            del network.contract
+        if not isinstance(network, Wrapper):
+            break
+        network = network.network
+    config: Any = getattr(network, "config", None)
     if isinstance(getattr(config, "id2label", None), Mapping) and names is not None:
         config.id2label = dict(enumerate(names))
         config.label2id = {name: place for place, name in enumerate(names)}
