@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
+from pictures import picture
 
-from cure.data import ImageSet
+from cure.data import ImageSet, decode
 from cure.errors import DataError
 
 LABELS = torch.tensor([0, 2, 1])
@@ -49,3 +53,15 @@ def test_what_does_not_fit_is_refused(
 def test_a_label_beyond_the_class_names_is_refused() -> None:
     with pytest.raises(DataError, match="from 0 to 1"):
         ImageSet.of(torch.zeros(3, 1, 4, 4), LABELS, ["a", "b"])
+
+
+def test_opaque_palettes_are_decoded_without_touching_warnings(recwarn) -> None:
+    """A filter that a thread sets and another one restores would hide later notes."""
+    image = picture(3).convert("P")
+    image.info["transparency"] = bytes([255] * 256)
+    before = list(warnings.filters)
+    made = decode._convert(image, decode.Treatment())
+    assert np.array_equal(made.pixels, np.asarray(picture(3).convert("P").convert("RGB")))
+    assert warnings.filters == before
+    assert not list(recwarn)
+    assert "transparency" in image.info

@@ -272,12 +272,13 @@ def _convert(image: Any, treatment: Treatment) -> Picture:
             converted.append("colour to grey" if grey else "grey to RGB")
         elif image.mode not in ("1", "P", "LA", "La", "RGBA", "RGBa", "PA"):
             converted.append(f"{image.mode} to {mode}")
-        with warnings.catch_warnings():
-            # "Palette images with Transparency ... should be converted to RGBA": all opaque here.
-            warnings.simplefilter("ignore", UserWarning)
-            if image.mode in ("RGBa", "La"):
-                image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
-            image = image.convert(mode)
+        # All opaque here; Pillow would warn of it, and threads cannot turn a warning off.
+        if "transparency" in image.info:
+            image = image.copy()
+            del image.info["transparency"]
+        if image.mode in ("RGBa", "La"):
+            image = image.convert({"RGBa": "RGBA", "La": "LA"}[image.mode])
+        image = image.convert(mode)
     if treatment.resize is not None:
         image = _resized(image, treatment.resize, treatment.fit)
     pixels: Pixels = np.asarray(image, dtype=np.uint8)
