@@ -1,6 +1,6 @@
 """A training method of your own, in one class: python add_a_method.py
 
-Put into src/cure/methods, the file is all it takes: ``cure train digits method=half``.
+As half.py in your folder: CURE_PLUGINS=half cure train digits method=half, and the same for all commands.
 """
 
 from typing import Literal

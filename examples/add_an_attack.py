@@ -1,6 +1,6 @@
 """An attack of your own, by its name in every evaluation: python add_an_attack.py
 
-Put into src/cure/attacks, the file is all it takes: ``cure evaluate RUN --attacks bars``.
+As bars.py in your folder: CURE_PLUGINS=bars cure evaluate RUN --attacks bars, and the same elsewhere.
 """
 
 import torch
