@@ -1,6 +1,6 @@
 """A training method of your own, in one class: python add_a_method.py
 
-As half.py in your folder: CURE_PLUGINS=half cure train digits method=half, and the same for all commands.
+As half.py in your folder, commands know it: ``CURE_PLUGINS=half cure train digits method=half``.
 """
 
 from typing import Literal

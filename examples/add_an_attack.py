@@ -1,6 +1,6 @@
 """An attack of your own, by its name in every evaluation: python add_an_attack.py
 
-As bars.py in your folder: CURE_PLUGINS=bars cure evaluate RUN --attacks bars, and the same elsewhere.
+As bars.py in your folder, commands know it: ``CURE_PLUGINS=bars cure evaluate RUN --attacks bars``.
 """
 
 import torch
