@@ -304,6 +304,11 @@ class Method(nn.Module, Generic[Attacked]):
         """The network that is validated, saved and evaluated."""
         return self.model
 
+    @property
+    def period(self) -> int:
+        """Steps of which the last one costs more than the others; 1 where all cost the same."""
+        return 1
+
     def warnings(self) -> list[str]:
         """What a user should know before the run starts, one sentence each."""
         return []

@@ -312,6 +312,11 @@ class LASAT(Method[LasAtBatch]):
     tradeoff = (Tradeoff("reward.natural", (0.5, 2.0, 8.0), None),)
     splits = False
 
+    @property
+    def period(self) -> int:
+        """The strategy network learns in the last step of each interval."""
+        return int(self.config.strategy.interval)
+
     def setup(self) -> None:
         """The strategy network, for the images of the context."""
         config, context = self.config, self.context

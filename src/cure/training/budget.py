@@ -191,11 +191,17 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
     batches = [batch for batch, _ in zip(found, range(TIMED_STEPS), strict=False)]
     step(batches[0])  # The first call allocates and, where it is asked for, compiles.
     # Steps differ along a run: warm-ups end, and wrappers begin.
-    last = config.training.epochs * each - 1
-    places = [round(share * last) for share in (0, 1 / 2, 1)]
-    pairs = zip(cycle(batches), places, strict=False)
-    later = [replace(batch, step=place) for batch, place in pairs]
-    seconds = sum(_seconds(step, batch, engine.device) for batch in later) / len(later)
+    last, period = config.training.epochs * each - 1, method.period
+    timed = []
+    for share, batch in zip((0, 1 / 2, 1), cycle(batches), strict=False):
+        place = round(share * last)
+        due = place - place % period + period - 1
+        once = _seconds(step, replace(batch, step=due), engine.device)
+        if period > 1:
+            other = _seconds(step, replace(batch, step=due - 1), engine.device)
+            once = (once + (period - 1) * other) / period
+        timed.append(once)
+    seconds = sum(timed) / len(timed)
     count = min(len(prepared.validation), config.evaluation.batch_size)
     some = prepared.validation.subset(slice(0, count)).to(engine.device)
     part = _seconds(lambda _: validate(network, some, config, engine), None, engine.device)

@@ -95,6 +95,11 @@ class Wrapper(Method):
         """The network that the method evaluates."""
         return self.inner.inference_model()
 
+    @property
+    def period(self) -> int:
+        """That of the method inside."""
+        return self.inner.period
+
     def warnings(self) -> list[str]:
         """The method's own."""
         return self.inner.warnings()
