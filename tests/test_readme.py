@@ -461,12 +461,16 @@ def test_the_line_of_at_is_told_from_its_results() -> None:
 def test_the_robust_start_is_told_from_its_results() -> None:
     rows = json.loads((RESULTS / "photos" / "robust_start.json").read_text(encoding="utf-8"))
     text = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
-    for row in rows["rows"]:
-        told = []
-        for name in ("natural", "pgd20"):
-            low, high = row[f"{name}_interval"]
-            told.append(f"{row[name]} ({low:.1f} to {high:.1f})")
-        assert " / ".join(told) in text
+    both = [
+        [row for row in rows["rows"] if row["start"] == start] for start in ("robust", "natural")
+    ]
+    for runs in both:
+        first, second, third = (f"{row['natural']}/{row['pgd20']}" for row in runs)
+        assert f"{first}, {second} and {third}" in text
+    for name in ("natural", "pgd20"):
+        gained = [robust[name] - natural[name] for robust, natural in zip(*both, strict=True)]
+        figures = (statistics.fmean(gained), *student_t(gained))
+        assert "{:.1f} ({:.1f} to {:.1f})".format(*figures) in text
 
 
 def test_copies_that_are_found_are_told_from_their_results() -> None:
