@@ -112,15 +112,15 @@ _Loader.yaml_implicit_resolvers = {
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 
 
 def read_yaml(text: str) -> Any:
     """What a recipe, a plan or a value holds.
 
-    >>> read_yaml("[off, true, 8/255]")
-    ['off', True, '8/255']
+    >>> read_yaml("[off, true, true_mass, 8/255]")
+    ['off', True, 'true_mass', '8/255']
     """
     return yaml.load(text, _Loader)
 

@@ -136,7 +136,7 @@ def test_lists_give_a_line_with_a_description(
 
 
 @pytest.mark.parametrize(
-    "words", [("list", "attack"), ("list",), ("tain",), ("train",), ("evaluate", "--limit", "few")]
+    "words", [("list",), ("tain",), ("train",), ("evaluate", "--limit", "few")]
 )
 def test_a_command_that_does_not_parse_ends_with_two(
     command: Command, words: tuple[str, ...]
@@ -145,6 +145,10 @@ def test_a_command_that_does_not_parse_ends_with_two(
     assert ended.status == 2
     assert "Traceback" not in ended.err
     assert "Usage" in ended.err
+
+
+def test_a_list_that_is_none_is_answered_by_the_nearest(command: Command) -> None:
+    refused(command("list", "attack"), "did you mean 'attacks'?")
 
 
 def test_the_index_of_lists_equals_the_registries() -> None:
@@ -300,7 +304,7 @@ def test_evaluate_a_run(
     assert row
     assert f"{result['nrr']['cw']:.1f}" in ended.out
     assert "359 images, Linf 0.15" in ended.out
-    assert "cw: done on" in ended.err
+    assert "cw: done (" in ended.err
     again = command("evaluate", "digits", *words)
     refused(again, "exists and is kept")
     assert json.loads(output.read_text()) == result

@@ -859,6 +859,7 @@ def test_evaluate_a_module_on_images_in_memory() -> None:
         "split": "test",
         "n": len(images),
         "limit": None,
+        "own": None,
         "classes": ["0", "1"],
         "classes_present": 2,
         "images_by_class": images.label.bincount().tolist(),
