@@ -10,7 +10,8 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 from cure.errors import ConfigError, unknown
@@ -87,6 +88,18 @@ class Registry(Generic[T]):
         import_plugins()
 
 
+@contextmanager
+def working_directory_importable() -> Iterator[None]:
+    """Put the working directory first on the path of imports, as ``python -m`` does."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
+
+
 def import_plugins() -> None:
     """Import the modules that :data:`PLUGINS` names, which register what they hold.
 
@@ -94,17 +107,14 @@ def import_plugins() -> None:
         ConfigError: when there is no such module, or it fails.
     """
     for name in filter(None, map(str.strip, os.environ.get(PLUGINS, "").split(","))):
-        folder = os.getcwd()
-        sys.path.insert(0, folder)  # as `python -m` does
         try:
-            importlib.import_module(name)
+            with working_directory_importable():
+                importlib.import_module(name)
         except Exception as error:
             raise ConfigError(
                 f"{PLUGINS}: the module '{name}' could not be imported from here ({error}); it "
                 "takes names of modules, such as mine,package.other"
             ) from error
-        finally:
-            sys.path.remove(folder)
 
 
 METHODS: Registry[Any] = Registry("method", "cure.methods")

@@ -131,8 +131,9 @@ def _body(sweep: Sweep) -> Result:
     config, found = sweep.config, trials(sweep)
     finished = [trial for trial in found if trial["state"] == "finished"]
     # A run keeps how many images a share of them was.
-    kept = [RunFolder.open(sweep.folder(trial["number"])).config for trial in finished[:1]]
-    n = int(kept[0].data.validation) if kept else 0
+    n = 0
+    if finished:
+        n = int(RunFolder.open(sweep.folder(finished[0]["number"])).config.data.validation)
     on_front = undominated([(trial["natural"], trial["robust"]) for trial in finished])
     best = {trial["number"] for trial, good in zip(finished, on_front, strict=True) if good}
     for trial in found:

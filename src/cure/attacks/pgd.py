@@ -253,7 +253,8 @@ class PGD:
     def length(self) -> float:
         """``step_size``, or its default."""
         if self.step_size is not None:
-            return float(Ratio(self.step_size))
+            given = self.step_size
+            return float(Ratio(given) if isinstance(given, str) else given)
         return 2.5 * self.threat.epsilon / max(1, self.steps)
 
     def __call__(

@@ -60,7 +60,7 @@ def read_folder(folder: Path, config: DataConfig) -> Splits:
     """
     if config.labels == "file_names":
         return _named_images(folder, config)
-    if (files := find_parquet(folder)) and (not holds_image(folder) or hold_images(files)):
+    if (files := find_parquet(folder)) and (hold_images(files) or not holds_image(folder)):
         return read_parquet(files, config)
     original = read_original(folder, config)
     if original is not None:
@@ -287,13 +287,14 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
         complete: refuse a class without images.
     """
     names = in_order(path.name for path in folders_in(folder))
-    inside = {name: frozenset(path.name for path in folders_in(folder / name)) for name in names}
-    alike = set(inside.values())
     notes = order_notes(names)
-    if complete and len(alike) == 1 and len(next(iter(alike))) > 1:
+    inside = [path.name for path in folders_in(folder / names[0])] if complete and names else []
+    if len(inside) > 1 and all(
+        [path.name for path in folders_in(folder / name)] == inside for name in names[1:]
+    ):
         notes += (
             f"the folders {listing(names[:5])} are taken as classes; they hold the same folders "
-            f"{listing(sorted(next(iter(alike)))[:5])}, which are not looked at: if these are the "
+            f"{listing(inside[:5])}, which are not looked at: if these are the "
             "classes, move them up",
         )
     reasons = Counter(beside)

@@ -489,8 +489,7 @@ def verify(
     Raises:
         CureError: for every mistake a user can correct.
     """
-    output, file = user_path(output), user_path(file)
-    check_free(output)
+    output, file = check_free(output), user_path(file)
     claim = read_claim(file)
     chosen = Target.of(target, **options)
     if claim.threat is not None:

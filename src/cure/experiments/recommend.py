@@ -97,8 +97,7 @@ def _alike(
         (file, record)
         for file, record in read
         if config.name in {record.recipe, *_rows(record)}
-        and record.threat.norm == config.threat.norm
-        and abs(record.threat.epsilon - float(config.threat.epsilon)) < 1e-9
+        and record.threat.same(config.threat.norm, config.threat.epsilon)
     ]
     name = Path(str(config.data.source)).name
     return sorted(alike, key=lambda item: item[1].data.name != name)

@@ -165,7 +165,8 @@ class Method(nn.Module, Generic[Attacked]):
         if not learnt:
             raise ModelError("no weight of the network may change: set requires_grad to True")
         weight = next(iter(learnt.values()))
-        self._follow(weight.device)
+        if self.context.engine.device != weight.device:
+            self._follow(weight.device)
         if progress.part and weight._version != progress.version:
             raise ConfigError(
                 "the weights changed since the last batch: say method.update() after each "
@@ -185,7 +186,7 @@ class Method(nn.Module, Generic[Attacked]):
     def _follow(self, device: torch.device) -> None:
         """Compute where the network is: it may have been moved since the method was made."""
         for method in self.modules():
-            if isinstance(method, Method) and method.context.engine.device != device:
+            if isinstance(method, Method):
                 engine = replace(method.context.engine, device=device)
                 method.context = replace(method.context, engine=engine)
 

@@ -10,10 +10,8 @@ import importlib
 import inspect
 import json
 import os
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from cure.models.checks import NEW_HEAD_ADVICE
 from cure.models.classes import places_of
 from cure.models.trial import traits_of
 from cure.models.wrapper import Normalised, Selected, Wrapper
+from cure.registry import working_directory_importable
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """Mean and standard deviation, one number a channel each."""
@@ -93,7 +92,7 @@ def _from_callable(
     size: tuple[int, int],
 ) -> nn.Module:
     name = f"{module_name}:{attribute}"
-    with _working_directory_importable():
+    with working_directory_importable():
         builder = _find(module_name, attribute, name)
         arguments = {
             "classes": classes,
@@ -171,18 +170,6 @@ def _find(module_name: str, attribute: str, name: str) -> Any:
 
 def _offered(key: str, item: Any) -> bool:
     return (inspect.isroutine(item) or inspect.isclass(item)) and not key.startswith("_")
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """Put the working directory first on the path of imports, as ``python -m`` does."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
 
 
 def _from_transformers(

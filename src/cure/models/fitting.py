@@ -81,9 +81,12 @@ def _fit(
     weights = {name: tensors[there] for name, there in names.items() if there in tensors}
     used = set(names.values())
     # safetensors.torch.save_model writes tied weights once.
-    for name, tensor in target.items():
-        if name not in weights and (twin := _twin(name, tensor, target, weights)) is not None:
-            weights[name] = weights[twin]
+    held = {_storage(target[name]): value for name, value in weights.items()}
+    weights |= {
+        name: held[_storage(tensor)]
+        for name, tensor in target.items()
+        if name not in weights and tensor.numel() and _storage(tensor) in held
+    }
     return Fit(
         ".".join(filter(None, [place, prefix.rstrip(".")])),
         weights,
@@ -93,18 +96,10 @@ def _fit(
     )
 
 
-def _twin(
-    name: str, tensor: Tensor, target: Mapping[str, Tensor], weights: Mapping[str, Tensor]
-) -> str | None:
-    """The name of the same tensor of the network that is in the file."""
-    if tensor.is_meta or not tensor.numel():
-        return None
-    place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-    for other in weights:
-        one = target[other]
-        if other != name and (one.data_ptr(), one.shape, one.stride()) == place:
-            return other
-    return None
+def _storage(tensor: Tensor) -> tuple[object, ...]:
+    """The same for names of one tensor of the network."""
+    place = id(tensor) if tensor.is_meta else tensor.data_ptr()
+    return place, tensor.shape, tensor.stride()
 
 
 def _prefixes(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ from cure.runs.records import Environment
 from cure.runs.results import Unfinished
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
-from cure.utils.io import check_free, user_path, write_text
+from cure.utils.io import check_free, write_text
 from cure.utils.plotting import printable, style_of
 from cure.utils.version import VERSION
 
@@ -88,8 +88,7 @@ def write_report(
     """
     if isinstance(targets, str | Path | Run):
         targets = [targets]
-    output = user_path(output)
-    check_free(output)
+    output = check_free(output)
     inputs = load_inputs(targets)
     path = _place(inputs, output)
     try:

@@ -61,6 +61,8 @@ class Prepared:
     initial: nn.Module
     teachers: dict[str, nn.Module] = field(default_factory=dict)
     extra: Extra | None = None
+    fresh: bool = True
+    """Whether the run has no state yet, from which its weights and its teachers' would come."""
     decides_cutmix: bool = False
     """Whether ``cutmix=auto`` was asked for, which each run decides by its own length."""
 
@@ -145,7 +147,9 @@ def _prepared(
     fresh = folder is None or not folder.state.exists()
     network = starting_network(initial, config, training.classes, fresh)
     auto = config.data.augment.cutmix == "auto"
-    prepared = Prepared(engine, training, validation, network, initial, decides_cutmix=auto)
+    prepared = Prepared(
+        engine, training, validation, network, initial, fresh=fresh, decides_cutmix=auto
+    )
     prepared = replace(prepared, teachers=teacher_networks(config, prepared))
     for role, teacher in prepared.teachers.items():
         try:
@@ -317,7 +321,7 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
         initial = network_of(theirs, kind, None)
         try:
             _check_augmentation(theirs)
-            network = starting_network(initial, theirs, kind.classes)
+            network = starting_network(initial, theirs, kind.classes, prepared.fresh)
         except CureError as error:
             raise type(error)(f"{place}: {error}") from None
         inner = replace(prepared, network=network, initial=initial, teachers={})

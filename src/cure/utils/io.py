@@ -124,19 +124,23 @@ def user_path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser()
 
 
-def check_free(output: str | Path | None) -> None:
+def check_free(output: str | Path | None) -> Path | None:
     """Refuse an output file that exists or cannot be made, before anything is computed for it.
 
     Args:
         output: the file; None is accepted.
+
+    Returns:
+        Its path (:func:`user_path`).
 
     Raises:
         ConfigError: when it exists or its folder does not.
     """
     output = user_path(output)
     if output is None:
-        return
+        return None
     if output.exists():
         raise ConfigError(f"{output} exists and is kept; name another output file")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")
+    return output

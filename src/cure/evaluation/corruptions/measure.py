@@ -37,7 +37,7 @@ from cure.models.failure import network_errors
 from cure.runs.results import CorruptionRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import check_free, user_path
+from cure.utils.io import check_free
 from cure.utils.launcher import launched
 from cure.utils.sheet import write_sheet
 from cure.utils.stats import wilson
@@ -92,10 +92,8 @@ def corruptions(
     Raises:
         CureError: for every mistake a user can correct; nothing is written then.
     """
-    output, sheet = user_path(output), user_path(sheet)
-    for path in (output, sheet):
-        check_free(path)
-    if sheet is not None and Path(sheet).suffix.lower() != ".png":
+    output, sheet = check_free(output), check_free(sheet)
+    if sheet is not None and sheet.suffix.lower() != ".png":
         raise ConfigError(f"expected a .png file for the sheet of pictures, got {sheet}; rename it")
     chosen = Target.of(target, **options)
     if launched().world > 1:

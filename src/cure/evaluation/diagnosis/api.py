@@ -16,7 +16,7 @@ from cure.models.onnx_network import NO_GRADIENT
 from cure.runs.results import DiagnosisRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import check_free, user_path
+from cure.utils.io import check_free
 
 
 def diagnose(
@@ -49,8 +49,7 @@ def diagnose(
     Raises:
         CureError: for every mistake a user can correct; nothing is written then.
     """
-    output = user_path(output)
-    check_free(output)
+    output = check_free(output)
     chosen = Target.of(target, **(TargetKeywords(limit=200) | options))
     threat = chosen.threat(epsilon, norm)
     engine = Engine.for_evaluation(chosen.options.device)

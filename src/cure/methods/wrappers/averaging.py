@@ -51,6 +51,8 @@ class Averaging(Wrapper):
         self.average = copy.deepcopy(inner.inference_model()).requires_grad_(False)
         self.count = 0
         """Weights that went into the average."""
+        self.stale = True
+        """Whether BatchNorm's statistics are older than the averaged weights."""
 
     def after_step(self, step: int) -> Metrics:
         """The method's own averages, then this one."""
@@ -86,6 +88,7 @@ class Averaging(Wrapper):
         for name in ours.keys() - set(moving):
             ours[name].copy_(theirs[name])
         self.count += 1
+        self.stale = True
 
     def _decay(self) -> float:
         """Share of the average that stays when weights are added."""
@@ -96,8 +99,10 @@ class Averaging(Wrapper):
         """The average, once there is one."""
         if not self.count:
             return self.inner.inference_model()
-        if self.settings.batch_norm == "recomputed" and self.context.has_epochs is False:
+        own = self.context.has_epochs is False
+        if self.settings.batch_norm == "recomputed" and own and self.stale:
             recompute_statistics(self.average, self.context.natural_images())
+            self.stale = False
         return self.average
 
     def get_extra_state(self) -> Tensor:
