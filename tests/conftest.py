@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -19,8 +20,9 @@ def brightness() -> ImageSet:
 
 
 # Here and not first in a test: fixtures of a module are made before those of a test, and what they
-# train depends on the number of threads.
+# train depends on the number of threads. Processes that tests start take it from the environment.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
