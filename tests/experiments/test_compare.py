@@ -389,6 +389,24 @@ def test_what_is_not_alike_is_refused(make_run: MakeRun, case: str) -> None:
     assert compare([first, third])
 
 
+def test_other_images_under_one_name_are_refused_or_said(make_run: MakeRun) -> None:
+    """By the images of each class, whatever the order of classes; by their pixels."""
+    made = [result(80, pgd20=40) for _ in range(3)]
+    made[0]["data"] |= {"classes": ["a", "b"], "images_by_class": [60, 40], "sha256": "00"}
+    made[1]["data"] |= {"classes": ["b", "a"], "images_by_class": [40, 60], "sha256": "00"}
+    made[2]["data"] |= {"classes": ["a", "c"], "images_by_class": [60, 40], "sha256": "00"}
+    first, second, third = (make_run(f"r{k}", one, seed=k) for k, one in enumerate(made))
+    same = compare([first, second])
+    assert "pixels" not in same.caption
+    assert "class_counts" not in same.csv()
+    assert json.loads(same.json())["rows"][1]["class_counts"] == {"a": 60, "b": 40}
+    with pytest.raises(ConfigError, match=r"images of 'b' 40 against 0, images of 'c' 0 against"):
+        compare([first, third])
+    made[1]["data"]["sha256"] = "01"
+    other = compare([first, make_run("r3", made[1], seed=3)])
+    assert "The pixels of these images are not the same in all rows" in other.caption
+
+
 def test_attacks_on_other_numbers_of_images_are_refused(make_run: MakeRun) -> None:
     first = make_run("first", result(80, pgd20=40), result(40, 50, cw=20))
     second = make_run("second", result(80, pgd20=40), result(32, 40, cw=20), method="mart")

@@ -401,7 +401,7 @@ def _data(entry: Entry, where: str) -> list[Block]:
     for result in entry.results():
         data, count = result.data, result.data.n
         size = "\N{MULTIPLICATION SIGN}".join(map(str, data.size)) if data.size else NOT_RECORDED
-        digest = _extra(data, "sha256") or NOT_RECORDED
+        digest = data.sha256 or NOT_RECORDED
         said = [result.made_by.removeprefix("cure "), f"{data.name}, {data.split}", digest, size]
         numbers = [f"{count:,}" if count else NOT_RECORDED, str(len(data.classes) or NOT_RECORDED)]
         cells = [Cell(text) for text in said + numbers]

@@ -147,6 +147,8 @@ class DataFacts(Record):
     images_by_class: list[int] | None = None
     size: list[int] | None = None
     """Channels, height, width."""
+    sha256: str | None = None
+    """Of their pixels and labels."""
     own: bool | None = None
     """Whether they are the images that the run itself names; None in older results."""
 

@@ -36,6 +36,8 @@ IMAGES = ("data", "split", "size", "norm", "epsilon")
 """What two evaluations must share to be compared, besides the number of images."""
 WHO = ("run", "label", "method", "seed", "network", "epochs", "epoch", "checkpoint", "n")
 NESTED = ("attack_settings", "settings", "configuration", "environment")
+BY_CLASS = "class_counts"
+"""Images of each class, by name; as many values as there are classes, so not in CSV."""
 
 # Column of a row, key of a line of timing, summary over the epochs.
 _COSTS: Mapping[str, tuple[str, Callable[[list[float]], float]]] = {
@@ -358,6 +360,8 @@ def _row(source: Source, rank: Callable[[Images], Any]) -> TableRow:
         "n": whole.natural.n,
         "majority": whole.majority.accuracy if whole.majority is not None else None,
         "unequal": is_unequal(counts) if (counts := whole.data.images_by_class) else None,
+        BY_CLASS: dict(zip(whole.data.classes, counts, strict=False)) if counts else None,
+        "images_sha256": whole.data.sha256,
     }
     for name in ("natural", *attacks):
         part = whole.natural if name == "natural" else chosen[name].attacks[name]
@@ -567,7 +571,14 @@ def check_alike(rows: Sequence[TableRow]) -> None:
     for row in rows:
         first = rows[0]
         differing = [(name, first[name], row[name]) for name in IMAGES]
-        refuse_unlike(first, row, [*differing, ("number of images", first["n"], row["n"])])
+        differing.append(("number of images", first["n"], row["n"]))
+        refuse_unlike(first, row, differing)
+        # Folders of one name may hold other images; a table of an earlier version does not tell.
+        ours, theirs = (one.get(BY_CLASS) or {} for one in (first, row))
+        if ours and theirs:
+            names = sorted(k for k in ours | theirs if ours.get(k, 0) != theirs.get(k, 0))
+            unlike = [(f"images of '{k}'", ours.get(k, 0), theirs.get(k, 0)) for k in names[:3]]
+            refuse_unlike(first, row, unlike)
     having = [row for row in rows if row["checkpoint"] is not None]
     for row in having:
         first = having[0]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cure.errors import ConfigError, unknown
 from cure.experiments.compare.rows import (
+    BY_CLASS,
     COMPARISON_FORMAT,
     COSTS,
     NESTED,
@@ -98,7 +99,7 @@ class ResultTable:
 
         All that is known of a run, or who it is and the columns that were asked for.
         """
-        kept = list(self.rows[0])
+        kept = [name for name in self.rows[0] if name != BY_CLASS]
         if self.chosen:
             parts = [(name, f"{name}_interval", f"{name}_n") for name in self.columns]
             kept = [*WHO, *(name for part in parts for name in part if name in kept)]
@@ -439,6 +440,11 @@ def _caption(
         sentences.append(
             "Runs known by result files alone are grouped by method, recipe and network; their "
             "settings are not in these files"
+        )
+    if len({row["images_sha256"] for row in rows if row.get("images_sha256")}) > 1:
+        sentences.append(
+            "The pixels of these images are not the same in all rows: other photos under one name, "
+            "or decoded by another library"
         )
     stopped = [row["run"] for row in rows if row.get("finished") is False]
     if stopped:
