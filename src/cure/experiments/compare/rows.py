@@ -588,8 +588,10 @@ def check_alike(rows: Sequence[TableRow]) -> None:
         for row in having:
             first = having[0]
             ours, theirs = (one["attack_settings"][attack] for one in (first, row))
-            names = {**ours, **theirs}
-            differing = [(f"{attack} {name}", ours.get(name), theirs.get(name)) for name in names]
+            settings = {**ours, **theirs}
+            differing = [
+                (f"{attack} {name}", ours.get(name), theirs.get(name)) for name in settings
+            ]
             # AutoAttack is slow: it may be run on fewer images, which the table then says.
             if attack != "autoattack":
                 differing.append((f"{attack} images", first[f"{attack}_n"], row[f"{attack}_n"]))
