@@ -216,6 +216,13 @@ def override_all(raw: Raw, pairs: Iterable[tuple[str, object]]) -> None:
         override(raw, key, value)
 
 
+def changed(raw: Mapping[str, Any], settings: Mapping[str, object]) -> Raw:
+    """A copy of a recipe with several values set."""
+    new = copy.deepcopy(dict(raw))
+    override_all(new, settings.items())
+    return new
+
+
 def check(raw: Mapping[str, Any], where: str, *, kept: bool = False) -> RunConfig:
     """Plain data as a checked configuration; every mistake is named in one message.
 

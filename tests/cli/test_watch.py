@@ -184,6 +184,16 @@ def test_the_natural_start_of_a_teacher_is_what_is_shown(
     assert rows[3] == "1,234 images/s, 1:10 an epoch, about 6:55 left of this part"
 
 
+def test_the_head_of_a_robust_start_is_what_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "run").set_status("running", phase="head")
+    fill(make(tmp_path / "run" / "head", 7), [(50.0, 10.0)])
+    rows = at(tmp_path, monkeypatch, 80).splitlines()
+    assert rows[0] == "run: running (head)"
+    assert rows[2].startswith("epoch 1 of 7 ")
+
+
 def test_a_run_without_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(make(tmp_path / "run"), [])
     assert at(tmp_path, monkeypatch, 80, after=65).splitlines() == [

@@ -13,6 +13,7 @@ from torch import nn
 
 import cure
 from cure.errors import ConfigError, CureError, DataError
+from helpers import refused
 
 EPSILON = 0.05
 
@@ -200,6 +201,12 @@ def test_the_command_checks_a_claim(tmp_path, monkeypatch, command):
     assert good.status == 0, good.err
     assert "of 30 images are right" in good.out
     change(tmp_path / "made.pt", claimed_correct=31)
+    beside = ("--require", "natural>=99", "--attacks", "autoattack", "--shards", "2")
+    refused(
+        command("evaluate", "run", "--verify", "made.pt", *beside),
+        "--verify recomputes",
+        "leave out --attacks, --require, --shards",
+    )
     bad = command("evaluate", "run", "--verify", "made.pt")
     assert bad.status == 1
     assert "the claim fails: it says 31 right" in bad.err

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 from scipy import stats
 
 import cure
-from cure.attacks.registry import attack_order, known_attacks
+from cure.attacks.registry import ATTACKS, attack_order, known_attacks, register
 from cure.data import ImageKind
 from cure.errors import CheckpointError, ConfigError
 from cure.experiments.compare import ResultTable, compare, difference, read_rows, table
@@ -804,6 +804,17 @@ def test_attacks_have_the_order_of_the_registry() -> None:
     ):
         assert strength(name)[0] == attack_order(name)[0], name
     assert strength("pgd20") > strength("pgd9") > strength("fgsm")
+
+
+def test_an_attack_of_a_plug_in_has_its_own_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_attacks()
+    monkeypatch.setattr(ATTACKS, "_entries", dict(ATTACKS._entries))
+    register("darker-than-all", "test", {}, strength=9)(lambda model, image, *_: image)
+    assert strength("darker-than-all") < strength("autoattack")
+    monkeypatch.setenv("CURE_PLUGINS", "torch")
+    assert strength("darker-than-all") > strength("autoattack")
 
 
 def test_missing_values_come_last(make_run: MakeRun) -> None:

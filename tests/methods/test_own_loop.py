@@ -422,6 +422,14 @@ def test_a_method_follows_its_network_to_another_device() -> None:
     assert method.inner.context.engine.device.type == "meta"
 
 
+def test_images_of_a_moved_method_are_where_its_network_is() -> None:
+    images = [(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    method = cure.methods.Averaging(cure.methods.AT(network, images=images))
+    method._follow(torch.device("meta"))
+    assert next(method.context.natural_images()).device.type == "meta"
+
+
 def test_restarts_are_refused_where_a_method_changes_the_steps() -> None:
     attack = PGD(Threat("Linf", "8/255"), 3, "2/255", restarts=2)
     assert attack.length == 2 / 255

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted_runs import corruptions, diagnosis, evaluation, plant, whole_run, write
+from planted_runs import cell, corruptions, diagnosis, evaluation, plant, whole_run, write
 from reading_pages import Element, cells, drawings, read
 
 import cure
@@ -129,6 +129,36 @@ def test_missing_parts_are_named_with_their_command(tmp_path: Path) -> None:
     assert there == {"Integrity"}
     assert made.pdf is None
     assert any("evidence.pdf was not written" in n for n in made.notes)
+
+
+def test_what_was_certified_and_tried_in_other_norms_is_said(tmp_path: Path) -> None:
+    ball = {"norm": "L2", "epsilon": 0.5, "epsilon_text": "0.5"}
+    part = {"threat": ball, "attacks": {"apgd-ce": cell(31, 200) | {"settings": {}}}}
+    beyond = {"unseen": {"L2": part, "all_threats": cell(17, 200)}, "verified": cell(3, 200)}
+    made = write_evidence(
+        plant(tmp_path / "beyond", results=[evaluation("beyond") | beyond]), calibration_images=0
+    )
+    limits = section(made.page, "limits").text
+    assert "Attacks were tried in L2 and Linf only" in limits
+    assert "certified" not in limits
+    rows = cells(section(made.page, "clauses").all("table")[0])
+    formal = [row[2] for row in rows if "formal methods" in row[1]]
+    assert formal == ["evidence towards"] * 2
+    plain = write_evidence(
+        plant(tmp_path / "plain", results=[evaluation("plain")]), calibration_images=0
+    )
+    assert "cure evaluate" in section(plain.page, "limits").text
+    assert "No bound was certified" in section(plain.page, "limits").text
+    rows = cells(section(plain.page, "clauses").all("table")[0])
+    assert {row[2] for row in rows if "formal methods" in row[1]} == {"no evidence"}
+
+
+def test_an_estimate_of_autoattack_is_no_autoattack(tmp_path: Path) -> None:
+    made = write_evidence(
+        plant(tmp_path / "run", results=[evaluation("run", attacks={"screened-ordered": 40})]),
+        calibration_images=0,
+    )
+    assert "AutoAttack was not run" in section(made.page, "limits").text
 
 
 def test_a_network_without_images_says_why_it_is_not_calibrated(tmp_path: Path) -> None:

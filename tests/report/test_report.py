@@ -149,6 +149,22 @@ def test_unseen_threats_and_certificates_stand_below_the_accuracies(tmp_path: Pa
     assert "Beyond the threat" not in plain.read_text(encoding="utf-8")
 
 
+def test_certificates_of_two_evaluations_stand_together(tmp_path: Path) -> None:
+    """Those of the weights that the tables are of, and of no other checkpoint."""
+    proved = evaluation("run") | {"verified": cell(3, 200)}
+    ball = {"norm": "L2", "epsilon": 0.5, "epsilon_text": "0.5"}
+    attacks = {"apgd-ce": cell(31, 200) | {"settings": {}}}
+    wide = evaluation("run", time="2026-01-01T12:00:00+00:00")
+    wide |= {"unseen": {"L2": {"threat": ball, "attacks": attacks}}}
+    last = evaluation("run", checkpoint="last") | {"verified": cell(199, 200)}
+    run = plant(tmp_path / "run", results=[proved, wide, last])
+    page = write_report([run], output=tmp_path / "page.html").read_text(encoding="utf-8")
+    words = " ".join(re.sub("<[^>]*>", " ", page).split())
+    assert "L2 0.5, not asked for: apgd-ce 15.5" in words
+    assert "proved by interval bounds, Linf 0.1 1.5" in words
+    assert "99.5" not in words
+
+
 def test_the_verdict_has_numbers_intervals_images_and_the_start(tree: Element) -> None:
     said = section(tree, "verdict").text
     assert "robust is right on 75.0 % (68.6-80.5) of 200 test images as they are." in said

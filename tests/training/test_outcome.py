@@ -16,6 +16,7 @@ from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.records import EpochMetrics
 from cure.runs.records import MeasuredAccuracies as Accuracies
+from cure.training.collapse import Guessing
 from cure.training.outcome import judge, short_run_warnings, start_warnings
 from helpers import bright_or_dark
 
@@ -153,7 +154,7 @@ def test_a_start_at_chance_names_what_to_check() -> None:
     taken = CONFIG.model_copy(update={"start": "model"})
 
     def said(natural: float, config: RunConfig = taken) -> list[str]:
-        return start_warnings(accuracies(natural, 0), config, 10)
+        return start_warnings(accuracies(natural, 0), config, Guessing([20] * 10, balanced=False))
 
     assert said(90) == []
     assert "set model.mean and model.std" in said(12)[0]
@@ -161,6 +162,15 @@ def test_a_start_at_chance_names_what_to_check() -> None:
     assert "remove model.mean" in said(12, taken.model_copy(update={"model": given}))[0]
     assert said(12, CONFIG.model_copy(update={"start": "scratch"})) == []
     assert "train the start longer (natural.epochs)" in said(12, CONFIG)[0]
+
+
+def test_a_start_that_names_only_the_largest_class_is_at_chance() -> None:
+    taken = CONFIG.model_copy(update={"start": "model"})
+    start = accuracies(90, 90).model_copy(update={"natural_balanced": 50.0})
+    (sentence,) = start_warnings(start, taken, Guessing([180, 20], balanced=True))
+    assert "only 50.0 % natural accuracy over classes (guessing: 50.0 %)" in sentence
+    good = start.model_copy(update={"natural_balanced": 80.0})
+    assert start_warnings(good, taken, Guessing([180, 20], balanced=True)) == []
 
 
 class Blind(nn.Module):

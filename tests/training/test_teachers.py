@@ -117,6 +117,9 @@ def test_a_teacher_s_recipe_shares_data_seed_and_device_with_its_student():
     theirs = teacher_config("method.teacher", source, config)
     assert theirs.data == config.data
     assert (theirs.seed, theirs.training.threads, theirs.training.epochs) == (7, 1, 3)
+    order = {"method.beta": 3, "method": "trades"}
+    told = teacher_config("method.teacher", TeacherConfig(recipe="digits", settings=order), config)
+    assert told.method.beta == 3  # type: ignore[attr-defined]
     other = TeacherConfig(recipe="digits", settings={"seed": 1, "training.threads": 2})
     theirs = teacher_config("method.teacher", other, config)
     assert (theirs.seed, theirs.training.threads) == (1, 2)

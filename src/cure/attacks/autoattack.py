@@ -140,6 +140,7 @@ def _version(
             {part: _part(kind, part) for part in parts},
             label=label,
             strength=strength,
+            reference="square" in parts and len(parts) > 1,
             norms=("Linf", "L2", "L1"),
             # A network that draws at random is attacked as it is.
             prepare=unchanged if kind == "rand" else _prepared,

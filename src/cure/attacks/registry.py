@@ -63,6 +63,8 @@ class EvaluationAttack:
         parts: by name, in their order; an attack of one part calls it by its own name.
         label: as papers write it; by default the name.
         strength: attacks are listed from the lowest to the highest.
+        reference: its accuracy is one to report: several kinds of attacks, one without gradients,
+            on every image.
         norms: the attack is defined in these.
         minimum: whether it looks for the smallest change instead of staying in the ball.
         transferred: whether its images are made on another network and only tried on this one.
@@ -78,6 +80,7 @@ class EvaluationAttack:
     parts: Mapping[str, Part]
     label: str = ""
     strength: int = 3
+    reference: bool = False
     norms: tuple[str, ...] = ("Linf", "L2")
     minimum: bool = False
     transferred: bool = False
@@ -262,6 +265,16 @@ def attack_order(name: str) -> tuple[int, int, str]:
     attack = _find(name)
     steps = attack.settings.get("steps", 0) if attack is not None and ":" not in name else 0
     return (attack.strength if attack is not None else 3, steps, name)
+
+
+def is_reference(name: str) -> bool:
+    """Whether an attack is one whose accuracy is reported; other attacks are weaker or estimates.
+
+    >>> [name for name in ("autoattack", "screened-ordered", "pgd100") if is_reference(name)]
+    ['autoattack']
+    """
+    attack = _find(name)
+    return attack is not None and attack.reference
 
 
 def _find(name: str) -> EvaluationAttack | None:

@@ -187,6 +187,7 @@ SCREENED = add_attack(
         SCREENS | dict(AUTOATTACK.parts),
         label="AutoAttack (screened)",
         strength=6,
+        reference=True,
         prepare=AUTOATTACK.prepare,
     )
 )

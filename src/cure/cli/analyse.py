@@ -10,7 +10,6 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.markup import escape
 from rich.table import Table
-from typer._click.core import Command, Context
 
 from cure.cli.listing import listing
 from cure.cli.options import (
@@ -36,14 +35,15 @@ RunsArgument = Annotated[
 class Studies(typer.core.TyperGroup):
     """A command for each study, whose options are read when it is called.
 
-    A study imports PyTorch, for which the help of the group does not wait.
+    A study imports PyTorch, for which the help of the group does not wait.  Contexts and commands
+    are those of click, which newer releases of Typer carry and older ones import.
     """
 
-    def list_commands(self, ctx: Context) -> list[str]:  # noqa: ARG002
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002
         """Names of all studies."""
         return [name for name, _ in listing("studies")]
 
-    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:  # noqa: ARG002
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002
         """A study with its question and no options, for the help of the group."""
         questions = dict(listing("studies"))
         if cmd_name not in questions:
@@ -52,9 +52,9 @@ class Studies(typer.core.TyperGroup):
 
     def resolve_command(
         self,
-        ctx: Context,  # noqa: ARG002
+        ctx: Any,  # noqa: ARG002
         args: list[str],
-    ) -> tuple[str | None, Command | None, list[str]]:
+    ) -> tuple[str | None, Any, list[str]]:
         """The command of a study with its options.
 
         Raises:
@@ -79,7 +79,7 @@ def _group() -> None:
     pass
 
 
-def command_of(name: str) -> Command:
+def command_of(name: str) -> Any:
     """The command of a study, with an option for each field of its options.
 
     Raises:

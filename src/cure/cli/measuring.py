@@ -125,11 +125,6 @@ def evaluate(
         raise ConfigError("--junit, --sarif and --require-lower-bound go with --require")
     for file in (junit, sarif):
         check_free(file)
-    if verify is not None:
-        print_verification(
-            api.verify(verify, target, epsilon=epsilon, norm=norm, output=output, **options)
-        )
-        return
     arguments: dict[str, Any] = {
         "attacks": attacks,
         "epsilon": epsilon,
@@ -150,6 +145,16 @@ def evaluate(
         **options,
     }
     shared = pairs(cluster_option) or {}
+    if verify is not None:
+        others = {name: arguments[name] for name in arguments.keys() - options.keys()}
+        others |= {"junit": junit, "sarif": sarif, "shards": shards, "shard": shard}
+        others |= {"precision": precision is not Precision.fp32, "jobs": jobs != 1}
+        _only_verify(others | {"cluster": cluster, "cluster_option": shared})
+        found = api.verify(verify, target, epsilon=epsilon, norm=norm, output=output, **options)
+        print_verification(found)
+        if not found["holds"]:
+            sys.exit(Status.FAILED_CHECK)
+        return
     if shards is not None and shard is None:
         result = _in_shards(target, shards, output, jobs, cluster, shared, arguments)
     else:
@@ -171,6 +176,22 @@ def evaluate(
         sys.exit(Status.UNFINISHED)
     if not all(row["met"] for row in result.get("requirements", ())):
         sys.exit(Status.NOT_MET)
+
+
+def _only_verify(others: dict[str, Any]) -> None:
+    """Refuse what ``--verify`` does not do, which would otherwise be left out in silence.
+
+    Raises:
+        ConfigError: names the options that were given beside it.
+    """
+    given = sorted(name for name, value in others.items() if value)
+    given = [name for name in given if name not in ("epsilon", "norm")]
+    if given:
+        named = ", ".join("--" + name.removesuffix("_network").replace("_", "-") for name in given)
+        raise ConfigError(
+            "--verify recomputes what a file claims and takes --epsilon, --norm, --output and the "
+            f"network's options; leave out {named}"
+        )
 
 
 def _in_shards(

@@ -242,7 +242,7 @@ def _distance(length: float | None) -> str:
 
 
 def print_verification(result: dict[str, Any]) -> None:
-    """Whether a claim holds; status 1 when it does not."""
+    """Whether a claim holds."""
     low, high = result["interval"]
     say(
         f"{result['correct']:,} of {result['n']:,} images are right: {result['accuracy']:.2f} % "
@@ -254,8 +254,6 @@ def print_verification(result: dict[str, Any]) -> None:
         warn(f"the claim fails: {reason}")
     elif not result["holds"]:
         warn(f"the claim fails: it says {result['claimed_correct']:,} right")
-    if not result["holds"]:
-        sys.exit(1)
 
 
 def print_unfinished(result: dict[str, Any], kept: bool) -> None:

@@ -94,8 +94,7 @@ def read(path: str | Path) -> RunSnapshot:
     folder = RunFolder.open(path)
     active, phases = folder, tuple[str, ...]()
     while phase := active.status().phase:
-        kind, _, role = phase.partition(" ")
-        inner = active.path / ("natural" if kind == "natural" else f"teachers/{role}")
+        inner = active.inner(phase)
         if not (inner / "config.yaml").is_file():
             break
         active, phases = RunFolder(inner), (*phases, phase)

@@ -27,7 +27,7 @@ from cure.config import Ratio, RunConfig
 from cure.data.cache import CachePlace
 from cure.errors import CheckpointError, ConfigError, Interrupted, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, no_progress
-from cure.recipe import check, override, parse_override, read_recipe, read_yaml
+from cure.recipe import changed, check, override, parse_override, read_recipe, read_yaml
 from cure.runs.folder import RunFolder
 from cure.training.budget import settle
 from cure.training.prerequisites import natural_config
@@ -161,14 +161,6 @@ def fitting(raw: Mapping[str, Any], varied: Sequence[Varied], where: str) -> tup
             check(changed(raw, {one.key: value}), f"{where} with {one.key}={value}")
         found.append(one)
     return tuple(found)
-
-
-def changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe with other settings."""
-    new = json.loads(json.dumps(raw))
-    for key, value in settings.items():
-        override(new, key, value)
-    return dict(new)
 
 
 def _accepts(raw: Mapping[str, Any], key: str, value: float) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Literal
@@ -187,8 +187,12 @@ class Method(nn.Module, Generic[Attacked]):
         """Compute where the network is: it may have been moved since the method was made."""
         for method in self.modules():
             if isinstance(method, Method):
-                engine = replace(method.context.engine, device=device)
-                method.context = replace(method.context, engine=engine)
+                context = method.context
+                method.context = replace(
+                    context,
+                    engine=replace(context.engine, device=device),
+                    natural_images=_moved(context.natural_images, device),
+                )
 
     def take_step(self, batch: Batch, parts: int = 1) -> Step:
         """The step of one batch; what :meth:`forward` and the trainer call.
@@ -346,3 +350,10 @@ class Method(nn.Module, Generic[Attacked]):
         draws = self.generator("attack", batch)
         options: dict[str, Any] = {} if hooks is None else {"hooks": hooks}
         return attack(self.model, batch.image, batch.attack_target, objective, draws, **options)
+
+
+def _moved(
+    images: Callable[[], Iterator[Tensor]], device: torch.device
+) -> Callable[[], Iterator[Tensor]]:
+    """The same batches on another device."""
+    return lambda: (image.to(device) for image in images())

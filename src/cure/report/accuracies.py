@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cure.attacks.registry import attack_label, attack_order
+from cure.attacks.registry import attack_label, attack_order, is_reference
 from cure.errors import ConfigError
 from cure.evaluation.diagnosis import CHECKS
 from cure.experiments.compare.rows import (
@@ -34,7 +34,6 @@ from cure.report.loader import Entry
 from cure.runs.results import Accuracy, EvaluationRecord, Finding
 from cure.utils.stats import newcombe
 
-# They change an image without asking the network which change would hurt it.
 _BELIEVED = "can it be believed?"
 
 
@@ -59,9 +58,11 @@ def measure(entries: Iterable[Entry]) -> Measured:
     return Measured({str(row["run"]): row for row in rows}, groups)
 
 
-def attack_name(name: str) -> str:
-    """An attack as papers write it."""
-    return attack_label(name)
+def results_of(entry: Entry, row: TableRow | None) -> list[EvaluationRecord]:
+    """The results that a row is made from, oldest first: one checkpoint on one kind of images."""
+    if row is None:
+        return []
+    return entry.source.of(row["checkpoint"], tuple(row[name] for name in IMAGES))
 
 
 def measured_attacks(row: TableRow) -> list[str]:
@@ -82,11 +83,6 @@ def strongest(row: TableRow) -> str | None:
     usual = names[-1]
     on_as_many = [name for name in names if row[f"{name}_n"] >= row[f"{usual}_n"]]
     return min(reversed(on_as_many), key=lambda name: float(row[name]))
-
-
-def is_strong(attack: str) -> bool:
-    """Whether it is of the kind that is trusted: several attacks, one without gradients."""
-    return attack.startswith(("autoattack", "screened"))
 
 
 def about(row: TableRow) -> str:
@@ -218,7 +214,7 @@ def verdict(entry: Entry, measured: Measured) -> Verdict:
     if attack is None:
         sentence += " as they are; under attack it was not measured."
     else:
-        shown, robust, n = attack_name(attack), float(row[attack]), int(row[f"{attack}_n"])
+        shown, robust, n = attack_label(attack), float(row[attack]), int(row[f"{attack}_n"])
         of = f"{n:,} {row['split']} images"
         sentence += (
             f" as they are. It withstands {shown}, the strongest attack tried, on "
@@ -281,7 +277,7 @@ def _against_start(entry: Entry, row: TableRow, measured: Measured) -> list[str]
         if name in before["attack_settings"] and before[f"{name}_n"] == row[f"{name}_n"]
     ]
     if shared:
-        said += f", {changed(shared[-1])} under {attack_name(shared[-1])}"
+        said += f", {changed(shared[-1])} under {attack_label(shared[-1])}"
     return [said + "."]
 
 
@@ -314,8 +310,8 @@ def _warnings(entry: Entry, row: TableRow, attack: str | None) -> list[str]:
     warnings = []
     if attack is None:
         warnings.append(f"Under attack nothing was measured: `cure evaluate {where}`.")
-    elif not any(map(is_strong, tried := measured_attacks(row))):
-        names = " and ".join(attack_name(name) for name in tried)
+    elif not any(map(is_reference, tried := measured_attacks(row))):
+        names = " and ".join(attack_label(name) for name in tried)
         warnings.append(
             f"The accuracy under attack comes from {names} alone, and a stronger "
             f"attack can only lower it: `cure evaluate {where} --attacks autoattack`."
@@ -348,7 +344,7 @@ def _warnings(entry: Entry, row: TableRow, attack: str | None) -> list[str]:
 
 def _notes_given(entry: Entry, row: TableRow) -> list[str]:
     """What was decided for the user while evaluating, each sentence once."""
-    results = entry.source.of(row["checkpoint"], tuple(row[name] for name in IMAGES))
+    results = results_of(entry, row)
     return list(dict.fromkeys(note.rstrip(".") for result in results for note in result.notes))
 
 
@@ -402,8 +398,8 @@ def _table(
     header = ["network", "method", "natural", *(["worst case"] if any(worst.values()) else [])]
     for name in names:
         alone = len(counts[name]) == 1 and counts[name] != {first["n"]}
-        header.append(attack_name(name) + (f", n = {min(counts[name]):,}" if alone else ""))
-        header += [f"NRR, {attack_name(name)}"] if name in ratios else []
+        header.append(attack_label(name) + (f", n = {min(counts[name]):,}" if alone else ""))
+        header += [f"NRR, {attack_label(name)}"] if name in ratios else []
     cells = []
     for row in rows:
         entry = entries[row["run"]]
@@ -444,7 +440,7 @@ UNFOLDED_CLASSES = 12
 def _by_class(entry: Entry, row: TableRow) -> list[Grid]:
     """Accuracy of each class, natural and under each attack; none for results without it."""
     names = measured_attacks(row)[::-1]
-    results = entry.source.of(row["checkpoint"], tuple(row[name] for name in IMAGES))
+    results = results_of(entry, row)
     counts = next((r.data.images_by_class for r in reversed(results) if _counted(r)), None)
     if counts is None:
         return []
@@ -479,7 +475,7 @@ def _by_class(entry: Entry, row: TableRow) -> list[Grid]:
     caption = f"{entry.name}: accuracy by class in percent"
     if len(shown) < len(present):
         caption += f", the {len(shown)} lowest of {len(present)} classes"
-    header = ["class", "images", *(n if n == "natural" else attack_name(n) for n in parts)]
+    header = ["class", "images", *(n if n == "natural" else attack_label(n) for n in parts)]
     folded = len(cells) > UNFOLDED_CLASSES
     return [Grid(caption, header, cells, sortable=True, folded=folded)]
 
@@ -493,10 +489,9 @@ def _counted(result: EvaluationRecord) -> bool:
 
 def _worst(entry: Entry, row: TableRow) -> Accuracy | None:
     """Accuracy under all attacks of the evaluation with the strongest one, image by image."""
-    images = tuple(row[name] for name in IMAGES)
     results = [
         result
-        for result in entry.source.of(row["checkpoint"], images)
+        for result in results_of(entry, row)
         if result.worst_case is not None and strongest(row) in result.attacks
     ]
     part = results[-1].worst_case if results else None
@@ -507,7 +502,7 @@ def _worst(entry: Entry, row: TableRow) -> Accuracy | None:
 def _unfinished(entries: Iterable[Entry]) -> list[Block]:
     """Attacks that ran out of time have bounds and no accuracy."""
     said = [
-        f"{entry.name}, {attack_name(name)}: not finished; its accuracy lies between "
+        f"{entry.name}, {attack_label(name)}: not finished; its accuracy lies between "
         f"{percent(part.bounds[0])} and {percent(part.bounds[1])}."
         for entry in entries
         for result in entry.evaluations
@@ -519,7 +514,7 @@ def _unfinished(entries: Iterable[Entry]) -> list[Block]:
 def _estimates(entries: Iterable[Entry]) -> list[Block]:
     """Attacks that left images alone give an estimate."""
     said = [
-        f"{entry.name}, {attack_name(name)}: {estimate}."
+        f"{entry.name}, {attack_label(name)}: {estimate}."
         for entry in entries
         for result in entry.evaluations
         for name, part in result.attacks.items()

@@ -8,10 +8,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from cure.analysis.render import accuracy_series
+from cure.attacks.registry import attack_label
 from cure.experiments.compare.rows import TableRow
 from cure.experiments.tradeoff import chart as tradeoff_chart
 from cure.methods import METHODS
-from cure.report.accuracies import attack_name, measured_attacks
+from cure.report.accuracies import measured_attacks
 from cure.report.components import Cell, Figure, Grid, accuracy_cell, percent, share_cell, written
 from cure.report.loader import Entry
 from cure.runs.records import EpochMetrics, TradeoffPoint, TradeoffRecord
@@ -61,14 +62,14 @@ def by_attack(rows: Sequence[TableRow], place: Place) -> Figure | None:
     panel = Panel(
         series,
         y="images classified correctly, %, with 95 % interval",
-        categories=[attack_name(name) for name in names],
+        categories=[attack_label(name) for name in names],
         horizontal=True,
         limits=(-2, 100),
     )
     title = "Accuracy on natural images and under each attack"
     said = "; ".join(
         f"{row['run']}: "
-        + ", ".join(f"{attack_name(n)} {percent(row[n])}" for n in names if row.get(n) is not None)
+        + ", ".join(f"{attack_label(n)} {percent(row[n])}" for n in names if row.get(n) is not None)
         for row in rows
     )
     height = 0.9 + 0.3 * len(names) * max(1, len(rows) / 3)
@@ -115,11 +116,11 @@ def trade_off(rows: Sequence[TableRow], place: Place) -> tuple[Figure, bool] | N
     panel = Panel(
         series,
         "natural accuracy, %",
-        f"accuracy under {attack_name(attack)}, %",
+        f"accuracy under {attack_label(attack)}, %",
         limits=(0, 1.12 * max([*highest, 10.0])),
         names=[(x, y, name) for name, x, y in beside],
     )
-    title = f"Natural accuracy against accuracy under {attack_name(attack)}"
+    title = f"Natural accuracy against accuracy under {attack_label(attack)}"
     said = "; ".join(
         f"{row['run']}: {percent(row['natural'])} natural, {percent(row[attack])} under attack"
         for row in shown
@@ -136,7 +137,7 @@ def trade_off(rows: Sequence[TableRow], place: Place) -> tuple[Figure, bool] | N
         [Cell(name), Cell("the paper"), Cell(written(x, 2)), Cell(written(y, 2))]
         for name, x, y in beside
     ]
-    header = ["network", "from", "natural (%)", f"{attack_name(attack)} (%)"]
+    header = ["network", "from", "natural (%)", f"{attack_label(attack)} (%)"]
     data = Grid("The numbers", header, table, words=2, folded=True)
     drawn = Chart("trade-off", title, said, [panel], width=_MIDDLE, height=4.0).draw()
     return Figure(drawn, data), bool(beside)
@@ -329,7 +330,7 @@ def over_epsilon(entries: Sequence[Entry], place: Place) -> tuple[list[Figure], 
             series.append(accuracy_series(_label(name, place), sizes, parts, style=place[name]))
             zero = next((size for size, value in curves[name] if value == 0), None)
             said.append(
-                f"{name}: {attack_name(attack)} leaves "
+                f"{name}: {attack_label(attack)} leaves "
                 + (
                     f"{percent(values[-1])} correct at the largest change, so the attack may have "
                     "failed"
@@ -342,7 +343,7 @@ def over_epsilon(entries: Sequence[Entry], place: Place) -> tuple[list[Figure], 
         figures.append(
             _curves(
                 f"epsilon-{serial}",
-                f"Accuracy under {attack_name(attack)}, {norm}",
+                f"Accuracy under {attack_label(attack)}, {norm}",
                 curves,
                 series,
                 place,

@@ -16,10 +16,11 @@ from typing import Any
 
 from cure.analysis.render import StudyTable
 from cure.analysis.study import STUDIES
+from cure.attacks.registry import attack_label
 from cure.errors import ConfigError, CureError
 from cure.experiments.compare.rows import TableRow, flattened, no_place
 from cure.report import figures
-from cure.report.accuracies import Measured, Verdict, attack_name, measure, tables, verdict
+from cure.report.accuracies import Measured, Verdict, measure, results_of, tables, verdict
 from cure.report.components import (
     DASH,
     Block,
@@ -35,7 +36,7 @@ from cure.report.components import (
 )
 from cure.report.loader import Entry, PageInputs, StudyResult, load_inputs
 from cure.runs.records import Environment
-from cure.runs.results import Unfinished
+from cure.runs.results import Share, Unfinished
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.utils.io import check_free, write_text
@@ -331,16 +332,18 @@ def _accuracies(
     if not measured.groups:
         return [Missing("No network of this page was evaluated.", [f"cure evaluate {where}"])]
     drawn = figures.by_attack(main, place)
-    beyond = _beyond(entries, place)
+    beyond = _beyond(entries, measured, place)
     return [*tables(entries, measured), *([drawn] if drawn else []), *beyond]
 
 
-def _beyond(entries: Sequence[Entry], place: Mapping[str, int]) -> list[Block]:
-    """Unseen threats and certificates of the newest results that have any."""
+def _beyond(entries: Sequence[Entry], measured: Measured, place: Mapping[str, int]) -> list[Block]:
+    """Unseen threats and certificates, each of the newest result of the network in the tables."""
     rows = []
     for entry in entries:
-        found = [told for result in entry.evaluations if (told := result.beyond())]
-        for title, part in found[-1] if found else ():
+        found: dict[str, Share | Unfinished] = {}
+        for result in results_of(entry, measured.row.get(entry.name)):
+            found |= dict(result.beyond())
+        for title, part in found.items():
             if isinstance(part, Unfinished):
                 low, high = part.bounds
                 cell = Cell(f"unfinished: {written(low)} to {written(high)}")
@@ -404,7 +407,7 @@ def _overfitting(
                 cells.append(
                     [
                         Cell(name, series=place[name]),
-                        Cell(attack_name(attack)),
+                        Cell(attack_label(attack)),
                         Cell(written(row[attack])),
                         Cell(written(row[f"last_{attack}"])),
                         Cell(written(gap)),

@@ -16,7 +16,7 @@ What a folder holds:
 - ``evaluations/``: results of ``cure evaluate``, and journals of unfinished ones.
 - ``corruptions/``, ``diagnoses/``: results of ``cure corruptions`` and ``cure diagnose``.
 - ``studies/``: results of ``cure analyse`` and their pictures.
-- ``natural/``, ``teachers/ROLE/``: runs that this run needed first.
+- ``natural/``, ``head/``, ``teachers/ROLE/``: runs that this run needed first (:func:`inner`).
 - ``tradeoff.json``: of a run that `cure tradeoff` made, the points that it was chosen from.
 - ``tracking.json``: identities at W&B and MLflow; ``tensorboard/``, ``wandb/``: their files.
 
@@ -213,6 +213,17 @@ class RunFolder:
         known = Images.read(self.path / "data.json")
         height, width = known.size
         return ImageKind(tuple(known.classes), known.channels, (height, width))
+
+    def inner(self, phase: str) -> Path:
+        """Where a run that this one needs first lies.
+
+        Args:
+            phase: as in ``status.json``: "natural start", "head" or "teacher ROLE".
+        """
+        kind, _, role = phase.partition(" ")
+        if kind == "teacher":
+            return self.path / "teachers" / role
+        return self.path / {"natural": NATURAL, "head": "head"}[kind]
 
     def weights(self, checkpoint: str = "best") -> Path:
         """The weights file called ``checkpoint`` ("best" or "last").

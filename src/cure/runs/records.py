@@ -219,7 +219,7 @@ class Status(FileRecord):
     reason: str | None = None
     """Why the run failed."""
     phase: str | None = None
-    """What is trained inside the run at the moment: "natural start", "teacher NAME"."""
+    """What is trained inside the run at the moment: "natural start", "head", "teacher ROLE"."""
 
     @property
     def finished(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cure.config import RunConfig
 from cure.runs.records import EpochMetrics, MeasuredAccuracies, Outcome
+from cure.training.collapse import Guessing
 
 FINAL_STEPS = 20
 """Steps of the PGD that measures the best weights at the end."""
@@ -154,17 +155,23 @@ def _at_best(records: Sequence[EpochMetrics]) -> float | None:
     return max(robust, default=None)
 
 
-def start_warnings(start: MeasuredAccuracies, config: RunConfig, classes: int) -> list[str]:
-    """What looks wrong about the network that a training begins with."""
+def start_warnings(start: MeasuredAccuracies, config: RunConfig, guessing: Guessing) -> list[str]:
+    """What looks wrong about the network that a training begins with.
+
+    Args:
+        start: its accuracies.
+        config: the run.
+        guessing: on the same images.
+    """
     if config.start == "scratch":
         return []
-    chance = 100 / classes
-    limit = chance + 200 * math.sqrt(chance / 100 * (1 - chance / 100) / start.n)
-    if start.natural > limit + 0.2 * (100 - limit):
+    natural = guessing.natural(start.content())
+    if guessing.learnt(natural):
         return []
+    over = " over classes" if guessing.balanced else ""
     return [
-        f"the start has only {start.natural:.1f} % natural accuracy (guessing: {chance:.1f} %): "
-        f"{_start_advice(config)}"
+        f"the start has only {natural:.1f} % natural accuracy{over} (guessing: "
+        f"{100 / len(guessing.counts):.1f} %): {_start_advice(config)}"
     ]
 
 

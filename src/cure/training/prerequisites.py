@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -72,8 +71,8 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
     if folder.state.exists():
         return []
 
-    def inside(place: Path | str) -> RunFolder:
-        return RunFolder(folder.path / place, folder.resumed_by, folder.writes)
+    def inside(phase: str) -> RunFolder:
+        return RunFolder(folder.inner(phase), folder.resumed_by, folder.writes)
 
     found: list[Prerequisite] = []
     teachers = config.method.teachers()
@@ -82,13 +81,14 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
     if receivers:
         own = replace(prepared, network=copy.deepcopy(prepared.initial), teachers={})
         theirs = natural_config(config)
-        if (inside(NATURAL).path / "config.yaml").is_file():
-            cutmix: Any = inside(NATURAL).config.data.augment.cutmix
+        own_folder = inside("natural start")
+        if (own_folder.path / "config.yaml").is_file():
+            cutmix: Any = own_folder.config.data.augment.cutmix
             theirs = _with_cutmix(theirs, cutmix)
         elif prepared.decides_cutmix:
             theirs = _with_cutmix(theirs, "auto")
         theirs = _with_length(theirs, prepared)
-        found.append(Prerequisite("natural start", inside(NATURAL), theirs, own, receivers))
+        found.append(Prerequisite("natural start", own_folder, theirs, own, receivers))
     if config.start.startswith(ROBUST) and config.head.share:
         theirs = head_config(config, prepared.network)
         own = replace(prepared, network=copy.deepcopy(prepared.network), teachers={})
@@ -111,9 +111,10 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
             teachers={},
         )
         own = replace(own, teachers=teacher_networks(theirs, own))
-        place = inside(Path("teachers") / role)
-        found += prerequisites(place, theirs, own)
-        found.append(Prerequisite(f"teacher {role}", place, theirs, own, [prepared.teachers[role]]))
+        phase = f"teacher {role}"
+        found += prerequisites(inside(phase), theirs, own)
+        receiver = prepared.teachers[role]
+        found.append(Prerequisite(phase, inside(phase), theirs, own, [receiver]))
     return found
 
 

@@ -31,7 +31,7 @@ from cure.models.blocks import STEM, blocks, chosen, learn_only
 from cure.models.build import network_of
 from cure.models.checks import check_outputs
 from cure.models.trial import check_trainable, fitted
-from cure.recipe import check, override, read_recipe
+from cure.recipe import changed, check, read_recipe
 from cure.runs.folder import RunFolder
 from cure.training.extra import Extra, choose_extra, is_chosen
 from cure.training.schedule import learning_rate, progress_at
@@ -384,12 +384,13 @@ def teacher_config(place: str, source: TeacherConfig, config: RunConfig) -> RunC
     assert source.recipe is not None
     try:
         raw = read_recipe(source.recipe)
-        override(raw, "seed", config.seed)
-        override(raw, "training.device", config.training.device)
-        override(raw, "training.threads", config.training.threads)
-        override(raw, "tracking", list(config.tracking))
-        for key, value in source.settings.items():
-            override(raw, key, value)
+        shared = {
+            "seed": config.seed,
+            "training.device": config.training.device,
+            "training.threads": config.training.threads,
+            "tracking": list(config.tracking),
+        }
+        raw = changed(raw, shared | source.settings)
         # The same split: the teacher must not be trained on validation images of the student.
         raw["data"] = config.data.model_dump(mode="json")
         return check(raw, f"recipe {source.recipe}")

@@ -32,6 +32,7 @@ from cure.runs.folder import RunFolder, epoch_name
 from cure.runs.records import EpochMetrics, EpochTiming, MeasuredAccuracies, Outcome
 from cure.runs.state import load_state, save_state
 from cure.training.catastrophic import detector_of
+from cure.training.collapse import CollapseDetector, Guessing
 from cure.training.gradient_logger import GradientLogger
 from cure.training.optimizer import build_optimizer
 from cure.training.outcome import FINAL_STEPS, judge, short_run_warnings, start_warnings
@@ -42,7 +43,7 @@ from cure.training.tracking import Tracker
 from cure.training.validation import validate
 from cure.utils.engine import Engine
 from cure.utils.random import derive
-from cure.utils.stats import balanced_guessing, is_unequal
+from cure.utils.stats import is_unequal
 
 # Steps between two checks of the loss: each check waits for the device.
 GUARD_EVERY = 50
@@ -80,7 +81,7 @@ class Trainer:
         self.optimizer = build_optimizer(config.training.optimizer, method.model, self.parameters)
         self.steps_per_epoch = steps_per_epoch(training, config.training.batch_size)
         self.total_steps = self.steps_per_epoch * config.training.epochs
-        self.recorder = (
+        self.gradient_logger = (
             GradientLogger(config.training.record_gradients, self.parameters, folder)
             if config.training.record_gradients is not None and folder.writes
             else None
@@ -88,10 +89,10 @@ class Trainer:
         self.done = 0
         self.totals = Totals(engine.device)
         self.best: dict[str, Any] | None = None
-        self.risen = self.good_start = False
-        self.at_chance = 0
-        self.alarmed = False
-        self.detector = detector_of(config, method)
+        patience = config.training.collapse_patience
+        self.collapse = CollapseDetector(Guessing(self.counts, self.balanced), patience)
+        self.warned_of_overfitting = False
+        self.catastrophic = detector_of(config, method)
         self._stop_asked = False
         self._shown = time.monotonic()
 
@@ -121,13 +122,14 @@ class Trainer:
             self.restore()
         # Ranks may differ where the builder of a network draws without a seed.
         self.engine.spread(tensors_of(self.method).values())
-        if self.detector is not None and not self.folder.state.exists():
+        if self.catastrophic is not None and not self.folder.state.exists():
             self.save()  # A state to go back to already in the first epoch.
         self.folder.rewind(self.done // self.steps_per_epoch, self.done)
-        if self.recorder is not None:
-            self.recorder.start()
+        if self.gradient_logger is not None:
+            self.gradient_logger.start()
         # A resumed run does not repeat a warning.
-        self.alarmed = robust_overfitting(self.folder.metrics(), len(self.validation)) is not None
+        known = robust_overfitting(self.folder.metrics(), len(self.validation))
+        self.warned_of_overfitting = known is not None
         self._measure_start()
         for tracker in self.trackers:
             tracker.start(self.total_steps, self.done)
@@ -174,7 +176,7 @@ class Trainer:
             metrics = self.train_step(batch)
             self.totals.add(metrics, batch.step)
             self.done += 1
-            if self.detector is not None and self.detector.overfits(batch, settings.parts):
+            if self.catastrophic is not None and self.catastrophic.overfits(batch, settings.parts):
                 self._go_back()
                 return
             for tracker in self.trackers:
@@ -202,7 +204,7 @@ class Trainer:
 
     def _go_back(self) -> None:
         """Return to the last saved state and train with two attack steps from there."""
-        assert self.detector is not None
+        assert self.catastrophic is not None
         at = self.done
         self.engine.any(False)  # The first rank has written the state that the others read.
         self.restore()
@@ -212,8 +214,8 @@ class Trainer:
         for tracker in self.trackers:
             tracker.warn(
                 f"catastrophic overfitting at step {at}: on a training batch the single-step "
-                f"attack left {self.detector.single_step:.0f} % right and PGD "
-                f"{self.detector.pgd:.0f} %; "
+                f"attack left {self.catastrophic.single_step:.0f} % right and PGD "
+                f"{self.catastrophic.pgd:.0f} %; "
                 f"training goes on from step {self.done} with a two-step attack"
             )
 
@@ -227,8 +229,8 @@ class Trainer:
         self._set_learning_rate(batch.step)
         step = self.method.take_step(batch, self.config.training.parts)
         grads = step.gradients()
-        if self.recorder is not None:
-            self.recorder.step(batch.step, grads, step.masking)
+        if self.gradient_logger is not None:
+            self.gradient_logger.step(batch.step, grads, step.masking)
         for name, parameter in self.parameters.items():
             parameter.grad = grads[name]
         if self.config.training.clip_norm is not None:
@@ -295,19 +297,19 @@ class Trainer:
         self.totals = Totals(self.engine.device)
         if self._is_alive(record.get("validation")):
             self._save_weights(record)
-            if self.recorder is not None:
-                self.recorder.save()
+            if self.gradient_logger is not None:
+                self.gradient_logger.save()
             self.save()
         if self.engine.any(self._stop_asked):
             self._interrupt()
 
     def _maybe_warn(self) -> None:
         """Warn once when the run overfits."""
-        if self.alarmed or not self.trackers:
+        if self.warned_of_overfitting or not self.trackers:
             return
         sentence = robust_overfitting(self.folder.metrics(), len(self.validation))
         if sentence is not None:
-            self.alarmed = True
+            self.warned_of_overfitting = True
             for tracker in self.trackers:
                 tracker.warn(sentence)
 
@@ -334,9 +336,9 @@ class Trainer:
             # Nothing else keeps these weights, which `cure tradeoff` goes back towards.
             self._write(self.method.model, "start", {"run": self.config.name, "epoch": "0"})
         found = self.validate()
-        self.good_start = self._above_chance(found)[2]
+        self.collapse.start(found)
         start = self._measured(found, self.config.training.validation_steps)
-        warned = start_warnings(start, self.config, len(self.training.classes))
+        warned = start_warnings(start, self.config, self.collapse.guessing)
         if warned and self.config.start_check == "refuse":
             raise ConfigError(f"{warned[0]}; or set start_check=warn to train nevertheless")
         if self.config.start_check == "off":
@@ -410,46 +412,29 @@ class Trainer:
         Raises:
             TrainingStopped: when it stays at chance too long, or ends there.
         """
-        fallen = self.risen and self.at_chance > 0
+        collapse = self.collapse
         if validation is None:
-            return not fallen
-        natural, limit, learnt = self._above_chance(validation)
-        self.risen |= learnt
-        self.at_chance = self.at_chance + 1 if natural <= limit else 0
-        fallen = self.risen and self.at_chance > 0
+            return not collapse.fallen
+        collapse.add(validation)
         last = self.done == self.total_steps
-        if (fallen or self.good_start) and self.at_chance == 1 and not last:
+        percent = f"{collapse.guessing.natural(validation):.1f} %"
+        epoch = self.done // self.steps_per_epoch
+        if collapse.warns and not last:
             for tracker in self.trackers:
                 tracker.warn(
-                    f"natural accuracy on the validation split fell to chance ({100 * natural:.1f} "
-                    f"%) at epoch {self.done // self.steps_per_epoch}; the training stops when it "
-                    f"stays there for {self.config.training.collapse_patience} validations"
+                    f"natural accuracy on the validation split fell to chance ({percent}) at epoch "
+                    f"{epoch}; the training stops when it stays there for {collapse.patience} "
+                    "validations"
                 )
-        if self.at_chance >= self.config.training.collapse_patience or (fallen and last):
+        if collapse.lasting or (collapse.fallen and last):
             raise TrainingStopped(
                 f"natural accuracy on the validation split was at chance "
-                f"({100 * natural:.1f} %{' balanced' if self.balanced else ''}) "
-                f"{self.at_chance} times in a row up to epoch "
-                f"{self.done // self.steps_per_epoch}; {self._kept()}. Try a lower "
+                f"({percent}{' balanced' if self.balanced else ''}) {collapse.at_chance} times in "
+                f"a row up to epoch {epoch}; {self._kept()}. Try a lower "
                 "training.optimizer.learning_rate, a training.schedule.warmup, a smaller "
                 "threat.epsilon at first, or start=natural in a new run"
             )
-        return not fallen
-
-    def _above_chance(self, validation: dict[str, float]) -> tuple[float, float, bool]:
-        """Natural accuracy, how far guessing reaches, and whether the network has learnt.
-
-        It has a fifth of the way from guessing to 100 % on, which chance does not reach.
-        """
-        chance = 1 / len(self.training.classes)
-        # Two standard deviations above the accuracy of guessing on so many images.
-        limit = chance + 2 * (chance * (1 - chance) / len(self.validation)) ** 0.5
-        natural = validation["natural"] / 100
-        if self.balanced:
-            # Always naming the largest class is at chance, too.
-            natural = validation["natural_balanced"] / 100
-            limit = balanced_guessing(self.counts) / 100
-        return natural, limit, natural > limit + 0.2 * (1 - limit)
+        return not collapse.fallen
 
     def _kept(self) -> str:
         weights = self.folder.checkpoints / "last.safetensors"
@@ -473,12 +458,11 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "totals": self.totals.state(),
                 "best": self.best,
-                "risen": self.risen,
-                "at_chance": self.at_chance,
+                **self.collapse.state(),
                 "ranks": self.engine.world,
                 "fallback": self.method.context.fallback,
             }
-            | ({} if self.recorder is None else {"gradients": self.recorder.state()}),
+            | ({} if self.gradient_logger is None else {"gradients": self.gradient_logger.state()}),
         )
 
     def restore(self) -> None:
@@ -499,10 +483,10 @@ class Trainer:
         self.done = state["done"]
         self.totals = Totals.of(state["totals"], self.engine.device)
         self.best = state["best"]
-        self.risen, self.at_chance = state["risen"], state["at_chance"]
+        self.collapse.restore(state)
         self.method.context.fallback = state.get("fallback", False)
-        if self.recorder is not None and "gradients" in state:
-            self.recorder.restore(state["gradients"], self.engine.device)
+        if self.gradient_logger is not None and "gradients" in state:
+            self.gradient_logger.restore(state["gradients"], self.engine.device)
         # States of early versions do not hold the number of ranks.
         self._warn_of_ranks(state.get("ranks", 1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cure.config import NATURAL, NATURAL_FROM, ROBUST, Ratio
 from cure.errors import CheckpointError, ConfigError
+from cure.registry import PLUGINS
 from cure.runs.folder import RunFolder
 from cure.runs.packed import read_packed
 from cure.runs.records import Environment, EpochTiming
@@ -418,11 +420,17 @@ _STRENGTH = {
 
 
 def strength(attack: str) -> tuple[int, int, str]:
-    """Order of attacks from the weakest, PGD by its steps: that of the registry, without PyTorch.
+    """Order of attacks from the weakest, PGD by its steps: that of the registry.
+
+    The registry imports PyTorch, so it is asked only where plug-ins may have added an attack.
 
     >>> sorted(["cw", "pgd20", "autoattack", "fgsm", "pgd100"], key=strength)
     ['fgsm', 'pgd20', 'pgd100', 'cw', 'autoattack']
     """
+    if os.environ.get(PLUGINS):
+        from cure.attacks.registry import attack_order
+
+        return attack_order(attack)
     base, _, options = attack.partition(":")
     steps = re.fullmatch(r"pgd(\d+)", base)
     place = _STRENGTH.get("pgd" if steps else base, 3)

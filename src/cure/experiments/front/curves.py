@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from cure.config import NATURAL
 from cure.errors import ConfigError, unknown
 from cure.experiments.plan import REFERENCE, Plan, PlanRow, stages
-from cure.recipe import check, override, parse_override, read_recipe
+from cure.recipe import changed, check, parse_override, read_recipe
 from cure.registry import METHODS
 from cure.training.prerequisites import natural_config
 from cure.utils.io import user_path
@@ -127,7 +126,7 @@ def plan_of(
     raw = read_recipe(recipe)
     base = raw.get("method")
     base = base.get("name") if isinstance(base, dict) else base
-    common = _changed(raw, settings)
+    common = changed(raw, settings)
     config = check(common, f"recipe {recipe}")
     rows: dict[str, PlanRow] = {}
     if config.starts_naturally:
@@ -145,7 +144,7 @@ def plan_of(
         for value in curve.values:
             varied = {} if curve.key is None else {curve.key: value}
             row = fixed | varied
-            teachers = check(_changed(common, row), f"{curve.row(value)}").method.teachers()
+            teachers = check(changed(common, row), f"{curve.row(value)}").method.teachers()
             for role, teacher in teachers.items():
                 if teacher.path == NATURAL and NATURAL in rows:
                     row[f"method.{role}"] = REFERENCE + NATURAL
@@ -163,11 +162,3 @@ def plan_of(
     plan = Plan.of(content, "front")
     stages(plan)
     return plan
-
-
-def _changed(raw: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a recipe with settings changed."""
-    changed = copy.deepcopy(dict(raw))
-    for key, value in settings.items():
-        override(changed, key, value)
-    return changed
