@@ -639,7 +639,7 @@ class TrainingConfig(Section):
         return 1 if self.accumulation_steps == "auto" else self.accumulation_steps
 
 
-class NaturalConfig(Section):
+class NaturalStartConfig(Section):
     """The natural training that ``start: natural`` does first, where it differs from the main one.
 
     Each value replaces the one of the same name in ``training``.
@@ -732,7 +732,7 @@ class RunConfig(Section):
     """Where the start names classes hardly better than by chance, because its classes have another
     order or images are standardised twice or never: stop before the first step, say so, or say
     nothing."""
-    natural: NaturalConfig = NaturalConfig()
+    natural: NaturalStartConfig = NaturalStartConfig()
     """The natural training of ``start: natural``."""
     head: HeadConfig = HeadConfig()
     """The training of the head of ``start: robust:PATH``."""

@@ -21,7 +21,7 @@ from PIL import Image
 import cure
 from cure.config import DataConfig
 from cure.data import load_split
-from cure.data.decode import Cell, Treatment, decode, open_image
+from cure.data.decode import EncodedImage, Treatment, decode, open_image
 from cure.runs.folder import RunFolder
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "export_and_serve.py"
@@ -114,6 +114,6 @@ def test_photographs_are_read_as_in_training(mode: str, fit: str) -> None:
     needs = {"size": [16, 16], "channels": 3, "resize": 16, "fit": fit, "background": "white"}
     ours = runpy.run_path(str(EXAMPLE))["read_image"](content, needs)
     config = DataConfig(source="x", resize=16, fit=fit, color="rgb")
-    cell = Cell(lambda: open_image(io.BytesIO(content)), "it")
+    cell = EncodedImage(lambda: open_image(io.BytesIO(content)), "it")
     theirs = decode([cell], 1, Treatment.of(config)).image
     assert np.array_equal(ours, theirs.numpy().astype(np.float32) / 255)

@@ -36,7 +36,7 @@ from test_ard import (
 
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import TeacherConfig
-from cure.methods.iad import IadConfig, reliability
+from cure.methods.iad import IadConfig, teacher_reliability
 from cure.recipe import load_recipe
 
 both_forms = pytest.mark.parametrize("form", ["I", "II"])
@@ -87,10 +87,12 @@ def form_two(
 def test_reliability_as_a_number():
     """Chances .25 and .0625 of the label to the power of one half."""
     logits = torch.tensor([[0.25, 0.5, 0.25], [0.0625, 0.5, 0.4375]], dtype=torch.float64).log()
-    assert reliability(logits, torch.tensor([2, 0]), 0.5).tolist() == pytest.approx([0.5, 0.25])
+    assert teacher_reliability(logits, torch.tensor([2, 0]), 0.5).tolist() == pytest.approx(
+        [0.5, 0.25]
+    )
     sure = torch.tensor([[1000.0, 0.0, 0.0]])
-    assert reliability(sure, torch.tensor([0]), 0.1).tolist() == [1.0]
-    assert reliability(sure, torch.tensor([1]), 0.1).tolist() == [0.0]
+    assert teacher_reliability(sure, torch.tensor([0]), 0.1).tolist() == [1.0]
+    assert teacher_reliability(sure, torch.tensor([1]), 0.1).tolist() == [0.0]
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -21,7 +21,7 @@ from cure.methods import METHODS, AdversarialBatch, Method, StepOutput
 from cure.methods.at import AT
 from cure.methods.step import holding
 from cure.methods.wrappers.averaging import Averaging
-from cure.methods.wrappers.awp import AWP, keeping_buffers, perturbation
+from cure.methods.wrappers.awp import AWP, keeping_buffers, weight_perturbation
 
 every_method = pytest.mark.parametrize("name", METHODS.names())
 
@@ -66,7 +66,7 @@ def test_perturbation_by_hand():
         "linear.bias": (torch.ones(3), torch.ones(3)),
         "table.bias": (torch.ones(3, 3), torch.ones(3, 3)),
     }
-    found = perturbation(
+    found = weight_perturbation(
         {name: weight for name, (weight, _) in values.items()},
         {name: gradient for name, (_, gradient) in values.items()},
         0.1,
@@ -77,7 +77,9 @@ def test_perturbation_by_hand():
 
 
 def test_a_tensor_without_a_gradient_stays():
-    found = perturbation({"a.weight": torch.ones(2, 2)}, {"a.weight": torch.zeros(2, 2)}, 0.1)
+    found = weight_perturbation(
+        {"a.weight": torch.ones(2, 2)}, {"a.weight": torch.zeros(2, 2)}, 0.1
+    )
     assert torch.equal(found["a.weight"], torch.zeros(2, 2))
 
 

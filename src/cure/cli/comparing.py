@@ -19,7 +19,7 @@ from cure.cli.options import (
     words,
 )
 from cure.cli.printing import print_run_ended, print_table, say, warn
-from cure.cli.status import Status
+from cure.cli.status import ExitStatus
 from cure.errors import ConfigError, TrainingStopped
 from cure.registry import METHODS
 
@@ -289,7 +289,7 @@ def tradeoff(
     reached = f"natural {found.chosen.natural:.1f} %, robust {found.chosen.robust:.1f} %"
     if not found.met:
         warn(f"no point has a {asked}; the nearest has {reached}")
-        raise typer.Exit(Status.UNFINISHED)
+        raise typer.Exit(ExitStatus.UNFINISHED)
     say(f"chosen: {reached} of {found.chosen.n:,} validation images")
     if found.strong is not None:
         low, high = found.strong.robust_interval

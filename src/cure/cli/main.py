@@ -15,7 +15,7 @@ import typer
 from cure.cli import comparing, measuring, training
 from cure.cli.analyse import analyse
 from cure.cli.printing import QUIET, SEVERAL, err, warn
-from cure.cli.status import Status
+from cure.cli.status import ExitStatus
 from cure.errors import (
     ConfigError,
     CureError,
@@ -137,7 +137,7 @@ def main() -> None:
         try:
             app()
         except SystemExit as ended:
-            if SEVERAL and ended.code in (None, 0, Status.UNFINISHED, Status.NOT_MET):
+            if SEVERAL and ended.code in (None, 0, ExitStatus.UNFINISHED, ExitStatus.NOT_MET):
                 from cure.utils.distributed import leave
 
                 leave()
@@ -150,7 +150,7 @@ def main() -> None:
             traceback.print_exception(error)
         stopped = isinstance(said, Interrupted)
         _say("stopped" if stopped else "error", said)
-        status = Status.INTERRUPTED if stopped else Status.USER_MISTAKE
+        status = ExitStatus.INTERRUPTED if stopped else ExitStatus.USER_MISTAKE
         if SEVERAL:
             # At once: the launcher reports the first rank that ended, and gloo's threads can abort
             # an interpreter that ends slowly while other ranks close their connections.
@@ -160,4 +160,4 @@ def main() -> None:
         sys.exit(status)
     except KeyboardInterrupt:
         err.print("interrupted")
-        sys.exit(Status.INTERRUPTED)
+        sys.exit(ExitStatus.INTERRUPTED)

@@ -29,7 +29,7 @@ from cure.cli.printing import (
     say,
     show_progress,
 )
-from cure.cli.status import Status
+from cure.cli.status import ExitStatus
 from cure.errors import ConfigError
 
 Precision = StrEnum("Precision", ["fp32", "bf16_attack"])
@@ -153,7 +153,7 @@ def evaluate(
         found = api.verify(verify, target, epsilon=epsilon, norm=norm, output=output, **options)
         print_verification(found)
         if not found["holds"]:
-            sys.exit(Status.FAILED_CHECK)
+            sys.exit(ExitStatus.FAILED_CHECK)
         return
     if shards is not None and shard is None:
         result = _in_shards(target, shards, output, jobs, cluster, shared, arguments)
@@ -173,9 +173,9 @@ def evaluate(
     if not QUIET and sarif is not None:
         write_sarif(sarif, result, target)
     if is_unfinished(result):
-        sys.exit(Status.UNFINISHED)
+        sys.exit(ExitStatus.UNFINISHED)
     if not all(row["met"] for row in result.get("requirements", ())):
-        sys.exit(Status.NOT_MET)
+        sys.exit(ExitStatus.NOT_MET)
 
 
 def _only_verify(others: dict[str, Any]) -> None:
@@ -280,4 +280,4 @@ def diagnose(
         )
     print_diagnosis(result)
     if result["verdict"] == "fail":
-        raise typer.Exit(Status.FAILED_CHECK)
+        raise typer.Exit(ExitStatus.FAILED_CHECK)

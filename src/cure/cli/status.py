@@ -3,7 +3,7 @@
 from enum import IntEnum
 
 
-class Status(IntEnum):
+class ExitStatus(IntEnum):
     """How a command ended, as the shell sees it."""
 
     FAILED_CHECK = 1

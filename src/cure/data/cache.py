@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from cure.config import DataConfig
 from cure.data.decode import (
-    Cell,
     Decoded,
+    EncodedImage,
     Failure,
     Pixels,
     Treatment,
@@ -32,7 +32,7 @@ from cure.data.decode import (
 )
 from cure.data.images import Findings
 from cure.data.lazy import LazyImages
-from cure.data.readers import Table, encoded_cell
+from cure.data.readers import ImageTable, encoded_cell
 from cure.errors import CheckpointError, DataError
 from cure.utils.io import read_json, write_atomically, write_json
 
@@ -73,7 +73,7 @@ class CachePlace:
 
 
 def decode_rows(
-    table: Table, rows: NDArray[np.int64], config: DataConfig, place: CachePlace
+    table: ImageTable, rows: NDArray[np.int64], config: DataConfig, place: CachePlace
 ) -> Decoded:
     """The images of some rows, where ``data.cache`` wants them; every one is decoded once here.
 
@@ -102,11 +102,11 @@ def decode_rows(
 class _Wanted:
     """Some rows of a table and what is done to them."""
 
-    table: Table
+    table: ImageTable
     rows: NDArray[np.int64]
     treatment: Treatment
 
-    def cells(self) -> Iterable[Cell]:
+    def cells(self) -> Iterable[EncodedImage]:
         return self.table.cells(self.rows.tolist())
 
 
@@ -152,7 +152,7 @@ def _key(wanted: _Wanted) -> tuple[str, list[str]]:
     return total.hexdigest(), names
 
 
-def _content(cell: Cell) -> bytes | None:
+def _content(cell: EncodedImage) -> bytes | None:
     """The encoded image; None where it cannot be read, which is said when it is decoded."""
     assert cell.content is not None, "only sources are cached, not Python objects"
     try:
@@ -339,7 +339,7 @@ def _on_demand(wanted: _Wanted, place: CachePlace) -> Decoded:
     return replace(decoded, lazy=LazyImages(read, decoded.kept, (channels, height, width)))
 
 
-def _looked_up(wanted: _Wanted) -> Callable[[int], Cell]:
+def _looked_up(wanted: _Wanted) -> Callable[[int], EncodedImage]:
     return lambda row: next(iter(wanted.table.cells([int(wanted.rows[row])])))
 
 
@@ -352,7 +352,7 @@ class _Spool:
         self.ends = [0]
         self.names: list[str] = []
 
-    def taken(self, cells: Iterable[Cell]) -> Iterator[Cell]:
+    def taken(self, cells: Iterable[EncodedImage]) -> Iterator[EncodedImage]:
         """The same cells, once their content is in the file."""
         for cell in cells:
             content = _content(cell) or b""
@@ -361,7 +361,7 @@ class _Spool:
             self.names.append(cell.name)
             yield cell
 
-    def cell(self, row: int) -> Cell:
+    def cell(self, row: int) -> EncodedImage:
         """The cell of an image, from the file."""
         first, end = self.ends[row : row + 2]
         return encoded_cell(

@@ -54,7 +54,7 @@ _NAMED = 10
 
 
 @dataclass(frozen=True)
-class Cell:
+class EncodedImage:
     """One image before it is decoded.
 
     Attributes:
@@ -315,7 +315,7 @@ def _resized(image: Any, side: int, fit: str) -> Any:
     return image
 
 
-def decode(cells: Iterable[Cell], count: int, treatment: Treatment) -> Decoded:
+def decode(cells: Iterable[EncodedImage], count: int, treatment: Treatment) -> Decoded:
     """Decode ``count`` images in a few threads into one tensor.
 
     Args:
@@ -334,10 +334,12 @@ def decode(cells: Iterable[Cell], count: int, treatment: Treatment) -> Decoded:
     return replace(decoded, image=image)
 
 
-def decode_to(sink: Sink, cells: Iterable[Cell], count: int, treatment: Treatment) -> Decoded:
+def decode_to(
+    sink: Sink, cells: Iterable[EncodedImage], count: int, treatment: Treatment
+) -> Decoded:
     """:func:`decode` into a sink; the images of the result have no values."""
 
-    def decode_chunk(chunk: list[Cell]) -> list[Picture | Failure]:
+    def decode_chunk(chunk: list[EncodedImage]) -> list[Picture | Failure]:
         return [decode_one(cell, treatment) for cell in chunk]
 
     stack = _Stack(count, sink)
@@ -408,16 +410,16 @@ class _Stack:
         return Decoded(image, np.array(self.kept, dtype=np.int64), findings, tuple(self.failures))
 
 
-def damaged(cells: Iterable[Cell]) -> list[Failure]:
+def damaged(cells: Iterable[EncodedImage]) -> list[Failure]:
     """The images that cannot be read."""
     return [one for cell in cells if isinstance(one := decode_one(cell, Treatment()), Failure)]
 
 
-def file_cell(path: Path) -> Cell:
+def file_cell(path: Path) -> EncodedImage:
     """The cell of an image file."""
     # TGA has no mark of its own: any file might be one.
     more = ("TGA",) if path.suffix.lower() == ".tga" else ()
-    return Cell(lambda: open_image(path, more), f"'{path}'", path.read_bytes)
+    return EncodedImage(lambda: open_image(path, more), f"'{path}'", path.read_bytes)
 
 
 def set_side(side: int) -> str:
@@ -444,7 +446,7 @@ def failures_text(failures: Sequence[Failure]) -> str:
     )
 
 
-def decode_one(cell: Cell, treatment: Treatment) -> Picture | Failure:
+def decode_one(cell: EncodedImage, treatment: Treatment) -> Picture | Failure:
     """One image, or why it cannot be used."""
     try:
         return _convert(cell.open(), treatment)

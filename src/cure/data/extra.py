@@ -15,7 +15,7 @@ from cure.data.cache import CachePlace, decode_rows
 from cure.data.decode import failures_text
 from cure.data.images import ImageSet, Skipped
 from cure.data.leaks import UNUSUAL, Describe, nearest, resembling, threshold
-from cure.data.readers import UNLABELLED, Table
+from cure.data.readers import UNLABELLED, ImageTable
 from cure.data.sources import load, open_source, training_split
 from cure.errors import DataError
 from cure.utils.stats import at_least
@@ -201,7 +201,7 @@ def load_extra(config: DataConfig, training: ImageSet, place: CachePlace | None 
     return found
 
 
-def _labels(table: Table, classes: tuple[str, ...], name: str) -> NDArray[np.int64]:
+def _labels(table: ImageTable, classes: tuple[str, ...], name: str) -> NDArray[np.int64]:
     """Labels of extra images in the numbering of the training images."""
     label = table.label
     expected = f"expected extra images of the {len(classes)} classes of the run in '{name}'"

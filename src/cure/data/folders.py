@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from cure.config import DataConfig
-from cure.data.decode import Cell, file_cell, file_kind
+from cure.data.decode import EncodedImage, file_cell, file_kind
 from cure.data.images import Skipped
 from cure.data.labels_file import LabelRow, read_label_files, unread_tables
 from cure.data.original import read_original
@@ -26,8 +26,8 @@ from cure.data.readers import (
     TRAIN_SPLITS,
     UNLABELLED,
     VALIDATION_SPLITS,
+    ImageTable,
     Splits,
-    Table,
     find_parquet,
     find_parquet_below,
     hold_images,
@@ -129,7 +129,9 @@ def read_loose(folder: Path, config: DataConfig) -> Splits | None:
         return _named_images(folder, config)
     label = np.full(len(images), UNLABELLED)
     reasons = Counter(other_file(path) for path in files if file_kind(path) == "other")
-    table = Table(label, None, partial(path_cells, images), as_skipped(reasons), any_order=True)
+    table = ImageTable(
+        label, None, partial(path_cells, images), as_skipped(reasons), any_order=True
+    )
     return {config.train_split: lambda: table}
 
 
@@ -185,7 +187,7 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
             found, reasons = images_below(other)
             reasons["images", f"'{other.name}' is no split with class folders"] += len(found)
             beside.update(reasons)
-    found_splits: dict[str, partial[Table]] = {}
+    found_splits: dict[str, partial[ImageTable]] = {}
     for path in splits:
         labelled = labelled_images(path, config, path.name)
         if labelled is not None:
@@ -223,7 +225,7 @@ def _only(folder: Path) -> Path | None:
     return None if any(file_kind(file) != "other" for file in beside) else inside[0]
 
 
-def _first(splits: Splits) -> Table:
+def _first(splits: Splits) -> ImageTable:
     return next(iter(splits.values()))()
 
 
@@ -278,7 +280,7 @@ def _descended(folder: Path, config: DataConfig) -> Path:
 # Class folders.
 
 
-def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
+def _class_table(folder: Path, beside: Reasons, complete: bool) -> ImageTable:
     """One split of images in class folders.
 
     Args:
@@ -314,7 +316,7 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> Table:
         files.append(found)
         reasons.update(left_out)
     paths, labels = dealt(files)
-    return Table(
+    return ImageTable(
         np.array(labels, dtype=np.int64),
         names,
         partial(path_cells, paths),
@@ -338,7 +340,7 @@ def dealt(files: Sequence[Sequence[Path]]) -> tuple[list[Path], list[int]]:
     return [path for path, _ in pairs], [label for _, label in pairs]
 
 
-def path_cells(paths: Sequence[Path], rows: Sequence[int]) -> Iterator[Cell]:
+def path_cells(paths: Sequence[Path], rows: Sequence[int]) -> Iterator[EncodedImage]:
     """The cells of some image files."""
     return (file_cell(paths[row]) for row in rows)
 
@@ -454,10 +456,10 @@ def _or_by_name(images: Sequence[Path]) -> str:
 
 def _labelled_table(
     rows: Sequence[LabelRow], skipped: tuple[Skipped, ...], notes: tuple[str, ...] = ()
-) -> Table:
+) -> ImageTable:
     classes = in_order(row.label for row in rows)
     paths, labels = dealt([[r.path for r in rows if r.label == name] for name in classes])
     label = np.array(labels, dtype=np.int64)
     cells = partial(path_cells, paths)
     notes += order_notes(classes)
-    return Table(label, classes, cells, skipped, notes, any_order=True)
+    return ImageTable(label, classes, cells, skipped, notes, any_order=True)

@@ -27,7 +27,7 @@ from torch.utils.data import (
 
 from cure.config import DataConfig
 from cure.data import labels_file
-from cure.data.decode import Cell, Treatment, decode, failures_text, file_cell
+from cure.data.decode import EncodedImage, Treatment, decode, failures_text, file_cell
 from cure.data.images import ImageSet
 from cure.data.readers import (
     IMAGE_COLUMNS,
@@ -35,7 +35,7 @@ from cure.data.readers import (
     TEST_SPLITS,
     TRAIN_SPLITS,
     VALIDATION_SPLITS,
-    Table,
+    ImageTable,
     array_cells,
     dataset_table,
     listing,
@@ -91,7 +91,7 @@ def as_images(
         pixels = given.rows(slice(None)).cpu().permute(0, 2, 3, 1).numpy()
         squeezed = pixels[..., 0] if pixels.shape[3] == 1 else pixels
         label = given.label.cpu().numpy()
-        table = Table(label, given.classes, partial(array_cells, squeezed, given.split))
+        table = ImageTable(label, given.classes, partial(array_cells, squeezed, given.split))
         return _decoded(table, given.split, given.name, treatment, config, limit)
     table, classes = _table(given, split, config or DataConfig(source="memory"))
     if classes is not None and table.classes is None:
@@ -105,7 +105,7 @@ def is_object(given: Any) -> bool:
 
 
 def _decoded(
-    table: Table,
+    table: ImageTable,
     split: str,
     name: str,
     treatment: Treatment,
@@ -130,7 +130,7 @@ def _decoded(
     return images.checked()
 
 
-def _table(given: Any, split: str, config: DataConfig) -> tuple[Table, tuple[str, ...] | None]:
+def _table(given: Any, split: str, config: DataConfig) -> tuple[ImageTable, tuple[str, ...] | None]:
     """The object as a table, and the class names that it carries besides."""
     if hasattr(given, "columns") and hasattr(given, "to_dict"):  # a data frame
         given = {str(name): list(given[name]) for name in given.columns}
@@ -185,7 +185,7 @@ def _is_hub_dataset(given: Any) -> bool:
 
 def _table_of_mapping(
     given: Mapping[Any, Any], split: str, config: DataConfig
-) -> tuple[Table, tuple[str, ...] | None]:
+) -> tuple[ImageTable, tuple[str, ...] | None]:
     """A dictionary of splits, or one of images and labels."""
     lower = {str(key).lower(): key for key in given}
     images = next((lower[key] for key in _IMAGES if key in lower), None)
@@ -212,13 +212,13 @@ def _table_of_mapping(
         theirs, _ = _table(given[train], "train", config)
         if theirs.classes is not None and set(table.classes) <= set(theirs.classes):
             order = np.array([theirs.classes.index(name) for name in table.classes])
-            table = Table(order[table.label], theirs.classes, table.cells)
+            table = ImageTable(order[table.label], theirs.classes, table.cells)
     return table, classes
 
 
 def _table_of_loader(
     loader: DataLoader[Any], split: str, config: DataConfig
-) -> tuple[Table, tuple[str, ...] | None]:
+) -> tuple[ImageTable, tuple[str, ...] | None]:
     """The images that a loader gives, in the order of its data set where that is known."""
     data, sampler = loader.dataset, loader.sampler
     whole = isinstance(sampler, SequentialSampler) or (
@@ -274,13 +274,13 @@ def _class_names(given: Any) -> tuple[str, ...] | None:
 # Items.
 
 
-def _table_of_items(given: Any, split: str) -> Table:
+def _table_of_items(given: Any, split: str) -> ImageTable:
     """A data set of (image, label) items. Each item is read twice: its label, then its image."""
     labels = _targets(given)
     if labels is None:
         labels = [_pair_of_item(_item(given, row))[1] for row in range(len(given))]
 
-    def cells(rows: Sequence[int]) -> Iterator[Cell]:
+    def cells(rows: Sequence[int]) -> Iterator[EncodedImage]:
         # Read here, one after another: a data set may not be safe in several threads.
         for row in rows:
             name = f"item {row} of {split}"
@@ -289,12 +289,12 @@ def _table_of_items(given: Any, split: str) -> Table:
                 name = cell.name
                 picture = cell.open()
             except (DataError, OSError, ValueError) as error:
-                yield Cell(partial(_raise, error), name)
+                yield EncodedImage(partial(_raise, error), name)
             else:
-                yield Cell(partial(_same, picture), name)
+                yield EncodedImage(partial(_same, picture), name)
 
     label, classes = _labels(labels, len(given))
-    return Table(label, classes, cells)
+    return ImageTable(label, classes, cells)
 
 
 def _item(given: Any, row: int) -> Any:
@@ -314,11 +314,11 @@ def _item(given: Any, row: int) -> Any:
         ) from error
 
 
-def _cell(image: Any, name: str) -> Cell:
+def _cell(image: Any, name: str) -> EncodedImage:
     """The cell of an image, or of the path of one."""
     if isinstance(image, str | os.PathLike):
         return file_cell(Path(image).expanduser())
-    return Cell(partial(_as_picture, image), name)
+    return EncodedImage(partial(_as_picture, image), name)
 
 
 def _raise(error: Exception) -> Any:
@@ -398,7 +398,7 @@ def _array(value: Any) -> NDArray[Any]:
         ) from None
 
 
-def _table_of_pair(pair: Sequence[Any], split: str) -> Table:
+def _table_of_pair(pair: Sequence[Any], split: str) -> ImageTable:
     """(images, labels)."""
     if len(pair) != 2:
         raise DataError(f"{EXPECTED}, got {len(pair)} parts; pass (images, labels)")
@@ -406,11 +406,11 @@ def _table_of_pair(pair: Sequence[Any], split: str) -> Table:
     if isinstance(given, Sequence) and len(given) and not isinstance(given[0], int | float):
         pictures = list(given)
 
-        def listed(rows: Sequence[int]) -> Iterator[Cell]:
+        def listed(rows: Sequence[int]) -> Iterator[EncodedImage]:
             return (_cell(pictures[row], f"image {row} of {split}") for row in rows)
 
         label, classes = _labels(labels, len(pictures))
-        return Table(label, classes, listed)
+        return ImageTable(label, classes, listed)
     pixels = _nhwc(_array(given))
     if pixels.size and pixels.dtype.kind in "iu" and pixels.max() == 1:
         raise DataError(
@@ -418,7 +418,7 @@ def _table_of_pair(pair: Sequence[Any], split: str) -> Table:
             "floats or booleans"
         )
     label, classes = _labels(labels, len(pixels))
-    return Table(label, classes, partial(array_cells, _levels(pixels), split))
+    return ImageTable(label, classes, partial(array_cells, _levels(pixels), split))
 
 
 def _nhwc(pixels: NDArray[Any]) -> NDArray[Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cure.config import DataConfig
-from cure.data.readers import Splits, Table, array_cells, dataset_table, listing
+from cure.data.readers import ImageTable, Splits, array_cells, dataset_table, listing
 from cure.errors import DataError
 from cure.utils.io import first_line
 
@@ -200,7 +200,7 @@ def _names(path: Path, key: str) -> tuple[str, ...]:
     return tuple(_text(name) for name in names)
 
 
-def _cifar_table(files: list[Path], key: str, names: tuple[str, ...]) -> Table:
+def _cifar_table(files: list[Path], key: str, names: tuple[str, ...]) -> ImageTable:
     pixels, labels = [], []
     for path in files:
         content = read_plain_pickle(path)
@@ -220,7 +220,7 @@ def _cifar_table(files: list[Path], key: str, names: tuple[str, ...]) -> Table:
         pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += label
     cells = partial(array_cells, np.concatenate(pixels), files[0].name)
-    return Table(np.array(labels, dtype=np.int64), names, cells, any_order=True)
+    return ImageTable(np.array(labels, dtype=np.int64), names, cells, any_order=True)
 
 
 # MNIST.
@@ -248,7 +248,7 @@ def _mnist(found: dict[Path, re.Match[str]], folder: Path, config: DataConfig) -
     return splits
 
 
-def _idx_table(images: Path, labels: Path, split: str) -> Table:
+def _idx_table(images: Path, labels: Path, split: str) -> ImageTable:
     pixels, label = _idx(images), _idx(labels)
     if pixels.ndim not in (3, 4) or label.ndim != 1 or len(label) != len(pixels):
         raise DataError(
@@ -256,7 +256,7 @@ def _idx_table(images: Path, labels: Path, split: str) -> Table:
             f"shapes {list(pixels.shape)} and {list(label.shape)}; download both files again"
         )
     cells = partial(array_cells, pixels, split)
-    return Table(label.astype(np.int64), None, cells, any_order=True)
+    return ImageTable(label.astype(np.int64), None, cells, any_order=True)
 
 
 def _idx(path: Path) -> NDArray[np.uint8]:

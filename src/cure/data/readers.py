@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cure.config import DataConfig
-from cure.data.decode import Cell, open_image
+from cure.data.decode import EncodedImage, open_image
 from cure.data.images import Skipped
 from cure.errors import DataError
 from cure.utils.io import first_line
@@ -46,7 +46,7 @@ _ROWS = 256
 
 
 @dataclass(frozen=True)
-class Table:
+class ImageTable:
     """One split before it is decoded.
 
     Attributes:
@@ -60,13 +60,13 @@ class Table:
 
     label: NDArray[np.int64]
     classes: tuple[str, ...] | None
-    cells: Callable[[Sequence[int]], Iterable[Cell]]
+    cells: Callable[[Sequence[int]], Iterable[EncodedImage]]
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     any_order: bool = False
 
 
-Splits = Mapping[str, Callable[[], Table]]
+Splits = Mapping[str, Callable[[], ImageTable]]
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
@@ -106,12 +106,12 @@ def read_digits(config: DataConfig) -> Splits:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey, 0..16 scaled to 0..255."""
     from sklearn.datasets import load_digits
 
-    def table() -> Table:
+    def table() -> ImageTable:
         bunch = load_digits()
         pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
         names = tuple(str(name) for name in bunch.target_names)
         label = bunch.target.astype(np.int64)
-        return Table(label, names, partial(array_cells, pixels, "digits"), any_order=True)
+        return ImageTable(label, names, partial(array_cells, pixels, "digits"), any_order=True)
 
     return {config.train_split: table}
 
@@ -171,7 +171,7 @@ def read_parquet(files: Sequence[Path], config: DataConfig) -> Splits:
     }
 
 
-def _parquet_table(split: str, files: Sequence[Path], config: DataConfig) -> Table:
+def _parquet_table(split: str, files: Sequence[Path], config: DataConfig) -> ImageTable:
     import datasets
     import pyarrow
     import pyarrow.parquet
@@ -239,7 +239,7 @@ def read_hub(name: str, subset: str | None, config: DataConfig, otherwise: str) 
     return {split: partial(dataset_table, name, split, found[split], config) for split in found}
 
 
-def dataset_table(name: str, split: str, dataset: Any, config: DataConfig) -> Table:
+def dataset_table(name: str, split: str, dataset: Any, config: DataConfig) -> ImageTable:
     """A split of Hugging Face ``datasets``."""
     import datasets
 
@@ -267,7 +267,7 @@ def _arrow_table(
     where: str,
     split: str,
     config: DataConfig,
-) -> Table:
+) -> ImageTable:
     """A table of which ``batches(column)`` gives the arrow arrays of a column in order."""
     import datasets
     import pyarrow
@@ -298,7 +298,7 @@ def _arrow_table(
             f"{kind}; set data.label_column to one of {listing(columns)}, or number the classes"
         )
 
-    def cells(rows: Sequence[int]) -> Iterator[Cell]:
+    def cells(rows: Sequence[int]) -> Iterator[EncodedImage]:
         wanted = iter(rows)
         row = next(wanted, None)
         start = 0
@@ -332,7 +332,7 @@ def _arrow_table(
     if label in texts:
         values = [str(value) for array in arrays for value in array.to_pylist()]
         named, classes = named_labels(values)
-        return Table(named, classes, cells, notes=(*notes, *order_notes(classes)))
+        return ImageTable(named, classes, cells, notes=(*notes, *order_notes(classes)))
     given = [array.to_numpy(zero_copy_only=False) for array in arrays]
     found = np.concatenate(given or [np.empty(0, np.int64)])
     whole = found.astype(np.int64)
@@ -343,7 +343,7 @@ def _arrow_table(
             "another column, or number the classes"
         )
     names = tuple(features[label].names) if label in class_labels else None
-    return Table(whole, names, cells, notes=notes)
+    return ImageTable(whole, names, cells, notes=notes)
 
 
 def labels_repeat(labels: Iterable[str]) -> bool:
@@ -370,7 +370,7 @@ def _is_encoded(kind: Any) -> bool:
     return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
-def _encoded_cell(value: Any, name: str) -> Cell:
+def _encoded_cell(value: Any, name: str) -> EncodedImage:
     content, path = (value, None) if not isinstance(value, dict) else _bytes_and_path(value)
     if path:
         name = f"{name} ('{os.path.basename(path)}')"
@@ -386,9 +386,9 @@ def _encoded_cell(value: Any, name: str) -> Cell:
     return encoded_cell(encoded, name)
 
 
-def encoded_cell(content: Callable[[], bytes], name: str) -> Cell:
+def encoded_cell(content: Callable[[], bytes], name: str) -> EncodedImage:
     """The cell of an image of which ``content`` gives the encoded bytes."""
-    return Cell(lambda: open_image(io.BytesIO(content())), name, content)
+    return EncodedImage(lambda: open_image(io.BytesIO(content())), name, content)
 
 
 def _bytes_and_path(value: Mapping[str, Any]) -> tuple[bytes | None, str | None]:
@@ -476,7 +476,7 @@ def _npz_split(name: str, bases: Sequence[str]) -> str | None:
     return None
 
 
-def _npz_table(path: Path, split: str, image: str, label: str | None) -> Table:
+def _npz_table(path: Path, split: str, image: str, label: str | None) -> ImageTable:
     with _open_npz(path) as file:
         pixels = _array(file, image, path)
         none = np.full(len(pixels), UNLABELLED)
@@ -497,8 +497,8 @@ def _npz_table(path: Path, split: str, image: str, label: str | None) -> Table:
     cells = partial(array_cells, pixels, split)
     if labels.dtype.kind == "U":
         numbers, classes = named_labels(labels.tolist())
-        return Table(numbers, classes, cells, notes=order_notes(classes), any_order=True)
-    return Table(labels.astype(np.int64), None, cells, any_order=True)
+        return ImageTable(numbers, classes, cells, notes=order_notes(classes), any_order=True)
+    return ImageTable(labels.astype(np.int64), None, cells, any_order=True)
 
 
 def _open_npz(path: Path) -> Any:
@@ -569,12 +569,14 @@ def _as_nhwc(pixels: NDArray[np.uint8], name: str, path: Path) -> NDArray[np.uin
     return nhwc[..., 0] if nhwc.shape[3] == 1 else nhwc
 
 
-def array_cells(pixels: NDArray[np.uint8], split: str, rows: Sequence[int]) -> Iterator[Cell]:
+def array_cells(
+    pixels: NDArray[np.uint8], split: str, rows: Sequence[int]
+) -> Iterator[EncodedImage]:
     """The cells of some rows of an array [N, H, W] or [N, H, W, C]."""
     for row in rows:
         one = np.ascontiguousarray(pixels[row])
         content = partial(_array_content, one)
-        yield Cell(partial(Image.fromarray, one), f"row {row} of {split}", content)
+        yield EncodedImage(partial(Image.fromarray, one), f"row {row} of {split}", content)
 
 
 def _array_content(pixels: NDArray[np.uint8]) -> bytes:

@@ -28,8 +28,8 @@ from cure.data.readers import (
     TEST_SPLITS,
     TRAIN_SPLITS,
     VALIDATION_SPLITS,
+    ImageTable,
     Splits,
-    Table,
     read_digits,
     read_hub,
     read_npz,
@@ -108,7 +108,7 @@ class _Opened:
 class _Chosen:
     """Rows of a table that make up a split, with labels in the numbering of the training split."""
 
-    table: Table
+    table: ImageTable
     label: NDArray[np.int64]
     rows: NDArray[np.int64]
     classes: tuple[str, ...]
@@ -559,7 +559,7 @@ def _rows(
     return rows
 
 
-def _classes(table: Table, name: str, split: str) -> tuple[str, ...]:
+def _classes(table: ImageTable, name: str, split: str) -> tuple[str, ...]:
     """Class names of a split whose labels are in order.
 
     Raises:
@@ -592,7 +592,7 @@ def _classes(table: Table, name: str, split: str) -> tuple[str, ...]:
 
 
 def _relabel(
-    table: Table, classes: tuple[str, ...], named: bool, name: str, split: str, key: str
+    table: ImageTable, classes: tuple[str, ...], named: bool, name: str, split: str, key: str
 ) -> NDArray[np.int64]:
     """Labels of the test split in the numbering of the training split.
 

@@ -27,9 +27,9 @@ from cure.methods.context import Context
 from cure.methods.standalone import check_batch, standalone
 from cure.methods.step import (
     AdversarialBatch,
+    LoopState,
     Metrics,
     PartMean,
-    Progress,
     Step,
     StepOutput,
     holding,
@@ -134,7 +134,7 @@ class Method(nn.Module, Generic[Attacked]):
         self.model = model
         self.config = config
         self.context = context
-        self.progress = Progress()
+        self.progress = LoopState()
         self.setup()
         if context.has_epochs is not None:
             self.train()

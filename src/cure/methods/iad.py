@@ -96,7 +96,7 @@ class IadBatch(AdversarialBatch):
             the adversarial images in form ``II``.
         natural_teacher_logits: form ``II``: of the natural teacher [B, K], for the adversarial
             images.
-        reliability: A [B], see :func:`reliability`; None before introspection begins.
+        reliability: A [B], see :func:`teacher_reliability`; None before introspection begins.
     """
 
     teacher_logits: Tensor
@@ -156,12 +156,14 @@ class IAD(Method[IadBatch]):
         if self.natural_teacher is None:
             teacher = self.teacher.logits(batch.image)
             if introspects:
-                reliable = reliability(self.teacher.logits(image), batch.label, self.config.beta)
+                reliable = teacher_reliability(
+                    self.teacher.logits(image), batch.label, self.config.beta
+                )
             return IadBatch(image, teacher, None, reliable)
         teacher = self.teacher.logits(image)
         natural = self.natural_teacher.logits(image)
         if introspects:
-            reliable = reliability(teacher, batch.label, self.config.beta)
+            reliable = teacher_reliability(teacher, batch.label, self.config.beta)
         return IadBatch(image, teacher, natural, reliable)
 
     def compute_loss(self, batch: Batch, attacked: IadBatch) -> StepOutput:
@@ -205,7 +207,7 @@ class IAD(Method[IadBatch]):
         return StepOutput(loss=loss, metrics={"loss": loss.detach(), **metrics})
 
 
-def reliability(opinion: Tensor, label: Tensor, beta: float) -> Tensor:
+def teacher_reliability(opinion: Tensor, label: Tensor, beta: float) -> Tensor:
     """``A_i = p_T(y_i | x_adv_i)^beta`` of each sample, [B] in [0, 1].
 
     Args:

@@ -182,7 +182,7 @@ class PartMean:
 
 
 @dataclass
-class Progress:
+class LoopState:
     """Where a method is in a training loop of the user's.
 
     Attributes:

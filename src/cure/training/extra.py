@@ -35,7 +35,7 @@ from cure.runs.folder import RunFolder
 from cure.runs.state import load_state, save_state
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating
-from cure.utils.sheet import Row, write_sheet
+from cure.utils.sheet import SheetRow, write_sheet
 
 COPIES = "copies.png"
 """Picture in a run: extra images beside the held-out images that they copy."""
@@ -59,7 +59,7 @@ class Extra:
     kept: Tensor
     found: int
     account: ExtraAccount | None
-    copies: tuple[Row, ...] = ()
+    copies: tuple[SheetRow, ...] = ()
 
     def save(self, folder: RunFolder) -> None:
         """Keep the choice of images and their labels in a run, and a picture of copies."""
@@ -106,7 +106,7 @@ def choose_extra(
     with engine.agreeing():
         extra_images(config.training.batch_size, config.data.extra_share)
         raw = load_extra(config.data, training, place)
-    copies: tuple[Row, ...] = ()
+    copies: tuple[SheetRow, ...] = ()
     if folder is not None and is_chosen(folder):
         state = load_state(_file(folder))
         if state["found"] != len(raw):
@@ -136,7 +136,7 @@ def _choose(
     engine: Engine,
     place: CachePlace | None,
     trained: nn.Module | None,
-) -> tuple[Tensor, Tensor, ExtraAccount, tuple[Row, ...]]:
+) -> tuple[Tensor, Tensor, ExtraAccount, tuple[SheetRow, ...]]:
     """Positions of the images that are trained on, their labels, what is told, and copies."""
     settings = config.data
     without = raw.label == UNLABELLED
@@ -188,7 +188,7 @@ def _choose(
 
 def _copies(
     raw: ImageSet, held: Mapping[str, ImageSet | str], leaks: tuple[Leaks, ...]
-) -> tuple[Row, ...]:
+) -> tuple[SheetRow, ...]:
     """Pairs of images, the most similar first; then those that a network suspects."""
     pairs = sorted(
         (
@@ -203,7 +203,7 @@ def _copies(
         for one in leaks
         for row, copied in zip(one.suspects or (), one.suspected, strict=True)
     ]
-    rows: list[Row] = []
+    rows: list[SheetRow] = []
     for similarity, split, row, copied in [*pairs, *suspected][:_PAIRS]:
         other = held[split]
         assert isinstance(other, ImageSet)

@@ -13,11 +13,11 @@ from cure.utils.io import write_atomically
 
 _GAP, _SMALLEST, _LEFT, _TOP = 4, 96, 150, 24
 
-Row = tuple[str, Sequence[NDArray[np.uint8]]]
+SheetRow = tuple[str, Sequence[NDArray[np.uint8]]]
 """A name and its pictures, [H, W, C] each, all of one size."""
 
 
-def write_sheet(path: Path, heads: Sequence[str], rows: Sequence[Row]) -> None:
+def write_sheet(path: Path, heads: Sequence[str], rows: Sequence[SheetRow]) -> None:
     """Write a picture of pictures.
 
     Args:

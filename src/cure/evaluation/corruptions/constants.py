@@ -26,25 +26,25 @@ Kind = Literal["length", "amount", "count", "whole length", "whole amount"]
 - ``whole ...``: the same, rounded to a whole number.
 """
 
-Row = tuple[float, ...]
+SeverityRow = tuple[float, ...]
 
 
-class Table(NamedTuple):
+class SeverityTable(NamedTuple):
     """The constants of one corruption: what kind each is, and five rows for each of two sizes."""
 
     kinds: tuple[Kind, ...]
-    cifar: tuple[Row, ...]
-    imagenet: tuple[Row, ...]
+    cifar: tuple[SeverityRow, ...]
+    imagenet: tuple[SeverityRow, ...]
 
 
-def _single(kind: Kind, cifar: Row, imagenet: Row) -> Table:
-    return Table((kind,), tuple((c,) for c in cifar), tuple((c,) for c in imagenet))
+def _single(kind: Kind, cifar: SeverityRow, imagenet: SeverityRow) -> SeverityTable:
+    return SeverityTable((kind,), tuple((c,) for c in cifar), tuple((c,) for c in imagenet))
 
 
 # The generator for ImageNet counts in 244 pixels where its images have 224.
 _SLIP = 244 / 224
 
-TABLES: dict[str, Table] = {
+TABLES: dict[str, SeverityTable] = {
     # Standard deviation.
     "gaussian_noise": _single(
         "amount", (0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)
@@ -62,33 +62,33 @@ TABLES: dict[str, Table] = {
     # Sigma.
     "gaussian_blur": _single("length", (0.4, 0.6, 0.7, 0.8, 1), (1, 2, 3, 4, 6)),
     # Radius of the disk, sigma that softens its edge.
-    "defocus_blur": Table(
+    "defocus_blur": SeverityTable(
         ("length", "amount"),
         ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
         ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
     ),
     # Sigma, longest way a pixel comes from, rounds.
-    "glass_blur": Table(
+    "glass_blur": SeverityTable(
         ("length", "whole length", "whole amount"),
         ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
         ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
     ),
     # Radius, sigma.
-    "motion_blur": Table(
+    "motion_blur": SeverityTable(
         ("whole length", "length"),
         ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
         ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
     ),
     # Largest factor, step.  ``np.arange(1, 1.06, 0.01)`` of the generators ends with 1.06, as
     # rounding has it, and ``np.arange(1, 1.11, 0.01)`` with 1.11; the others end a step earlier.
-    "zoom_blur": Table(
+    "zoom_blur": SeverityTable(
         ("amount", "amount"),
         ((1.06, 0.01), (1.11, 0.01), (1.15, 0.01), (1.20, 0.01), (1.25, 0.01)),
         ((1.11, 0.01), (1.15, 0.01), (1.20, 0.02), (1.24, 0.02), (1.30, 0.03)),
     ),
     # Mean and deviation of the flakes, zoom, threshold, radius and sigma of their fall, share of
     # the image that stays.
-    "snow": Table(
+    "snow": SeverityTable(
         ("amount", "amount", "amount", "amount", "whole length", "length", "amount"),
         (
             (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
@@ -106,13 +106,13 @@ TABLES: dict[str, Table] = {
         ),
     ),
     # Weight of the image, weight of the frost, scale of its photograph.
-    "frost": Table(
+    "frost": SeverityTable(
         ("amount", "amount", "length"),
         ((1, 0.2, 0.2), (1, 0.3, 0.2), (0.9, 0.4, 0.2), (0.85, 0.4, 0.2), (0.75, 0.45, 0.2)),
         ((1, 0.4, 1), (0.8, 0.6, 1), (0.7, 0.7, 1), (0.65, 0.7, 1), (0.6, 0.75, 1)),
     ),
     # Thickness, decay of the heights from one grid to the next finer one.
-    "fog": Table(
+    "fog": SeverityTable(
         ("amount", "amount"),
         ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
         ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
@@ -121,7 +121,7 @@ TABLES: dict[str, Table] = {
     "brightness": _single("amount", (0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
     # Mean, deviation and sigma of the liquid, threshold, strength (water) or sigma (mud), mud or
     # not.
-    "spatter": Table(
+    "spatter": SeverityTable(
         ("amount", "amount", "length", "amount", "amount", "whole amount"),
         (
             (0.62, 0.1, 0.7, 0.7, 0.5, 0),
@@ -141,7 +141,7 @@ TABLES: dict[str, Table] = {
     # Factor.
     "contrast": _single("amount", (0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
     # Strength and sigma of the displacement, shift of the affine map's points, in sides.
-    "elastic_transform": Table(
+    "elastic_transform": SeverityTable(
         ("amount", "amount", "amount"),
         ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
         tuple(
@@ -157,7 +157,7 @@ TABLES: dict[str, Table] = {
     # Quality.
     "jpeg_compression": _single("whole amount", (80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
     # Factor of the saturation of HSV, what is added to it.
-    "saturate": Table(
+    "saturate": SeverityTable(
         ("amount", "amount"),
         ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
         ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
@@ -166,7 +166,7 @@ TABLES: dict[str, Table] = {
 TABLES["frost_procedural"] = TABLES["frost"]
 
 
-def constants(name: str, severity: int, side: int) -> Row:
+def constants(name: str, severity: int, side: int) -> SeverityRow:
     """The constants of one corruption.
 
     With CIFAR's c and ImageNet's C: c up to a side of 32, C from 224 on, and in between

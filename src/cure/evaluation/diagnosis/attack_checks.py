@@ -13,8 +13,8 @@ from cure.attacks import Objective, perturb
 from cure.attacks.losses import MARGIN, cross_entropy
 from cure.evaluation.diagnosis.context import RESTARTS, CheckContext, RunAttack
 from cure.evaluation.diagnosis.table import (
+    CheckStatus,
     Finding,
-    Status,
     beyond,
     check,
     judged,
@@ -417,7 +417,7 @@ def total_gap(context: CheckContext) -> Finding:
         "all_attacks": short(100 * int(left.sum()) / context.count),
         **context.points(more),
     }
-    status: Status = "pass"
+    status: CheckStatus = "pass"
     if beyond(int(more.sum()), context.count) != "pass":
         warn, fail = TOTAL_GAP
         found = measured["points"]

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cure.evaluation.diagnosis.context import CheckContext
-from cure.evaluation.diagnosis.table import LEVEL, Finding, Status, beyond, check, judged, short
+from cure.evaluation.diagnosis.table import (
+    LEVEL,
+    CheckStatus,
+    Finding,
+    beyond,
+    check,
+    judged,
+    short,
+)
 from cure.models import Normalised
 from cure.utils.memory import is_out_of_memory
 from cure.utils.stats import at_least, balanced_accuracy, balanced_guessing, wilson
@@ -424,7 +432,7 @@ def gradients(context: CheckContext) -> Finding:
         "connected": context.model.connected,
         "error": context.model.error,
     }
-    status: Status = beyond(int(zero.sum()), len(zero))
+    status: CheckStatus = beyond(int(zero.sum()), len(zero))
     dead = _units_that_never_fire(context)
     measured["units_that_never_fire"] = {name: f"{n} of {of}" for name, (n, of) in dead.items()}
     named = "; ".join(f"{n} of {of} in '{name}'" for name, (n, of) in dead.items())

@@ -23,7 +23,7 @@ from cure.utils.stats import at_least
 if TYPE_CHECKING:
     from cure.evaluation.diagnosis.context import CheckContext
 
-Status = Literal["pass", "warn", "fail"]
+CheckStatus = Literal["pass", "warn", "fail"]
 
 LEVEL = 0.01
 """Probability, a check, of taking a limit that is just kept for broken."""
@@ -39,7 +39,7 @@ class Finding:
         meaning: what it means and, unless it passed, what to do.
     """
 
-    status: Status
+    status: CheckStatus
     measured: dict[str, Any]
     meaning: str
 
@@ -83,7 +83,7 @@ def check(
     return enter
 
 
-def beyond(count: int, trials: int, warn: float = 0.01, fail: float = 0.05) -> Status:
+def beyond(count: int, trials: int, warn: float = 0.01, fail: float = 0.05) -> CheckStatus:
     """Whether ``count`` of ``trials`` is certainly more than a share of ``warn``, of ``fail``.
 
     >>> [beyond(count, 200) for count in (6, 7, 18, 19)]
@@ -94,12 +94,12 @@ def beyond(count: int, trials: int, warn: float = 0.01, fail: float = 0.05) -> S
     return "warn" if at_least(count, trials, warn) < LEVEL else "pass"
 
 
-def worst(*statuses: Status) -> Status:
+def worst(*statuses: CheckStatus) -> CheckStatus:
     """The worst of several statuses."""
     return max(statuses, key=("pass", "warn", "fail").index)
 
 
-def judged(status: Status, measured: dict[str, Any], sound: str, unsound: str) -> Finding:
+def judged(status: CheckStatus, measured: dict[str, Any], sound: str, unsound: str) -> Finding:
     """A finding whose meaning depends on whether it passed."""
     return Finding(status, measured, sound if status == "pass" else unsound)
 

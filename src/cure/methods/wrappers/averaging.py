@@ -13,11 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cure.config import AveragingConfig
 from cure.methods.base import Method
 from cure.methods.step import Metrics
-from cure.methods.wrappers.base import Wrapper
+from cure.methods.wrappers.base import MethodWrapper
 from cure.utils.modes import modes_kept
 
 
-class Averaging(Wrapper):
+class Averaging(MethodWrapper):
     """``average <- average + share (weights - average)``, once averaging has begun.
 
     ``exponential``: share ``1 - decay``.  ``equal``: share ``1 / (n + 1)`` after n weights, which

@@ -14,14 +14,14 @@ from cure.config import WeightPerturbationConfig
 from cure.data.images import Batch
 from cure.methods.base import Method
 from cure.methods.step import AdversarialBatch, Metrics, PartMean, StepOutput
-from cure.methods.wrappers.base import Wrapper
+from cure.methods.wrappers.base import MethodWrapper
 from cure.utils.engine import Grads
 
 TINY = 1e-20
 """Keeps a tensor without a gradient from dividing by 0 (released code)."""
 
 
-def perturbation(weights: Mapping[str, Tensor], gradients: Grads, gamma: float) -> Grads:
+def weight_perturbation(weights: Mapping[str, Tensor], gradients: Grads, gamma: float) -> Grads:
     """The change of each weight tensor towards higher loss, ``gamma`` times as long as the tensor.
 
     ``v = gamma ||w||_F g / ||g||_F`` for tensors named ``weight`` of two or more dimensions
@@ -41,7 +41,7 @@ def perturbation(weights: Mapping[str, Tensor], gradients: Grads, gamma: float) 
     }
 
 
-class AWP(Wrapper):
+class AWP(MethodWrapper):
     """Gradients at ``theta + v``, where v makes the method's own loss larger: AWP.
 
     After the attack on theta, the loss is computed once at theta, which gives v, and once at
@@ -125,7 +125,7 @@ class AWP(Wrapper):
         """Move the weights to theta + v, where they stay unless what is done inside fails."""
         parameters = self.trainable()
         with torch.no_grad():
-            changes = perturbation(parameters, gradients, self.settings.gamma)
+            changes = weight_perturbation(parameters, gradients, self.settings.gamma)
             for name, change in changes.items():
                 before = parameters[name].clone()
                 parameters[name].add_(change)

@@ -12,10 +12,10 @@ from cure.errors import ConfigError
 from cure.methods.base import Method
 from cure.methods.context import Context
 from cure.methods.standalone import settings_of
-from cure.methods.step import AdversarialBatch, Metrics, Progress, StepOutput
+from cure.methods.step import AdversarialBatch, LoopState, Metrics, StepOutput
 
 
-class Wrapper(Method):
+class MethodWrapper(Method):
     """A method around another, ``inner``; by itself it changes nothing."""
 
     settings: Any
@@ -28,7 +28,7 @@ class Wrapper(Method):
         self.check(settings, inner.context)
         self.inner = inner
         self.settings = settings
-        self.progress = Progress()
+        self.progress = LoopState()
         self.config = inner.config
         self.context = inner.context
         self.soft_labels = inner.soft_labels  # type: ignore[misc]
