@@ -24,6 +24,8 @@ from PIL import Image
 from cure.cli.listing import listing
 from cure.cli.main import app
 from cure.errors import ModelError
+from cure.evaluation.corruptions.operations import CORRUPTIONS
+from cure.evaluation.diagnosis.table import CHECKS
 from cure.experiments.plan import entries, is_done, read_plan, results_of, write_tables
 from cure.models import save_weights
 from cure.recipe import load_recipe
@@ -197,6 +199,19 @@ def test_the_python_names_of_pages_exist(page: str, name: str) -> None:
         if not hasattr(found, part) and imported(".".join(parts[:number])) is None:
             pytest.skip("needs a package that is not installed")
         found = getattr(found, part)
+
+
+def test_the_numbers_of_checks_corruptions_and_studies_are_those_of_the_program() -> None:
+    corruptions = len(CORRUPTIONS) - 1  # Of two forms of frost one is used.
+    for path in PAGES:
+        text = path.read_text("utf-8")
+        assert set(re.findall(r"\[(\d+) checks\]", text)) <= {str(len(CHECKS))}, path.name
+        corrupted = set(re.findall(r"\[(\d+) natural corruptions\]", text))
+        assert corrupted <= {str(corruptions)}, path.name
+    assert f"[{len(CHECKS)} checks]" in README
+    assert f"[{corruptions} natural corruptions]" in README
+    assert len(listing("studies")) == 8
+    assert "[eight studies]" in README
 
 
 FILES = r"`((?:src|tests|benchmarks|examples|docs|results)/[\w./-]*\w)"

@@ -62,6 +62,17 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} '{name}'{hint} Known: {', '.join(names)}"
 
 
+def some(names: Iterable[str], most: int = 5) -> str:
+    """The first so many names in quotation marks, and how many more there are.
+
+    >>> some(["cat", "dog", "owl"], most=2)
+    "'cat', 'dog' and 1 more"
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"'{name}'" for name in names[:most]) + more
+
+
 class CureNote(UserWarning):
     """Something that was decided for the user, said once: what was found and what was done."""
 

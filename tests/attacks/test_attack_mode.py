@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cure.attacks import OBJECTIVES, PGD, Hooks, PerSample, Threat, attack_mode, perturb
 from cure.attacks.losses import with_cross_entropy
-from cure.methods.fat import EarlyStop
+from cure.methods.common.early_stop import EarlyStop
 
 MODES = ("eval", "train")
 

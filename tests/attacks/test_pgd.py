@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cure.attacks import OBJECTIVES, PGD, Threat, perturb
 from cure.attacks.losses import cross_entropy
-from cure.methods.fat import EarlyStop
+from cure.methods.common.early_stop import EarlyStop
 from cure.methods.las_at import OwnStrategy
 from cure.utils.random import generator
 

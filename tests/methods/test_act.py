@@ -28,7 +28,7 @@ from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import WeightPerturbationConfig
 from cure.methods import Method
 from cure.methods.act import ActConfig, concurrent_loss, concurrent_objective
-from cure.methods.wrappers.awp import AWP, perturbation
+from cure.methods.wrappers.awp import AWP, weight_perturbation
 from cure.recipe import load_recipe
 
 
@@ -262,7 +262,7 @@ def test_perturbed_weights_are_those_of_both_networks():
         for prefix, network in networks.items()
         for name, parameter in network.named_parameters()
     }
-    changes = perturbation(weights, gradients(), 0.1)
+    changes = weight_perturbation(weights, gradients(), 0.1)
     assert {name.startswith("natural/") for name in changes} == {True, False}
     with torch.no_grad():
         for name, change in changes.items():

@@ -29,6 +29,7 @@ from cure.analysis.render import (
 from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
 from cure.attacks import Threat, attack_mode
 from cure.attacks.registry import evaluation_attack
+from cure.attacks.threat import per_image
 from cure.data import batches
 from cure.errors import ConfigError
 from cure.evaluation.runner import Curve, Progress, Result, measure
@@ -71,7 +72,7 @@ def filter_normalised(model: nn.Module, draws: torch.Generator) -> dict[str, Ten
         drawn = torch.randn(weight.shape, generator=draws).to(weight)
         ours, theirs = (t.flatten(1).norm(dim=1) for t in (drawn, weight))
         scale = theirs / ours.clamp_min(torch.finfo(ours.dtype).tiny)
-        direction[name] = drawn * scale.view(-1, *[1] * (weight.dim() - 1))
+        direction[name] = drawn * per_image(scale, weight)
     return direction
 
 

@@ -22,6 +22,7 @@ from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs
 from cure.attacks import PGD, PerSample, Threat, attack_mode
 from cure.attacks.early_exit import PlainLayout, early_exit
 from cure.attacks.losses import MARGIN
+from cure.attacks.threat import per_image
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
 from cure.evaluation.runner import Progress, Result
@@ -147,7 +148,7 @@ def _along_the_line(
     high = torch.ones_like(low)
     for _ in range(10):
         middle = (low + high) / 2
-        share = middle.view(-1, *[1] * (image.dim() - 1))
+        share = per_image(middle, image)
         fooled = take((image[rows] + share * change).clamp(0, 1), rows)
         low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cure.attacks.pgd import attack_mode
 from cure.attacks.registry import EvaluationAttack, Part, add_attack
-from cure.attacks.threat import Threat
+from cure.attacks.threat import Threat, per_image
 from cure.errors import ConfigError
 from cure.utils.random import seeded
 
@@ -72,7 +72,7 @@ def smallest_change(
         for excess in (1e-4, 1e-3, 1e-2):
             right = network(changed).argmax(dim=1) == label
             further = (image + (1 + excess) * (found.detach() - image)).clamp(0, 1)
-            changed = torch.where(right.view(-1, *[1] * (image.dim() - 1)), further, changed)
+            changed = torch.where(per_image(right, image), further, changed)
     return changed
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.attacks.losses import CROSS_ENTROPY, Objective
-from cure.attacks.threat import Threat, drawn, per_sample
+from cure.attacks.threat import Threat, drawn, per_image, per_sample
 from cure.config import Ratio
 from cure.errors import ConfigError
 from cure.models.fuse import folded
@@ -331,7 +331,7 @@ class PGD:
                 other = attempt()
                 with torch.no_grad():
                     better = climbed(forward(other)) > climbed(forward(best).clone())
-                best = torch.where(better.reshape(-1, *[1] * (best.dim() - 1)), other, best)
+                best = torch.where(per_image(better, best), other, best)
             return best
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -238,6 +238,13 @@ def known_attacks() -> dict[str, str]:
         | {name: named[name] for name in sorted(named, key=attack_order)}
         | further
     )
+
+
+def check_attacks(names: Iterable[str]) -> None:
+    """Refuse an unknown attack before anything is read or computed."""
+    for name in names:
+        if name != "natural":
+            evaluation_attack(name)
 
 
 def attack_label(name: str) -> str:

@@ -14,6 +14,11 @@ from cure.errors import ConfigError
 from cure.utils.random import draw_for_batch
 
 
+def per_image(value: Tensor, like: Tensor) -> Tensor:
+    """One number an image [B], in a shape that broadcasts over ``like`` [B, ...]."""
+    return value.reshape(-1, *[1] * (like.dim() - 1))
+
+
 def per_sample(value: float | Tensor, like: Tensor) -> float | Tensor:
     """A number as it is, or one number a sample [B] so that it broadcasts over ``like`` [B, ...].
 
@@ -21,13 +26,13 @@ def per_sample(value: float | Tensor, like: Tensor) -> float | Tensor:
     """
     if not isinstance(value, Tensor):
         return float(value)
-    return value.to(like).reshape(-1, *[1] * (like.dim() - 1))
+    return per_image(value.to(like), like)
 
 
 def l2_norm(change: Tensor) -> Tensor:
     """Euclidean norm of each sample of [B, ...], as [B, 1, ...]."""
     length: Tensor = change.flatten(1).norm(dim=1)
-    return length.reshape(-1, *[1] * (change.dim() - 1))
+    return per_image(length, change)
 
 
 def drawn(
@@ -104,7 +109,7 @@ class Threat:
         if self.norm == "Linf":
             return gradient.sign()
         # Scaling by the largest entry first keeps tiny gradients from vanishing when squared.
-        largest = gradient.abs().flatten(1).amax(dim=1).reshape(-1, *[1] * (gradient.dim() - 1))
+        largest = per_image(gradient.abs().flatten(1).amax(dim=1), gradient)
         scaled = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
         return scaled / l2_norm(scaled).clamp_min(1e-12)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from cure.data.cache import CachePlace
 from cure.data.extra import ExtraAccount
 from cure.data.images import ImageSet, Skipped
 from cure.data.sources import load
-from cure.errors import DataError
+from cure.errors import DataError, some
 
 FEW = 10
 """A class with fewer training images is named."""
@@ -101,11 +101,11 @@ class DataAccount:
             )
         if self.few:
             found.append(
-                f"fewer than {FEW} training images in {_some(self.few)}; add images of them"
+                f"fewer than {FEW} training images in {some(self.few)}; add images of them"
             )
         for split, names in self.missing.items():
             found.append(
-                f"no {split} image of {_some(names)}; figures of that split say nothing of "
+                f"no {split} image of {some(names)}; figures of that split say nothing of "
                 f"{'it' if len(names) == 1 else 'them'}"
             )
         for splits, count in self.duplicates.items():
@@ -244,8 +244,3 @@ def _images(count: int) -> str:
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[1]}x{size[0]}"
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:_NAMED])
-    return shown + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

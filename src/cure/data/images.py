@@ -224,6 +224,11 @@ class ImageSet:
             return self
         return replace(self, image=self.rows(slice(None)), lazy=None)
 
+    def limited(self, most: int | None) -> ImageSet:
+        """The first so many images, or all; checked."""
+        images = self.checked()
+        return images if most is None else images.subset(slice(0, most))
+
     def digest(self) -> str:
         """What :func:`cure.models.digest` says of ``image`` and ``label``, a part at a time."""
         total = hashlib.sha256()

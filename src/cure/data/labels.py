@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cure.data.images import ImageKind, ImageSet, replace_labels
-from cure.errors import DataError
+from cure.errors import DataError, some
 
 _PLACEHOLDER = re.compile(r"(label|class)?[ _-]?\d+$", re.IGNORECASE)
 
@@ -42,8 +42,8 @@ def match_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, ...]
     unknown = [name for name, places in zip(ours, found, strict=True) if not places]
     if unknown:
         raise DataError(
-            f"the data has the classes {_few(ours)}, the network knows {_few(theirs)}; "
-            f"{_few(unknown)} {'is' if len(unknown) == 1 else 'are'} unknown to it: rename the "
+            f"the data has the classes {some(ours)}, the network knows {some(theirs)}; "
+            f"{some(unknown)} {'is' if len(unknown) == 1 else 'are'} unknown to it: rename the "
             "classes of the data, or use a network trained on them"
         )
     several = [i for i, places in enumerate(found) if len(places) > 1]
@@ -102,8 +102,3 @@ def _places(name: str, theirs: Sequence[str]) -> list[int]:
         for place, other in enumerate(theirs)
         if parts & {_plain(part) for part in other.split(",")}
     ]
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(repr(name) for name in names[:5]) + more

@@ -13,7 +13,7 @@ from typing import Any, Literal, Unpack
 from torch import Tensor, nn
 
 from cure.attacks import Threat
-from cure.attacks.registry import attack_name, evaluation_attack
+from cure.attacks.registry import attack_name, check_attacks, evaluation_attack
 from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
 from cure.errors import CheckpointError, ConfigError, CureNote, notes_kept
@@ -39,7 +39,6 @@ from cure.models import describe
 from cure.models.failure import network_errors
 from cure.models.trial import traits_of
 from cure.runs.results import EvaluationRecord
-from cure.training.setup import check_attacks
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free, read_json, user_path, write_json

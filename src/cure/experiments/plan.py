@@ -20,7 +20,7 @@ import torch
 import yaml
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from cure.attacks.registry import attack_name
+from cure.attacks.registry import attack_name, check_attacks
 from cure.config import RunConfig, Section
 from cure.errors import ConfigError, CureError, unknown
 from cure.evaluation.evaluate import evaluate
@@ -32,7 +32,6 @@ from cure.runs.folder import RunFolder
 from cure.runs.packed import read_packed, summary, write_packed
 from cure.runs.results import EvaluationRecord, RunRecord
 from cure.training.run import resume, train
-from cure.training.setup import check_attacks
 from cure.utils.io import user_path, write_text
 
 REFERENCE = "run:"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.attacks import Threat
+from cure.attacks.registry import check_attacks
 from cure.config import RunConfig
 from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
@@ -43,7 +44,6 @@ from cure.runs.records import (
     TradeoffRecord,
 )
 from cure.runs.run import Run
-from cure.training.setup import check_attacks, limited
 from cure.training.validation import validate
 from cure.utils.engine import Engine
 from cure.utils.io import check_free, user_path, write_bytes, write_text
@@ -304,7 +304,7 @@ def _images(folder: RunFolder, data: object, split: Any) -> ImageSet:
     config = folder.config
     if data is None:
         return load_split(config.data, split, place=CachePlace.beside(folder.path))
-    images = limited(as_images(data, "train", config.data), config.data)
+    images = as_images(data, "train", config.data).limited(config.data.limit)
     training, validation = carve(images, config.data.validation, config.data.split_seed)
     return training if split == "train" else validation
 

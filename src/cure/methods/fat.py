@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
-from torch import Tensor
 
-from cure.attacks import Hooks
 from cure.attacks.losses import CROSS_ENTROPY, KL
-from cure.attacks.threat import drawn
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Method, Tradeoff
-from cure.methods.common.losses import accuracy
-from cure.methods.mart import mart_output
+from cure.methods.common.early_stop import EarlyStop
+from cure.methods.common.losses import accuracy, mart_terms, trades_terms
+from cure.methods.common.outputs import two_image_output
 from cure.methods.step import AdversarialBatch, StepOutput
-from cure.methods.trades import trades_output
 
 Form = Literal["ce", "trades", "mart"]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -60,45 +56,6 @@ class FatConfig(MethodConfig):
         """Tau in epoch number ``epoch`` (0 the first) of a run of ``epochs``."""
         rises = RISES[self.form] if self.tau_rises is None else self.tau_rises
         return self.tau + sum(epoch / epochs >= share for share in rises)
-
-
-class EarlyStop(Hooks):
-    """Stop each sample soon after it is misclassified, and add noise after each step.
-
-    Args:
-        label: classes [B].
-        patience: tau, how many more steps a misclassified sample may take, a number or [B].  The
-            test precedes the step, so 0 leaves a sample that starts misclassified where it is.
-        noise: omega, standard deviation of the normal noise.
-
-    Source: Zhang et al. (FAT), ICML 2020, Algorithm 1.
-    """
-
-    def __init__(self, label: Tensor, patience: int | Tensor, noise: float = 0.0) -> None:
-        self.label = label
-        self.patience = patience
-        self.noise = noise
-        # A number is filled in on the device: a copy of it would be waited for.
-        self.left = torch.zeros_like(label) + patience
-        self.alive = torch.ones_like(label, dtype=torch.bool)
-
-    def ascend(
-        self, x: Tensor, direction: Tensor, step_size: float, generator: torch.Generator | None
-    ) -> Tensor:
-        """The step and the noise."""
-        moved = super().ascend(x, direction, step_size, generator)
-        if not self.noise:
-            return moved
-        if generator is None:
-            raise ValueError("noise after the steps draws random numbers: give a generator")
-        return moved + self.noise * drawn(torch.randn, x, generator)
-
-    def accept(self, step: int, logits: Tensor, x: Tensor, moved: Tensor) -> Tensor:  # noqa: ARG002
-        """``moved`` for samples that have not stopped."""
-        wrong = logits.argmax(dim=1).ne(self.label)
-        self.alive &= ~(wrong & (self.left == 0))
-        self.left = self.left - wrong.to(self.left.dtype)
-        return torch.where(self.alive.reshape(-1, *[1] * (x.dim() - 1)), moved, x)
 
 
 @METHODS.register("fat")
@@ -158,5 +115,7 @@ class FAT(Method):
             return StepOutput(loss=loss, metrics=metrics)
         natural, friendly = self.logits(batch.image), self.logits(attacked.image)
         if config.form == "trades":
-            return trades_output(natural, friendly, label, config.beta)
-        return mart_output(natural, friendly, label, config.beta, constants=config.constants)
+            terms = trades_terms(natural, friendly, label, config.beta)
+        else:
+            terms = mart_terms(natural, friendly, label, config.beta, constants=config.constants)
+        return two_image_output(terms, natural, friendly, label)

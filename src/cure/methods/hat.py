@@ -13,10 +13,10 @@ from cure.attacks.losses import KL
 from cure.config import MethodConfig, TeacherConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Method, Tradeoff
-from cure.methods.common.losses import accuracy
+from cure.methods.common.losses import accuracy, trades_terms
+from cure.methods.common.outputs import two_image_output
 from cure.methods.common.teacher import Teacher
 from cure.methods.step import AdversarialBatch, StepOutput
-from cure.methods.trades import trades_output
 
 
 def helper_image(image: Tensor, adversarial: Tensor, scale: float) -> Tensor:
@@ -95,7 +95,8 @@ class HAT(Method[HatBatch]):
         adversarial_image, helper_label = attacked.image, attacked.helper_label
         natural, adversarial = self.logits(batch.image), self.logits(adversarial_image)
         helper = self.logits(helper_image(batch.image, adversarial_image, self.config.helper_scale))
-        out = trades_output(natural, adversarial, batch.label, self.config.beta)
+        terms = trades_terms(natural, adversarial, batch.label, self.config.beta)
+        out = two_image_output(terms, natural, adversarial, batch.label)
         assert out.loss is not None
         helper_loss = F.cross_entropy(helper, helper_label)
         loss = out.loss + self.config.gamma * helper_loss

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from cure.attacks import PGD, PerSample, Threat
 from cure.attacks.losses import CROSS_ENTROPY, KL, kl_divergence_per_sample
 from cure.attacks.pgd import Start, attack_mode
+from cure.attacks.threat import per_image
 from cure.config import MethodConfig, ModelConfig, Section
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Method, Tradeoff
+from cure.methods.common.early_stop import EarlyStop
 from cure.methods.common.losses import accuracy, smoothed_cross_entropy
-from cure.methods.fat import EarlyStop
 from cure.methods.step import AdversarialBatch, StepOutput
 from cure.models import build_model
 from cure.models.trial import fitted
@@ -270,7 +271,7 @@ class OwnStrategy(PerSample):
     def accept(self, step: int, logits: Tensor, x: Tensor, moved: Tensor) -> Tensor:  # noqa: ARG002
         """``moved`` for samples that have steps left."""
         going = step < self.own_steps.to(x.device)
-        return torch.where(going.reshape(-1, *[1] * (x.dim() - 1)), moved, x)
+        return torch.where(per_image(going, x), moved, x)
 
 
 @METHODS.register("las-at")

@@ -5,29 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import NonNegativeFloat
-from torch import Tensor
 
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Method, Tradeoff
-from cure.methods.common.losses import accuracy, mart_terms
+from cure.methods.common.losses import mart_terms
+from cure.methods.common.outputs import two_image_output
 from cure.methods.step import AdversarialBatch, StepOutput
-
-
-def mart_output(
-    natural: Tensor, adversarial: Tensor, label: Tensor, beta: float, *, constants: bool = False
-) -> StepOutput:
-    """The loss of :func:`~cure.methods.common.losses.mart` with its parts as metrics."""
-    terms = mart_terms(natural, adversarial, label, beta, constants=constants)
-    return StepOutput(
-        loss=terms["loss"],
-        metrics={
-            **{name: term.detach() for name, term in terms.items()},
-            "accuracy": accuracy(natural, label),
-            "robust_accuracy": accuracy(adversarial, label),
-        },
-    )
 
 
 class MartConfig(MethodConfig):
@@ -74,7 +59,6 @@ class MART(Method):
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Boosted cross-entropy and weighted KL of one batch."""
         natural, adversarial = self.logits(batch.image), self.logits(attacked.image)
-        config = self.config
-        return mart_output(
-            natural, adversarial, batch.label, config.beta, constants=config.constants
-        )
+        beta, constants = self.config.beta, self.config.constants
+        terms = mart_terms(natural, adversarial, batch.label, beta, constants=constants)
+        return two_image_output(terms, natural, adversarial, batch.label)

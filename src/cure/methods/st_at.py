@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cure.attacks import PGD, attack_mode
 from cure.attacks.pgd import starting_point
+from cure.attacks.threat import per_image
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.errors import ConfigError
@@ -38,7 +39,7 @@ def pick(choice: Tensor, options: Sequence[Tensor]) -> Tensor:
 
     The gradient reaches what was chosen.
     """
-    choice = choice.reshape(-1, *[1] * (options[0].dim() - 1))
+    choice = per_image(choice, options[0])
     picked = options[0]
     for number, option in enumerate(options[1:], start=1):
         picked = torch.where(choice == number, option, picked)

@@ -5,33 +5,14 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import NonNegativeFloat
-from torch import Tensor
 
 from cure.attacks.losses import KL
 from cure.config import MethodConfig
 from cure.data.images import Batch
 from cure.methods.base import METHODS, Method, Tradeoff
-from cure.methods.common.losses import accuracy, trades_terms
+from cure.methods.common.losses import trades_terms
+from cure.methods.common.outputs import two_image_output
 from cure.methods.step import AdversarialBatch, StepOutput
-
-
-def trades_output(
-    natural: Tensor,
-    adversarial: Tensor,
-    label: Tensor,
-    beta: float,
-    target: Tensor | None = None,
-) -> StepOutput:
-    """The loss of :func:`~cure.methods.common.losses.trades_terms` with its parts as metrics."""
-    terms = trades_terms(natural, adversarial, label, beta, target)
-    return StepOutput(
-        loss=terms["loss"],
-        metrics={
-            **{name: term.detach() for name, term in terms.items()},
-            "accuracy": accuracy(natural, label),
-            "robust_accuracy": accuracy(adversarial, label),
-        },
-    )
 
 
 class TradesConfig(MethodConfig):
@@ -75,4 +56,5 @@ class TRADES(Method):
     def compute_loss(self, batch: Batch, attacked: AdversarialBatch) -> StepOutput:
         """Natural loss and KL term of one batch."""
         natural, adversarial = self.logits(batch.image), self.logits(attacked.image)
-        return trades_output(natural, adversarial, batch.label, self.config.beta, batch.target)
+        terms = trades_terms(natural, adversarial, batch.label, self.config.beta, batch.target)
+        return two_image_output(terms, natural, adversarial, batch.label)

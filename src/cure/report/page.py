@@ -512,7 +512,7 @@ def _further(studies: Mapping[str, list[StudyResult]], names: Sequence[str]) -> 
 
 
 def _is_drawing(name: str) -> bool:
-    """Whether a picture of the study ``perturbation`` is anything but its grid of images."""
+    """Whether a picture of ``minimal-perturbation`` is anything but its grid of images."""
     return "images" not in name
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from cure.attacks import PGD, Threat
 from cure.attacks.losses import CROSS_ENTROPY
 from cure.attacks.nfgsm import NFGSM
-from cure.attacks.registry import evaluation_attack
-from cure.config import NATURAL, DataConfig, RunConfig, TeacherConfig
+from cure.attacks.registry import check_attacks
+from cure.config import NATURAL, RunConfig, TeacherConfig
 from cure.data import ImageKind, ImageSet, batches, carve, load_training, steps_per_epoch
 from cure.data.cache import CachePlace, no_words
 from cure.data.sources import check_not_memory
-from cure.errors import CheckpointError, ConfigError, CureError, ModelError
+from cure.errors import CheckpointError, ConfigError, CureError, ModelError, some
 from cure.methods import METHODS, Context, Method
 from cure.methods.wrappers.averaging import Averaging
 from cure.methods.wrappers.awp import AWP
@@ -126,7 +126,7 @@ def _prepared(
         check_not_memory(config)
         training, validation = load_training(config.data, place)
     else:
-        images = limited(images, config.data)
+        images = images.limited(config.data.limit)
         training, validation = carve(images, config.data.validation, config.data.split_seed)
     steps_per_epoch(training, config.training.batch_size)
     initial = network_of(config, training.kind, model)
@@ -190,19 +190,6 @@ def choose_layers(network: nn.Module, config: RunConfig) -> None:
         if layers.stem == "updated":
             names += blocks(network).get(STEM, [])
         learn_only(network, names, statistics=layers.statistics == "updated")
-
-
-def check_attacks(names: Iterable[str]) -> None:
-    """Refuse an unknown attack before anything is read or computed."""
-    for name in names:
-        if name != "natural":
-            evaluation_attack(name)
-
-
-def limited(images: ImageSet, config: DataConfig) -> ImageSet:
-    """Images in memory under the settings of the data section that apply to them."""
-    images = images.checked()
-    return images if config.limit is None else images.subset(slice(0, config.limit))
 
 
 def check_parts(config: RunConfig, engine: Engine) -> None:
@@ -358,8 +345,8 @@ def _check_kind(theirs: ImageKind, ours: ImageKind) -> None:
     """Refuse a teacher of other images."""
     if theirs.classes != ours.classes:
         raise ModelError(
-            f"the teacher knows the classes {_few(theirs.classes)}, the images have "
-            f"{_few(ours.classes)}; name a teacher trained on these classes in this order"
+            f"the teacher knows the classes {some(theirs.classes)}, the images have "
+            f"{some(ours.classes)}; name a teacher trained on these classes in this order"
         )
     if (theirs.channels, theirs.size) != (ours.channels, ours.size):
         raise ModelError(
@@ -367,10 +354,6 @@ def _check_kind(theirs: ImageKind, ours: ImageKind) -> None:
             f"{theirs.size[1]}, these are {ours.channels}x{ours.size[0]}x{ours.size[1]}; name "
             "another teacher, or resize with data.resize"
         )
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def teacher_config(place: str, source: TeacherConfig, config: RunConfig) -> RunConfig:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cure.attacks.registry import check_attacks
 from cure.config import NATURAL
 from cure.errors import ConfigError, TrainingStopped
 from cure.experiments.executors import LocalExecutor
@@ -16,7 +17,6 @@ from cure.experiments.pareto import Point, check_reference
 from cure.experiments.plan import Plan, carry_out_plan, entries, results_of
 from cure.recipe import parse_override
 from cure.runs.results import FrontRecord
-from cure.training.setup import check_attacks
 from cure.utils.io import read_json, user_path
 
 Say = Callable[[str], None]
