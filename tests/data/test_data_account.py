@@ -20,7 +20,7 @@ from cure.data import (
 )
 from cure.data.accounting import account_of_run
 from cure.data.loader import balanced_order
-from cure.errors import ConfigError, DataError
+from cure.errors import ConfigError, CureNote, DataError
 
 
 def images(label, split="train", shift=0, classes=("a", "b")) -> ImageSet:
@@ -131,6 +131,7 @@ def test_classes_are_matched_by_name(ours, theirs, places) -> None:
     [
         (("cat", "emu"), ("cat", "dog"), "'emu' is unknown to it"),
         (("0", "1"), ("cat", "dog", "owl"), "'0', '1' are unknown"),
+        (("2", "3", "10", "11"), ("1", "2", "3", "10"), "'11' is unknown to it"),
         (("crane",), ("crane, bird", "crane, machine"), "could be 'crane, bird' or"),
         (
             ("cat", "tabby"),
@@ -142,6 +143,13 @@ def test_classes_are_matched_by_name(ours, theirs, places) -> None:
 def test_names_that_do_not_match_end_in_a_sentence(ours, theirs, sentence) -> None:
     with pytest.raises(DataError, match=sentence):
         match_classes(ours, theirs)
+
+
+def test_placeholders_that_are_taken_in_order_are_said() -> None:
+    with pytest.warns(CureNote, match="in their order: 'cat = 0', 'dog = 1'"):
+        match_classes(("0", "1"), ("cat", "dog"))
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    assert match_classes((composed, "b"), ("b", apart)) == (1, 0)
 
 
 def test_labels_follow_the_names_and_grey_images_the_channels() -> None:

@@ -7,6 +7,7 @@ import random
 import string
 import sys
 import types
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -599,6 +600,95 @@ def test_a_column_may_name_the_split(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("column", "names"),
+    [("data set", ("train", "valid")), ("stage", ("Training", "test")), ("is_valid", "01")],
+)
+def test_a_column_of_splits_is_known_by_its_values(tmp_path, column, names) -> None:
+    rows = [(n, k, names[i % 5 == 0]) for i, (n, k) in enumerate(labelled(tmp_path))]
+    (tmp_path / "birds.csv").write_text(text_of(rows, f"filepaths,labels,{column}"))
+    first, second = both(tmp_path)
+    assert (len(first), len(second)) == (8, 2)
+    assert torch.bincount(first.label).tolist() == [4, 4]
+
+
+def test_rows_without_a_split_among_others_are_refused(tmp_path) -> None:
+    splits = ("train", "test", "")
+    rows = [(n, k, splits[i % 3]) for i, (n, k) in enumerate(labelled(tmp_path, 6))]
+    (tmp_path / "labels.csv").write_text(text_of(rows, "file_name,label,split"))
+    fails(
+        r"a split in every row of .* none in 4 of 12 rows, the first for 'images/c2\.png'", tmp_path
+    )
+
+
+def test_a_table_in_a_split_that_names_several_splits_is_refused(image_folder) -> None:
+    folder = image_folder({**two_classes("train/"), **two_classes("test/", start=300)})
+    rows = [(f"{c}/{i}.png", c, "val" if i else "train") for c in ("ant", "bee") for i in range(3)]
+    (folder / "train" / "labels.csv").write_text(text_of(rows, "file_name,label,split"))
+    fails(r"table of one split in .*got 'train', 'val'; remove the table's column", folder)
+
+
+def test_a_table_beside_split_folders_keeps_the_splits(image_folder) -> None:
+    folder = image_folder({**two_classes("train/"), **two_classes("test/", count=2, start=300)})
+    rows = [
+        (f"{s}/{c}/{i}.png", c)
+        for s, most in (("train", 3), ("test", 2))
+        for c in ("ant", "bee")
+        for i in range(most)
+    ]
+    (folder / "birds.csv").write_text(text_of(rows, "filepaths,labels"))
+    assert [len(images) for images in both(folder)] == [6, 4]
+
+
+def test_lists_of_paths_alone_take_the_classes_from_the_folders(image_folder) -> None:
+    folder = image_folder(two_classes(count=5))
+    names = [f"{c}/{i}.png" for c in ("ant", "bee") for i in range(5)]
+    (folder / "test.txt").write_text("\n".join(names[::5]))
+    # One list of a split alone does not say what the other images are.
+    assert len(load(config(folder), "train")) == 8
+    (folder / "train.txt").write_text("\n".join(n for n in names if n not in names[::5]))
+    first, second = both(folder)
+    assert (len(first), len(second)) == (8, 2)
+    assert first.classes == ("ant", "bee")
+
+
+def test_a_table_without_a_header_may_have_a_column_of_splits(tmp_path) -> None:
+    rows = [
+        (n, k, "test" if i % 5 == 0 else "train") for i, (n, k) in enumerate(labelled(tmp_path))
+    ]
+    (tmp_path / "labels.csv").write_text(text_of(rows, None))
+    first, second = both(tmp_path)
+    assert (len(first), len(second)) == (8, 2)
+    assert first.classes == ("cat", "dog")
+
+
+def test_two_ways_to_write_a_path_are_one_image(tmp_path, monkeypatch) -> None:
+    rows = labelled(tmp_path / "photos")
+    whole = [(str(tmp_path / "photos" / name), label) for name, label in rows]
+    table = tmp_path / "photos" / "labels.csv"
+    table.write_text(text_of(whole, "file_name,label"))
+    monkeypatch.chdir(tmp_path)
+    assert skipped(load(config("photos"), "train")) == []
+    table.write_text(text_of([*rows, ("images/../images/c0.png", "dog")], "file_name,label"))
+    fails(r"one label an image .*'cat' and 'dog' for 'c0\.png'", "photos")
+
+
+def test_names_from_macos_are_those_of_other_systems(tmp_path) -> None:
+    """The letter é as one character and as two."""
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        for k, name in enumerate(("café", "bee")):
+            place = tmp_path / "a" / split / unicodedata.normalize(form, name)
+            place.mkdir(parents=True)
+            for i in range(3):
+                picture(200 * (split == "test") + 100 * k + i).save(place / f"{i}.png")
+    first, second = both(tmp_path / "a")
+    assert torch.equal(first.label, second.label)
+    rows = labelled(tmp_path / "b", place=unicodedata.normalize("NFC", "é"))
+    apart = [(unicodedata.normalize("NFD", name), label) for name, label in rows]
+    (tmp_path / "b" / "labels.csv").write_text(text_of(apart, "file_name,label"))
+    assert len(load(config(tmp_path / "b"), "train")) == 8
+
+
+@pytest.mark.parametrize(
     ("change", "pattern"),
     [
         (lambda rows: [*rows, ("images/gone.png", "cat")], r"gone\.png' cannot be used: .*No such"),
@@ -689,4 +779,4 @@ def test_folders_that_hold_the_same_folders_are_told(image_folder) -> None:
     images = load(config(folder), "train")
     assert images.classes == ("controle", "entrainement")
     (note,) = (n for n in images.findings.notes if "hold the same folders" in n)
-    assert "if these are the classes, move them up" in note
+    assert "'controle', 'entrainement' are splits, set data.train_split and data" in note

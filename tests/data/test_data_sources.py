@@ -92,6 +92,16 @@ def test_resize_and_color() -> None:
     assert torch.equal(train("digits", resize=12, limit=30).image[0], pixels_of(expected))
 
 
+@pytest.mark.parametrize("name", ["train{}", "{}_train", "{}train"])
+def test_arrays_are_known_by_a_split_and_a_kind(tmp_path, name) -> None:
+    path = tmp_path / "arrays.npz"
+    pixels, label = np.arange(24 * 16, dtype=np.uint8).reshape(24, 4, 4), np.arange(24) % 2
+    arrays = {name.format("X"): pixels[:18], name.format("Y"): label[:18]}
+    arrays |= {key.replace("train", "test"): value for key, value in arrays.items()}
+    np.savez(path, **arrays)
+    assert [len(load(config(path), split)) for split in ("train", "test")] == [18, 18]
+
+
 def test_a_carving_that_leaves_nothing_is_refused(tmp_path) -> None:
     path = tmp_path / "two.npz"
     np.savez(path, image=np.zeros((2, 4, 4), np.uint8), label=np.array([0, 1]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -18,10 +18,9 @@ import numpy as np
 from cure.config import DataConfig
 from cure.data.decode import EncodedImage, file_cell, file_kind
 from cure.data.images import Skipped
-from cure.data.labels_file import LabelRow, read_label_files, unread_tables
+from cure.data.labels_file import LabelRow, read_label_files, same_place, unread_tables
 from cure.data.original import read_original
 from cure.data.readers import (
-    SPLIT_NAMES,
     TEST_SPLITS,
     TRAIN_SPLITS,
     UNLABELLED,
@@ -35,6 +34,7 @@ from cure.data.readers import (
     listing,
     order_notes,
     read_parquet,
+    split_names,
 )
 from cure.data.walk import (
     Reasons,
@@ -138,12 +138,6 @@ def read_loose(folder: Path, config: DataConfig) -> Splits | None:
 # Splits.
 
 
-def split_names(config: DataConfig) -> frozenset[str]:
-    """Names of splits, in lower case, that are looked for."""
-    named = (config.train_split, config.test_split, config.validation_split)
-    return SPLIT_NAMES | {name.lower() for name in named if name is not None}
-
-
 def _is_split(path: Path, config: DataConfig) -> bool:
     """Whether a folder has the name and the content of a split: classes, or a table of labels.
 
@@ -187,11 +181,11 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
             found, reasons = images_below(other)
             reasons["images", f"'{other.name}' is no split with class folders"] += len(found)
             beside.update(reasons)
-    found_splits: dict[str, partial[ImageTable]] = {}
+    found_splits: dict[str, Callable[[], ImageTable]] = {}
     for path in splits:
         labelled = labelled_images(path, config, path.name)
         if labelled is not None:
-            found_splits[path.name] = partial(_first, labelled)
+            found_splits[path.name] = _only_split(labelled, path)
             continue
         left_out = outside_classes(path)
         if path == (train or splits)[0]:
@@ -225,8 +219,20 @@ def _only(folder: Path) -> Path | None:
     return None if any(file_kind(file) != "other" for file in beside) else inside[0]
 
 
-def _first(splits: Splits) -> ImageTable:
-    return next(iter(splits.values()))()
+def _only_split(splits: Splits, folder: Path) -> Callable[[], ImageTable]:
+    """The split that a table of labels in the folder of a split names.
+
+    Raises:
+        DataError: it names several.
+    """
+    if len(splits) > 1:
+        raise DataError(
+            f"expected a table of one split in '{folder}', which is the folder of a split, got "
+            f"{listing(sorted(splits))}; remove the table's column of splits, or move the table "
+            "and the images up"
+        )
+    (table,) = splits.values()
+    return table
 
 
 def _check_not_inside_out(top: Path, config: DataConfig) -> None:
@@ -252,7 +258,9 @@ def _check_no_unknown_splits(top: Path, config: DataConfig) -> None:
     if len(inside) > 1 and all(named.values()) and not any(inside.values()):
         raise DataError(
             f"expected splits that hold one folder a class in '{top}', got "
-            f"{listing(sorted(inside))}, which hold images; {_arranged(images_below(top)[0])}"
+            f"{listing(sorted(inside))}, which hold images; "
+            + "".join(f"{one}; " for one in _unread(folders_in(top), config)[:1])
+            + _arranged(images_below(top)[0])
         )
     for name, classes in inside.items():
         words = named[name]
@@ -263,6 +271,11 @@ def _check_no_unknown_splits(top: Path, config: DataConfig) -> None:
                 f"splits hold classes, but '{name}' is not the name of a split; rename them to "
                 "train and test, or name them with data.train_split and data.test_split"
             )
+
+
+def _unread(folders: Sequence[Path], config: DataConfig) -> list[str]:
+    """Why tables in these folders are not read."""
+    return [f"{folder.name}/{why}" for folder in folders if (why := unread_tables(folder, config))]
 
 
 def _descended(folder: Path, config: DataConfig) -> Path:
@@ -296,8 +309,9 @@ def _class_table(folder: Path, beside: Reasons, complete: bool) -> ImageTable:
     ):
         notes += (
             f"the folders {listing(names[:5])} are taken as classes; they hold the same folders "
-            f"{listing(inside[:5])}, which are not looked at: if these are the "
-            "classes, move them up",
+            f"{listing(inside[:5])}, whose images are all read: if these are the classes, and "
+            f"{listing(names[:5])} are splits, set data.train_split and data.test_split to their "
+            "names; otherwise move what is no image of the class away",
         )
     reasons = Counter(beside)
     files = []
@@ -379,19 +393,19 @@ def labelled_images(
     if found is None:
         return None
     images, reasons = images_below(folder)
-    used = {row.path for rows in found.rows.values() for row in rows}
-    unnamed = sum(path not in used for path in images)
+    used = {same_place(row.path) for rows in found.rows.values() for row in rows}
+    unnamed = sum(same_place(path) not in used for path in images)
     for table in found.tables:
         reasons[other_file(table)] -= 1
     reasons["images", f"{found.name} does not name them"] += unnamed
     splits = {}
-    folders = {path.parent for path in used} - {folder}
+    parents = {row.path.parent for rows in found.rows.values() for row in rows}
+    folders = {same_place(parent) for parent in parents} - {same_place(folder)}
     notes = (f"labels come from {found.name}, not from the folders",) if len(folders) > 1 else ()
     for number, (name, rows) in enumerate(found.rows.items()):
         left_out = as_skipped(reasons) if not number else ()
-        splits[name or split or config.train_split] = partial(
-            _labelled_table, rows, left_out, notes
-        )
+        key = name or split or config.train_split
+        splits[key] = partial(_labelled_table, rows, left_out, notes)
     return splits
 
 

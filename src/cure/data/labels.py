@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from cure.data.images import ImageKind, ImageSet, replace_labels
-from cure.errors import DataError, some
+from cure.data.readers import composed
+from cure.errors import CureNote, DataError, some
 
 _PLACEHOLDER = re.compile(r"(label|class)?[ _-]?\d+$", re.IGNORECASE)
 
@@ -19,7 +21,8 @@ def match_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, ...]
 
     Names are compared exactly, then without case, spaces, ``_`` and ``-``, then by each of several
     names between commas ("tench, Tinca tinca").  Where one side has only numbers for names (``0``,
-    ``LABEL_3``, ``class_3``) and both have as many classes, the order is taken as it is.
+    ``LABEL_3``, ``class_3``) and both have as many classes, the order is taken as it is, with a
+    note.  Different numbers on both sides are names that do not match.
 
     Args:
         ours: names of the classes of the data.
@@ -36,7 +39,14 @@ def match_classes(ours: Sequence[str], theirs: Sequence[str]) -> tuple[int, ...]
     exact = {name: place for place, name in enumerate(theirs)}
     if all(name in exact for name in ours):
         return tuple(exact[name] for name in ours)
-    if len(ours) == len(theirs) and (_numbered(ours) or _numbered(theirs)):
+    if _in_order(ours, theirs):
+        # A placeholder tells nothing of an image, so the user has to see what was taken for what.
+        warnings.warn(
+            "classes without names are taken in their order: "
+            + some((f"{a} = {b}" for a, b in zip(theirs, ours, strict=True)), most=3),
+            CureNote,
+            stacklevel=2,
+        )
         return tuple(range(len(ours)))
     found = [_places(name, theirs) for name in ours]
     unknown = [name for name, places in zip(ours, found, strict=True) if not places]
@@ -86,8 +96,26 @@ def _numbered(names: Sequence[str]) -> bool:
     return all(_PLACEHOLDER.match(name) for name in names)
 
 
+def _in_order(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether one side has placeholders alone, which say an order and no names.
+
+    Numbers on both sides are names, unless one side counts from 0 or its numbers follow a word.
+    """
+    if len(ours) != len(theirs) or not (_numbered(ours) or _numbered(theirs)):
+        return False
+    if not (_numbered(ours) and _numbered(theirs)):
+        return True
+    return _counted(ours) != _counted(theirs) or not all(
+        name.isdigit() for name in (*ours, *theirs)
+    )
+
+
+def _counted(names: Sequence[str]) -> bool:
+    return [re.sub(r"\D+", "", name) for name in names] == [str(k) for k in range(len(names))]
+
+
 def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name).casefold()
+    return re.sub(r"[\s_-]+", "", composed(name)).casefold()
 
 
 def _places(name: str, theirs: Sequence[str]) -> list[int]:

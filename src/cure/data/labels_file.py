@@ -22,8 +22,10 @@ from cure.data.readers import (
     LABEL_COLUMNS,
     SPLIT_NAMES,
     TRAIN_SPLITS,
+    composed,
     labels_repeat,
     listing,
+    split_names,
 )
 from cure.data.walk import files_in
 from cure.errors import DataError
@@ -32,7 +34,17 @@ FILE_COLUMNS = (
     *("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_name"),
     *("image_file", "name", "img", "image_id", "id"),
 )
-SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+SPLIT_COLUMNS = (
+    *("split", "set", "subset", "partition", "data_split", "data set", "data_set", "dataset"),
+    *("phase", "usage"),
+)
+_FLAGS = {
+    "is_train": ("train", "test"),
+    "is_valid": ("validation", "train"),
+    "is_val": ("validation", "train"),
+    "is_test": ("test", "train"),
+}
+"""Columns of true and false, and the splits that these stand for."""
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _NOT_READ = (".json", ".xml", ".xlsx", ".xls", ".mat", ".yaml", ".yml")
@@ -48,6 +60,8 @@ _TRIED = 20
 _LOOKED_AT = 1000
 _MARKED = "the column with a 1"
 _MARKS = {"0": False, "1": True, "0.0": False, "1.0": True}
+_TRUTHS = _MARKS | {"true": True, "false": False}
+_NAMED_SPLIT = "the split by its column"
 
 
 @dataclass(frozen=True)
@@ -94,9 +108,9 @@ class _Tree:
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in files:
                 path = Path(place) / name
-                found[name].append(path)
+                found[composed(name)].append(path)
                 if path.stem != name:
-                    found[path.stem].append(path)
+                    found[composed(path.stem)].append(path)
         return found
 
     def find(self, name: str) -> Path:
@@ -109,14 +123,14 @@ class _Tree:
         direct = self.folder / Path(name).expanduser()
         if _is_file(direct):
             return direct
-        parts = Path(name).parts
+        parts = Path(composed(name)).parts
         named = self.names.get(parts[-1] if parts else "", [])
         elsewhere = name.startswith("/") or name[1:3] == ":/"
         fits: list[Path] = []
         # Of a path of another machine, the longest end that leads to a file here.
         for start in range(len(parts) if elsewhere else 1):
             above = parts[start:-1]
-            fits = [path for path in named if path.parts[-len(above) - 1 : -1] == above]
+            fits = [path for path in named if _ends(path.parent, above)]
             if fits:
                 break
         if len(fits) > 1:
@@ -135,6 +149,12 @@ class _Tree:
             return _is_file(self.find(name))
         except DataError:
             return False
+
+
+def _ends(folder: Path, parts: tuple[str, ...]) -> bool:
+    """Whether the last parts of a folder's path are these."""
+    last = folder.parts[len(folder.parts) - len(parts) :]
+    return tuple(map(composed, last)) == parts
 
 
 def _is_file(path: Path) -> bool:
@@ -186,8 +206,31 @@ def read_label_files(
         for row in found:
             one = LabelRow(tree.find(row.file), row.label)
             by_split.setdefault(row.split or whole, []).append(one)
+    if by_split.keys() == {None}:
+        by_split = _by_folder(by_split[None], folder, config)
     unique = {split: _distinct(listed, folder) for split, listed in by_split.items()}
     return LabelFiles(" and ".join(path.name for path in tables), tuple(tables), unique)
+
+
+def _by_folder(
+    rows: list[LabelRow], folder: Path, config: DataConfig
+) -> dict[str | None, list[LabelRow]]:
+    """Rows by the folder of a split that their image lies in, where each lies in one of several."""
+    names, splits = split_names(config), defaultdict[str | None, list[LabelRow]](list)
+    for row in rows:
+        inside = Path(os.path.relpath(row.path, folder)).parts[:-1]
+        split = next((part for part in inside if part.lower() in names), None)
+        splits[split].append(row)
+    # A class may be called "train" as well.
+    labels = {row.label for row in rows}
+    if None in splits or len(splits) < 2 or labels & splits.keys():
+        return {None: rows}
+    return dict(splits)
+
+
+def same_place(path: Path) -> str:
+    """A path that is equal for all ways to write where a file lies; links to files stay apart."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def unread_tables(folder: Path, config: DataConfig) -> str:
@@ -220,14 +263,15 @@ def _files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 def _distinct(rows: Sequence[LabelRow], folder: Path) -> list[LabelRow]:
     """The rows without repetitions."""
-    labels: dict[Path, str] = {}
+    distinct: dict[str, LabelRow] = {}
     for row in rows:
-        if labels.setdefault(row.path, row.label) != row.label:
+        known = distinct.setdefault(same_place(row.path), row)
+        if known.label != row.label:
             raise DataError(
                 f"expected one label an image in the table of labels of '{folder}', got "
-                f"'{labels[row.path]}' and '{row.label}' for '{row.path.name}'; keep one of them"
+                f"'{known.label}' and '{row.label}' for '{row.path.name}'; keep one of them"
             )
-    return [LabelRow(path, label) for path, label in labels.items()]
+    return list(distinct.values())
 
 
 def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
@@ -250,6 +294,13 @@ def _table(path: Path, tree: _Tree, config: DataConfig) -> list[_Row] | str:
         raise DataError(
             f"expected a label in every row of '{path}', got none in {len(without)} rows, the "
             f"first for '{files[without[0]]}'; add the labels or remove these rows"
+        )
+    unsplit = [n for n, row in enumerate(rows) if split and _text(row.get(split)) == ""]
+    if unsplit and len(unsplit) < len(rows):
+        raise DataError(
+            f"expected a split in every row of '{path}' or in none, got none in {len(unsplit)} of "
+            f"{len(rows)} rows, the first for '{files[unsplit[0]]}'; fill the column '{split}' or "
+            "remove these rows"
         )
     several = next((row[label] for row in rows if isinstance(row[label], list | dict)), None)
     if several is not None:
@@ -299,7 +350,7 @@ def _columns(
         file = other
     if file is None:
         return f"none of its columns ({listing(columns[:5])}) holds names of files in this folder"
-    split = _column(columns, None, SPLIT_COLUMNS)
+    split = _split_column(rows, [column for column in columns if column != file], config)
     rest = [column for column in columns if column not in (file, split)]
     label = _column(rest, config.label_column, LABEL_COLUMNS)
     # Files in several folders have classes already, which a guess must not replace.
@@ -314,6 +365,29 @@ def _columns(
             "with data.label_column"
         )
     return file, label, split
+
+
+def _split_column(rows: list[Cells], columns: list[str], config: DataConfig) -> str | None:
+    """The column of splits: of a usual name, of names of splits alone, or of true and false.
+
+    A column of true and false, such as ``is_valid``, is added to the rows as names of splits.
+    """
+    rest = [column for column in columns if column != config.label_column]
+    usual = _column(rest, None, SPLIT_COLUMNS)
+    names = split_names(config)
+    values = {c: {_text(row.get(c)).lower() for row in rows} - {""} for c in rest}
+    # A column of a usual name may be another thing, such as the data set that an image is from.
+    for column in rest if usual is None else (usual, *rest):
+        if len(values[column]) > 1 and values[column] <= names:
+            return column
+    for column in rest:
+        said = _FLAGS.get(column.strip().lower())
+        if said is not None and values[column] <= _TRUTHS.keys():
+            for row in rows:
+                true = _TRUTHS.get(_text(row.get(column)).lower())
+                row[_NAMED_SPLIT] = "" if true is None else said[not true]
+            return _NAMED_SPLIT
+    return usual if usual in ("split", "set", "subset", "partition") else None
 
 
 def _leads_to_files(
@@ -378,16 +452,33 @@ def _csv_rows(text: str, tree: _Tree, delimiter: str | None) -> Iterator[Cells]:
     rows = [row for row in read if any(row)]
     header = [name.strip() for name in rows[0]] if rows else []
     known = {name.lower() for name in header} & {*FILE_COLUMNS, *LABEL_COLUMNS}
-    if len(header) == 2 and not known and tree.has(header[0]):
-        header = ["file_name", "label"]  # A table without a header.
+    if not known and any(map(tree.has, header)):
+        header = _header_of(rows, tree)
     else:
         rows = rows[1:]
     for row in rows:
         yield dict(zip(header, row, strict=False))
 
 
+def _header_of(rows: list[list[str]], tree: _Tree) -> list[str]:
+    """Names for the columns of a table without a header: the file, the split, else the label."""
+    names = []
+    for place, value in enumerate(rows[0]):
+        column = {row[place].strip().lower() for row in rows if len(row) > place}
+        if "file_name" not in names and tree.has(value.strip()):
+            names.append("file_name")
+        elif "split" not in names and len(rows[0]) > 2 and column <= SPLIT_NAMES:
+            names.append("split")
+        else:
+            names.append(f"column {place + 1}")
+    others = [name for name in names if name.startswith("column")]
+    return ["label" if [name] == others else name for name in names]
+
+
 def _list_rows(text: str, tree: _Tree, split: bool) -> Iterator[Cells]:
     """Lines of a file and its label, as ``im/1.jpg 0``; boxes may follow after tabs.
+
+    Lists of a training split and another may name files alone, whose folders are the classes.
 
     In a file that is not named for a split, labels have to repeat: others may be captions.
     """
@@ -400,3 +491,15 @@ def _list_rows(text: str, tree: _Tree, split: bool) -> Iterator[Cells]:
     form = all(len(pair) == 2 and tree.has(pair[0], whole=True) for pair in pairs[:_TRIED])
     if form and (split or labels_repeat(pair[-1] for pair in pairs)):
         yield from ({"file_name": pair[0], "label": pair[-1]} for pair in pairs)
+    elif split and _splits_are_listed(tree.folder) and all(map(tree.has, lines[:_TRIED])):
+        # Paths alone: the folder of an image is its class.
+        classes = [tree.find(line).parent.name for line in lines]
+        if len(set(classes)) > 1:
+            for line, name in zip(lines, classes, strict=True):
+                yield {"file_name": line, "label": name}
+
+
+def _splits_are_listed(folder: Path) -> bool:
+    """Whether a text file is named like the training split and another like a split beside it."""
+    stems = {path.stem.lower() for path in _files(folder, (".txt",))}
+    return bool(stems & {*TRAIN_SPLITS}) and bool(stems & SPLIT_NAMES - {*TRAIN_SPLITS})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -43,6 +44,21 @@ _DAMAGED = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 # Rows of encoded images held at once while reading.
 _ROWS = 256
+
+
+def composed(name: str) -> str:
+    """A name with composed characters, as most systems write it; macOS writes é as two.
+
+    >>> composed("e\u0301") == "\u00e9"
+    True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
+def split_names(config: DataConfig) -> frozenset[str]:
+    """Names of splits, in lower case, that are looked for."""
+    named = (config.train_split, config.test_split, config.validation_split)
+    return SPLIT_NAMES | {name.lower() for name in named if name is not None}
 
 
 @dataclass(frozen=True)
@@ -473,6 +489,9 @@ def _npz_split(name: str, bases: Sequence[str]) -> str | None:
             return name.removesuffix(f"_{base}")
         if name.startswith(f"{base}_"):
             return name.removeprefix(f"{base}_")
+        for rest in (name.removesuffix(base), name.removeprefix(base)):
+            if rest in SPLIT_NAMES:
+                return rest
     return None
 
 

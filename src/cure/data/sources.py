@@ -30,6 +30,7 @@ from cure.data.readers import (
     VALIDATION_SPLITS,
     ImageTable,
     Splits,
+    composed,
     read_digits,
     read_hub,
     read_npz,
@@ -607,14 +608,15 @@ def _relabel(
     if table.classes is None or not named:
         _in_range(label, len(classes), f"{where}, as in the training split")
         return label
-    strange = [c for c in table.classes if c not in classes]
+    places = {composed(c): place for place, c in enumerate(classes)}
+    strange = [c for c in table.classes if composed(c) not in places]
     if strange:
         raise DataError(
             f"expected the {len(classes)} classes of the training split in {where}, got unknown "
             f"{', '.join(repr(c) for c in strange[:5])}; test on the classes that are trained"
         )
     _in_range(label, len(table.classes), where)
-    return np.array([classes.index(c) for c in table.classes], dtype=np.int64)[label]
+    return np.array([places[composed(c)] for c in table.classes], dtype=np.int64)[label]
 
 
 def _not_negative(label: NDArray[np.int64], where: str) -> None:
