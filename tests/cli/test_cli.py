@@ -341,6 +341,13 @@ def test_evaluate_a_named_network_with_the_weights_of_a_run(
         *("--attacks", "pgd3", "--epsilon", "0.15", "--output", named),
     )
     assert ended.status == 0, ended.err
+    weights = trained / "checkpoints" / "best.safetensors"
+    beside = command(
+        *("evaluate", weights, "--model", "small_cnn", "--data", "digits"),
+        *("--attacks", "pgd3", "--epsilon", "0.15", "--output", tmp_path / "beside.json"),
+    )
+    assert beside.status == 0, beside.err
+    assert beside.out == ended.out
     ended = command("evaluate", trained, "--attacks", "pgd3", "--output", own)
     first, second = json.loads(named.read_text()), json.loads(own.read_text())
     assert first["target"] == "small_cnn"

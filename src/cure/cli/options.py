@@ -16,6 +16,7 @@ import typer
 from cure.config import Ratio
 from cure.errors import ConfigError
 from cure.evaluation.options import TargetOptions
+from cure.utils.io import user_path
 
 EpsilonOption = Annotated[str | None, typer.Option(help="Radius, 8/255 (default: the run's).")]
 NormOption = Annotated[str | None, typer.Option(help="Linf, L2 or L1 (default: the run's).")]
@@ -177,15 +178,24 @@ def _members(kind: Any) -> tuple[Any, ...]:
     return tuple(member for member in members if member is not type(None))
 
 
-def _named(target: str | None, model: str | None, given: Mapping[str, Any]) -> str:
-    """What a command works on: a run, or the name of a network."""
+def _named(target: str | None, model: str | None, given: dict[str, Any]) -> str:
+    """What a command works on: a run, or the name of a network.
+
+    A file beside ``--model`` is the file of its weights.
+    """
+    if target is not None and model is not None and not given["weights"]:
+        file = user_path(target)
+        if file.is_file():
+            given["weights"], target = file, None
     if target is not None and model is None:
         if any(given[name] for name in ("weights", "option", "mean", "std")):
             raise ConfigError("--weights, --option, --mean and --std go with --model")
         return target
     if model is not None and target is None:
         return model
-    raise ConfigError("expected a run folder, or --model NAME, and not both")
+    raise ConfigError(
+        "expected a run folder, or --model NAME with its weights in --weights FILE, and not both"
+    )
 
 
 def numbers(name: str, text: str | None) -> list[float] | None:

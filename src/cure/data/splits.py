@@ -80,6 +80,6 @@ def held_out(label: Tensor, count: float, seed: int) -> tuple[Tensor, Tensor]:
         raise DataError(
             f"expected a validation split of 1 to {len(label) - 1} images, as there are "
             f"{len(label)} training images, got data.validation={count}; choose a number in "
-            "that range"
+            "that range, or a share such as 0.1 (of an evaluation --data-option validation=0.1)"
         )
     return stratified(label, int(count), seed, "validation")
