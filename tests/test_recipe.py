@@ -11,7 +11,7 @@ import yaml
 
 import cure
 from cure.config import Ratio, RunConfig
-from cure.errors import ConfigError
+from cure.errors import ConfigError, notes_kept
 from cure.recipe import (
     check,
     check_kept,
@@ -191,20 +191,22 @@ def test_a_bare_name_stands_for_a_section() -> None:
 
 
 @pytest.mark.parametrize("words", [["method.name=trades"], ["method=trades"]])
-def test_another_method_has_none_of_the_settings_of_the_one_before(words, caplog) -> None:
+def test_another_method_has_none_of_the_settings_of_the_one_before(words) -> None:
     """CURE's beta is 1, and TRADES has its own 6."""
-    config = load_recipe("cifar10-resnet18-cure", words)
+    with notes_kept() as notes:
+        config = load_recipe("cifar10-resnet18-cure", words)
     assert config.method == METHODS["trades"].Config()
     if words == ["method.name=trades"]:
-        assert caplog.messages == [
+        assert notes == [
             "method.name=trades drops the settings of cure: percent, alpha, gamma, revision"
         ]
 
 
-def test_the_same_method_keeps_its_settings_and_later_words_count(caplog) -> None:
-    config = load_recipe("cifar10-resnet18-cure", ["method.name=cure", "method.alpha=0.2"])
+def test_the_same_method_keeps_its_settings_and_later_words_count() -> None:
+    with notes_kept() as notes:
+        config = load_recipe("cifar10-resnet18-cure", ["method.name=cure", "method.alpha=0.2"])
     assert (config.method.percent, config.method.alpha) == (30, 0.2)
-    assert not caplog.messages
+    assert not notes
     changed = load_recipe("digits", ["method.name=trades", "method.beta=2"])
     assert changed.method.beta == 2
 

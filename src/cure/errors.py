@@ -47,7 +47,7 @@ class TrainingStopped(CureError):
 
 
 class Interrupted(CureError):
-    """The user stopped the command; what it can go on from is on disk."""
+    """The user stopped the command; the state to resume from is on disk."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

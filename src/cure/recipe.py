@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cure.config import MethodConfig, RunConfig, Section
-from cure.errors import ConfigError, unknown
+from cure.errors import ConfigError, CureNote, unknown
 from cure.registry import METHODS
 from cure.utils.io import user_path
 
@@ -173,7 +173,7 @@ def override(raw: Raw, key: str, value: object) -> None:
 
     ``training.batch_size=auto`` keeps the number and sets ``training.accumulation_steps=auto``.
     Another ``method.name`` drops the settings of the method before, as ``method=NAME`` does, and
-    logs which: settings of the same name mean other things in other methods.  A length in
+    notes which: settings of the same name mean other things in other methods.  A length in
     ``epochs`` or ``minutes`` drops the recipe's ``min_steps`` beside it, and ``epochs`` also its
     ``minutes``.
 
@@ -196,11 +196,10 @@ def override(raw: Raw, key: str, value: object) -> None:
     if key == "method.name" and raw.get("name") not in (None, value):
         dropped = [name for name in raw if name != "name"]
         if dropped:
-            logging.getLogger("cure").warning(
-                "method.name=%s drops the settings of %s: %s",
-                value,
-                raw["name"],
-                ", ".join(dropped),
+            warnings.warn(
+                f"method.name={value} drops the settings of {raw['name']}: {', '.join(dropped)}",
+                CureNote,
+                stacklevel=2,
             )
         raw.clear()
     if last in LENGTHS:

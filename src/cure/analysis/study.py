@@ -21,6 +21,7 @@ from cure.models import describe
 from cure.registry import RENAMED_STUDIES
 from cure.registry import STUDIES as STUDIES
 from cure.runs.folder import RunFolder
+from cure.runs.results import StudyRecord
 from cure.runs.run import Run
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
@@ -258,12 +259,11 @@ def save_result(
     """
     result = {"format": STUDY_FORMAT, "study": study, **body, "environment": environment()}
     path = user_path(output)
-    if path is None and folder is not None:
-        places = (folder.path / "studies" / f"{study}-{n}.json" for n in itertools.count(1))
-        path = next(place for place in places if not place.exists())
-        path.parent.mkdir(exist_ok=True)
     if path is not None:
         write_json(path, result)
+    elif folder is not None:
+        path = folder.keep_numbered("studies", study, StudyRecord.parse(result, study))
+    if path is not None:
         for drawn in find_study(study).view(result).pictures():
             name = f"{path.stem}{drawn.name.removeprefix(study)}.svg"
             write_text(path.with_name(name), drawn.svg)

@@ -1,4 +1,4 @@
-"""AutoAttack after two cheap attacks, which take what falls easily; and a quick form of it.
+"""AutoAttack after two cheap screening attacks, and an estimate that stops early.
 
 An image that a screening attack fools inside the ball is lost: the network names another class for
 an allowed change.  All other images take the whole of AutoAttack.  So the accuracy is AutoAttack's

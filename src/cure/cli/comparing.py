@@ -163,7 +163,9 @@ def front(
     ] = None,
     own: Annotated[
         list[str] | None,
-        typer.Option("--with", metavar="METHOD:KEY=VALUE", help="For one method; repeatable."),
+        typer.Option(
+            "--with", metavar="METHOD:KEY=VALUE", help="Setting of one method; repeatable."
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the runs: 0,1,2.")] = "0",
     attacks: Annotated[

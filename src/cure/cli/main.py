@@ -109,7 +109,7 @@ _noted: set[str] = set()
 
 
 def _sentence(error: Exception) -> CureError | None:
-    """What is said of an error; None of one that is this project's own."""
+    """The message for an error that a user can correct, else None."""
     if isinstance(error, CureError):
         return error
     if "torch" not in sys.modules:

@@ -54,7 +54,8 @@ def evaluate(
     float_: Annotated[
         str | None,
         typer.Option(
-            "--float", help="Of an ONNX file: the run it is of, to make images with gradients on."
+            "--float",
+            help="For an ONNX file: the run it was exported from, for attacks by gradients.",
         ),
     ] = None,
     require: Annotated[
@@ -63,7 +64,7 @@ def evaluate(
     ] = None,
     require_lower_bound: Annotated[
         bool,
-        typer.Option("--require-lower-bound", help="Of the intervals' lower ends."),
+        typer.Option("--require-lower-bound", help="Compare the lower ends of the 95 % intervals."),
     ] = False,
     junit: Annotated[Path | None, typer.Option(help="Write the requirements as JUnit XML.")] = None,
     sarif: Annotated[Path | None, typer.Option(help="Write the requirements as SARIF.")] = None,
@@ -112,7 +113,7 @@ def evaluate(
     cluster_option: ClusterParameter = None,
     shard: Annotated[
         str | None,
-        typer.Option(help="Only the job 2/8, for another scheduler; --shards 8 then merges."),
+        typer.Option(help="Attack only shard 2/8, for another scheduler; --shards 8 then merges."),
     ] = None,
 ) -> None:
     """Measure accuracy on natural and on attacked images."""

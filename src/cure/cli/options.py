@@ -37,10 +37,10 @@ ModelOption = Annotated[
     typer.Option(help="A network: `cure list models`, package.module:callable, hf:..., timm:..."),
 ]
 
-JobsOption = Annotated[int, typer.Option(help="So many at a time on this machine.")]
+JobsOption = Annotated[int, typer.Option(help="Jobs at a time on this machine.")]
 ClusterOption = Annotated[
     str | None,
-    typer.Option(help="Instead: slurm (through submitit; local to try it), or ray."),
+    typer.Option(help="Run on a cluster: slurm, local (submitit without a cluster) or ray."),
 ]
 ClusterParameter = Annotated[
     list[str] | None,

@@ -257,7 +257,7 @@ def print_verification(result: dict[str, Any]) -> None:
 
 
 def print_unfinished(result: dict[str, Any], kept: bool) -> None:
-    """What the time did not suffice for."""
+    """Attacks that reached the time limit."""
     for name, part in result["unfinished"].items():
         low, high = part["bounds"]
         where = f" in {part['stopped_in']}" if part["stopped_in"] != name else ""

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from cure.attacks import PGD
 from cure.attacks.losses import Objective
 from cure.data.images import Batch
-from cure.registry import METHODS as METHODS
 from cure.utils.engine import Engine
 from cure.utils.random import shared_generator
 

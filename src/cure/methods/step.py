@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from cure.errors import ConfigError
-from cure.registry import METHODS as METHODS
 from cure.utils.engine import Engine, Grads
 
 if TYPE_CHECKING:

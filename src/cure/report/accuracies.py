@@ -297,7 +297,7 @@ def _trust(entry: Entry, row: TableRow, robust: float | None) -> Number:
     if not checks:
         return Number(_BELIEVED, "unchecked", detail="no checks were run", status="warn")
     status = "fail" if failed else "warn" if warned else "pass"
-    value = {"fail": "no", "warn": "with care", "pass": "nothing amiss"}[status]
+    value = {"fail": "no", "warn": "with care", "pass": "no check failed"}[status]
     if status == "pass" and (robust is None or round(robust, 1) == 0):
         status = ""
     passed = len(checks) - failed - warned

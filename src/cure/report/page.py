@@ -275,7 +275,8 @@ def page_sections(inputs: PageInputs, measured: Measured) -> list[Section]:
             "epsilon",
             "Accuracy over epsilon",
             "Epsilon is how much an attack may change an image. A sound curve starts at natural "
-            "accuracy, falls steadily and reaches zero; one that stays up says the attack failed.",
+            "accuracy, falls steadily and reaches zero; one that stays up shows that the attack "
+            "failed.",
             _over_epsilon(entries, place, where),
         ),
         Section(
@@ -288,14 +289,14 @@ def page_sections(inputs: PageInputs, measured: Measured) -> list[Section]:
         Section(
             "cka",
             "Similarity of layers (CKA)",
-            "How alike what two layers see is, from 0 (nothing in common) to 1 (the same up to "
-            "rotation and scale): for natural and for attacked images, or for two networks.",
+            "Similarity of the activations of two layers, from 0 (nothing in common) to 1 (equal up "
+            "to rotation and scale): for natural and for attacked images, or for two networks.",
             _study("cka", studies, names),
         ),
         Section(
             "gradients",
             "Gradients and mask",
-            "How strongly training pulls at each layer, and which weights CURE lets move and which "
+            "Size of the gradients of each layer, and which weights CURE lets move and which "
             "it conserves.",
             _study("gradients", studies, names),
         ),
@@ -316,7 +317,7 @@ def page_sections(inputs: PageInputs, measured: Measured) -> list[Section]:
         Section(
             "studies",
             "Further studies",
-            "What else was asked of these networks.",
+            "Studies without a section of their own.",
             _further(studies, names),
         ),
     ]

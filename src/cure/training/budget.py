@@ -43,7 +43,7 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
 
 
 def _beside(config: RunConfig) -> list[str]:
-    """What a user may not expect of settings that are right by themselves."""
+    """Notes on settings that are valid but may be unintended."""
     told, radius, threat = [], config.training_epsilon, config.threat.epsilon
     if radius < threat:
         told.append(

@@ -103,7 +103,7 @@ def _likely_cause(
     """
     low, fallen = start.natural <= above, end.natural <= above
     if low and fallen and config.start != "scratch":
-        return f"the network guessed before the training, too: {_start_advice(config)}"
+        return f"the starting network was at chance already: {_start_advice(config)}"
     if fallen:
         changes = ["train longer (training.epochs)"]
         if config.data.augment.mixes:

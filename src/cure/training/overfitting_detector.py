@@ -1,4 +1,4 @@
-"""An alarm for robust overfitting, from what a run records."""
+"""Detect robust overfitting from the validations that a run recorded."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def carry_out(
 
 @contextmanager
 def recording_failure(folder: RunFolder) -> Iterator[None]:
-    """Whatever ends a run inside leaves its reason in the folder, where none is there yet.
+    """Write to ``status.json`` why the run ended, unless a reason is already there.
 
     A run that is refused before it goes on, for example since its state is damaged, stays as it is.
     """

@@ -68,7 +68,7 @@ class Trainer:
         extra: ImageSet | None = None,
     ) -> None:
         self.config = config
-        # Whether start and end are compared: not in a run that another one needs first.
+        # Prerequisite runs do not compare start and end.
         self.measures_gain = measures_gain and method.selection != "natural"
         self.method = method
         self.training = training.to(engine.device)

@@ -215,9 +215,9 @@ def determinism(context: CheckContext) -> Finding:
         "fail" if largest > TOLERANCE else "pass",
         measured,
         "The same images give the same logits.",
-        "The same images give other logits at every call: an attack chases a moving target. Turn "
-        "the randomness off (dropout, noise, random resizing), or, when it is the defence, attack "
-        "its average over many draws (AutoAttack rand).",
+        "The same images give other logits at every call: the gradient of one call does not fit "
+        "the next. Turn the randomness off (dropout, noise, random resizing), or, when it is the "
+        "defence, attack its average over many draws (AutoAttack rand).",
     )
 
 
@@ -404,10 +404,10 @@ def one_class(context: CheckContext) -> Finding:
     return judged(
         "fail" if always else "pass",
         measured,
-        "The network names more than one class.",
-        f"The network names '{measured['class']}' on {measured['percent_of_predictions']} % of the "
-        f"images, {measured['percent_of_images']} % of which are: it has learnt nothing else, and "
-        "no attack changes its answer. Train it again with data.sampler=balanced or "
+        "The network predicts more than one class.",
+        f"The network predicts '{measured['class']}' for {measured['percent_of_predictions']} % of "
+        f"the images, {measured['percent_of_images']} % of which are: no attack can change a "
+        "constant prediction. Train it again with data.sampler=balanced or "
         "training.class_weights=balanced, or a lower learning rate.",
     )
 
