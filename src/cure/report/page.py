@@ -289,7 +289,7 @@ def page_sections(inputs: PageInputs, measured: Measured) -> list[Section]:
         Section(
             "cka",
             "Similarity of layers (CKA)",
-            "Similarity of the activations of two layers, from 0 (nothing in common) to 1 (equal up "
+            "Similarity of activations of two layers, from 0 (nothing in common) to 1 (equal up "
             "to rotation and scale): for natural and for attacked images, or for two networks.",
             _study("cka", studies, names),
         ),
