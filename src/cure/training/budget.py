@@ -11,13 +11,14 @@ from itertools import cycle
 import torch
 
 from cure.config import RunConfig
-from cure.data import Batch, epoch, steps_per_epoch
+from cure.data import Batch, steps_per_epoch
 from cure.errors import ConfigError
 from cure.registry import METHODS
 from cure.training.optimizer import build_optimizer
 from cure.training.outcome import FEW_STEPS
 from cure.training.resources import fit_memory
 from cure.training.setup import Prepared, build_method
+from cure.training.step import arranged, optimizer_step, training_batches
 from cure.training.validation import validate
 
 TIMED_STEPS = 3
@@ -164,28 +165,12 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
     each = steps_per_epoch(prepared.training, config.training.batch_size)
     method.on_epoch(0)
     method.train()
-    found = epoch(
-        prepared.training.to(engine.device),
-        batch_size=config.training.batch_size,
-        epoch=0,
-        seed=config.seed,
-        augment=config.data.augment,
-        sampler=config.data.sampler,
-        class_weights=config.training.class_weights,
-        rank=engine.rank,
-        world=engine.world,
-        extra=None if prepared.extra is None else prepared.extra.images.to(engine.device),
-        extra_share=config.data.extra_share,
-    )
+    extra = None if prepared.extra is None else prepared.extra.images.to(engine.device)
+    found = training_batches(config, prepared.training.to(engine.device), extra, engine, 0)
 
     def step(batch: Batch) -> None:
         method.on_epoch(batch.step // each)
-        batch = replace(batch, image=engine.arrange(batch.image))
-        taken = method.take_step(batch, config.training.parts)
-        for name, gradient in taken.gradients().items():
-            parameters[name].grad = gradient
-        with method.freeze(optimizer):
-            optimizer.step()
+        optimizer_step(method, optimizer, parameters, arranged(batch, engine), config)
         method.after_step(batch.step)
 
     batches = [batch for batch, _ in zip(found, range(TIMED_STEPS), strict=False)]

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from functools import cached_property
 from types import FrameType
 from typing import Any
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from cure.config import RunConfig
-from cure.data import Batch, ImageSet, epoch, steps_per_epoch
+from cure.data import Batch, ImageSet, steps_per_epoch
 from cure.errors import CheckpointError, ConfigError, Interrupted, RanksLost, TrainingStopped
 from cure.methods import Method, Metrics
+from cure.methods.step import Step
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import load_weights
 from cure.models.batch_norm import running_statistics
@@ -38,10 +38,11 @@ from cure.training.optimizer import build_optimizer
 from cure.training.outcome import FINAL_STEPS, judge, short_run_warnings, start_warnings
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.schedule import learning_rate, momentum, progress_at
+from cure.training.step import arranged, optimizer_step, training_batches
 from cure.training.totals import Totals
 from cure.training.tracking import Tracker
 from cure.training.validation import validate
-from cure.utils.engine import Engine
+from cure.utils.engine import Engine, Grads
 from cure.utils.random import derive
 from cure.utils.stats import is_unequal
 
@@ -159,19 +160,9 @@ class Trainer:
         self.method.train()
         began, before = (time.perf_counter(), time.process_time()), self.done
         settings = self.config.training
-        for batch in epoch(
-            self.training,
-            batch_size=settings.batch_size,
-            epoch=number,
-            seed=self.config.seed,
-            augment=self.config.data.augment,
-            sampler=self.config.data.sampler,
-            class_weights=settings.class_weights,
-            start=self.done % self.steps_per_epoch,
-            rank=self.engine.rank,
-            world=self.engine.world,
-            extra=self.extra,
-            extra_share=self.config.data.extra_share,
+        start = self.done % self.steps_per_epoch
+        for batch in training_batches(
+            self.config, self.training, self.extra, self.engine, number, start
         ):
             metrics = self.train_step(batch)
             self.totals.add(metrics, batch.step)
@@ -221,22 +212,20 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> Metrics:
         """One optimiser step: gradients of the method, clipping, step, moving averages."""
-        batch = replace(batch, image=self.engine.arrange(batch.image))
+        batch = arranged(batch, self.engine)
         # For dropout and similar layers, which draw from PyTorch's global generator.
         # Each rank has its own seed; otherwise all ranks would drop the same units.
         of_rank = (self.engine.rank,) if self.engine.rank else ()
         torch.manual_seed(derive(self.config.seed, "network", batch.step, *of_rank))
         self._set_learning_rate(batch.step)
-        step = self.method.take_step(batch, self.config.training.parts)
-        grads = step.gradients()
-        if self.gradient_logger is not None:
-            self.gradient_logger.step(batch.step, grads, step.masking)
-        for name, parameter in self.parameters.items():
-            parameter.grad = grads[name]
-        if self.config.training.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
-        with self.method.freeze(self.optimizer):
-            self.optimizer.step()
+
+        def look(step: Step, gradients: Grads) -> None:
+            if self.gradient_logger is not None:
+                self.gradient_logger.step(batch.step, gradients, step.masking)
+
+        step = optimizer_step(
+            self.method, self.optimizer, self.parameters, batch, self.config, look
+        )
         return self._of_all_ranks(step.metrics) | self.method.after_step(batch.step)
 
     @torch.no_grad()
