@@ -21,7 +21,10 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of_a_module_run(name: str) -> None:
+def test_examples_of_a_module_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         done = doctest.testmod(importlib.import_module(name))
@@ -38,7 +41,12 @@ def public() -> list[object]:
         and not name.endswith("_terms")
     ]
     found = [m for m in methods if inspect.isclass(m) and issubclass(m, cure.methods.Method)]
-    return [*found, *losses, cure.attacks.PGD, cure.Threat]
+    verbs = [
+        value
+        for name in cure.__all__
+        if callable(value := getattr(cure, name)) and value is not cure.CureError
+    ]
+    return [*found, *losses, *verbs, cure.attacks.PGD]
 
 
 @pytest.mark.parametrize("entry", public(), ids=lambda entry: entry.__name__)

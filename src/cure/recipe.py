@@ -43,6 +43,9 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: for anything unknown, of the wrong type or out of range; all at once.
+
+    >>> load_recipe("digits", ["method=trades"]).method.beta
+    6.0
     """
     raw = read_recipe(recipe)
     override_all(raw, map(parse_override, overrides))

@@ -83,6 +83,11 @@ class ImageSet:
         split: "train", "validation" or "test".
         findings: what was found when they were read; of images in memory nothing.
         lazy: where the images are when they are not in memory.
+
+    >>> pixels, label = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
+    >>> images = ImageSet.of(pixels, label, classes=("cat", "dog"))
+    >>> len(images), images.image.dtype, images.subset(slice(0, 1)).classes
+    (4, torch.uint8, ('cat', 'dog'))
     """
 
     image: Tensor

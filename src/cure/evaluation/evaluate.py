@@ -127,6 +127,13 @@ def evaluate(
 
     Raises:
         CureError: for every mistake a user can correct; nothing is written then.
+
+    >>> import torch
+    >>> import cure
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> result = cure.evaluate(network, data="digits", attacks=["pgd20"], epsilon="8/255", limit=50)
+    >>> result["natural"]["n"], sorted(result["attacks"])
+    (50, ['pgd20'])
     """
     output, robustbench = user_path(output), user_path(robustbench)
     adversarial = user_path(adversarial)
@@ -487,6 +494,15 @@ def verify(
 
     Raises:
         CureError: for every mistake a user can correct.
+
+    >>> import torch
+    >>> import cure
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> asked = {"data": "digits", "epsilon": "8/255", "limit": 50}
+    >>> made = cure.evaluate(network, attacks=["pgd20"], adversarial="worst.pt", **asked)
+    >>> checked = cure.verify("worst.pt", network, **asked)
+    >>> checked["holds"], checked["n"]
+    (True, 50)
     """
     output, file = check_free(output), user_path(file)
     claim = read_claim(file)

@@ -60,6 +60,12 @@ def recommend(run: Run | str | Path, fronts: Iterable[str | Path] | None = None)
     Raises:
         ConfigError: when no front is known for the run's recipe and threat.
         CheckpointError: when the run was not evaluated under the front's attack.
+
+    >>> import cure
+    >>> small = ["start=scratch", "training.epochs=1", "data.limit=100", "data.validation=20"]
+    >>> found = cure.front("at", "digits", small, values={"at": [0]}, limit=20, folder="known")
+    >>> cure.recommend("known/trained/at-0-seed0", ["known/front.json"]).ahead
+    0.0
     """
     folder = RunFolder.open(run.path if isinstance(run, Run) else run)
     config = folder.config

@@ -114,6 +114,12 @@ def tradeoff(
 
     Raises:
         CureError: when the runs do not fit together, or the requirement is no percentage.
+
+    >>> import cure
+    >>> small = ["training.epochs=1", "natural.epochs=1", "data.limit=300", "method=at"]
+    >>> run = cure.train("digits", small, run="runs/robust", quiet=True)
+    >>> len(cure.tradeoff(run, points=3).points)
+    3
     """
     _check_requirements(natural_at_least, robust_at_least, points)
     given = [runs] if isinstance(runs, str | Path | Run) else list(runs)

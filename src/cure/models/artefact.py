@@ -85,6 +85,14 @@ def from_pretrained(name: str | Path, *, network: nn.Module | None = None) -> nn
 
     Raises:
         CureError: when it cannot be had, or ``network`` is needed.
+
+    >>> import torch
+    >>> import cure
+    >>> small = ["method=at", "start=scratch", "training.epochs=1", "data.limit=400"]
+    >>> run = cure.train("digits", small, run="runs/shared", quiet=True)
+    >>> network = from_pretrained(cure.export(run, "hub", "shared"))
+    >>> network(torch.rand(2, 1, 8, 8)).shape
+    torch.Size([2, 10])
     """
     path = Path(name).expanduser()
     if not path.exists():

@@ -106,6 +106,12 @@ def write_evidence(
     Raises:
         CureError: when there is no such run, the key cannot sign, or a file of another origin is
             in the way; nothing is written then.
+
+    >>> import cure
+    >>> small = ["method=at", "start=scratch", "training.epochs=1", "data.limit=400"]
+    >>> run = cure.train("digits", small, run="runs/shown", quiet=True)
+    >>> write_evidence(run, calibration_images=20).page.name
+    'evidence.html'
     """
     folder = Path(run.path if isinstance(run, Run) else run)
     if folder.is_file() or calibration_images < 0:

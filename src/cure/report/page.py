@@ -86,6 +86,14 @@ def write_report(
 
     Raises:
         CureError: for a target that cannot be read, or a file that cannot be written.
+
+    >>> import torch
+    >>> import cure
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> asked = {"data": "digits", "attacks": ["fgsm"], "epsilon": "8/255", "limit": 50}
+    >>> result = cure.evaluate(network, output="shown.json", **asked)
+    >>> write_report(["shown.json"], output="page.html").name
+    'page.html'
     """
     if isinstance(targets, str | Path | Run):
         targets = [targets]

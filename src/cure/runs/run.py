@@ -22,6 +22,12 @@ class Run:
         path: its folder.
         network: the network that :func:`train` was given as a Python object, which no folder can
             remember.
+
+    >>> import cure
+    >>> small = ["method=at", "start=scratch", "training.epochs=1", "data.limit=400"]
+    >>> run = cure.train("digits", small, run="runs/kept", quiet=True)
+    >>> Run(run.path).config.method.name, len(run.metrics)
+    ('at', 1)
     """
 
     path: Path

@@ -53,6 +53,12 @@ def train(
 
     Raises:
         CureError: for every mistake a user can correct, before or while training.
+
+    >>> import cure
+    >>> small = ["method=at", "start=scratch", "training.epochs=1", "data.limit=400"]
+    >>> run = cure.train("digits", small, run="runs/one", quiet=True)
+    >>> sorted(cure.evaluate(run, attacks=["pgd20"], limit=50)["attacks"])
+    ['pgd20']
     """
     raw = read_recipe(recipe)
     if isinstance(section := raw.get("training"), dict):
@@ -114,7 +120,7 @@ def _pairs(overrides: Overrides) -> list[tuple[str, Any]]:
 
 
 def resume(
-    run: str | Path,
+    run: str | Path | Run,
     overrides: Overrides = (),
     *,
     model: nn.Module | None = None,
@@ -127,7 +133,7 @@ def resume(
     schedule of the learning rate starts again there.
 
     Args:
-        run: its folder, which knows its recipe.
+        run: it or its folder, which knows its recipe.
         overrides: ``training.epochs`` or ``training.minutes`` of a finished run, in all;
             ``training.accumulation_steps`` of any; as for :func:`train`.
         model: the network, when the run was given one as a Python object.
@@ -136,7 +142,16 @@ def resume(
 
     Raises:
         CureError: also for a setting that a run cannot change.
+
+    >>> import cure
+    >>> small = ["method=at", "start=scratch", "training.epochs=1", "data.limit=400"]
+    >>> run = cure.train("digits", small, run="runs/longer", quiet=True)
+    >>> cure.resume(run, ["training.epochs=2"], quiet=True).config.training.epochs
+    2
     """
+    if isinstance(run, Run):
+        model = run.network if model is None else model
+        run = run.path
     folder = RunFolder.open(run)
     config, told = changed(folder, _pairs(overrides))
     if folder.status().finished and not told:

@@ -91,6 +91,12 @@ def corruptions(
 
     Raises:
         CureError: for every mistake a user can correct; nothing is written then.
+
+    >>> import cure
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> result = cure.corruptions(network, data="digits", only=["fog"], severity=[3], limit=50)
+    >>> sorted(result["corruptions"])
+    ['fog']
     """
     output, sheet = check_free(output), check_free(sheet)
     if sheet is not None and sheet.suffix.lower() != ".png":

@@ -48,6 +48,13 @@ def diagnose(
 
     Raises:
         CureError: for every mistake a user can correct; nothing is written then.
+
+    >>> import torch
+    >>> import cure
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> found = cure.diagnose(network, data="digits", epsilon="8/255", limit=50)
+    >>> found["verdict"] in ("pass", "warn", "fail")
+    True
     """
     output = check_free(output)
     chosen = Target.of(target, **(TargetKeywords(limit=200) | options))

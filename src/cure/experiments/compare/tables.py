@@ -172,6 +172,14 @@ def compare(
     Raises:
         CureError: when a run was not evaluated, when two were not evaluated alike, or for a
             column or file that cannot be.
+
+    >>> import torch
+    >>> import cure
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    >>> asked = {"data": "digits", "attacks": ["fgsm"], "epsilon": "8/255", "limit": 50}
+    >>> result = cure.evaluate(network, output="mine.json", **asked)
+    >>> cure.compare(["mine.json"]).header()
+    ['model', 'n seeds', 'natural', 'fgsm']
     """
     if output is not None:
         check_output(output)

@@ -71,6 +71,13 @@ def front(
 
     Raises:
         CureError: for a mistake a user can correct, and when runs failed (what is done is written).
+
+    >>> import cure
+    >>> small = ["start=scratch", "training.epochs=1", "data.limit=100", "data.validation=20"]
+    >>> values = {"at": [0, 0.5]}
+    >>> found = cure.front("at", "digits", small, values=values, limit=20, folder="front")
+    >>> [point.value for point in found.points]
+    [0, 0.5]
     """
     check_reference(reference)
     check_attacks(attacks)
