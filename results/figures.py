@@ -611,7 +611,11 @@ def fronts(most: int | None = None) -> str:
         f"{counted.capitalize()}, {n} test photos, `{record.attack}` within "
         f"{record.threat.norm} {record.threat.epsilon_text}; in brackets 95 % bootstrap intervals "
         "over photos"
-        + (", which say nothing about the spread between trainings" if seeds == 1 else "")
+        + (
+            ", which say nothing about the spread between trainings"
+            if seeds == 1
+            else ", then Student intervals over the seeds"
+        )
         + f". Settings: recipe `{record.recipe}`, "
         + ", ".join(f"`{key}={value}`" for key, value in record.settings.items() if key in SAID)
         + f"; {environment['processor']}, cure {environment['cure']}.",
@@ -630,9 +634,15 @@ def balance(point: FrontPoint) -> float:
 
 
 def overlap(one: FrontPoint, other: FrontPoint) -> bool:
-    """Whether the intervals over images of two points overlap in both accuracies."""
+    """Whether the intervals of two points, over images or seeds, overlap in both accuracies."""
+
+    def hull(value: FrontEstimate) -> tuple[float, float]:
+        kinds = [value.images, *([] if value.seeds is None else [value.seeds])]
+        return min(low for low, _ in kinds), max(high for _, high in kinds)
+
     pairs = ((one.natural, other.natural), (one.robust, other.robust))
-    return all(a.images[0] <= b.images[1] and b.images[0] <= a.images[1] for a, b in pairs)
+    ends = [(hull(a), hull(b)) for a, b in pairs]
+    return all(a[0] <= b[1] and b[0] <= a[1] for a, b in ends)
 
 
 def setting(record: FrontRecord, point: FrontPoint) -> str:
@@ -641,8 +651,9 @@ def setting(record: FrontRecord, point: FrontPoint) -> str:
 
 
 def span(value: FrontEstimate) -> str:
-    """A mean with its interval over images."""
-    return f"{value.mean:.1f} ({value.images[0]:.1f} to {value.images[1]:.1f})"
+    """A mean with its intervals: over images, and over seeds where there are several."""
+    kinds = [value.images, *([] if value.seeds is None else [value.seeds])]
+    return f"{value.mean:.1f} ({'; '.join(f'{low:.1f} to {high:.1f}' for low, high in kinds)})"
 
 
 def insert(document: Path, mark: str, text: str) -> None:
