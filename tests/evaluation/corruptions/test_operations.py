@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 
 from cure.errors import ConfigError, DataError
 from cure.evaluation.corruptions import operations
-from cure.evaluation.corruptions.constants import SEVERITIES, TABLES, Table, constants
+from cure.evaluation.corruptions.constants import SEVERITIES, TABLES, SeverityTable, constants
 from cure.evaluation.corruptions.operations import CORRUPTIONS, Values, corrupt, disk, plasma
 
 Pixels = NDArray[np.uint8]
@@ -386,7 +386,7 @@ def test_contrast_by_hand(side: int, severity: int) -> None:
 
 def elastic(monkeypatch: pytest.MonkeyPatch, strength: float, sigma: float, shift: float) -> None:
     row = ((strength, sigma, shift),) * 5
-    table = Table(("amount", "amount", "amount"), row, row)
+    table = SeverityTable(("amount", "amount", "amount"), row, row)
     monkeypatch.setitem(TABLES, "elastic_transform", table)
 
 
