@@ -163,6 +163,14 @@ class InferenceMode(Base):
             return self.logits(image)
 
 
+class TrainReturnsNothing(Base):
+    """``train()`` keeps BatchNorm in evaluation mode and forgets to return the network."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        self.body[1].eval()
+
+
 def old_norm() -> nn.Module:
     network = Base()
     with pytest.warns(FutureWarning):
@@ -331,6 +339,22 @@ def test_without_a_gradient_training_is_refused_and_square_runs(
         result = cure.evaluate(network, data=data, attacks="natural,noise,autoattack", limit=8)
     assert result["attacks"]["autoattack"]["settings"]["parts"] == ["square"]
     assert "apgd-ce" in result["attacks"]["autoattack"]["settings"]["left_out"]
+
+
+def test_a_network_whose_train_returns_nothing_is_used_everywhere(tmp_path: Path) -> None:
+    data, test = bright_or_dark(64), bright_or_dark(32, "test")
+    run = cure.train(
+        "digits",
+        SHORT | {"training.epochs": 1, "training.threads": 1, "start_check": "off"},
+        run=tmp_path / "run",
+        model=TrainReturnsNothing(),
+        data=data,
+        quiet=True,
+    )
+    assert isinstance(core(run.model()), TrainReturnsNothing)
+    for options in ({"attacks": "square,transfer", "transfer": run}, {"bounds": True}):
+        assert cure.evaluate(run, data=test, limit=8, **options)["natural"]["n"] == 8
+    cure.export(run, "safetensors", tmp_path / "deploy", data=data)
 
 
 def test_torchscript_is_evaluated_and_not_trained(tmp_path: Path) -> None:

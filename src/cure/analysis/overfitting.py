@@ -43,6 +43,7 @@ from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting
 from cure.training.validation import validation_attack
 from cure.utils.engine import Engine
+from cure.utils.modes import in_evaluation
 from cure.utils.plotting import Chart, Panel, Series
 from cure.utils.random import generator
 from cure.utils.stats import independent_difference, paired_difference, wilson
@@ -188,7 +189,7 @@ class _Opened:
             "norm": config.threat.norm,
             "start": attack.start,
         }
-        model = engine.place(network_of(config, folder.kind, self.network)).eval()
+        model = in_evaluation(engine.place(network_of(config, folder.kind, self.network)))
         known: dict[int, dict[str, Verdicts]] = {}
         for epoch in sorted(paths):
             load_weights(model, paths[epoch])

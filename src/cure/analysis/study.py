@@ -26,6 +26,7 @@ from cure.runs.run import Run
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free, user_path, write_json, write_text
+from cure.utils.modes import in_evaluation
 
 STUDY_FORMAT = "cure-study-1"
 
@@ -188,7 +189,7 @@ class StudyInputs:
 
     def _add(self, target: Target, network: nn.Module) -> str:
         name = unique(target.name, self.networks)
-        self.networks[name] = self.engine.place(network).eval()
+        self.networks[name] = in_evaluation(self.engine.place(network))
         self.facts[name] = describe(network) | target.facts
         return name
 

@@ -27,6 +27,7 @@ from cure.errors import ConfigError, ModelError
 from cure.evaluation.metrics import Result, accuracy_of
 from cure.evaluation.runner import Progress, no_progress
 from cure.utils.engine import Engine
+from cure.utils.modes import in_evaluation
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def logit_bounds(model: nn.Module, image: Tensor, epsilon: float) -> Interval:
     Raises:
         ModelError: the network cannot be traced, or holds something that has no rule here.
     """
-    network = copy.deepcopy(model).double().eval()
+    network = in_evaluation(copy.deepcopy(model).double())
     try:
         traced = fx.GraphModule(network, _Tracer().trace(network))
     except Exception as error:  # Whatever the code of a network raises on symbols.

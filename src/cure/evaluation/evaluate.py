@@ -42,6 +42,7 @@ from cure.runs.results import EvaluationRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free, read_json, user_path, write_json
+from cure.utils.modes import in_evaluation
 
 EVALUATION_FORMAT = "cure-evaluation-1"
 
@@ -261,7 +262,7 @@ def _prepare(
         source = None
         if transfer is not None:
             source = engine.place(Target.of(transfer).build(images))
-            source = source.eval().requires_grad_(False)
+            source = in_evaluation(source).requires_grad_(False)
         replay = None
         if float_network is not None:
             if traits_of(model).gradient:
@@ -269,12 +270,12 @@ def _prepare(
                     f"{target.name} has gradients, so attacks run on it; leave out float"
                 )
             replay = engine.place(Target.of(float_network).build(images))
-            replay = replay.eval().requires_grad_(False)
+            replay = in_evaluation(replay).requires_grad_(False)
     size, seed = target.batch_size, target.options.seed
     model = engine.place(model)
     if AUTO in attacks:
         assert time_limit is not None
-        limit, network = time_limit, model.eval()
+        limit, network = time_limit, in_evaluation(model)
         found, sentence = engine.first(
             lambda: choose_attacks(network, images, threat, engine, size, limit)
         )
@@ -282,7 +283,7 @@ def _prepare(
         warnings.warn(sentence, CureNote, stacklevel=2)
     identity = identify(model, images, attacks, threat, engine, size, seed, source, curve, replay)
     if bounds:
-        verified_accuracy(model.eval(), images.subset(slice(0, 1)), threat, engine=engine)
+        verified_accuracy(in_evaluation(model), images.subset(slice(0, 1)), threat, engine=engine)
     if unseen:
         check_unseen(model, images, threat, replay)
         others = unseen_threats(threat, images)
@@ -513,7 +514,7 @@ def verify(
     threat = chosen.threat(epsilon, norm)
     engine = Engine.for_evaluation(chosen.options.device)
     images, model = chosen.load()
-    model = engine.place(model).eval()
+    model = in_evaluation(engine.place(model))
     result = {
         "format": "cure-verification-1",
         "target": chosen.name,

@@ -34,6 +34,7 @@ from cure.models.onnx_network import OnnxNetwork
 from cure.models.trial import traits_of, with_traits
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
+from cure.utils.modes import in_evaluation
 
 TargetLike = str | Path | Run | nn.Module
 """A run or its folder, the name of a network, or a network."""
@@ -316,7 +317,7 @@ def _logits(model: nn.Module, images: ImageSet) -> int:
     """How many logits a network returns for these images; 0 where it does not return logits."""
     with torch.no_grad():
         try:
-            output = model.eval()(to_unit(images.rows(slice(0, 2))))
+            output = in_evaluation(model)(to_unit(images.rows(slice(0, 2))))
         except Exception:
             return 0  # What is wrong with it is said by the evaluation.
     return output.shape[1] if isinstance(output, Tensor) and output.dim() == 2 else 0

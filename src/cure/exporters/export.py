@@ -31,6 +31,7 @@ from cure.models.wrapper import Normalised, core, tensors_of
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.utils.io import write_atomically
+from cure.utils.modes import in_evaluation
 from cure.utils.stats import wilson
 
 Format = Literal["onnx", "safetensors", "torch-export", "hub"]
@@ -156,7 +157,7 @@ class _Source:
         if target.folder is None:
             raise ConfigError(f"expected a run folder to export, got {target.name}")
         images, model = target.load()
-        model = deepcopy(model).cpu().eval().requires_grad_(False)
+        model = in_evaluation(deepcopy(model).cpu()).requires_grad_(False)
         pixels = to_unit(images.rows(slice(None)))
         with torch.no_grad():
             logits = torch.cat([model(part) for part in torch.split(pixels, 256)])

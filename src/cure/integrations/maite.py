@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cure.attacks import PGD
 from cure.data import as_images, to_unit
 from cure.errors import ConfigError, DataError
+from cure.utils.modes import in_evaluation
 from cure.utils.random import generator
 
 Batch = tuple[Sequence[Any], Sequence[Any], Sequence[Any]]
@@ -39,7 +40,7 @@ class ImageClassifier:
     """
 
     def __init__(self, network: nn.Module, classes: Sequence[str], name: str = "cure") -> None:
-        self.network = network.eval()
+        self.network = in_evaluation(network)
         self.metadata = {"id": name, "index2label": dict(enumerate(classes))}
 
     @torch.no_grad()

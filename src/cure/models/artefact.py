@@ -18,6 +18,7 @@ from cure.models.onnx_network import OnnxNetwork
 from cure.models.program_network import ProgramNetwork
 from cure.models.registry import MODELS
 from cure.utils.io import first_line, read_json
+from cure.utils.modes import in_evaluation
 
 CONFIG, WEIGHTS, SECTION = "config.json", "model.safetensors", "cure"
 """Files of a hub folder, and the key of the contract in the first."""
@@ -105,7 +106,7 @@ def from_pretrained(name: str | Path, *, network: nn.Module | None = None) -> nn
         )
     model = _built(path, contract, network)
     model.contract = contract  # type: ignore[assignment]
-    return model.eval()
+    return in_evaluation(model)
 
 
 def _built(path: Path, contract: Contract, network: nn.Module | None) -> nn.Module:

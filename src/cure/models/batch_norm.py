@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from cure.utils.modes import in_evaluation
+
 
 class FrozenStatistics:
     """Mixin of a BatchNorm layer that stays in evaluation mode, whatever mode is asked for.
@@ -37,7 +39,7 @@ def _frozen(norm: _BatchNorm) -> _BatchNorm:
     kind = frozen_class(type(norm))
     layer: _BatchNorm = kind.__new__(kind)
     layer.__dict__.update(norm.__dict__)
-    return layer.eval()
+    return in_evaluation(layer)
 
 
 def freeze_statistics(

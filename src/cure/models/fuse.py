@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.models.batch_norm import FrozenStatistics
-from cure.utils.modes import evaluating
+from cure.utils.modes import evaluating, in_evaluation
 
 TOLERANCE = 1e-3
 """How far logits may move, as a share of the largest one; float32 rounding stays far below."""
@@ -78,7 +78,7 @@ def folded_copy(model: nn.Module, example: Tensor) -> nn.Module:
         model: not changed, and shares no memory with the copy.
         example: images [B, C, H, W] that it takes.
     """
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    twin = in_evaluation(copy.deepcopy(model)).requires_grad_(False)
     if not any(_hooked(module) for module in twin.modules()):
         with torch.no_grad():
             FoldedWeights().fold(twin, _checked(twin, _pairs(twin), example), None)

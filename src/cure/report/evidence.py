@@ -38,6 +38,7 @@ from cure.runs.results import UnseenThreat
 from cure.runs.run import Run
 from cure.utils.engine import Engine
 from cure.utils.io import first_line, write_bytes, write_text
+from cure.utils.modes import in_evaluation
 from cure.utils.plotting import Chart, Panel, Series
 
 PAGE, PDF, HASHES, SIGNATURE = "evidence.html", "evidence.pdf", "SHA256SUMS", "SHA256SUMS.sig"
@@ -235,7 +236,7 @@ def _calibrate(run: str | Path | Run, count: int, device: str) -> Calibration | 
         target = Target.of(run, split="test", limit=count, device=device)
         images, model = target.load()
         engine, threat = Engine.for_evaluation(device), target.threat()
-        model = engine.place(model).eval()
+        model = in_evaluation(engine.place(model))
         found = calibration_under_attack(model, images, threat, attack=ATTACK, engine=engine)
     except CureError as error:
         return first_line(error)

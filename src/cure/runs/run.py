@@ -12,6 +12,7 @@ from cure.config import RunConfig
 from cure.models import load_weights
 from cure.models.build import network_of
 from cure.runs.folder import RunFolder
+from cure.utils.modes import in_evaluation
 
 
 @dataclass(frozen=True)
@@ -53,4 +54,4 @@ class Run:
         folder = RunFolder.open(self.path)
         model = network_of(folder.config, folder.kind, self.network)
         load_weights(model, folder.weights(checkpoint))
-        return model.eval()
+        return in_evaluation(model)

@@ -37,7 +37,7 @@ from cure.training.extra import Extra, choose_extra, is_chosen
 from cure.training.schedule import learning_rate, progress_at
 from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
-from cure.utils.modes import evaluating
+from cure.utils.modes import evaluating, in_evaluation
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def _prepared(
     prepared = replace(prepared, teachers=teacher_networks(config, prepared))
     for role, teacher in prepared.teachers.items():
         try:
-            check_outputs(teacher.eval(), sample, len(training.classes))
+            check_outputs(in_evaluation(teacher), sample, len(training.classes))
         except ModelError as error:
             raise ModelError(f"method.{role}: {error}") from None
     check_method(config, prepared)

@@ -23,6 +23,12 @@ def modes_kept(network: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def in_evaluation(network: Network) -> Network:
+    """The same network, put into evaluation mode; its own ``train`` may return nothing."""
+    network.eval()
+    return network
+
+
 @contextmanager
 def evaluating(network: Network) -> Iterator[Network]:
     """The network in evaluation mode; the mode of every layer is restored at the end.

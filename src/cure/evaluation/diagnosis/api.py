@@ -17,6 +17,7 @@ from cure.runs.results import DiagnosisRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
 from cure.utils.io import check_free
+from cure.utils.modes import in_evaluation
 
 
 def diagnose(
@@ -63,7 +64,7 @@ def diagnose(
     images, model = chosen.load()
     other = None
     if transfer is not None:
-        other = engine.place(Target.of(transfer).build(images)).eval()
+        other = in_evaluation(engine.place(Target.of(transfer).build(images)))
     context = CheckContext(
         engine.place(model),
         images,
