@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from cure.attacks import OBJECTIVES, PGD, Threat
 from cure.config import ModelConfig
@@ -325,3 +328,35 @@ def test_frozen_statistics_fold_in_training_and_every_gradient_stays() -> None:
     came = dict(zip(names, torch.autograd.grad(found, parameters), strict=True))
     for name, gradient in expected.items():
         torch.testing.assert_close(came[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+class Checkpointed(nn.Module):
+    """Keeps no activations of its layers in training: the backward pass calls them again."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.net, self.form = own_classes(), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.net(x)
+        if self.form == "sequential":
+            return checkpoint_sequential(self.net, 2, x, use_reentrant=False)
+        return checkpoint(self.net, x, use_reentrant=self.form == "reentrant")
+
+
+@pytest.mark.parametrize("form", ["reentrant", "non-reentrant", "sequential"])
+def test_networks_with_gradient_checkpointing_are_not_folded_in_training(form: str) -> None:
+    model, x = Checkpointed(form), torch.rand(4, 3, 8, 8).double().requires_grad_()
+    freeze_statistics(model)
+    expected = copy.deepcopy(model)
+    model.train()
+    state = torch.get_rng_state()
+    with folded_frozen(model, x):
+        assert count_folded(model) == 0
+        logits = model(x)
+    logits.square().sum().backward()  # outside, as a training step does
+    assert torch.equal(torch.get_rng_state(), state)
+    expected.net(x).square().sum().backward()
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name).grad, parameter.grad)

@@ -12,6 +12,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import cast
 from weakref import WeakKeyDictionary
 
@@ -147,7 +148,8 @@ def folded_frozen(model: nn.Module, example: Tensor) -> Iterator[None]:
 
     The folded weights are part of the autograd graph, so gradients reach the weights of the
     convolution and of BatchNorm; they equal those of the unfolded network up to rounding (relative
-    error about 1e-6 in float32).  Only layers with :class:`FrozenStatistics` are folded.
+    error about 1e-6 in float32).  Only layers with :class:`FrozenStatistics` are folded, and none
+    where layers are called again in the backward pass (gradient checkpointing).
 
     Args:
         model: any mode; restored at the end.
@@ -159,10 +161,29 @@ def folded_frozen(model: nn.Module, example: Tensor) -> Iterator[None]:
     if model not in _known_frozen:
         modules = dict(model.named_modules())
         pairs = [p for p in _pairs(model) if isinstance(modules[p[1]], FrozenStatistics)]
+        if pairs and _recomputes(model, pairs, example):
+            pairs = []
         with evaluating(model):
             _known_frozen[model] = _checked(model, pairs, example.detach())
     with _holding(model, _known_frozen[model], None, differentiable=True):
         yield
+
+
+def _recomputes(model: nn.Module, pairs: list[Pair], example: Tensor) -> bool:
+    """Whether the backward pass calls a layer of ``pairs`` again, as gradient checkpointing does.
+
+    The layer would have other weights there than in the forward pass.
+    """
+    twin, called = copy.deepcopy(model), []
+    for name in chain.from_iterable(pairs):
+        twin.get_submodule(name).register_forward_pre_hook(lambda *_: called.append(True))
+    devices = [example.device] if example.is_cuda else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        logits = twin(example[:2].detach().clone().requires_grad_())
+        called.clear()
+        # Reentrant checkpoints take no torch.autograd.grad().
+        logits.sum().backward()
+    return bool(called)
 
 
 @torch.no_grad()
