@@ -240,6 +240,31 @@ def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path, form: 
         read_weights(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_are_read_that_the_layers_of_the_network_rename(
+    tmp_path: Path, prefix: str
+) -> None:
+    """PyTorch's parametrised weight norm reads the names of the older one."""
+    old, new = network(), network()
+    nn.utils.weight_norm(old[3])
+    nn.utils.parametrizations.weight_norm(new[3])
+    path, state = tmp_path / "w.pt", old.state_dict()
+    torch.save({"model": {prefix + name: value for name, value in state.items()}}, path)
+    load_weights(new, path)
+    image = torch.rand(2, 1, 4, 4)
+    torch.testing.assert_close(new(image), old(image))
+    before = {name: value.clone() for name, value in new.state_dict().items()}
+    for change in ({"3.weight_g": torch.ones(3, 2)}, {"3.weight_g": state["3.weight_g"].char()}):
+        torch.save(state | change, path)
+        with pytest.raises(CheckpointError, match=r"2 missing: 3\.parametrizations"):
+            load_weights(new, path)
+    torch.save(state | {"3.weight_v": state["3.weight_v"] * torch.nan}, path)
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_weights(new, path)
+    assert same(new.state_dict(), before)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cure.errors import CheckpointError, CureNote, ModelError
 from cure.models.fitting import Fit, choose, constants, fits
 from cure.models.head import draw_head, head_name
+from cure.models.trial import copy_network
 from cure.models.weight_files import digest, read_file
 from cure.models.wrapper import Normalised, core, tensors_of
 from cure.utils.io import write_atomically
@@ -95,6 +96,8 @@ def load_weights(
             f"{path} holds {len(fitting)} sets of weights that fit the model, {named}; choose one "
             f"with {setting}={fitting[-1].place or 'NAME'}"
         )
+    if not fitting and (read := _read_by(network, found[0])) is not None:
+        fitting = [read]
     if not fitting or (exact and fitting[0].extra):
         raise CheckpointError(_unfitting(model, path, (fitting or found)[0], target, exact))
     fit = fitting[0]
@@ -120,6 +123,19 @@ def load_weights(
     network.load_state_dict({**network.state_dict(), **ready}, strict=True)
     if head is not None:
         draw_head(network, head, seed)
+
+
+def _read_by(network: nn.Module, fit: Fit) -> Fit | None:
+    """The fit, where layers of the network take other names than they give, such as the weights of
+    ``torch.nn.utils.weight_norm`` in ``parametrizations.weight_norm``; None where they do not."""
+    if not all(value.is_floating_point() and not value.is_meta for value in fit.extra.values()):
+        return None
+    twin = copy_network(network)
+    try:
+        twin.load_state_dict(fit.named, strict=True)
+    except Exception:  # whatever its layers do with names that they do not know
+        return None
+    return Fit(fit.place, tensors_of(twin), {})
 
 
 def _as(target: Tensor, value: Tensor, name: str, path: Path) -> Tensor:

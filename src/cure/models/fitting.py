@@ -26,6 +26,7 @@ class Fit:
             the file itself.
         weights: tensors by the network's names, as far as they are there.
         extra: the other tensors of the dictionary, by their names in the file.
+        named: all tensors of the dictionary, by the names that the network would give them.
         missing: the network's names that are not there.
         differing: the network's names whose tensors have another shape in the file.
     """
@@ -33,6 +34,7 @@ class Fit:
     place: str
     weights: dict[str, Tensor]
     extra: dict[str, Tensor]
+    named: dict[str, Tensor] = field(default_factory=dict, repr=False)
     missing: list[str] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
 
@@ -91,6 +93,11 @@ def _fit(
         ".".join(filter(None, [place, prefix.rstrip(".")])),
         weights,
         {name: tensor for name, tensor in tensors.items() if name not in used},
+        {
+            dropped + name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix)
+        },
         [n for n in target if n not in weights and n.rpartition(".")[2] != _OPTIONAL],
         [n for n, tensor in weights.items() if tensor.shape != target[n].shape],
     )
