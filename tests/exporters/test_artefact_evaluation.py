@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import onnx
 import pytest
 import torch
 import yaml
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 import cure
@@ -143,6 +147,43 @@ def test_images_of_another_size_are_one_sentence(folder: Path) -> None:
     data = cure.ImageSet.of(image, torch.arange(4), [str(n) for n in range(10)], split="test")
     with pytest.raises((ConfigError, ModelError, cure.CureError), match="resize=8"):
         cure.evaluate(folder / "model.onnx", data=data, attacks="noise")
+
+
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        (("B", 3, 16, 16), r"images of 16x16, got 8x8: set data\.resize=16 .*option resize=16\)$"),
+        (("B", 3, 16, "W"), "images of 16x8, got 8x8: give images of 16x8 pixels$"),
+        (("B", 1, "H", "W"), r"with 1 channels, got 3: set data\.color=grey .* color=grey\)$"),
+        (("B", 5, 8, 8), "with 5 channels, got 3: export a network for images of 1 or 3 channels$"),
+        (("B", 8, 8, 3), r"the channel first.*got \['B', 8, 8, 3\], .* layer that permutes images"),
+        ((None, 3, "H", "W"), "theirs.onnx failed on images of shape .*resize=N\\)$"),
+    ],
+)
+def test_a_file_for_other_images_is_one_sentence(
+    declared: tuple[Any, ...], said: str, tmp_path: Path
+) -> None:
+    flat = onnx.helper.make_tensor("flat", onnx.TensorProto.INT64, [2], [0, -1])
+    values = [size if isinstance(size, int) else 7 for size in declared[1:]]
+    weight = numpy_helper.from_array(np.ones((math.prod(values), 2), np.float32), "weight")
+    nodes = [
+        onnx.helper.make_node("Reshape", ["image", "flat"], ["values"]),
+        onnx.helper.make_node("MatMul", ["values", "weight"], ["logits"]),
+    ]
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name, shape in (("image", declared), ("logits", ("B", 2)))
+    ]
+    graph = onnx.helper.make_graph(nodes, "theirs", ends[:1], ends[1:], [flat, weight])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "theirs.onnx"
+    )
+    image = torch.zeros((4, 3, 8, 8), dtype=torch.uint8)
+    data = cure.ImageSet.of(image, torch.arange(4) % 2, split="test")
+    with pytest.raises(ModelError, match=said) as caught:
+        cure.evaluate(tmp_path / "theirs.onnx", data=data, attacks="noise")
+    assert "correct its forward" not in str(caught.value)
 
 
 def test_the_workflow_runs_here(

@@ -56,7 +56,12 @@ def network_error(error: BaseException) -> str | None:
 
 
 def failed_in(error: BaseException, title: str, image: Tensor | None, mode: str = "") -> str:
-    """The sentence for a network that failed on images [B, C, H, W]."""
+    """The sentence for a network that failed on images [B, C, H, W].
+
+    An error that a user can correct already says what to do.
+    """
+    if isinstance(error, CureError):
+        return str(error)
     images = f" on images of shape {list(image.shape)}" if image is not None else ""
     where = network_error(error) or reason_of(error)
     return (

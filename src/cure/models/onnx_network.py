@@ -55,12 +55,14 @@ class OnnxNetwork(nn.Module):
         # Two files are two networks for the journal of an evaluation.
         found = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
         self.register_buffer("digest", torch.from_numpy(found.copy()))
-        self.input, self.output, self.batch = _ends(self.session, path)
+        self.input, self.output, (batch, *self.declared) = _ends(self.session, path)
+        self.batch = batch if isinstance(batch, int) else None
         with_traits(self, Traits(no_gradient=NO_GRADIENT, untrainable=NO_GRADIENT))
         self.eval()
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W] in [0, 1]; no gradient reaches them."""
+        self._check_shape(list(image.shape[1:]))
         pixels = image.detach().to("cpu", torch.float32).contiguous().numpy()
         step = self.batch or len(pixels)
         found = [self._run(pixels[first : first + step]) for first in range(0, len(pixels), step)]
@@ -78,6 +80,27 @@ class OnnxNetwork(nn.Module):
                 "name images of the size and colour that it was made for (--data-option resize=N)"
             ) from None
         return logits[:count]
+
+    def _check_shape(self, came: list[int]) -> None:
+        """Refuse images [C, H, W] of another shape than the file declares."""
+        wanted = [
+            declared if isinstance(declared, int) and declared > 0 else size
+            for declared, size in zip(self.declared, came, strict=True)
+        ]
+        if wanted[0] != came[0]:
+            needs = _setting("color", "grey" if wanted[0] == 1 else "rgb")
+            if wanted[0] not in (1, 3):
+                needs = "export a network for images of 1 or 3 channels"
+            raise ModelError(
+                f"{self.path} is made for images with {wanted[0]} channels, got {came[0]}: {needs}"
+            )
+        if wanted != came:
+            _, height, width = wanted
+            needs = f"give images of {height}x{width} pixels"
+            raise ModelError(
+                f"{self.path} is made for images of {height}x{width}, got {came[1]}x{came[2]}: "
+                f"{_setting('resize', height) if height == width else needs}"
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxNetwork:
         """The network itself: it has no state that could change."""
@@ -104,8 +127,12 @@ def _session(path: Path) -> Any:
         ) from None
 
 
-def _ends(session: Any, path: Path) -> tuple[str, str, int | None]:
-    """Names of input and output, and the batch size where it is fixed."""
+def _setting(name: str, value: object) -> str:
+    return f"set data.{name}={value} (of an evaluation --data-option {name}={value})"
+
+
+def _ends(session: Any, path: Path) -> tuple[str, str, list[Any]]:
+    """Names of input and output, and the declared shape of the input: numbers where fixed."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     named = [end for end in outputs if end.name == "logits"] or outputs
     if len(inputs) != 1 or len(named) != 1 or len(inputs[0].shape) != 4:
@@ -119,5 +146,10 @@ def _ends(session: Any, path: Path) -> tuple[str, str, int | None]:
             f"{path}: expected an input of float32, got {inputs[0].type}; export it for float32 "
             "images in [0, 1]"
         )
-    batch = inputs[0].shape[0]
-    return inputs[0].name, named[0].name, batch if isinstance(batch, int) else None
+    shape = inputs[0].shape
+    if shape[3] in (1, 3) and shape[1] not in (1, 3):
+        raise ModelError(
+            f"{path}: expected images with the channel first, [B, C, H, W], got {shape}, where it "
+            "is last; export the network with a first layer that permutes images [B, C, H, W]"
+        )
+    return inputs[0].name, named[0].name, shape
