@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch.nn import functional as F
 
 import cure
 from cure.config import ModelConfig
-from cure.errors import ModelError
+from cure.errors import CureNote, ModelError
+from cure.models import load_weights
 from cure.models.build import adapted_copy
 from cure.models.head import find_head, renew_head
 from cure.models.wrapper import core
@@ -89,6 +92,148 @@ def test_the_head_is_found_by_the_width_of_the_logits() -> None:
     assert torch.equal(again.head.weight, drawn)
     renew_head(again, 3, 1, (8, 8), new_head=True, seed=1)
     assert not torch.equal(again.head.weight, drawn)
+
+
+class Auxiliary(Wide):
+    """A second head, made after the main one and used in training alone."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, classes)
+        self.auxiliary = nn.Linear(6, classes)
+
+    def forward(self, image: torch.Tensor) -> Any:
+        features = F.relu(self.body(image)).mean((2, 3))
+        logits = self.head(features)
+        return (logits, self.auxiliary(features)) if self.training else logits
+
+
+class WeightOfTheHead(Auxiliary):
+    """Takes the weight of its head without calling it."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        features = F.relu(self.body(image)).mean((2, 3))
+        return 10 * F.linear(F.normalize(features), self.head.weight, self.head.bias)
+
+
+class Twice(nn.Module):
+    """Its head has a name before those of the layers that are called."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, classes)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), self.head)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.layers(image)
+
+
+class Averaged(Auxiliary):
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        features = F.relu(self.body(image)).mean((2, 3))
+        return (self.head(features) + self.auxiliary(features)) / 2
+
+
+class Tied(Auxiliary):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.auxiliary.weight = self.head.weight
+
+
+class Prototypes(Auxiliary):
+    """Its logits are distances to points that are no layer."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.points = nn.Parameter(torch.rand(classes, 6))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return -torch.cdist(F.relu(self.body(image)).mean((2, 3)), self.points)
+
+
+@pytest.mark.filterwarnings("ignore::cure.errors.CureNote")
+@pytest.mark.parametrize("make", [Auxiliary, WeightOfTheHead, Twice])
+@pytest.mark.parametrize("classes", [10, 3])
+def test_the_head_is_the_layer_that_makes_the_logits(
+    make: Callable[[int], nn.Module], classes: int
+) -> None:
+    given = make(classes)
+    model = adapted_copy(given, 3, 1, (8, 8), ModelConfig(name="given"), new_head=True)
+    network = core(model).eval()
+    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 3)
+    assert not torch.equal(network.head.weight[:3], given.head.weight[:3])
+    kept = [name for name, _ in given.named_parameters() if not name.startswith("head")]
+    assert kept
+    for name in kept:
+        assert torch.equal(network.get_parameter(name), given.get_parameter(name))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Averaged, "expected one layer that makes the logits, got 'head', 'auxiliary', which"),
+        (Tied, "expected one layer that makes the logits, got 'head', 'auxiliary', which"),
+        (Prototypes, "found no linear layer or 1x1 convolution with 3 outputs that makes the log"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::cure.errors.CureNote")
+def test_a_head_that_is_not_one_layer_is_refused(
+    make: Callable[[int], nn.Module], message: str
+) -> None:
+    with pytest.raises(ModelError, match=f"{message}.*new_head=NAME"):
+        renew_head(make(3), 3, 1, (8, 8), new_head=True, seed=0)
+
+
+def test_the_single_logit_of_two_classes_becomes_two() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 1))
+    renew_head(network, 2, 1, (8, 8), new_head=True, seed=0)
+    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 2)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+@pytest.mark.parametrize("classes", [10, 3])
+def test_a_normalised_head_is_drawn_and_stays_normalised(
+    normalise: Callable[[nn.Module], nn.Module], classes: int, tmp_path: Path
+) -> None:
+    network = wide()
+    network.head = normalise(nn.Linear(6, classes))
+    image = torch.rand(4, 1, 8, 8)
+    before = network.eval()(image)
+    names = set(network.state_dict())
+    model = adapted_copy(network, 3, 1, (8, 8), ModelConfig(name="given"), new_head=True)
+    assert set(core(model).state_dict()) == names
+    drawn = model.eval()(image)
+    assert drawn.shape == (4, 3)
+    assert not torch.allclose(drawn, before[:, :3])
+    # Weights of a file, of which all but the head are taken.
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    load_weights(model, tmp_path / "w.pt", new_head=True)
+    torch.testing.assert_close(model.eval()(image), drawn)
+
+
+class Own(nn.Linear):
+    """A layer of a class of its own."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "lost"),
+    [(nn.utils.parametrizations.orthogonal(nn.Linear(6, 10)), "_Orthogonal"), (Own(6, 10), "Own")],
+)
+def test_what_a_new_head_lacks_of_the_old_one_is_told(layer: nn.Module, lost: str) -> None:
+    network = wide()
+    network.head = layer
+    with pytest.warns(CureNote, match=f"'head' is a plain Linear, without .* had: {lost}$"):
+        renew_head(network, 3, 1, (8, 8), new_head=True, seed=0)
+    assert type(network.head) is nn.Linear
 
 
 def test_a_head_of_lazy_size_is_replaced() -> None:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cure.errors import ConfigError, ModelError, unknown
 from cure.models.batch_norm import freeze_statistics
 from cure.models.head import head_name
+from cure.models.trial import traits_of
 from cure.models.wrapper import core
 
 STEM, CLASSIFIER = "stem", "classifier"
@@ -72,8 +73,11 @@ def blocks(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _classifier(model: nn.Module) -> str | None:
-    """Name of the last linear layer; where there is none, of the 1x1 convolution of the logits."""
-    network = core(model)
+    """Name of the layer that makes the logits; where the trial of the network did not tell, of the
+    last linear layer, or the 1x1 convolution of the logits."""
+    network, heads = core(model), traits_of(model).heads
+    if heads is not None and len(heads) == 1:
+        return heads[0]
     found = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if found:
         return str(found[-1])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cure.models.head import find_head
+from cure.models.trial import traits_of
 from cure.models.wrapper import core
 
 
@@ -28,7 +29,9 @@ class Features(nn.Module):
     def __init__(self, network: nn.Module, classes: int) -> None:
         super().__init__()
         self.network = network
-        self.head = core(network).get_submodule(find_head(core(network), classes))
+        inner = core(network)
+        heads = traits_of(network).heads or (find_head(inner, classes),)
+        self.head = inner.get_submodule(heads[-1])
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import warnings
 
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
-from cure.errors import CureNote, ModelError
+from cure.errors import CureNote, ModelError, some
+from cure.models.logit_layers import same_weights, width_of
 from cure.models.trial import adapt, traits_of
 from cure.models.wrapper import core
+from cure.utils.launcher import launched
 from cure.utils.random import derive, seeded
 
 
 def find_head(model: nn.Module, classes: int | None = None, name: str | None = None) -> str:
-    """The name of the layer that makes the logits: the last linear one or 1x1 convolution.
+    """The name of the last linear layer or 1x1 convolution that is as wide as the logits.
 
     Args:
         model: the network inside its wrappers.
@@ -27,7 +32,9 @@ def find_head(model: nn.Module, classes: int | None = None, name: str | None = N
     '2'
     """
     layers = {
-        path: _width(module) for path, module in model.named_modules() if _width(module) is not None
+        path: width_of(module)
+        for path, module in model.named_modules()
+        if width_of(module) is not None
     }
     if name is not None:
         if name in layers:
@@ -38,32 +45,72 @@ def find_head(model: nn.Module, classes: int | None = None, name: str | None = N
         )
     fitting = [path for path, width in layers.items() if classes is None or width == classes]
     if not fitting:
-        raise ModelError(
-            f"new_head: found no linear layer or 1x1 convolution with {classes} outputs; name the "
-            "layer: new_head=NAME"
-        )
+        raise ModelError(_no_layer(classes))
     return str(fitting[-1])
 
 
 def head_name(model: nn.Module, new_head: bool | str) -> str:
-    """The layer of the logits inside ``core(model)``, or the one that ``new_head`` names."""
-    shape = traits_of(model).shape
-    name = new_head if isinstance(new_head, str) else None
-    return find_head(core(model), shape[1] if len(shape) == 2 else None, name)
+    """The layer of the logits inside ``core(model)``, or the one that ``new_head`` names.
+
+    The trial of the network (:func:`~cure.models.trial.adapt`) saw which layer makes the logits;
+    where it could not, it is that of :func:`find_head`.
+
+    Args:
+        model: a network.
+        new_head: True, or the name of the layer.
+
+    Raises:
+        ModelError: when there is no such layer, or several make the logits together.
+    """
+    traits, network = traits_of(model), core(model)
+    width = traits.shape[1] if len(traits.shape) == 2 else None
+    if isinstance(new_head, str) or traits.heads is None:
+        return find_head(network, width, new_head if isinstance(new_head, str) else None)
+    if not traits.heads:
+        raise ModelError(_no_layer(width))
+    name = traits.heads[0]
+    together = [*traits.heads, *same_weights(network, name)]
+    if len(together) > 1:
+        raise ModelError(
+            f"new_head: expected one layer that makes the logits, got {some(together)}, which "
+            "make them together or share weights; name the one to draw anew: new_head=NAME"
+        )
+    return name
 
 
-def draw_head(model: nn.Module, name: str, seed: int) -> None:
+def draw_head(model: nn.Module, name: str, seed: int, classes: int | None = None) -> None:
     """Draw the weights of a layer anew, as PyTorch initialises it.
+
+    Weight and spectral normalisation stay; another parametrisation, and a class of its own where
+    the width changes, are given up, which a :class:`~cure.errors.CureNote` tells.
 
     Args:
         model: the network inside its wrappers.
         name: of the layer.
         seed: of the run.
+        classes: outputs of the new layer; None keeps its width.
     """
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
+    width = width_of(layer) if classes is None else classes
+    assert width is not None
     with seeded(derive(seed, "new head")):
-        layer.reset_parameters()
+        if width == width_of(layer) and not _computed(layer):
+            layer.reset_parameters()
+            return
+        drawn, lost = _anew(layer, width)
+    if lost and launched().rank == 0:
+        warnings.warn(
+            f"the new last layer '{name}' is a plain {type(drawn).__name__}, without what the old "
+            f"one had: {', '.join(lost)}",
+            CureNote,
+            stacklevel=2,
+        )
+    # It may have several names.
+    for module in model.modules():
+        for key, child in module._modules.items():
+            if child is layer:
+                module._modules[key] = drawn
 
 
 def renew_head(
@@ -94,28 +141,46 @@ def renew_head(
         warnings.simplefilter("ignore", CureNote)  # said when the network with its head is adapted
         tried = adapt(model, classes, channels, size, title=title)
     name = head_name(tried, new_head)
-    network = core(model)
-    parent, _, attribute = name.rpartition(".")
-    if not attribute:
+    if not name:
         raise ModelError(f"new_head: {title} is a single layer and has no other weights to keep")
-    layer = network.get_submodule(name)
-    if _width(layer) != classes:
-        setattr(network.get_submodule(parent), attribute, _widened(layer, classes))
-    draw_head(network, name, seed)
+    draw_head(core(model), name, seed, classes)
 
 
-def _widened(layer: nn.Module, classes: int) -> nn.Module:
-    """A layer of the same kind and device with another number of outputs."""
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    bias, device = layer.bias is not None, layer.weight.device
+def _computed(layer: nn.Module) -> bool:
+    """Whether its weight is computed from other tensors."""
+    return layer._parameters.get("weight") is None
+
+
+def _anew(layer: nn.Linear | nn.Conv2d, classes: int) -> tuple[nn.Module, list[str]]:
+    """A layer of the same kind and device with so many outputs, and what it lacks of the old."""
+    bias, device = layer.bias is not None, next(layer.parameters()).device
+    plain: nn.Module
     if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, classes, bias, device)
-    return nn.Conv2d(layer.in_channels, classes, 1, bias=bias, device=device)
+        plain = nn.Linear(layer.in_features, classes, bias, device)
+    else:
+        plain = nn.Conv2d(layer.in_channels, classes, 1, bias=bias, device=device)
+    own = parametrize.type_before_parametrizations(layer)
+    lost = [] if own is type(plain) else [own.__name__]
+    parts = [part for each in getattr(layer, "parametrizations", {}).values() for part in each]
+    for part in [*parts, *layer._forward_pre_hooks.values()]:
+        kind = type(part).__name__
+        if kind == "_WeightNorm":
+            parametrizations.weight_norm(plain, dim=part.dim)
+        elif kind == "_SpectralNorm":
+            parametrizations.spectral_norm(plain, "weight", part.n_power_iterations, part.eps)
+        elif isinstance(part, WeightNorm):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                nn.utils.weight_norm(plain, part.name, part.dim)
+        elif isinstance(part, SpectralNorm):
+            nn.utils.spectral_norm(plain, part.name, part.n_power_iterations, part.eps)
+        elif part in parts:
+            lost.append(kind)
+    return plain, lost
 
 
-def _width(module: nn.Module) -> int | None:
-    if isinstance(module, nn.Linear):
-        return module.out_features
-    if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1):
-        return module.out_channels
-    return None
+def _no_layer(classes: int | None) -> str:
+    return (
+        f"new_head: found no linear layer or 1x1 convolution with {classes} outputs that makes the "
+        "logits; name the layer: new_head=NAME"
+    )

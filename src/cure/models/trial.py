@@ -21,6 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from cure.errors import CureNote, ModelError
 from cure.models.failure import failed_in, reason_of
+from cure.models.logit_layers import LogitLayers
 from cure.models.wrapper import ONE_LOGIT, Adapted, OutputError, core, main_output, raw_output
 from cure.utils.device import Device
 from cure.utils.launcher import launched
@@ -54,6 +55,8 @@ class Traits:
         no_gradient: why no gradient reaches the image; empty where one does.
         untrainable: why it cannot be trained; empty where it can.
         notes: what was decided for the user, a sentence each.
+        heads: names inside ``core`` of the layers that make the logits; None where the trial could
+            not tell.
         activation_bytes: memory that autograd keeps for one image between the passes.
     """
 
@@ -67,6 +70,7 @@ class Traits:
     no_gradient: str = ""
     untrainable: str = ""
     notes: tuple[str, ...] = ()
+    heads: tuple[str, ...] | None = field(default=None, compare=False)
     activation_bytes: int = field(default=0, compare=False)
 
     @property
@@ -310,6 +314,7 @@ class _Pass:
     notes: tuple[str, ...] = ()
     error: Exception | None = None
     no_gradient: str = ""
+    heads: tuple[str, ...] | None = None
     activation_bytes: int = 0
 
 
@@ -370,6 +375,7 @@ def _tried(
         pairs=evaluated.shape == (2, classes) and _fails_alone(scratch, image[:1], classes),
         no_gradient=evaluated.no_gradient,
         notes=tuple(dict.fromkeys(evaluated.notes + training.notes)),
+        heads=evaluated.heads,
         activation_bytes=max(evaluated.activation_bytes, training.activation_bytes),
     )
     return _Trial(traits, training)
@@ -403,13 +409,14 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
         inside = leaf.clone()
         version = inside._version
         lost: list[str] = []
-        handles = _watch(scratch, lost)
+        handles, layers = _watch(scratch, lost), LogitLayers(core(scratch))
         try:
             output = scratch(inside)
         except Exception as error:
             with torch.no_grad():
                 return _without_gradient(scratch, image, classes, error)
         finally:
+            layers.end()
             for handle in handles:
                 handle.remove()
         in_place = inside._version != version or not torch.equal(inside.detach(), image)
@@ -417,6 +424,7 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
             logits, found, note = _logits_in(output, classes)
         except OutputError as error:
             return _Pass(error=error)
+        heads = layers.of(raw_output(output, classes)[0])
         kept = _kept_for_backward(logits, scratch) // len(image)
         no_gradient = _backward(logits, leaf, lost)
     return _Pass(
@@ -427,6 +435,7 @@ def _pass(scratch: nn.Module, image: Tensor, classes: int) -> _Pass:
         detaches=next(kept_tensors(scratch), None) is not None,
         notes=(note,) if note else (),
         no_gradient=no_gradient,
+        heads=heads,
         activation_bytes=kept,
     )
 
