@@ -26,7 +26,7 @@ from cure.exporters import export as module
 from cure.exporters.onnx import captured, onnx_model
 from cure.models.contract import Contract, Preprocessing
 from cure.runs.folder import RunFolder
-from helpers import Command, refused
+from helpers import Command, bright_or_dark, refused
 
 
 def images(count: int) -> Tensor:
@@ -222,6 +222,30 @@ def test_what_cannot_be_exported_is_one_sentence(network: nn.Module, words: list
     for word in [*words, "--to safetensors"]:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+class Autocasts(nn.Sequential):
+    def forward(self, image: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(image)
+
+
+def test_a_network_with_autocast_or_in_data_parallel(tmp_path: Path) -> None:
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    data, settings = bright_or_dark(40), {"start": "model", "start_check": "off", "method": "at"}
+    settings |= {"training.epochs": 1, "training.batch_size": 8, "data.validation": 8}
+
+    def trained(network: nn.Module, name: str) -> cure.Run:
+        return cure.train(
+            "digits", settings, run=tmp_path / name, model=network, data=data, quiet=True
+        )
+
+    run = trained(Autocasts(*layers), "autocast")
+    with pytest.raises(ModelError, match=r"computes in bfloat16, as with torch\.autocast; remove"):
+        cure.export(run, "onnx", tmp_path / "a", data=data)
+    assert cure.export(run, "safetensors", tmp_path / "a", data=data).exists()
+    run = trained(nn.DataParallel(nn.Sequential(*layers)), "parallel")
+    assert cure.export(run, "onnx", tmp_path / "b", data=data).exists()
 
 
 def test_a_file_that_computes_something_else_is_not_kept(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,7 @@ from torch import nn
 from cure.config import ModelConfig
 from cure.errors import CureNote, ModelError
 from cure.evaluation.evaluate import evaluate
-from cure.models.build import adapted_copy
+from cure.models.build import adapted_copy, build_model
 from cure.models.classes import own_classes
 from helpers import bright_or_dark
 
@@ -72,8 +75,26 @@ def test_an_evaluation_reads_the_names() -> None:
     assert sorted([plain, turned]) == [0, 100]
 
 
-def test_a_compiled_network_is_taken_as_it_was() -> None:
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (torch.compile, r"without its torch\.compile"),
+        (nn.DataParallel, r"without its DataParallel; torchrun"),
+        (lambda model: nn.DataParallel(torch.compile(model)), r"without its (torch|Data)"),
+    ],
+)
+def test_a_compiled_or_parallel_network_is_taken_as_it_was(
+    wrap: Callable[[nn.Module], nn.Module], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    with pytest.warns(CureNote, match=r"without its torch\.compile"):
-        made = adapted_copy(torch.compile(model), 2, 3, (2, 2), ModelConfig(name="given"))
+    with pytest.warns(CureNote, match=said):
+        made = adapted_copy(wrap(model), 2, 3, (2, 2), ModelConfig(name="given"))
     assert made.state_dict().keys() == model.state_dict().keys()
+    given = types.ModuleType("given_networks")
+    given.make = lambda: wrap(model)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "given_networks", given)
+    with pytest.warns(CureNote, match=said):
+        built = build_model(
+            ModelConfig(name="given_networks:make"), classes=2, channels=3, size=(2, 2), seed=0
+        )
+    assert built.state_dict().keys() == model.state_dict().keys()

@@ -171,6 +171,18 @@ class TrainReturnsNothing(Base):
         self.body[1].eval()
 
 
+class InBfloat16(Base):
+    """Converts images to the precision of its weights by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bfloat16()
+        self.register_buffer("scale", torch.ones(1, dtype=torch.bfloat16))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return (self.logits(image.bfloat16()) * self.scale).float()
+
+
 def old_norm() -> nn.Module:
     network = Base()
     with pytest.warns(FutureWarning):
@@ -322,6 +334,23 @@ def test_what_is_decided_is_said() -> None:
         taken(Base().half())
     with pytest.warns(CureNote, match=r"taken from Outputs.logits; .* left out: auxiliary"):
         taken(NamedInTraining())
+
+
+def test_a_network_that_converts_images_itself_keeps_its_precision(tmp_path: Path) -> None:
+    given = InBfloat16().eval()
+    with pytest.warns(CureNote, match="weights stay bfloat16, because it fails with float32"):
+        network = taken(given)
+    assert {tensor.dtype for tensor in network.state_dict().values()} >= {torch.bfloat16}
+    assert torch.equal(network(IMAGE), given(IMAGE))
+    data = bright_or_dark(32, "test")
+    result = cure.evaluate(given, data=data, attacks="pgd2", limit=8)
+    assert result["attacks"]["pgd2"]["passes"]["backward"] > 0
+    with pytest.raises(ModelError, match=r"float32 weights, which training needs.*BFloat16.*\)"):
+        cure.train("digits", SHORT, run=tmp_path / "r", model=given, data=data)
+    broken = InBfloat16()
+    broken.head = nn.Linear(7, 2, dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match=r"^the network failed .* layer 'body.0'"):
+        taken(broken)
 
 
 @pytest.mark.parametrize("make", [Detaches, ThroughNumpy, InferenceMode, quantised])

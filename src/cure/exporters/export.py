@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from cure.config import OBJECT
 from cure.data import ImageSet, to_unit
-from cure.errors import CheckpointError, ConfigError, ModelError, unknown
+from cure.errors import CheckpointError, ConfigError, CureError, ModelError, unknown
 from cure.evaluation.calibration import fit_temperature
 from cure.evaluation.options import TargetKeywords
 from cure.evaluation.target import Target
 from cure.exporters.hub import check_repository, push_folder, write_hub_folder
-from cure.exporters.onnx import OPSET, captured, onnx_model, quantise
+from cure.exporters.onnx import OPSET, captured, lower_precision, onnx_model, quantise
 from cure.models import describe, digest, save_weights
 from cure.models.artefact import WEIGHTS, from_pretrained
 from cure.models.contract import Contract, Measured, Normalisation, Preprocessing
@@ -337,7 +337,17 @@ def _write_onnx(source: _Source, scratch: Path, int8: bool, opset: int) -> Path:
     import onnx
 
     onnx.save(proto, made)
-    contract = source.checked(OnnxNetwork(made), "onnx")
+    try:
+        contract = source.checked(OnnxNetwork(made), "onnx")
+    except CureError as error:
+        kind = lower_precision(program)
+        if kind is None:
+            raise
+        raise ModelError(
+            f"ONNX cannot hold this network: its forward computes in {kind}, as with "
+            "torch.autocast; remove that from its forward (training.precision computes so in "
+            "training alone), or export with --to safetensors"
+        ) from error
     if int8:
         smaller = scratch / "int8.onnx"
         quantise(made, smaller, source.calibration)

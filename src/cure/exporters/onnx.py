@@ -55,6 +55,16 @@ def captured(model: nn.Module, kind: ImageKind) -> Any:
             raise ModelError(f"PyTorch cannot export this network: {_reason(error)}") from error
 
 
+def lower_precision(program: Any) -> str | None:
+    """``bfloat16`` or ``float16`` where a program of :func:`captured` computes in it."""
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", torch.fx.Graph()).nodes:
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                return str(value.dtype).removeprefix("torch.")
+    return None
+
+
 def onnx_model(program: Any, contract: Contract, opset: int = OPSET) -> Any:
     """An ``onnx.ModelProto`` of a program, with the contract in its metadata.
 

@@ -64,13 +64,15 @@ def build_model(
         )
     with seeded(derive(seed, "model")):
         if is_external(config.name):
-            model = build_external(
-                config,
-                classes=classes,
-                channels=channels,
-                size=size,
-                names=names,
-                new_head=bool(new_head),
+            model = unwrapped(
+                build_external(
+                    config,
+                    classes=classes,
+                    channels=channels,
+                    size=size,
+                    names=names,
+                    new_head=bool(new_head),
+                )
             )
         else:
             builder = MODELS[config.name]
@@ -125,6 +127,27 @@ def _checked(name: str, builder: Builder, options: dict[str, Any]) -> dict[str, 
     return values
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile`` and ``DataParallel``, which a note tells."""
+    while True:
+        compiled = getattr(model, "_orig_mod", None)
+        if isinstance(compiled, nn.Module):
+            note = (
+                "the network is taken without its torch.compile; training.compile=true compiles "
+                "the passes of the attack"
+            )
+            model = compiled
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            note = (
+                f"the network is taken without its {type(model).__name__}; torchrun trains on "
+                "several GPUs"
+            )
+            model = model.module
+        else:
+            return model
+        warnings.warn(note, CureNote, stacklevel=3)
+
+
 def adapted_copy(
     model: nn.Module,
     classes: int,
@@ -150,15 +173,7 @@ def adapted_copy(
     Raises:
         ModelError: when it cannot be copied, does not take such images or has other classes.
     """
-    compiled = getattr(model, "_orig_mod", None)
-    if isinstance(compiled, nn.Module):
-        warnings.warn(
-            "the network is taken without its torch.compile; training.compile=true compiles the "
-            "passes of the attack",
-            CureNote,
-            stacklevel=2,
-        )
-        model = compiled
+    model = unwrapped(model)
     network = copy_network(model)
     if config.mean is not None and config.std is not None:
         if len(config.mean) != channels:

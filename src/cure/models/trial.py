@@ -101,10 +101,10 @@ def adapt(
 ) -> nn.Module:
     """Try a network once and make it usable.
 
-    Half and double precision become float32, lazy layers get their weights, and whatever else is
-    decided is done by an :class:`~cure.models.wrapper.Adapted` around it.  Modes, buffers and
-    weights are as before; PyTorch's global generators are used (see
-    :func:`~cure.utils.random.seeded`).
+    Half and double precision become float32 (where a network then fails they stay, and it is not
+    trained), lazy layers get their weights, and whatever else is decided is done by an
+    :class:`~cure.models.wrapper.Adapted` around it.  Modes, buffers and weights are as before;
+    PyTorch's global generators are used (see :func:`~cure.utils.random.seeded`).
 
     Args:
         model: changed only in its precision and by the first pass of lazy layers.
@@ -122,24 +122,32 @@ def adapt(
     for module in model.modules():
         if not hasattr(module, "training"):
             module.training = False  # frozen TorchScript has no mode
-    notes = _in_float32(model)
+    stored = _not_float32(model)
+    kinds = " and ".join(sorted({str(s.tensor.dtype).removeprefix("torch.") for s in stored}))
+    notes = [f"its weights were {kinds} and are converted to float32"] if stored else []
+    if stored:
+        model.float()
+    precise = ""
     device = next((p.device for p in model.parameters() if not is_lazy(p)), torch.device("cpu"))
     draws = torch.Generator().manual_seed(0)
     image = torch.rand((2, channels, *size), generator=draws).to(device)
-    if any(is_lazy(tensor) for tensor in _own_tensors(model)):
-        _fill_lazy(model, image, title)
-    # A copy for each layout: where a dimension is 1, a change of layout keeps the old strides.
-    inner, outer = copy_network(model), copy_network(model)
-    inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    found = None
-    if _same_in_both(inner, outer, image, classes):
-        found = _tried(inner, image, classes, title, channels_last=True)
-    if found is None or not found.complete:
-        plain = _tried(outer, image, classes, title, channels_last=False)
-        assert plain is not None
-        if found is None or plain.better_than(found):
-            found = replace(plain, traits=replace(plain.traits, channels_last=False))
-    untrainable = _untrainable(model, found)
+    try:
+        found = _best_trial(model, image, classes, title)
+    except ModelError as error:
+        # A network that converts images itself works in its own precision alone.
+        for one in stored:
+            one.restore()
+        kept = _kept_precision(model, image, classes, title) if stored else None
+        if kept is None:
+            raise
+        found = kept
+        notes = [f"its weights stay {kinds}, because it fails with float32"]
+        precise = (
+            f"expected a network that works with float32 weights, which training needs, got one "
+            f"of {kinds} that fails once they are converted ({reason_of(error.__cause__ or error)})"
+            "; remove conversions such as .bfloat16() and .double() from its forward"
+        )
+    untrainable = _untrainable(model, found) or precise
     traits = replace(
         found.traits,
         untrainable=untrainable,
@@ -276,17 +284,39 @@ def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _in_float32(model: nn.Module) -> list[str]:
-    """Convert weights of another precision; the sentence that says so."""
-    kinds = {
-        str(tensor.dtype).removeprefix("torch.")
-        for tensor in _own_tensors(model)
+@dataclass(frozen=True)
+class _Stored:
+    """A parameter or buffer as it was before its conversion."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+
+    def restore(self) -> None:
+        if self.name in self.module._parameters:
+            getattr(self.module, self.name).data = self.tensor
+        else:
+            self.module._buffers[self.name] = self.tensor
+
+
+def _not_float32(model: nn.Module) -> list[_Stored]:
+    """Weights and buffers of another floating-point precision."""
+    return [
+        _Stored(module, name, tensor.data)
+        for module in model.modules()
+        for own in (module.named_parameters, module.named_buffers)
+        for name, tensor in own(recurse=False)
         if tensor.dtype.is_floating_point and tensor.dtype != torch.float32
-    }
-    if not kinds:
-        return []
-    model.float()
-    return [f"its weights were {' and '.join(sorted(kinds))} and are converted to float32"]
+    ]
+
+
+def _kept_precision(model: nn.Module, image: Tensor, classes: int, title: str) -> _Trial | None:
+    """The trial of a network in its own precision; None where it fails, too."""
+    try:
+        found = _best_trial(model, image, classes, title)
+    except ModelError:
+        return None
+    return found if found.traits.gradient else None
 
 
 def _fill_lazy(model: nn.Module, image: Tensor, title: str) -> None:
@@ -341,6 +371,28 @@ class _Trial:
             )
 
         return rank(self) > rank(other)
+
+
+def _best_trial(model: nn.Module, image: Tensor, classes: int, title: str) -> _Trial:
+    """The trial in the layout in which more works.
+
+    Raises:
+        ModelError: when the network fails in evaluation mode in both.
+    """
+    if any(is_lazy(tensor) for tensor in _own_tensors(model)):
+        _fill_lazy(model, image, title)
+    # A copy for each layout: where a dimension is 1, a change of layout keeps the old strides.
+    inner, outer = copy_network(model), copy_network(model)
+    inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = None
+    if _same_in_both(inner, outer, image, classes):
+        found = _tried(inner, image, classes, title, channels_last=True)
+    if found is None or not found.complete:
+        plain = _tried(outer, image, classes, title, channels_last=False)
+        assert plain is not None
+        if found is None or plain.better_than(found):
+            found = replace(plain, traits=replace(plain.traits, channels_last=False))
+    return found
 
 
 def _tried(
