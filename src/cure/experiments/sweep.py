@@ -33,6 +33,7 @@ from cure.training.budget import settle
 from cure.training.prerequisites import natural_config
 from cure.training.run import resume, train
 from cure.training.setup import prepare
+from cure.training.start import standardised_as_start
 from cure.utils.io import read_json, write_json
 
 if TYPE_CHECKING:
@@ -304,7 +305,7 @@ def _natural_start(sweep: Sweep) -> None:
     if path is None:
         return
     if not path.exists():
-        config = natural_config(sweep.config)
+        config = natural_config(standardised_as_start(sweep.config))
         prepared = prepare(config, None, None, place=CachePlace.beside(path))
         RunFolder.create(path, settle(config, prepared)[0], prepared.training.kind)
     resume(path, quiet=True)

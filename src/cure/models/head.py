@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -14,6 +16,7 @@ from cure.models.logit_layers import same_weights, width_of
 from cure.models.trial import adapt, traits_of
 from cure.models.wrapper import core
 from cure.utils.launcher import launched
+from cure.utils.modes import evaluating
 from cure.utils.random import derive, seeded
 
 
@@ -111,6 +114,29 @@ def draw_head(model: nn.Module, name: str, seed: int, classes: int | None = None
         for key, child in module._modules.items():
             if child is layer:
                 module._modules[key] = drawn
+
+
+@torch.no_grad()
+def order_head(model: nn.Module, places: Sequence[int], image: Tensor) -> None:
+    """Put the outputs of the layer that makes the logits into another order.
+
+    Args:
+        model: its layer is changed in place.
+        places: which output each logit is to be.
+        image: some images [B, C, H, W], on which the logits are compared with those before.
+
+    Raises:
+        ModelError: when no layer is found, or its outputs are not the logits.
+    """
+    layer, order = core(model).get_submodule(head_name(model, True)), list(places)
+    with evaluating(model):
+        expected = model(image)[:, order]
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor.dim() and len(tensor) == len(order):
+                tensor.copy_(tensor[order])
+        came = model(image)
+    if not torch.allclose(came, expected, rtol=1e-4, atol=1e-5):
+        raise ModelError("the outputs of its last layer are not the logits")
 
 
 def renew_head(

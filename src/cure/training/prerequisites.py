@@ -106,7 +106,7 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
         own = replace(
             prepared,
             engine=Engine.of(theirs.training),
-            network=starting_network(initial, theirs, prepared.training.classes),
+            network=starting_network(initial, theirs, prepared.training.kind),
             initial=initial,
             teachers={},
         )

@@ -21,6 +21,7 @@ from cure.training.budget import settle
 from cure.training.extend import changed
 from cure.training.prerequisites import carry_out
 from cure.training.setup import prepare
+from cure.training.start import standardised_as_start
 from cure.training.tracking import TerminalTracker
 from cure.utils.io import write_text
 
@@ -76,7 +77,7 @@ def train(
         override(raw, "data.source", MEMORY + name)
     elif data is not None:
         override(raw, "data.source", str(data))
-    config = check(raw, f"recipe {recipe}")
+    config = standardised_as_start(check(raw, f"recipe {recipe}"))
     images = as_images(data, "train", config.data) if is_object(data) else None
     # All mistakes are found before the folder is made.
     terminal = TerminalTracker(config.name)

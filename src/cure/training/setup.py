@@ -35,6 +35,7 @@ from cure.recipe import changed, check, read_recipe
 from cure.runs.folder import RunFolder
 from cure.training.extra import Extra, choose_extra, is_chosen
 from cure.training.schedule import learning_rate, progress_at
+from cure.training.start import Origin, keeps_head, order_start, standardised_as_start
 from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating, in_evaluation
@@ -145,7 +146,7 @@ def _prepared(
     with evaluating(initial):
         check_outputs(initial, sample, len(training.classes))
     fresh = folder is None or not folder.state.exists()
-    network = starting_network(initial, config, training.classes, fresh)
+    network = starting_network(initial, config, training.kind, fresh)
     auto = config.data.augment.cutmix == "auto"
     prepared = Prepared(
         engine, training, validation, network, initial, fresh=fresh, decides_cutmix=auto
@@ -161,23 +162,23 @@ def _prepared(
 
 
 def starting_network(
-    initial: nn.Module, config: RunConfig, classes: Sequence[str], fresh: bool = True
+    initial: nn.Module, config: RunConfig, kind: ImageKind, fresh: bool = True
 ) -> nn.Module:
     """The network with which a run begins, as far as nothing has to be trained for it.
 
     Args:
         initial: as it is built; receives the weights that a natural start begins with.
         config: the run.
-        classes: names of the classes of its images.
+        kind: its images.
         fresh: whether it has no state yet, so that weights come from ``start``.
     """
     if fresh and config.starts_naturally:
-        _load_start(initial, config, classes)
+        _load_start(initial, config, kind)
     network = copy.deepcopy(initial)
     if config.training.batch_norm == "frozen":
         freeze_statistics(network)
     if fresh and not config.starts_naturally:
-        _load_start(network, config, classes)
+        _load_start(network, config, kind)
     choose_layers(network, config)
     return network
 
@@ -255,16 +256,16 @@ def _check_augmentation(config: RunConfig) -> None:
         )
 
 
-def _load_start(network: nn.Module, config: RunConfig, classes: Sequence[str]) -> None:
+def _load_start(network: nn.Module, config: RunConfig, kind: ImageKind) -> None:
     """Load the weights that ``start`` names, where it names any: a file, or a run (its best)."""
     if config.start_path is None:
         return
-    new_head, folder = config.draws_head, Path(config.start_path).expanduser()
-    if config.start == config.start_path and folder.is_dir():
-        # The last layer of a run of the same classes is what `new_head` asks for, trained already.
-        new_head = new_head if RunFolder.open(folder).kind.classes != classes else False
+    places = keeps_head(network, config, kind)
     weights = _start_weights(config.start_path)
+    new_head = config.draws_head if places is None else False
     load_weights(network, weights, key=config.start_key, new_head=new_head, seed=config.seed)
+    if places is not None:
+        order_start(network, config, kind, places)
 
 
 def _start_weights(path: str) -> Path:
@@ -308,7 +309,7 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
         initial = network_of(theirs, kind, None)
         try:
             _check_augmentation(theirs)
-            network = starting_network(initial, theirs, kind.classes, prepared.fresh)
+            network = starting_network(initial, theirs, kind, prepared.fresh)
         except CureError as error:
             raise type(error)(f"{place}: {error}") from None
         inner = replace(prepared, network=network, initial=initial, teachers={})
@@ -330,6 +331,9 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
     try:
         if path.is_file():
             network = copy.deepcopy(prepared.initial)
+            origin = Origin.of(path)
+            if origin is not None:
+                _check_classes(origin.classes, kind.classes)
             load_weights(network, path)
             return network
         folder = RunFolder.open(path)
@@ -341,13 +345,18 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
     return network
 
 
+def _check_classes(theirs: Sequence[str], ours: Sequence[str]) -> None:
+    """Refuse a teacher of other classes."""
+    if tuple(theirs) != tuple(ours):
+        raise ModelError(
+            f"the teacher knows the classes {some(theirs)}, the images have {some(ours)}; name a "
+            "teacher trained on these classes in this order"
+        )
+
+
 def _check_kind(theirs: ImageKind, ours: ImageKind) -> None:
     """Refuse a teacher of other images."""
-    if theirs.classes != ours.classes:
-        raise ModelError(
-            f"the teacher knows the classes {some(theirs.classes)}, the images have "
-            f"{some(ours.classes)}; name a teacher trained on these classes in this order"
-        )
+    _check_classes(theirs.classes, ours.classes)
     if (theirs.channels, theirs.size) != (ours.channels, ours.size):
         raise ModelError(
             f"the teacher was trained on images of {theirs.channels}x{theirs.size[0]}x"
@@ -376,7 +385,7 @@ def teacher_config(place: str, source: TeacherConfig, config: RunConfig) -> RunC
         raw = changed(raw, shared | source.settings)
         # The same split: the teacher must not be trained on validation images of the student.
         raw["data"] = config.data.model_dump(mode="json")
-        return check(raw, f"recipe {source.recipe}")
+        return standardised_as_start(check(raw, f"recipe {source.recipe}"))
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
 

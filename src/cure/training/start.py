@@ -1,0 +1,143 @@
+"""What the start of a run says of itself: its classes, and how it standardises images."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cure.config import RunConfig
+from cure.data import ImageKind
+from cure.errors import CheckpointError, CureNote, ModelError, some
+from cure.models.artefact import CONFIG, contract_of
+from cure.models.classes import own_classes, places_of
+from cure.models.head import order_head
+from cure.runs.folder import RunFolder
+from cure.utils.launcher import launched
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run folder, or a file or folder of ``cure export``, says of its weights.
+
+    Attributes:
+        classes: names in the order of its logits.
+        mean, std: its ``model.mean`` and ``model.std``.
+    """
+
+    classes: tuple[str, ...]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+
+    @classmethod
+    def of(cls, path: str | Path) -> Origin | None:
+        """Of a run folder, a checkpoint in it, or what ``cure export`` wrote; None of others."""
+        place = Path(path).expanduser()
+        run = place.parents[1] if place.is_file() and place.parent.name == "checkpoints" else place
+        if (run / "config.yaml").is_file():
+            folder = RunFolder.open(run)
+            model = folder.config.model
+            return cls(folder.kind.classes, model.mean, model.std)
+        if not (place / CONFIG).is_file() and place.suffix != ".safetensors":
+            return None
+        try:
+            contract = contract_of(place)
+        except CheckpointError:
+            return None  # What is wrong with the file is said when its weights are read.
+        if contract is None:
+            return None
+        constants = contract.normalisation
+        if constants is None:
+            return cls(tuple(contract.classes), None, None)
+        return cls(tuple(contract.classes), tuple(constants.mean), tuple(constants.std))
+
+
+def standardised_as_start(config: RunConfig) -> RunConfig:
+    """The run with the ``model.mean`` and ``model.std`` of its start, where it sets none.
+
+    A note says so, and where the run sets others.
+    """
+    origin = None if config.start_path is None else Origin.of(config.start_path)
+    if origin is None or origin.mean is None or origin.std is None:
+        if origin is not None and config.model.mean is not None:
+            _note(
+                f"start: {config.start_path} has no model.mean and model.std, this run sets some; "
+                "leave them out unless the network of the start standardises images itself"
+            )
+        return config
+    theirs = " ".join(
+        f"model.{name}={','.join(f'{number:.6g}' for number in numbers)}"
+        for name, numbers in (("mean", origin.mean), ("std", origin.std))
+    )
+    if config.model.mean is None or config.model.std is None:
+        _note(
+            f"start: {config.start_path} standardises images with {theirs}, which this run takes "
+            "over; where its network does so itself, set model.mean and model.std to zeros and ones"
+        )
+        changes = {"mean": origin.mean, "std": origin.std}
+        return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    ours = torch.tensor([config.model.mean, config.model.std])
+    given = torch.tensor([origin.mean, origin.std])
+    if ours.shape != given.shape or not torch.allclose(ours, given, rtol=1e-3, atol=1e-4):
+        _note(
+            f"start: {config.start_path} standardises images with {theirs}, this run with others; "
+            "leave out model.mean and model.std to take those of the start"
+        )
+    return config
+
+
+def keeps_head(network: nn.Module, config: RunConfig, kind: ImageKind) -> tuple[int, ...] | None:
+    """Positions in the start's last layer of the classes of the data, where that layer is kept.
+
+    None where it is drawn anew, or nothing is known of its classes.
+
+    Args:
+        network: before the weights are loaded.
+        config: the run.
+        kind: its images.
+
+    Raises:
+        ModelError: the names do not match.
+    """
+    path = config.start_path
+    origin = None if path is None else Origin.of(path)
+    if origin is None or len(origin.classes) != len(kind.classes):
+        return None
+    if config.draws_head:
+        # The last layer of a run of the same classes is what `new_head` asks for, trained already.
+        trained = config.start == path and Path(str(path)).expanduser().is_dir()
+        if not trained or sorted(origin.classes) != sorted(kind.classes):
+            return None
+    elif own_classes(network) is not None:
+        return None  # its logits have the order of its own names, and are brought into the data's
+    return places_of(kind.classes, origin.classes, f"start: {path}")
+
+
+def order_start(
+    network: nn.Module, config: RunConfig, kind: ImageKind, places: tuple[int, ...]
+) -> None:
+    """Bring the last layer of a loaded start into the order of the data's classes.
+
+    Raises:
+        ModelError: when it cannot be.
+    """
+    if places == tuple(range(len(places))):
+        return
+    image = torch.rand((2, kind.channels, *kind.size), generator=torch.Generator().manual_seed(0))
+    try:
+        order_head(network, places, image)
+    except ModelError as error:
+        raise ModelError(
+            f"start: {config.start_path} has its classes in another order than the data "
+            f"({some(kind.classes)}), and its last layer cannot be put in order ({error}); train a "
+            f"new one: new_head=true start=natural:{config.start_path}"
+        ) from None
+    _note(f"start: the last layer of {config.start_path} is put in the order of the data's classes")
+
+
+def _note(text: str) -> None:
+    if launched().rank == 0:
+        warnings.warn(text, CureNote, stacklevel=3)
