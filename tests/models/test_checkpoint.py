@@ -222,6 +222,7 @@ def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path, form: 
     index = tmp_path / f"model.{form}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
     assert same(read_weights(index), state)
+    assert same(read_weights(tmp_path), state)
     (tmp_path / f"part-1.{form}").unlink()
     with pytest.raises(CheckpointError, match=rf"found no file .*part-1\.{form}"):
         read_weights(index)
@@ -234,10 +235,36 @@ def test_weights_in_several_files_are_read_by_their_index(tmp_path: Path, form: 
         index.write_text(damage)
         with pytest.raises(CheckpointError, match="is no index of weights"):
             read_weights(index)
-    with pytest.raises(
-        CheckpointError, match=rf"got the folder .*give a file of it: model\.{form}"
-    ):
+
+
+def test_a_folder_is_read_where_it_is_plain_which_file_holds_the_weights(tmp_path: Path) -> None:
+    model = network()
+    with pytest.raises(CheckpointError, match="expected a file with weights, got the folder"):
         read_weights(tmp_path)
+    save_weights(model, tmp_path / "a.safetensors", {})
+    assert same(read_weights(tmp_path), model.state_dict())
+    save_weights(network(), tmp_path / "b.safetensors", {})
+    with pytest.raises(CheckpointError, match=r"give a file of it: a\.safetensors, b\.safetens"):
+        read_weights(tmp_path)
+    save_weights(model, tmp_path / "model.safetensors", {})
+    assert same(read_weights(tmp_path), model.state_dict())
+
+
+def test_one_part_of_several_files_is_told(tmp_path: Path) -> None:
+    part = tmp_path / "model-00001-of-00002.safetensors"
+    safetensors.torch.save_file({"0.weight": network()[0].weight.detach()}, part)
+    with pytest.raises(CheckpointError, match=r"is one part of several: give their index"):
+        load_weights(network(), part)
+
+
+def test_an_average_without_statistics_beside_the_weights_is_told(tmp_path: Path) -> None:
+    model, path = network(), tmp_path / "w.pt"
+    shadow = {name: value * 0.9 for name, value in model.named_parameters()}
+    torch.save({"model": model.state_dict(), "ema": {"shadow": shadow}}, path)
+    other = network()
+    with pytest.warns(CureNote, match=r"'model' is taken; 'ema\.shadow' holds other values"):
+        load_weights(other, path)
+    assert same(other.state_dict(), model.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -268,12 +295,15 @@ def test_weights_are_read_that_the_layers_of_the_network_rename(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(b"weights", mtime=0), r"\(a gzip file\); unpack it"),
-        (b"<!DOCTYPE html><html>", r"\(a web page\); download"),
+        (gzip.compress(b"weights", mtime=0), r"w\.pt is no checkpoint but a gzip file; unpack it"),
+        (b"<!DOCTYPE html><html>", "a web page; download"),
         (b"version https://git-lfs.github.com/spec/v1\n", r"git lfs pull"),
         (b"\x89HDF\r\n\x1a\n", "as Keras writes them"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr'", r"array without a name; .* in an \.npz file"),
+        (b"GGUF\x03\x00\x00\x00", "a GGUF file, .*; give the weights as safetensors"),
+        (b"\x08\x0a\x12\x04cure\x1a\x05", "an ONNX file, .*; give the run .* --to safetensors"),
     ],
-    ids=["gzip", "page", "pointer", "hdf5"],
+    ids=["gzip", "page", "pointer", "hdf5", "npy", "gguf", "onnx"],
 )
 def test_files_of_another_form_are_named(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "w.pt").write_bytes(content)
@@ -334,7 +364,7 @@ def test_missing_empty_and_foreign_files_are_told(tmp_path: Path) -> None:
             read_weights(path)
         for content in (b"<!DOCTYPE html>", b"version https://git-lfs", b"hello", b"\0" * 99):
             path.write_bytes(content)
-            with pytest.raises(CheckpointError, match="damaged or cut off"):
+            with pytest.raises(CheckpointError, match="damaged or cut off|is no checkpoint but"):
                 read_weights(path)
     safetensors.torch.save_file({}, tmp_path / "no.safetensors")
     with pytest.raises(CheckpointError, match="holds no weights"):

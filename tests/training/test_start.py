@@ -50,7 +50,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A run that knows three classes and standardises, and its file of weights."""
     path = tmp_path_factory.mktemp("start") / "run"
     made = cure.train("digits", SETTINGS | LEARNS | CONSTANTS, data=THREE, run=path, quiet=True)
-    cure.export(made, "safetensors", path.parent, data=THREE)
+    for form, place in (("safetensors", ""), ("torch-export", ""), ("hub", "hub")):
+        cure.export(made, form, path.parent / place, data=THREE)
     return RunFolder.open(path)
 
 
@@ -59,6 +60,8 @@ def starts(first: RunFolder) -> dict[str, str]:
         "run": str(first.path),
         "checkpoint": str(first.weights("best")),
         "file": str(first.path.parent / "model.safetensors"),
+        "program": str(first.path.parent / "model.pt2"),
+        "hub": str(first.path.parent / "hub"),
         "natural": f"natural:{first.path}",
     }
 
@@ -74,7 +77,7 @@ def natural(run: RunFolder) -> float:
     return outcome.start.natural
 
 
-@pytest.mark.parametrize("kind", ["run", "checkpoint", "file", "natural"])
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "file", "program", "hub", "natural"])
 def test_the_last_layer_is_put_in_the_order_of_the_data(
     first: RunFolder, tmp_path: Path, kind: str
 ) -> None:
@@ -101,7 +104,7 @@ def test_classes_of_other_names_are_refused(first: RunFolder, tmp_path: Path) ->
     train(tmp_path / "b", str(first.path), other, new_head=True, **CONSTANTS)
 
 
-@pytest.mark.parametrize("kind", ["run", "file", "natural"])
+@pytest.mark.parametrize("kind", ["run", "file", "program", "hub", "natural"])
 def test_a_run_standardises_as_its_start_does(first: RunFolder, tmp_path: Path, kind: str) -> None:
     start = starts(first)[kind]
     with pytest.warns(CureNote, match=r"with model\.mean=0\.3 model\.std=0\.2, which this run tak"):
@@ -112,6 +115,12 @@ def test_a_run_standardises_as_its_start_does(first: RunFolder, tmp_path: Path, 
     others = {"model.mean": [0.0], "model.std": [1.0]}
     with pytest.warns(CureNote, match=r"model\.std=0\.2, this run with others; leave out model\."):
         assert train(tmp_path / "others", start, **others).config.model.mean == (0,)
+
+
+def test_a_file_with_its_computation_is_not_trained(first: RunFolder, tmp_path: Path) -> None:
+    network = cure.from_pretrained(starts(first)["program"])
+    with pytest.raises(ModelError, match=r"a torch\.export file cannot be trained.*start=FILE"):
+        cure.train("digits", SETTINGS, model=network, data=THREE, run=tmp_path / "run")
 
 
 def test_a_start_that_does_not_standardise_is_told(tmp_path: Path) -> None:

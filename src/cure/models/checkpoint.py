@@ -22,14 +22,16 @@ from cure.utils.io import write_atomically
 _CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "state_dict.", "model_state_dict.")
 _NORMALISATION = re.compile(r"(mean|std|mu|sigma|normali[sz]e\..*)")
+_PART = re.compile(r"-\d+-of-\d+\.\w+$")
 _SHOWN = 5
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the processor; nothing in the file is run.
 
-    Read are safetensors, PyTorch's files, ``.npz`` arrays, and the index of weights in several
-    files; beside tensors they may hold NumPy's numbers, ``argparse.Namespace``, paths and times.
+    Read are safetensors, PyTorch's files, programs of ``torch.export``, ``.npz`` arrays, the index
+    of weights in several files, and folders with one of these; beside tensors they may hold NumPy's
+    numbers, ``argparse.Namespace``, paths and times.
     A state dict inside
     ``state_dict``, ``model_state_dict``, ``model`` or ``net`` is taken out, and prefixes that
     wrappers add to all names (``module.``, ``_orig_mod.``, ``model.``, ``net.``) are taken off,
@@ -102,6 +104,7 @@ def load_weights(
         raise CheckpointError(_unfitting(model, path, (fitting or found)[0], target, exact))
     fit = fitting[0]
     _check_normalisation(model, path, fit.extra)
+    _tell_of_averages(network, path, fit, found)
     ready = {
         name: _as(target[name], value, name, path)
         for name, value in fit.weights.items()
@@ -138,6 +141,20 @@ def _read_by(network: nn.Module, fit: Fit) -> Fit | None:
     return Fit(fit.place, tensors_of(twin), {})
 
 
+def _tell_of_averages(network: nn.Module, path: Path, fit: Fit, found: list[Fit]) -> None:
+    """Say that a file holds other values of all parameters, but no statistics of BatchNorm."""
+    buffers = {name for name, _ in network.named_buffers()}
+    for other in found:
+        if other is not fit and other.missing and buffers.issuperset(other.missing):
+            warnings.warn(
+                f"{path.name}: '{fit.place or 'the file itself'}' is taken; '{other.place}' holds "
+                "other values of the parameters alone, such as an average, without the statistics "
+                "of BatchNorm, and is left out",
+                CureNote,
+                stacklevel=3,
+            )
+
+
 def _as(target: Tensor, value: Tensor, name: str, path: Path) -> Tensor:
     """A tensor of a file as one of the network's.
 
@@ -171,7 +188,9 @@ def _unfitting(
         _listed("of another shape", differing),
     ]
     advice = "check model.name, model.options and the number of classes"
-    if differing and not fit.missing:
+    if _PART.search(path.name):
+        advice = "it is one part of several: give their index (a name in .index.json) or the folder"
+    elif differing and not fit.missing:
         try:
             head = head_name(model, True)
         except ModelError:

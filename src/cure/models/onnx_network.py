@@ -41,6 +41,10 @@ class OnnxNetwork(nn.Module):
     """
 
     digest: Tensor
+    _cure_untrainable = (
+        "an ONNX file cannot be trained, because it gives no gradients; train the network that it "
+        "was exported from"
+    )
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()

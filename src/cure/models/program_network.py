@@ -73,6 +73,11 @@ class ProgramNetwork(nn.Module):
         ModelError: when it is no such classifier, or holds what is not run here.
     """
 
+    _cure_untrainable = (
+        "a torch.export file cannot be trained, because its weights are fixed; train the network "
+        "that it was exported from, with start=FILE"
+    )
+
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = path = Path(path)
@@ -93,10 +98,7 @@ class ProgramNetwork(nn.Module):
             self.output = _only_output(signature["output_specs"], path)
             self.steps = [_Step(node, path) for node in graph["nodes"]]
         except (zipfile.BadZipFile, LookupError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read as a torch.export program of PyTorch 2.8 or newer "
-                f"({first_line(error)}); export it again"
-            ) from None
+            raise _unreadable(path, error) from None
         self.contract = Contract.of_metadata(extra, path)
         last = {name: number for number, step in enumerate(self.steps) for name in step.used}
         last.pop(self.output, None)
@@ -146,6 +148,26 @@ class ProgramNetwork(nn.Module):
     def extra_repr(self) -> str:
         """Name of the file."""
         return self.path.name
+
+
+def program_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a ``.pt2`` archive, by the names of the network that was exported.
+
+    Raises:
+        CheckpointError: when they cannot be read without pickle.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _Files(archive).tensors("weights")
+    except (zipfile.BadZipFile, LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read as a torch.export program of PyTorch 2.8 or newer "
+        f"({first_line(error)}); export it again"
+    )
 
 
 class _Files:

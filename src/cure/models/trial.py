@@ -28,6 +28,8 @@ from cure.utils.launcher import launched
 from cure.utils.modes import modes_kept
 
 _TRAITS = "_cure_traits"
+_UNTRAINABLE = "_cure_untrainable"
+"""Attribute of networks that are files: why they cannot be trained."""
 
 _Device = TypeVar("_Device", bound=Device)
 
@@ -608,6 +610,8 @@ def _same_in_both(inner: nn.Module, outer: nn.Module, image: Tensor, classes: in
 def _untrainable(model: nn.Module, found: _Trial) -> str:
     """Why a network cannot be trained, in one sentence; empty where it can."""
     for name, module in model.named_modules():
+        if reason := getattr(module, _UNTRAINABLE, ""):
+            return str(reason)
         if isinstance(module, torch.jit.ScriptModule):
             return (
                 "a TorchScript network cannot be trained here; pass the nn.Module that it was "

@@ -1,7 +1,7 @@
 """Files of weights: what each form holds, as tensors; no file is trusted and nothing in it is run.
 
-Read are safetensors, PyTorch's archives and older pickles, NumPy's ``.npz``, and the index of
-weights that were cut into several files.
+Read are safetensors, PyTorch's archives and older pickles, programs of ``torch.export``, NumPy's
+``.npz``, the index of weights that were cut into several files, and folders with one of these.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from cure.errors import CheckpointError
+from cure.models.program_network import program_weights
 from cure.utils.io import first_line
 
 # What torch.load(weights_only=True) says when a file asks for more than tensors.
@@ -49,6 +50,20 @@ _OTHER_FORMS = (
     (b"\x89HDF", "an HDF5 file, as Keras writes them", "give weights of PyTorch"),
     (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file with git lfs pull"),
     (b"<", "a web page", "download the file itself"),
+    (
+        b"\x93NUMPY",
+        "a single NumPy array without a name",
+        "give all arrays by name, in an .npz file",
+    ),
+    (b"GGUF", "a GGUF file, as llama.cpp reads them", "give the weights as safetensors"),
+    *(
+        (
+            bytes([8, version, 18]),
+            "an ONNX file, whose weights do not have the network's names",
+            "give the run that it was exported from, or export that --to safetensors",
+        )
+        for version in range(3, 32)
+    ),
 )
 """First bytes of files that are taken for weights, what they are, and what to do."""
 
@@ -68,9 +83,7 @@ def read_file(path: Path) -> tuple[object, bool]:
             another form, or could be read only by running code.
     """
     if path.is_dir():
-        inside = sorted(one.name for one in path.iterdir() if _is_weights(one))[:3]
-        advice = f"; give a file of it: {', '.join(inside)}" if inside else ""
-        raise CheckpointError(f"expected a file with weights, got the folder {path}{advice}")
+        path = _inside(path)
     try:
         length = path.stat().st_size
     except OSError:
@@ -101,6 +114,26 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def _inside(folder: Path) -> Path:
+    """The file of a folder that holds its weights: an index, ``model.safetensors``, or the only
+    one."""
+    files = sorted(one for one in folder.iterdir() if _is_weights(one))
+    indices = [one for one in files if one.name.endswith(".index.json")]
+    # Of two forms of the same weights, safetensors goes first.
+    indices.sort(key=lambda one: ".safetensors." not in one.name)
+    whole = [one for one in files if one.name == "model.safetensors"]
+    for one in (*whole, *indices, *(files if len(files) == 1 else [])):
+        return one
+    names = ", ".join(one.name for one in files[:3])
+    advice = f"; give a file of it: {names}" if files else ""
+    raise CheckpointError(f"expected a file with weights, got the folder {folder}{advice}")
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether there are files of weights in a folder."""
+    return any(_is_weights(one) for one in folder.iterdir())
 
 
 def _is_weights(path: Path) -> bool:
@@ -176,6 +209,8 @@ def _read_archive(path: Path) -> object:
             f"{path} is a TorchScript program, not weights: in Python pass torch.jit.load('{path}')"
             " as the network, or load_state_dict(torch.jit.load(...).state_dict()) into yours"
         )
+    if any(name.endswith("/models/model.json") for name in names):
+        return program_weights(path)
     if all(name.endswith(".npy") for name in names):
         return _read_npz(path)
     if not any(name.endswith("data.pkl") for name in names):
@@ -213,7 +248,7 @@ def _read_torch(path: Path, first: bytes) -> object:
             raise CheckpointError(_refused(path, plain)) from None
         for start, what, advice in _OTHER_FORMS:
             if first.lstrip().startswith(start):
-                raise CheckpointError(f"{_damaged(path)} ({what}); {advice}") from None
+                raise CheckpointError(f"{path} is no checkpoint but {what}; {advice}") from None
         # For bytes that are no pickle, PyTorch's message advises unsafe loading.
         reason = "" if unread else f" ({first_line(error)})"
         raise CheckpointError(f"{_damaged(path)}{reason}; copy it again") from None

@@ -78,6 +78,19 @@ def epoch_name(epoch: int) -> str:
     return f"epoch-{epoch:04d}"
 
 
+def best_weights(path: Path) -> Path:
+    """The best weights of a run folder; a file, or another folder with weights, as it is.
+
+    Raises:
+        CheckpointError: when a folder holds neither a run nor weights.
+    """
+    from cure.models.weight_files import holds_weights
+
+    if not path.is_dir() or (not (path / "config.yaml").is_file() and holds_weights(path)):
+        return path
+    return RunFolder.open(path).weights("best")
+
+
 class RunFolder:
     """The folder of one run. Nothing here deletes or replaces a run.
 
@@ -173,9 +186,7 @@ class RunFolder:
         if (self.path / "head").is_dir():
             return RunFolder.open(self.path / "head").weights("best")
         path = Path(config.start_path).expanduser()
-        if path.is_dir():
-            return RunFolder.open(path).weights("best")
-        return path if path.exists() else None
+        return best_weights(path) if path.exists() else None
 
     def settings(self) -> dict[str, Any]:
         """``config.yaml`` as it was written, not checked.

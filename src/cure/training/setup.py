@@ -32,7 +32,7 @@ from cure.models.build import network_of
 from cure.models.checks import check_outputs
 from cure.models.trial import check_trainable, fitted
 from cure.recipe import changed, check, read_recipe
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, best_weights
 from cure.training.extra import Extra, choose_extra, is_chosen
 from cure.training.schedule import learning_rate, progress_at
 from cure.training.start import Origin, keeps_head, order_start, standardised_as_start
@@ -270,14 +270,12 @@ def _load_start(network: nn.Module, config: RunConfig, kind: ImageKind) -> None:
 
 def _start_weights(path: str) -> Path:
     place = Path(path).expanduser()
-    if place.is_dir():
-        return RunFolder.open(place).weights("best")
     if not place.exists():
         raise CheckpointError(
             f"start: '{path}' does not exist; say natural, scratch, model, or the path of a "
             "checkpoint or run folder"
         )
-    return place
+    return best_weights(place)
 
 
 # -- teachers ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 
 from cure.config import RunConfig
 from cure.data import ImageKind
-from cure.errors import CheckpointError, CureNote, ModelError, some
+from cure.errors import CureError, CureNote, ModelError, some
 from cure.models.artefact import CONFIG, contract_of
 from cure.models.classes import own_classes, places_of
 from cure.models.head import order_head
@@ -41,11 +41,11 @@ class Origin:
             folder = RunFolder.open(run)
             model = folder.config.model
             return cls(folder.kind.classes, model.mean, model.std)
-        if not (place / CONFIG).is_file() and place.suffix != ".safetensors":
+        if not (place / CONFIG).is_file() and place.suffix not in (".safetensors", ".pt2"):
             return None
         try:
             contract = contract_of(place)
-        except CheckpointError:
+        except CureError:
             return None  # What is wrong with the file is said when its weights are read.
         if contract is None:
             return None
@@ -108,7 +108,7 @@ def keeps_head(network: nn.Module, config: RunConfig, kind: ImageKind) -> tuple[
         return None
     if config.draws_head:
         # The last layer of a run of the same classes is what `new_head` asks for, trained already.
-        trained = config.start == path and Path(str(path)).expanduser().is_dir()
+        trained = config.start == path and (Path(str(path)).expanduser() / "config.yaml").is_file()
         if not trained or sorted(origin.classes) != sorted(kind.classes):
             return None
     elif own_classes(network) is not None:
