@@ -364,7 +364,7 @@ def test_missing_empty_and_foreign_files_are_told(tmp_path: Path) -> None:
             read_weights(path)
         for content in (b"<!DOCTYPE html>", b"version https://git-lfs", b"hello", b"\0" * 99):
             path.write_bytes(content)
-            with pytest.raises(CheckpointError, match="damaged or cut off|is no checkpoint but"):
+            with pytest.raises(CheckpointError, match=r"damaged or cut off|is no checkpoint but"):
                 read_weights(path)
     safetensors.torch.save_file({}, tmp_path / "no.safetensors")
     with pytest.raises(CheckpointError, match="holds no weights"):

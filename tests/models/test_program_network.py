@@ -95,7 +95,7 @@ def test_it_is_evaluated_under_attacks_with_gradients(tmp_path: Path) -> None:
     assert found["attacks"]["pgd5"]["accuracy"] == accuracy < 100
     assert found["model"]["artefact"] == "theirs.pt2"
     settings = {"start": "scratch", "data.validation": 4, "training.batch_size": 10}
-    with pytest.raises(ModelError, match="a torch.export file cannot be trained"):
+    with pytest.raises(ModelError, match=r"a torch\.export file cannot be trained"):
         cure.train("digits", settings, model=ProgramNetwork(file), data=data)
 
 

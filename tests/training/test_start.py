@@ -112,6 +112,13 @@ def test_a_run_standardises_as_its_start_does(first: RunFolder, tmp_path: Path, 
     assert run.config.model.mean == pytest.approx((0.3,))
     assert run.config.model.std == pytest.approx((0.2,))
     assert natural(run) > 80
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CureNote)
+        model = cure.Run(first.path).model()
+        given = SETTINGS | {"start": start, "natural.learning_rate": 1e-9}
+        given.pop("model.name")
+        twice = cure.train("digits", given, model=model, data=THREE, run=tmp_path / "b", quiet=True)
+    assert natural(RunFolder.open(twice.path)) > 80
     others = {"model.mean": [0.0], "model.std": [1.0]}
     with pytest.warns(CureNote, match=r"model\.std=0\.2, this run with others; leave out model\."):
         assert train(tmp_path / "others", start, **others).config.model.mean == (0,)
@@ -121,6 +128,24 @@ def test_a_file_with_its_computation_is_not_trained(first: RunFolder, tmp_path: 
     network = cure.from_pretrained(starts(first)["program"])
     with pytest.raises(ModelError, match=r"a torch\.export file cannot be trained.*start=FILE"):
         cure.train("digits", SETTINGS, model=network, data=THREE, run=tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["file", "hub"])
+def test_an_evaluation_of_weights_takes_names_and_constants(first: RunFolder, kind: str) -> None:
+    weights, test = starts(first)[kind], bright_or_dark(48, "test", classes=3)
+    expected = cure.evaluate(first.path, data=test, attacks=[])["natural"]["correct"]
+    for data in (test, turned(test)):
+        with pytest.warns(CureNote, match=r"with mean 0\.3 and std 0\.2, which are"):
+            found = cure.evaluate("small_cnn", weights=weights, data=data, attacks=[])
+        assert found["natural"]["correct"] == expected > 40
+    plain = {"mean": [0.3], "std": [0.2]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CureNote)
+        found = cure.evaluate("small_cnn", weights=weights, data=test, attacks=[], **plain)
+        assert found["natural"]["correct"] == expected
+        model = cure.Run(first.path).model()  # it standardises inside
+        found = cure.evaluate(model, weights=weights, data=test, attacks=[])
+        assert found["natural"]["correct"] == expected
 
 
 def test_a_start_that_does_not_standardise_is_told(tmp_path: Path) -> None:

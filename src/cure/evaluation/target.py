@@ -29,9 +29,11 @@ from cure.evaluation.unseen import customary
 from cure.models import MODELS, Normalised, build_model, load_weights
 from cure.models.artefact import WEIGHTS, WHOLE, contract_of, from_pretrained, is_artefact
 from cure.models.build import adapted_copy, network_of
-from cure.models.contract import Contract
+from cure.models.classes import in_order, own_classes
+from cure.models.contract import Contract, Normalisation
 from cure.models.onnx_network import OnnxNetwork
 from cure.models.trial import traits_of, with_traits
+from cure.models.wrapper import constants_inside
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.utils.modes import in_evaluation
@@ -355,7 +357,11 @@ def _file_digest(path: Path) -> str:
 
 def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSet], nn.Module]:
     """Builds a named network, or copies a module, and loads the weights."""
-    section = _model_config(given if isinstance(given, str) else "given", how)
+    contract = _contract_of_weights(how)
+    known = None if contract is None else contract.normalisation
+    if isinstance(given, nn.Module) and constants_inside(given) is not None:
+        known = None
+    section = _model_config(given if isinstance(given, str) else "given", how, known)
     if isinstance(given, str) and given in MODELS and how.weights is None:
         raise ConfigError(f"{given} without weights is random: name its weights file (--weights)")
 
@@ -376,19 +382,48 @@ def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSe
             )
         if how.weights is not None:
             load_weights(model, how.weights, key=how.weights_key, setting="weights_key")
+        if contract is not None and own_classes(model) is None:
+            return in_order(model, images.classes, contract.classes)
         return model
 
     return build
 
 
-def _model_config(name: str, how: TargetOptions) -> ModelConfig:
-    """The model section of a recipe that the options describe."""
+def _contract_of_weights(how: TargetOptions) -> Contract | None:
+    """What a file or folder of ``cure export`` says of the weights that were asked for."""
+    path = None if how.weights is None else Path(how.weights).expanduser()
+    if path is None or path.suffix in WHOLE or not path.exists():
+        return None
+    if path.is_file() and path.suffix != ".safetensors":
+        return None
+    try:
+        return contract_of(path)
+    except CheckpointError:
+        return None  # What is wrong with the file is said when its weights are read.
+
+
+def _model_config(name: str, how: TargetOptions, known: Normalisation | None) -> ModelConfig:
+    """The model section of a recipe that the options describe, with the constants that are known of
+    the weights where none are given."""
+    mean, std = how.mean, how.std
+    if mean is None and std is None and known is not None:
+        mean, std = known.mean, known.std
+        said = " and ".join(
+            f"{name} {','.join(f'{number:.6g}' for number in numbers)}"
+            for name, numbers in (("mean", mean), ("std", std))
+        )
+        warnings.warn(
+            f"{Path(str(how.weights)).name} standardises images with {said}, which are taken over; "
+            "where the network does so itself, set mean to zeros and std to ones",
+            CureNote,
+            stacklevel=2,
+        )
     try:
         return ModelConfig(
             name=name,
             options=dict(how.options or {}),
-            mean=tuple(how.mean) if how.mean is not None else None,
-            std=tuple(how.std) if how.std is not None else None,
+            mean=tuple(mean) if mean is not None else None,
+            std=tuple(std) if std is not None else None,
         )
     except ValidationError as error:
         raise ConfigError(f"model: {error.errors()[0]['msg']}") from None

@@ -27,7 +27,7 @@ from cure.models import describe, digest, save_weights
 from cure.models.artefact import WEIGHTS, from_pretrained
 from cure.models.contract import Contract, Measured, Normalisation, Preprocessing
 from cure.models.onnx_network import OnnxNetwork
-from cure.models.wrapper import Normalised, core, tensors_of
+from cure.models.wrapper import constants_inside, core, tensors_of
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.utils.io import write_atomically
@@ -227,11 +227,10 @@ def _contract(
 ) -> Contract:
     assert target.config is not None
     config, kind = target.config, folder.kind
-    inside = next((m for m in model.modules() if isinstance(m, Normalised)), None)
+    inside = constants_inside(model)
     constants = None
     if inside is not None:
-        mean, std = (values.flatten().tolist() for values in (inside.mean, inside.std))
-        constants = Normalisation(mean=mean, std=std)
+        constants = Normalisation(mean=list(inside[0]), std=list(inside[1]))
     about = describe(model)
     return Contract(
         classes=list(kind.classes),

@@ -62,6 +62,14 @@ class Normalised(Wrapper):
         return logits
 
 
+def constants_inside(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and std of the :class:`Normalised` in a network; None where it has none."""
+    inside = next((m for m in model.modules() if isinstance(m, Normalised)), None)
+    if inside is None:
+        return None
+    return tuple(inside.mean.flatten().tolist()), tuple(inside.std.flatten().tolist())
+
+
 class Selected(Wrapper):
     """A network of which some logits are taken, in another order.
 

@@ -77,7 +77,7 @@ def train(
         override(raw, "data.source", MEMORY + name)
     elif data is not None:
         override(raw, "data.source", str(data))
-    config = standardised_as_start(check(raw, f"recipe {recipe}"))
+    config = standardised_as_start(check(raw, f"recipe {recipe}"), model)
     images = as_images(data, "train", config.data) if is_object(data) else None
     # All mistakes are found before the folder is made.
     terminal = TerminalTracker(config.name)

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +16,7 @@ from cure.errors import CureError, CureNote, ModelError, some
 from cure.models.artefact import CONFIG, contract_of
 from cure.models.classes import own_classes, places_of
 from cure.models.head import order_head
+from cure.models.wrapper import constants_inside
 from cure.runs.folder import RunFolder
 from cure.utils.launcher import launched
 
@@ -55,33 +57,42 @@ class Origin:
         return cls(tuple(contract.classes), tuple(constants.mean), tuple(constants.std))
 
 
-def standardised_as_start(config: RunConfig) -> RunConfig:
+def standardised_as_start(config: RunConfig, model: nn.Module | None = None) -> RunConfig:
     """The run with the ``model.mean`` and ``model.std`` of its start, where it sets none.
 
     A note says so, and where the run sets others.
+
+    Args:
+        config: the run.
+        model: its network as a Python object, which may be :class:`~cure.models.Normalised`.
     """
     origin = None if config.start_path is None else Origin.of(config.start_path)
-    if origin is None or origin.mean is None or origin.std is None:
-        if origin is not None and config.model.mean is not None:
-            _note(
-                f"start: {config.start_path} has no model.mean and model.std, this run sets some; "
-                "leave them out unless the network of the start standardises images itself"
-            )
+    mean, std = config.model.mean, config.model.std
+    inside = None if model is None else constants_inside(model)
+    if mean is None and inside is not None:
+        mean, std = inside
+    if origin is None or (origin.mean is None and mean is None):
+        return config
+    if origin.mean is None or origin.std is None:
+        _note(
+            f"start: {config.start_path} has no model.mean and model.std, this run sets some; "
+            "leave them out unless the network of the start standardises images itself"
+        )
         return config
     theirs = " ".join(
         f"model.{name}={','.join(f'{number:.6g}' for number in numbers)}"
         for name, numbers in (("mean", origin.mean), ("std", origin.std))
     )
-    if config.model.mean is None or config.model.std is None:
+    if mean is None or std is None:
         _note(
             f"start: {config.start_path} standardises images with {theirs}, which this run takes "
-            "over; where its network does so itself, set model.mean and model.std to zeros and ones"
+            "over; where its network does so itself, set model.mean to zeros and model.std to ones"
         )
         changes = {"mean": origin.mean, "std": origin.std}
         return config.model_copy(update={"model": config.model.model_copy(update=changes)})
-    ours = torch.tensor([config.model.mean, config.model.std])
-    given = torch.tensor([origin.mean, origin.std])
-    if ours.shape != given.shape or not torch.allclose(ours, given, rtol=1e-3, atol=1e-4):
+    if len(mean) != len(origin.mean) or not np.allclose(
+        [mean, std], [origin.mean, origin.std], rtol=1e-3, atol=1e-4
+    ):
         _note(
             f"start: {config.start_path} standardises images with {theirs}, this run with others; "
             "leave out model.mean and model.std to take those of the start"
