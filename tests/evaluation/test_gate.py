@@ -75,3 +75,19 @@ def test_what_is_no_limit_is_refused(text: str) -> None:
 def test_a_share_is_no_percentage() -> None:
     with pytest.raises(ConfigError, match="a percentage such as natural>=90"):
         Requirement.parse("natural>=0.9")
+
+
+def test_an_accuracy_that_cannot_be_believed_meets_no_limit() -> None:
+    checks = [
+        {"name": "gradients", "status": "fail", "meaning": "zero"},
+        {"name": "precision", "status": "warn", "meaning": "large"},
+    ]
+    result = RESULT | {"diagnosis": {"verdict": "fail", "checks": checks}}
+    attacked, natural = check_requirements(
+        result, [Requirement.parse("pgd20>=5"), Requirement.parse("natural>=80")], False
+    )
+    assert not attacked["met"]
+    assert "the diagnosis failed (gradients)" in attacked["measured"]
+    assert natural["met"]
+    warned = RESULT | {"diagnosis": {"verdict": "warn", "checks": checks[1:]}}
+    assert check_requirements(warned, [Requirement.parse("pgd20>=5")], False)[0]["met"]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 from scipy import stats
+from torch import nn
 
 import cure
 from cure.attacks.registry import ATTACKS, attack_order, known_attacks, register
@@ -22,9 +23,11 @@ from cure.data import ImageKind
 from cure.errors import CheckpointError, ConfigError
 from cure.experiments.compare import ResultTable, compare, difference, read_rows, table
 from cure.experiments.compare.rows import strength
+from cure.models import save_weights
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.records import EpochTiming
+from cure.runs.results import RunRecord
 from helpers import Command, refused
 
 MINI = Path(__file__).resolve().parents[2] / "results" / "cifar10-mini-cure"
@@ -387,6 +390,37 @@ def test_what_is_not_alike_is_refused(make_run: MakeRun, case: str) -> None:
         assert word in message
     assert "cure evaluate" in message
     assert compare([first, third])
+
+
+def of_epoch(run: Path, epoch: int, **facts: str) -> Path:
+    """The run with best weights of an epoch."""
+    save_weights(
+        nn.Linear(1, 1), run / "checkpoints/best.safetensors", {"epoch": str(epoch)} | facts
+    )
+    return run
+
+
+def test_results_of_weights_that_were_replaced_do_not_count(make_run: MakeRun) -> None:
+    old, new = result(52, epoch=2, pgd20=20), result(91, epoch=5, pgd20=60, minute=1)
+    both = of_epoch(make_run("both", old, new), 5)
+    assert [row["natural"] for row in read_rows([both])] == [91.0]
+    assert len(RunFolder.open(both).evaluations()) == 1
+    with pytest.raises(CheckpointError, match="other weights since it was evaluated"):
+        read_rows([of_epoch(make_run("stale", old), 5)])
+    kept = RunRecord.parse(record(both, "row") | {"best_epoch": 5, "evaluations": [old, new]}, "f")
+    assert [each.natural.accuracy for each in kept.of_best_weights()] == [91.0]
+
+
+def test_a_mixed_network_is_no_other_seed_of_its_method(make_run: MakeRun) -> None:
+    trained = make_run("trained", result(80, pgd20=40))
+    mixed = make_run("mixed", result(82, epoch=None, pgd20=35), seed=1)
+    (mixed / "tradeoff.json").write_text("{}")
+    of_epoch(mixed, 0, shares="0.2500 0.7500")
+    made = compare([trained, mixed])
+    assert sorted(group["label"] for group in made.groups) == [
+        "trades",
+        "trades (mixed 0.25/0.75)",
+    ]
 
 
 def test_other_images_under_one_name_are_refused_or_said(make_run: MakeRun) -> None:

@@ -149,6 +149,14 @@ def test_settings_of_one_method_are_not_for_all(key: str) -> None:
         planned(curves_of(["at"], {}), {key: 1})
 
 
+@pytest.mark.parametrize("key", ["threat.epsilon", "data.split_seed"])
+def test_points_of_one_front_share_threat_and_images(key: str) -> None:
+    with pytest.raises(ConfigError, match="under one threat on the same images"):
+        planned(curves_of(["at"], read_values([f"at:{key}=1,2"])), {})
+    with pytest.raises(ConfigError, match="under one threat on the same images"):
+        planned(curves_of(["at"], {}), {}, own={"at": {key: 1}})
+
+
 # What is found.
 
 

@@ -149,6 +149,25 @@ def test_unseen_threats_and_certificates_stand_below_the_accuracies(tmp_path: Pa
     assert "Beyond the threat" not in plain.read_text(encoding="utf-8")
 
 
+def test_a_later_evaluation_of_fewer_images_changes_no_verdict(tmp_path: Path) -> None:
+    whole = evaluation("run", attacks={"pgd20": 90, "cw": 80})
+    few = evaluation("run", attacks={"pgd20": 3, "cw": 1}, natural=7, count=8)
+    run = plant(tmp_path / "run", results=[whole, few | {"environment": whole["environment"]}])
+    page = write_report([run], output=tmp_path / "page.html").read_text(encoding="utf-8")
+    words = " ".join(re.sub("<[^>]*>", " ", page).split())
+    assert "40.0 %" in words
+    assert "12.5" not in words
+
+
+def test_a_diagnosis_of_another_threat_says_nothing(tmp_path: Path) -> None:
+    told = diagnosis("run", "fail")
+    own = plant(tmp_path / "own", results=[evaluation("run"), told | {"epsilon": 0.1}])
+    other = plant(tmp_path / "other", results=[evaluation("run"), told | {"epsilon": 0.0001}])
+    for run, fails in ((own, True), (other, False)):
+        page = write_report([run], output=run / "page.html").read_text(encoding="utf-8")
+        assert ("Square finds more." in page) is fails
+
+
 def test_certificates_of_two_evaluations_stand_together(tmp_path: Path) -> None:
     """Those of the weights that the tables are of, and of no other checkpoint."""
     proved = evaluation("run") | {"verified": cell(3, 200)}

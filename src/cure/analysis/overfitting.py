@@ -32,12 +32,11 @@ from cure.data.sources import check_not_memory
 from cure.errors import CheckpointError, ConfigError
 from cure.evaluation.options import check_counts
 from cure.evaluation.runner import Progress, Result
-from cure.evaluation.target import epoch_of
 from cure.models import digest, load_weights
 from cure.models.build import network_of
 from cure.models.checkpoint import read_weights
 from cure.models.checks import predicted
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, epoch_of
 from cure.runs.records import EpochMetrics
 from cure.runs.run import Run
 from cure.training.overfitting_detector import robust_overfitting

@@ -11,10 +11,9 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from safetensors import SafetensorError, safe_open
 
 from cure.config import RunConfig
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, epoch_of
 from cure.runs.records import Accuracies, EpochMetrics, EpochTiming, Status
 from cure.training.overfitting_detector import robust_overfitting
 
@@ -107,18 +106,10 @@ def read(path: str | Path) -> RunSnapshot:
         active=active.config,
         metrics=active.metrics(),
         timing={line.epoch: line for line in active.timing()},
-        best=_best(active),
+        best=epoch_of(active.checkpoints / "best.safetensors"),
         since=max(file.stat().st_mtime for file in files if file.exists()),
         held=_held(folder.path / ".lock"),
     )
-
-
-def _best(folder: RunFolder) -> int | None:
-    try:
-        with safe_open(str(folder.checkpoints / "best.safetensors"), framework="pt") as file:
-            return int((file.metadata() or {})["epoch"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        return None
 
 
 def _held(lock: Path) -> bool | None:

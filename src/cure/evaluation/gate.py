@@ -69,7 +69,8 @@ def check_requirements(
         lower_bound: compare the lower ends of the 95 % intervals.
 
     Returns:
-        For each {"requirement", "met", "value", "measured"}: ``value`` is the percentage that was
+        An accuracy under attack is not met where a check of the diagnosis failed.  For each
+        {"requirement", "met", "value", "measured"}: ``value`` is the percentage that was
         compared (None where the attack did not finish), ``measured`` a sentence.
     """
     rows = []
@@ -90,6 +91,9 @@ def check_requirements(
         met = value is not None and (
             value > wanted.limit if wanted.above else value >= wanted.limit
         )
+        if wanted.attack != "natural" and (failed := _failed_checks(result)):
+            met = False
+            measured += f"; the diagnosis failed ({', '.join(failed)}): it cannot be believed"
         rows.append(
             {
                 "requirement": str(wanted),
@@ -109,6 +113,12 @@ def _part(result: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
         # Of the attacks that finished; where one did not, the worst case is not known.
         return None if "unfinished" in result else result.get("worst_case")
     return result["attacks"].get(name)  # type: ignore[no-any-return]
+
+
+def _failed_checks(result: Mapping[str, Any]) -> list[str]:
+    """Checks of the diagnosis by which an accuracy under attack cannot be believed."""
+    checks = (result.get("diagnosis") or {}).get("checks", [])
+    return [check["name"] for check in checks if check["status"] == "fail"]
 
 
 def _left_alone(result: Mapping[str, Any], name: str) -> list[str]:

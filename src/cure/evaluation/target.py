@@ -11,7 +11,6 @@ from typing import Any, Unpack
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cure.attacks import Threat
@@ -34,7 +33,7 @@ from cure.models.contract import Contract, Normalisation
 from cure.models.onnx_network import OnnxNetwork
 from cure.models.trial import traits_of, with_traits
 from cure.models.wrapper import constants_inside
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, epoch_of
 from cure.runs.run import Run
 from cure.utils.modes import in_evaluation
 
@@ -337,16 +336,6 @@ def describe_images(images: ImageSet) -> dict[str, Any]:
         "size": [images.channels, *images.size],
         "sha256": images.digest(),
     }
-
-
-def epoch_of(path: Path) -> int | None:
-    """The epoch whose weights a file of a run holds, if it says so."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            epoch = (file.metadata() or {}).get("epoch")
-    except (SafetensorError, OSError):
-        return None  # What is wrong with the file is said when its weights are read.
-    return int(epoch) if epoch else None
 
 
 def _file_digest(path: Path) -> str:

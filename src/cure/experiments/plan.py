@@ -311,7 +311,7 @@ def is_done(
     _check_same(theirs, _settled(entry.config, theirs), path)
     last_is_best = record.best_epoch == theirs.training.epochs
     return all(
-        answer(record.evaluations, wanted, theirs) is not None
+        answer(record.of_best_weights(), wanted, theirs) is not None
         for wanted in wanted_of(plan, entry, last_is_best)
     )
 

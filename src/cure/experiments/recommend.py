@@ -120,17 +120,21 @@ def _rows(record: FrontRecord) -> list[str]:
 
 
 def _evaluated(folder: RunFolder, front: FrontRecord) -> EvaluationRecord | None:
-    """The newest result of the best weights on the run's test images under a front's attack."""
-    for result in reversed(folder.evaluations()):
-        if (
-            front.attack in result.attacks
-            and result.threat.same(front.threat.norm, front.threat.epsilon)
-            and result.data.own is not False
-            and result.data.split == "test"
-            and result.model.checkpoint == "best"
-        ):
-            return result
-    return None
+    """A result of the best weights on the run's test images under a front's attack.
+
+    The newest of those on as many images as the front, else the newest.
+    """
+    found = [
+        result
+        for result in reversed(folder.evaluations())
+        if front.attack in result.attacks
+        and result.threat.same(front.threat.norm, front.threat.epsilon)
+        and result.data.own is not False
+        and result.data.split == "test"
+        and result.model.checkpoint == "best"
+    ]
+    alike = [result for result in found if result.natural.n == front.data.n]
+    return next(iter([*alike, *found]), None)
 
 
 def _compared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from cure.experiments.compare.rows import (
     TableRow,
     alike,
     check_alike,
+    no_place,
     rows_of,
 )
 from cure.report.components import (
@@ -31,7 +33,7 @@ from cure.report.components import (
     written,
 )
 from cure.report.loader import Entry
-from cure.runs.results import Accuracy, EvaluationRecord, Finding
+from cure.runs.results import Accuracy, DiagnosisRecord, EvaluationRecord, Finding
 from cure.utils.stats import newcombe
 
 _BELIEVED = "can it be believed?"
@@ -123,6 +125,17 @@ class Note:
     attacks: bool
 
 
+def _is_about(diagnosis: DiagnosisRecord, row: TableRow) -> bool:
+    """Whether a diagnosis is of a row's weights, images and threat."""
+    data = diagnosis.data
+    return (
+        diagnosis.model.checkpoint in (None, row["checkpoint"])
+        and (no_place(data.name), data.split) == (row["data"], row["split"])
+        and diagnosis.norm in (None, row["norm"])
+        and (diagnosis.epsilon is None or math.isclose(diagnosis.epsilon, row["epsilon"]))
+    )
+
+
 def checks_of(entry: Entry, row: TableRow | None) -> tuple[list[Finding], bool]:
     """The newest finding of each check on this network, and whether ``cure diagnose`` was run."""
     found: dict[str, Finding] = {}
@@ -132,11 +145,7 @@ def checks_of(entry: Entry, row: TableRow | None) -> tuple[list[Finding], bool]:
             found |= (
                 {each.name: each for each in result.diagnosis.checks} if result.diagnosis else {}
             )
-    diagnoses = [
-        result
-        for result in entry.diagnoses
-        if row is None or result.model.checkpoint in (None, row["checkpoint"])
-    ]
+    diagnoses = [each for each in entry.diagnoses if row is None or _is_about(each, row)]
     for diagnosis in diagnoses:
         found |= {each.name: each for each in diagnosis.checks}
     return list(found.values()), bool(diagnoses)
@@ -441,6 +450,7 @@ def _by_class(entry: Entry, row: TableRow) -> list[Grid]:
     """Accuracy of each class, natural and under each attack; none for results without it."""
     names = measured_attacks(row)[::-1]
     results = results_of(entry, row)
+    results = [result for result in results if result.natural.n == row["n"]] or results
     counts = next((r.data.images_by_class for r in reversed(results) if _counted(r)), None)
     if counts is None:
         return []
@@ -492,7 +502,11 @@ def _worst(entry: Entry, row: TableRow) -> Accuracy | None:
     results = [
         result
         for result in results_of(entry, row)
-        if result.worst_case is not None and strongest(row) in result.attacks
+        if result.worst_case is not None
+        and (name := strongest(row)) is not None
+        and name in result.attacks
+        # An evaluation of fewer images, made later, is not what the row is of.
+        and result.attacks[name].n == row[f"{name}_n"]
     ]
     part = results[-1].worst_case if results else None
     over = part.content().get("over") if part is not None else None

@@ -20,6 +20,7 @@ from cure.config import ROBUST
 from cure.errors import CheckpointError, ConfigError, CureError
 from cure.experiments.compare.rows import Source, checked_config, current, no_place
 from cure.recipe import read_yaml
+from cure.runs.folder import RunFolder
 from cure.runs.records import (
     Environment,
     EpochMetrics,
@@ -276,6 +277,7 @@ def _of_folder(path: Path, name: str, inputs: PageInputs) -> Entry:
             trouble(f"{file}: {lost} damaged lines are left out; restore it from a copy")
         return found
 
+    run = RunFolder(path)
     entry.environment = read(path / "environment.json", Environment.read)
     entry.images = read(path / "data.json", Images.read)
     entry.status = read(path / "status.json", Status.read)
@@ -283,10 +285,16 @@ def _of_folder(path: Path, name: str, inputs: PageInputs) -> Entry:
     entry.between = read(path / "tradeoff.json", TradeoffRecord.read)
     entry.metrics, entry.timing = lines(EpochMetrics), lines(EpochTiming)
     for folder, kind in RESULTS.items():
-        for file in sorted((path / folder).glob("*.json"), key=number_of):
-            result = read(file, kind.read)
-            if result is not None:
-                entry.file(result)
+        files = sorted((path / folder).glob("*.json"), key=number_of)
+        kept = [result for file in files if (result := read(file, kind.read)) is not None]
+        present = run.of_present_weights(kept)
+        for result in present:
+            entry.file(result)
+        if len(present) < len(kept):
+            trouble(
+                f"{entry.typed}: {len(kept) - len(present)} results in {folder}/ are of earlier "
+                "weights and left out; measure the present ones"
+            )
     for file in sorted((path / "studies").glob("*.json"), key=number_of):
         study = read(file, lambda file: _study(StudyRecord.read(file), file, entry.name))
         inputs.studies += [] if study is None else [study]

@@ -29,12 +29,13 @@ import fcntl
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from cure.config import MEMORY, NATURAL, OBJECT, RunConfig
 from cure.errors import CheckpointError, CureError
@@ -58,6 +59,7 @@ from cure.runs.results import (
     CorruptionRecord,
     DiagnosisRecord,
     EvaluationRecord,
+    ResultKind,
     StudyRecord,
     oldest_first,
     read_numbered,
@@ -225,6 +227,15 @@ class RunFolder:
         height, width = known.size
         return ImageKind(tuple(known.classes), known.channels, (height, width))
 
+    def shares(self) -> str | None:
+        """Shares of the weights that ``cure tradeoff`` mixed, the start's first; None of others."""
+        if not (self.path / "tradeoff.json").is_file():
+            return None
+        told = _metadata(self.checkpoints / "best.safetensors").get("shares", "unknown")
+        return "/".join(
+            f"{float(share):.2f}" if share[0].isdigit() else share for share in told.split()
+        )
+
     def inner(self, phase: str) -> Path:
         """Where a run that this one needs first lies.
 
@@ -348,16 +359,31 @@ class RunFolder:
         return Environment.read(self.path / "environment.json")
 
     def evaluations(self) -> list[EvaluationRecord]:
-        """Results of ``cure evaluate`` that the run keeps, the oldest first."""
-        return oldest_first(read_numbered(self.path / "evaluations", EvaluationRecord))
+        """Results of ``cure evaluate`` of the run's present weights, the oldest first."""
+        kept = read_numbered(self.path / "evaluations", EvaluationRecord)
+        return oldest_first(self.of_present_weights(kept))
 
     def corruptions(self) -> list[CorruptionRecord]:
-        """Results of ``cure corruptions`` that the run keeps, the oldest first."""
-        return oldest_first(read_numbered(self.path / "corruptions", CorruptionRecord))
+        """Results of ``cure corruptions`` of the run's present weights, the oldest first."""
+        kept = read_numbered(self.path / "corruptions", CorruptionRecord)
+        return oldest_first(self.of_present_weights(kept))
 
     def diagnoses(self) -> list[DiagnosisRecord]:
-        """Results of ``cure diagnose`` that the run keeps, the oldest first."""
-        return oldest_first(read_numbered(self.path / "diagnoses", DiagnosisRecord))
+        """Results of ``cure diagnose`` of the run's present weights, the oldest first."""
+        kept = read_numbered(self.path / "diagnoses", DiagnosisRecord)
+        return oldest_first(self.of_present_weights(kept))
+
+    def of_present_weights(self, results: Iterable[ResultKind]) -> list[ResultKind]:
+        """Without results of weights that training replaced since, as their epoch tells."""
+        epochs = {
+            kind: epoch_of(self.checkpoints / f"{kind}.safetensors") for kind in ("best", "last")
+        }
+        return [
+            result
+            for result in results
+            if epochs.get(str(result.model.checkpoint)) in (None, result.model.epoch)
+            or result.model.epoch is None
+        ]
 
     def studies(self) -> list[StudyRecord]:
         """Results of ``cure analyse`` that the run keeps, by number."""
@@ -460,3 +486,18 @@ class RunFolder:
                     f"{self.path} is being trained by another process; wait for it or stop it"
                 ) from None
             yield
+
+
+def epoch_of(path: Path) -> int | None:
+    """The epoch whose weights a file of a run holds, if it says so."""
+    epoch = _metadata(path).get("epoch")
+    return int(epoch) if epoch else None
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a file of weights says of itself."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}  # What is wrong with the file is said when its weights are read.

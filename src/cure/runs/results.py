@@ -453,6 +453,16 @@ class RunRecord(FileRecord):
     timing: list[EpochTiming] = Field(default_factory=list)
     evaluations: list[EvaluationRecord]
 
+    def of_best_weights(self) -> list[EvaluationRecord]:
+        """The evaluations, without those of best weights of another epoch."""
+        return [
+            result
+            for result in self.evaluations
+            if result.model.checkpoint != "best"
+            or self.best_epoch is None
+            or result.model.epoch in (None, self.best_epoch)
+        ]
+
 
 RESULTS: Mapping[str, type[EvaluationRecord | CorruptionRecord | DiagnosisRecord]] = {
     "evaluations": EvaluationRecord,

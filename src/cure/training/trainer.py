@@ -90,8 +90,6 @@ class Trainer:
         self.done = 0
         self.totals = Totals(engine.device)
         self.best: dict[str, Any] | None = None
-        patience = config.training.collapse_patience
-        self.collapse = CollapseDetector(Guessing(self.counts, self.balanced), patience)
         self.warned_of_overfitting = False
         self.catastrophic = detector_of(config, method)
         self._stop_asked = False
@@ -109,6 +107,12 @@ class Trainer:
         """Whether the best weights are chosen by balanced accuracy."""
         select = self.config.training.select
         return select == "balanced" or (select == "auto" and is_unequal(self.counts))
+
+    @cached_property
+    def collapse(self) -> CollapseDetector:
+        """What tells when the network falls back to guessing."""
+        guessing = Guessing(self.counts, self.balanced)
+        return CollapseDetector(guessing, self.config.training.collapse_patience)
 
     # -- one run -------------------------------------------------------------------------------
 

@@ -71,6 +71,7 @@ class Source:
         environment: where it was trained, where that is known.
         finished: whether it was trained to its end, where known.
         label: of the row, where a plan gives it one.
+        mixed: shares of the weights of which ``cure tradeoff`` made it; None of other networks.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Source:
     environment: Environment | None = None
     finished: bool | None = None
     label: str | None = None
+    mixed: str | None = None
 
     @classmethod
     def of_folder(cls, path: Path) -> Source:
@@ -93,9 +95,9 @@ class Source:
         config = checked_config(folder.settings(), path / "config.yaml")
         results = folder.evaluations()
         if not results:
-            raise CheckpointError(
-                f"{path} was not evaluated yet; do so with `cure evaluate {path}`"
-            )
+            earlier = any((path / "evaluations").glob("*.json"))
+            why = "has other weights since it was evaluated" if earlier else "was not evaluated yet"
+            raise CheckpointError(f"{path} {why}; do so with `cure evaluate {path}`")
         known = (path / "environment.json").is_file()
         status = folder.status() if (path / "status.json").is_file() else None
         # All natural starts are in folders called "natural".
@@ -108,6 +110,7 @@ class Source:
             timing=folder.timing(),
             environment=folder.environment() if known else None,
             finished=None if status is None else status.finished,
+            mixed=folder.shares(),
         )
 
     @classmethod
@@ -125,7 +128,7 @@ class Source:
         return cls(
             name=name,
             typed=typed,
-            results=current(oldest_first(record.evaluations)),
+            results=current(oldest_first(record.of_best_weights())),
             config=checked_config(record.config, typed),
             timing=record.timing,
             environment=record.environment,
@@ -348,6 +351,7 @@ def _row(source: Source, rank: Callable[[Images], Any]) -> TableRow:
         "method": config["method"]["name"] if config else facts.method,
         "label": "",
         "plan_label": source.label,
+        "mixed": source.mixed,
         "seed": config["seed"] if config else facts.run_seed,
         "network": no_place(facts.name),
         "parameters": facts.parameters,
@@ -530,6 +534,8 @@ def _plain_label(row: TableRow) -> str:
         return f"{row['run']} ({row['weights']})" if row.get("weights") else str(row["run"])
     known = row["configuration"] or {}
     label = str(row["method"])
+    if row.get("mixed"):
+        label += f" (mixed {row['mixed']})"
     if any(key.startswith("training.weight_perturbation.") for key in known):
         label += " + awp"
     kind = known.get("training.averaging.kind")

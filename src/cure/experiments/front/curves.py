@@ -18,6 +18,13 @@ from cure.utils.io import user_path
 Values = Mapping[str, Sequence[Any]]
 
 
+_OF_THE_IMAGES = (
+    *("source", "test_", "validation", "split_seed", "train_split", "limit", "resize", "fit"),
+    *("color", "background", "labels", "image_column", "label_column"),
+)
+"""Beginnings of settings of the data that choose or change the images of an evaluation."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """The values of one setting of one method.
@@ -84,8 +91,8 @@ def read_values(words: Sequence[str]) -> dict[str, list[Any]]:
     Raises:
         ConfigError: when a word is none of these, or names a method and key again.
 
-    >>> read_values(["trades=1,3", "at:threat.epsilon=2/255,4/255"])
-    {'trades': [1, 3], 'at:threat.epsilon': ['2/255', '4/255']}
+    >>> read_values(["trades=1,3", "at:attack.epsilon=2/255,4/255"])
+    {'trades': [1, 3], 'at:attack.epsilon': ['2/255', '4/255']}
     """
     found: dict[str, list[Any]] = {}
     for word in words:
@@ -123,6 +130,15 @@ def plan_of(
             "settings: method, seed and name are set for each run; give settings of one method "
             "with --with METHOD:method.KEY=VALUE"
         )
+    for key in (
+        *(curve.key or "" for curve in curves),
+        *(k for each in own.values() for k in each),
+    ):
+        if key.startswith(("threat.", *(f"data.{name}" for name in _OF_THE_IMAGES))):
+            raise ConfigError(
+                f"{key}: all points of a front are measured under one threat on the same images; "
+                "set it for all runs, or vary attack.epsilon, with which one trains"
+            )
     raw = read_recipe(recipe)
     base = raw.get("method")
     base = base.get("name") if isinstance(base, dict) else base

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from cure.config import NATURAL
+from cure.errors import ConfigError
 from cure.evaluation.metrics import unpack
 from cure.experiments.compare.rows import no_place
 from cure.experiments.front.curves import Curve
@@ -73,7 +74,7 @@ class _Trained:
                 if (record := done.get(name)) is None:
                     continue
                 config = check_kept(record.config, name)
-                result = answer(record.evaluations, measured.of("best"), config)
+                result = answer(record.of_best_weights(), measured.of("best"), config)
                 if result is not None:
                     results[place, seed] = result
         places = range(len(curve.values))
@@ -110,6 +111,16 @@ def record_of(
     if not results:
         return None
     (measured,), first = plan.evaluations, results[0]
+    for result in results:
+        same = result.threat.same(first.threat.norm, first.threat.epsilon)
+        if not same or (result.natural.n, result.data.sha256) != (
+            first.natural.n,
+            first.data.sha256,
+        ):
+            raise ConfigError(
+                f"{first.target} and {result.target} were measured on other images or under "
+                "another threat, so their points make no front; give another --folder"
+            )
     weights = image_weights(first.natural.n, DRAWS)
     compared = {each.curve.label: each.right for each in trained if each.right and each.curve.key}
     ranges = {label: _range(right) for label, right in compared.items()}
