@@ -147,7 +147,8 @@ def evaluate(
     }
     shared = pairs(cluster_option) or {}
     if verify is not None:
-        others = {name: arguments[name] for name in arguments.keys() - options.keys()}
+        used = {*options, "epsilon", "norm"}
+        others = {name: value for name, value in arguments.items() if name not in used}
         others |= {"junit": junit, "sarif": sarif, "shards": shards, "shard": shard}
         others |= {"precision": precision is not Precision.fp32, "jobs": jobs != 1}
         _only_verify(others | {"cluster": cluster, "cluster_option": shared})
@@ -186,7 +187,6 @@ def _only_verify(others: dict[str, Any]) -> None:
         ConfigError: names the options that were given beside it.
     """
     given = sorted(name for name, value in others.items() if value)
-    given = [name for name in given if name not in ("epsilon", "norm")]
     if given:
         named = ", ".join("--" + name.removesuffix("_network").replace("_", "-") for name in given)
         raise ConfigError(

@@ -34,10 +34,7 @@ FILE_COLUMNS = (
     *("file_name", "filename", "file", "image", "image_path", "path", "filepath", "image_name"),
     *("image_file", "name", "img", "image_id", "id"),
 )
-SPLIT_COLUMNS = (
-    *("split", "set", "subset", "partition", "data_split", "data set", "data_set", "dataset"),
-    *("phase", "usage"),
-)
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 _FLAGS = {
     "is_train": ("train", "test"),
     "is_valid": ("validation", "train"),
@@ -376,7 +373,6 @@ def _split_column(rows: list[Cells], columns: list[str], config: DataConfig) -> 
     usual = _column(rest, None, SPLIT_COLUMNS)
     names = split_names(config)
     values = {c: {_text(row.get(c)).lower() for row in rows} - {""} for c in rest}
-    # A column of a usual name may be another thing, such as the data set that an image is from.
     for column in rest if usual is None else (usual, *rest):
         if len(values[column]) > 1 and values[column] <= names:
             return column
@@ -387,7 +383,7 @@ def _split_column(rows: list[Cells], columns: list[str], config: DataConfig) -> 
                 true = _TRUTHS.get(_text(row.get(column)).lower())
                 row[_NAMED_SPLIT] = "" if true is None else said[not true]
             return _NAMED_SPLIT
-    return usual if usual in ("split", "set", "subset", "partition") else None
+    return usual
 
 
 def _leads_to_files(

@@ -61,7 +61,7 @@ class Requirement:
 def check_requirements(
     result: Mapping[str, Any], requirements: Sequence[Requirement], lower_bound: bool
 ) -> list[dict[str, Any]]:
-    """Which limits an evaluation meets.
+    """Which limits an evaluation meets; under attack none where a check of its diagnosis failed.
 
     Args:
         result: of :func:`cure.evaluate`.
@@ -69,8 +69,7 @@ def check_requirements(
         lower_bound: compare the lower ends of the 95 % intervals.
 
     Returns:
-        An accuracy under attack is not met where a check of the diagnosis failed.  For each
-        {"requirement", "met", "value", "measured"}: ``value`` is the percentage that was
+        For each {"requirement", "met", "value", "measured"}: ``value`` is the percentage that was
         compared (None where the attack did not finish), ``measured`` a sentence.
     """
     rows = []

@@ -499,15 +499,14 @@ def _counted(result: EvaluationRecord) -> bool:
 
 def _worst(entry: Entry, row: TableRow) -> Accuracy | None:
     """Accuracy under all attacks of the evaluation with the strongest one, image by image."""
+    name = strongest(row)
+    # An evaluation of fewer images, made later, is not what the row is of.
     results = [
         result
         for result in results_of(entry, row)
-        if result.worst_case is not None
-        and (name := strongest(row)) is not None
-        and name in result.attacks
-        # An evaluation of fewer images, made later, is not what the row is of.
-        and result.attacks[name].n == row[f"{name}_n"]
+        if name in result.attacks and result.attacks[name].n == row[f"{name}_n"]
     ]
+    results = [result for result in results if result.worst_case is not None]
     part = results[-1].worst_case if results else None
     over = part.content().get("over") if part is not None else None
     return part if isinstance(over, list) and len(over) > 1 else None

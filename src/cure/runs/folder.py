@@ -61,6 +61,7 @@ from cure.runs.results import (
     EvaluationRecord,
     ResultKind,
     StudyRecord,
+    of_epochs,
     oldest_first,
     read_numbered,
 )
@@ -375,15 +376,9 @@ class RunFolder:
 
     def of_present_weights(self, results: Iterable[ResultKind]) -> list[ResultKind]:
         """Without results of weights that training replaced since, as their epoch tells."""
-        epochs = {
-            kind: epoch_of(self.checkpoints / f"{kind}.safetensors") for kind in ("best", "last")
-        }
-        return [
-            result
-            for result in results
-            if epochs.get(str(result.model.checkpoint)) in (None, result.model.epoch)
-            or result.model.epoch is None
-        ]
+        kinds = ("best", "last")
+        now = {kind: epoch_of(self.checkpoints / f"{kind}.safetensors") for kind in kinds}
+        return of_epochs(results, now)
 
     def studies(self) -> list[StudyRecord]:
         """Results of ``cure analyse`` that the run keeps, by number."""

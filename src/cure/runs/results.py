@@ -455,13 +455,7 @@ class RunRecord(FileRecord):
 
     def of_best_weights(self) -> list[EvaluationRecord]:
         """The evaluations, without those of best weights of another epoch."""
-        return [
-            result
-            for result in self.evaluations
-            if result.model.checkpoint != "best"
-            or self.best_epoch is None
-            or result.model.epoch in (None, self.best_epoch)
-        ]
+        return of_epochs(self.evaluations, {"best": self.best_epoch})
 
 
 RESULTS: Mapping[str, type[EvaluationRecord | CorruptionRecord | DiagnosisRecord]] = {
@@ -532,3 +526,18 @@ def oldest_first(results: Iterable[ResultKind]) -> list[ResultKind]:
 
 
 ResultKind = TypeVar("ResultKind", bound=ResultRecord)
+
+
+def of_epochs(results: Iterable[ResultKind], epochs: Mapping[str, int | None]) -> list[ResultKind]:
+    """Without results of checkpoints that hold the weights of another epoch now.
+
+    Args:
+        results: in any order.
+        epochs: of the weights of each checkpoint, where they are known.
+    """
+    return [
+        result
+        for result in results
+        if result.model.epoch is None
+        or epochs.get(str(result.model.checkpoint)) in (None, result.model.epoch)
+    ]

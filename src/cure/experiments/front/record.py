@@ -112,11 +112,9 @@ def record_of(
         return None
     (measured,), first = plan.evaluations, results[0]
     for result in results:
-        same = result.threat.same(first.threat.norm, first.threat.epsilon)
-        if not same or (result.natural.n, result.data.sha256) != (
-            first.natural.n,
-            first.data.sha256,
-        ):
+        same_ball = result.threat.same(first.threat.norm, first.threat.epsilon)
+        facts = (result.natural.n, result.data.sha256)
+        if not same_ball or facts != (first.natural.n, first.data.sha256):
             raise ConfigError(
                 f"{first.target} and {result.target} were measured on other images or under "
                 "another threat, so their points make no front; give another --folder"
