@@ -130,7 +130,7 @@ def test_a_file_with_its_computation_is_not_trained(first: RunFolder, tmp_path: 
         cure.train("digits", SETTINGS, model=network, data=THREE, run=tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["file", "hub"])
+@pytest.mark.parametrize("kind", ["file", "program", "hub"])
 def test_an_evaluation_of_weights_takes_names_and_constants(first: RunFolder, kind: str) -> None:
     weights, test = starts(first)[kind], bright_or_dark(48, "test", classes=3)
     expected = cure.evaluate(first.path, data=test, attacks=[])["natural"]["correct"]

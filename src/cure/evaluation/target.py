@@ -26,7 +26,14 @@ from cure.errors import CheckpointError, ConfigError, CureNote, DataError, unkno
 from cure.evaluation.options import TargetKeywords, TargetOptions
 from cure.evaluation.unseen import customary
 from cure.models import MODELS, Normalised, build_model, load_weights
-from cure.models.artefact import WEIGHTS, WHOLE, contract_of, from_pretrained, is_artefact
+from cure.models.artefact import (
+    WEIGHTS,
+    WHOLE,
+    contract_of,
+    contract_of_weights,
+    from_pretrained,
+    is_artefact,
+)
 from cure.models.build import adapted_copy, network_of
 from cure.models.classes import in_order, own_classes
 from cure.models.contract import Contract, Normalisation
@@ -346,7 +353,7 @@ def _file_digest(path: Path) -> str:
 
 def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSet], nn.Module]:
     """Builds a named network, or copies a module, and loads the weights."""
-    contract = _contract_of_weights(how)
+    contract = None if how.weights is None else contract_of_weights(how.weights)
     known = None if contract is None else contract.normalisation
     if isinstance(given, nn.Module) and constants_inside(given) is not None:
         known = None
@@ -376,19 +383,6 @@ def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSe
         return model
 
     return build
-
-
-def _contract_of_weights(how: TargetOptions) -> Contract | None:
-    """What a file or folder of ``cure export`` says of the weights that were asked for."""
-    path = None if how.weights is None else Path(how.weights).expanduser()
-    if path is None or path.suffix in WHOLE or not path.exists():
-        return None
-    if path.is_file() and path.suffix != ".safetensors":
-        return None
-    try:
-        return contract_of(path)
-    except CheckpointError:
-        return None  # What is wrong with the file is said when its weights are read.
 
 
 def _model_config(name: str, how: TargetOptions, known: Normalisation | None) -> ModelConfig:

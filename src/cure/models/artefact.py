@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cure.config import ModelConfig
-from cure.errors import CheckpointError, ModelError
+from cure.errors import CheckpointError, CureError, ModelError
 from cure.models.build import adapted_copy, build_model
 from cure.models.checkpoint import load_weights
 from cure.models.contract import Contract
@@ -56,6 +56,21 @@ def contract_of(path: str | Path) -> Contract | None:
         raise CheckpointError(
             f"{path} is no whole safetensors file ({first_line(error)}); copy it again"
         ) from None
+
+
+def contract_of_weights(path: str | Path) -> Contract | None:
+    """What a file or folder of weights says of them, if ``cure export`` wrote it; None of others.
+
+    Args:
+        path: anything that may hold weights, also what does not exist.
+    """
+    place = Path(path).expanduser()
+    if not (place / CONFIG).is_file() and place.suffix not in (".safetensors", ".pt2"):
+        return None
+    try:
+        return contract_of(place)
+    except CureError:
+        return None  # What is wrong with the file is said when its weights are read.
 
 
 def is_artefact(path: Path) -> bool:

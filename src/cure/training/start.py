@@ -12,8 +12,8 @@ from torch import nn
 
 from cure.config import RunConfig
 from cure.data import ImageKind
-from cure.errors import CureError, CureNote, ModelError, some
-from cure.models.artefact import CONFIG, contract_of
+from cure.errors import CureNote, ModelError, some
+from cure.models.artefact import contract_of_weights
 from cure.models.classes import own_classes, places_of
 from cure.models.head import order_head
 from cure.models.wrapper import constants_inside
@@ -43,12 +43,7 @@ class Origin:
             folder = RunFolder.open(run)
             model = folder.config.model
             return cls(folder.kind.classes, model.mean, model.std)
-        if not (place / CONFIG).is_file() and place.suffix not in (".safetensors", ".pt2"):
-            return None
-        try:
-            contract = contract_of(place)
-        except CureError:
-            return None  # What is wrong with the file is said when its weights are read.
+        contract = contract_of_weights(place)
         if contract is None:
             return None
         constants = contract.normalisation
