@@ -602,7 +602,8 @@ class TrainingConfig(Section):
     """Every so many steps, record the size of gradients and what a mask conserves, for ``cure
     analyse gradients``."""
     collapse_patience: PositiveInt = 5
-    """Stop after so many validations in a row with natural accuracy at chance."""
+    """Stop after so many validations in a row with natural accuracy at chance.  With few validation
+    images that holds only for a network that had been clearly above it."""
     device: str = "auto"
     """``auto`` (CUDA when there is one), ``cpu``, ``cuda``, ``cuda:1``."""
     threads: PositiveInt | None = None

@@ -22,6 +22,16 @@ class Guessing:
     balanced: bool
 
     @property
+    def chance(self) -> float:
+        """Accuracy, in percent, of guessing evenly or of naming the largest class.
+
+        >>> Guessing([40, 60], balanced=False).chance, Guessing([40, 60], balanced=True).chance
+        (60.0, 50.0)
+        """
+        even = 100 / len(self.counts)
+        return even if self.balanced else max(even, 100 * max(self.counts) / sum(self.counts))
+
+    @property
     def limit(self) -> float:
         """Accuracy, in percent, that guessing exceeds in about one of forty cases.
 
@@ -30,8 +40,32 @@ class Guessing:
         """
         if self.balanced:
             return balanced_guessing(self.counts)
-        chance = 1 / len(self.counts)
-        return 100 * (chance + 2 * math.sqrt(chance * (1 - chance) / sum(self.counts)))
+        even = 1 / len(self.counts)
+        return max(self.chance, 100 * (even + 2 * math.sqrt(even * (1 - even) / sum(self.counts))))
+
+    @property
+    def _tenth(self) -> float:
+        """A tenth of the way from chance to 100 %."""
+        return self.chance + 0.1 * (100 - self.chance)
+
+    @property
+    def tells(self) -> bool:
+        """Whether there are enough images for guessing to stay near chance.
+
+        >>> Guessing([4, 3, 3], balanced=False).tells, Guessing([90, 80, 80], balanced=False).tells
+        (False, True)
+        """
+        return self.limit <= self._tenth
+
+    def explains(self, natural: float) -> bool:
+        """Whether a natural accuracy is no better than guessing.
+
+        Of few images guessing may get many right, so only what is near chance counts there.
+
+        >>> Guessing([4, 3, 3], balanced=False).explains(60)
+        False
+        """
+        return natural <= min(self.limit, self._tenth)
 
     def natural(self, accuracies: Mapping[str, float | None]) -> float:
         """The natural accuracy, in percent, that is compared with it."""
@@ -68,7 +102,7 @@ class CollapseDetector:
         """Take the next validation."""
         natural = self.guessing.natural(validation)
         self.learnt |= self.guessing.learnt(natural)
-        self.at_chance = self.at_chance + 1 if natural <= self.guessing.limit else 0
+        self.at_chance = self.at_chance + 1 if self.guessing.explains(natural) else 0
 
     @property
     def fallen(self) -> bool:
@@ -82,8 +116,12 @@ class CollapseDetector:
 
     @property
     def lasting(self) -> bool:
-        """Whether it was at chance too often in a row."""
-        return self.at_chance >= self.patience
+        """Whether it was at chance too often in a row.
+
+        A network that has not learnt yet is given up only where the images can tell.
+        """
+        known = self.learnt or self.learnt_at_start or self.guessing.tells
+        return known and self.at_chance >= self.patience
 
     def state(self) -> dict[str, bool | int]:
         """What a resumed run needs."""
