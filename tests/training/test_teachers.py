@@ -78,6 +78,19 @@ def test_a_weights_file_is_of_the_run_s_own_network(brightness):
     assert same(teacher_weights(student.path), load_file(file))
 
 
+def test_a_weights_file_of_a_network_that_standardises_otherwise_is_refused(brightness):
+    own = {"model.mean": [0.3], "model.std": [0.2], "start": "scratch"}
+    cure.train("digits", {**QUICK, **own, "method": "at"}, run="robust", data=brightness)
+    file = "robust/checkpoints/best.safetensors"
+    student = {"name": "ard", "teacher": file}
+    sentence = r"standardises images \(mean 0.3; std 0.2\).*set model.mean"
+    with pytest.raises(CureError, match=sentence):
+        quick("student", brightness, method=student)
+    settings = {**QUICK, **own, "method": student}
+    run = cure.train("digits", settings, run="same", data=brightness)
+    assert same(load_file(file), teacher_weights(run.path))
+
+
 def test_natural_is_the_natural_start_trained_once(brightness):
     student = quick("student", brightness, method="hat")
     natural = load_file(student.path / "natural" / "checkpoints" / "best.safetensors")

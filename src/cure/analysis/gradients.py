@@ -50,7 +50,6 @@ def frequencies(counts: Tensor, samples: int, bars: int = FREQUENCIES) -> Result
     Args:
         counts: of each weight, in how many records it was conserved.
         samples: number of records.
-        bars: of the histogram.
 
     Returns:
         ``mean`` share of the records in percent; ``never`` and ``always``: share of weights in
@@ -69,15 +68,14 @@ def frequencies(counts: Tensor, samples: int, bars: int = FREQUENCIES) -> Result
     }
 
 
-def by_chance(share: float, samples: int, bars: int = FREQUENCIES) -> list[float]:
+def by_chance(share: float, samples: int) -> list[float]:
     """The histogram of :func:`frequencies` that masks drawn anew at every step would have.
 
     Args:
         share: of weights conserved at a step, in [0, 1].
         samples: number of records.
-        bars: of the histogram.
     """
-    found = [0.0] * bars
+    found = [0.0] * FREQUENCIES
     for count in range(samples + 1):
         logarithm = math.lgamma(samples + 1) - math.lgamma(count + 1)
         logarithm -= math.lgamma(samples - count + 1)
@@ -85,7 +83,7 @@ def by_chance(share: float, samples: int, bars: int = FREQUENCIES) -> list[float
             continue
         if 0 < share < 1:
             logarithm += count * math.log(share) + (samples - count) * math.log1p(-share)
-        found[min(count * bars // samples, bars - 1)] += 100 * math.exp(logarithm)
+        found[min(count * FREQUENCIES // samples, FREQUENCIES - 1)] += 100 * math.exp(logarithm)
     return found
 
 

@@ -24,17 +24,15 @@ IMAGES = "adv_complete"
 """Key of the images in files of AutoAttack's and RobustBench's users, and in ours."""
 
 
-def robustbench_record(result: Mapping[str, Any], *, authors: str = "", link: str = "") -> Result:
+def robustbench_record(result: Mapping[str, Any]) -> Result:
     """The record of a model in RobustBench's leaderboard (``model_info/DATA/THREAT/NAME.json``).
 
     Args:
         result: of an evaluation that holds "autoattack".
-        authors: who trained it.
-        link: where it is described.
 
     Returns:
         Its fields; accuracies are percentages as text, as there.  What an evaluation cannot know
-        (venue, additional data) is empty or null, for its author to fill in.
+        (authors, link, venue, additional data) is empty or null, for its author to fill in.
 
     Raises:
         ConfigError: when AutoAttack was not run to its end.
@@ -45,9 +43,9 @@ def robustbench_record(result: Mapping[str, Any], *, authors: str = "", link: st
             "RobustBench's record needs AutoAttack's accuracy; add autoattack to --attacks"
         )
     return {
-        "link": link,
+        "link": "",
         "name": str(result["target"]),
-        "authors": authors,
+        "authors": "",
         "additional_data": None,
         "number_forward_passes": 1,
         "dataset": result["data"]["name"],

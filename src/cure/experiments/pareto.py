@@ -146,12 +146,12 @@ class Estimate:
         return cls(float(each.mean()), (float(low), float(high)), seeds)
 
 
-def image_weights(images: int, draws: int, seed: int = 0) -> Numbers:
+def image_weights(images: int, draws: int) -> Numbers:
     """Shares [draws, images] of each image in samples of ``images`` images with replacement.
 
     Source: Efron, Ann. Statist. 1979 (the bootstrap).
     """
-    counts = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), draws)
+    counts = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), draws)
     return np.asarray(counts / images, np.float64)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from cure.attacks import PGD, Threat
@@ -31,6 +32,7 @@ from cure.models.blocks import STEM, blocks, chosen, learn_only
 from cure.models.build import network_of
 from cure.models.checks import check_outputs
 from cure.models.trial import check_trainable, fitted
+from cure.models.wrapper import constants_inside
 from cure.recipe import changed, check, read_recipe
 from cure.runs.folder import RunFolder, best_weights
 from cure.training.extra import Extra, choose_extra, is_chosen
@@ -332,6 +334,7 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
             origin = Origin.of(path)
             if origin is not None:
                 _check_classes(origin.classes, kind.classes)
+                _check_constants(origin, network)
             load_weights(network, path)
             return network
         folder = RunFolder.open(path)
@@ -349,6 +352,22 @@ def _check_classes(theirs: Sequence[str], ours: Sequence[str]) -> None:
         raise ModelError(
             f"the teacher knows the classes {some(theirs)}, the images have {some(ours)}; name a "
             "teacher trained on these classes in this order"
+        )
+
+
+def _check_constants(origin: Origin, network: nn.Module) -> None:
+    """Refuse a file whose network standardises images in another way than the run's own."""
+    inside = constants_inside(network)
+    if origin.mean is None or origin.std is None:
+        return
+    if inside is None or not np.allclose(inside, (origin.mean, origin.std), rtol=1e-3, atol=1e-4):
+        theirs = "; ".join(
+            f"{name} {','.join(f'{number:.6g}' for number in numbers)}"
+            for name, numbers in (("mean", origin.mean), ("std", origin.std))
+        )
+        raise ModelError(
+            f"the teacher standardises images ({theirs}), the run's network does not do so with "
+            "these; set model.mean and model.std to them, or name the teacher's run folder"
         )
 
 

@@ -263,12 +263,12 @@ class Chart:
         with _drawing():
             return _finish(self._figure(), self)
 
-    def png(self, dots: int = 150) -> bytes:
-        """The figure as a PNG file with so many pixels an inch."""
+    def png(self) -> bytes:
+        """The figure as a PNG file, 150 pixels an inch."""
         buffer = io.BytesIO()
         with _drawing():
             self._figure().savefig(
-                buffer, format="png", dpi=dots, facecolor="white", bbox_inches="tight"
+                buffer, format="png", dpi=150, facecolor="white", bbox_inches="tight"
             )
         return buffer.getvalue()
 
