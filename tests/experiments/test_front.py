@@ -312,6 +312,12 @@ def test_the_command_trains_once_and_writes_a_record_and_pictures(
     assert "trades" in (tmp_path / "fronts.svg").read_text()
     ended = command(*words, *more)
     assert "4 runs, 4 of them done before; 0 epochs to train" in ended.out
+    # On another machine the packed results are enough.
+    for part in ("trained", "runs"):
+        (tmp_path / "fronts" / "digits" / part).rename(tmp_path / part)
+    ended = command(*words, *more)
+    assert "4 runs, 4 of them done before; 0 epochs to train" in ended.out
+    assert FrontRecord.read(tmp_path / "fronts.json").curves == record.curves
     (tmp_path / "fronts.json").write_text('{"mine": 1}')
     refused(command(*words, *more), "is no front of this command")
 

@@ -163,6 +163,22 @@ def test_results_are_enough_where_the_runs_are_gone():
     assert again.given == []
 
 
+def test_a_run_that_others_need_is_trained_again_where_only_its_result_is_there():
+    plan = read_plan(written())
+    carry_out_plan(plan, Path("out"), Here(), only=["at"])
+    write_tables(plan, Path("out"))
+    Path("out/runs").rename("results-elsewhere")
+    Path("runs").rename("elsewhere")
+    again = Here()
+    assert carry_out_plan(plan, Path("out"), again) == []
+    assert again.given == ["natural-seed0", "at-seed0", "ard-seed0"]
+    # Where the run is not needed any more, its result is enough.
+    Path("runs").rename("elsewhere-too")
+    last = Here()
+    assert carry_out_plan(plan, Path("out"), last) == []
+    assert last.given == []
+
+
 def test_runs_are_enough_where_the_results_are_gone():
     """Nothing is trained or attacked a second time."""
     plan = read_plan(written())

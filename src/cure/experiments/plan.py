@@ -489,15 +489,19 @@ def _carry_out(
     tell: Callable[[str], None],
 ) -> list[str]:
     failures: dict[tuple[str, int], str] = {}
-    known = results_of(plan, output)
-    for stage in stages(plan):
+    wanted = [
+        [
+            entry
+            for entry in stage
+            if entry.label in chosen and (wanted_seeds is None or entry.seed in wanted_seeds)
+        ]
+        for stage in stages(plan)
+    ]
+    left = to_do(plan, output, wanted)
+    for stage in wanted:
         handed: list[tuple[Entry, Job]] = []
         for entry in stage:
-            if entry.label not in chosen or not (
-                wanted_seeds is None or entry.seed in wanted_seeds
-            ):
-                continue
-            if is_done(plan, entry, output, known):
+            if entry.name not in left:
                 tell(f"{entry.name}: done before")
                 continue
             missing = [label for label in sorted(entry.needs) if (label, entry.seed) in failures]
@@ -518,6 +522,32 @@ def _carry_out(
     return list(failures.values())
 
 
+def to_do(
+    plan: Plan, output: Path, wanted: Sequence[Sequence[Entry]] | None = None
+) -> dict[str, Entry]:
+    """The runs that are not done, and those that one of these needs and whose folder is not there.
+
+    Results without the folders of their runs are enough for all others, on another machine too.
+
+    Args:
+        plan: the plan.
+        output: folder of the results.
+        wanted: some of its :func:`stages`; by default all.
+
+    Raises:
+        ConfigError: when a result was made with other settings.
+    """
+    known, found = results_of(plan, output), dict[str, Entry]()
+    needed = set[tuple[str, int]]()
+    groups = stages(plan) if wanted is None else wanted
+    for entry in (entry for stage in reversed(groups) for entry in stage):
+        lost = (entry.label, entry.seed) in needed and not (Path(plan.runs) / entry.name).exists()
+        if lost or not is_done(plan, entry, output, known):
+            found[entry.name] = entry
+            needed |= {(label, entry.seed) for label in entry.needs}
+    return found
+
+
 def _with_needs(plan: Plan, labels: set[str]) -> set[str]:
     """The rows and all that they need."""
     needs = {entry.label: entry.needs for entry in entries(plan)}
@@ -527,6 +557,11 @@ def _with_needs(plan: Plan, labels: set[str]) -> set[str]:
 
 
 # -- what comes of it ----------------------------------------------------------------------------
+
+
+def pack(done: Mapping[str, RunRecord], output: Path) -> None:
+    """Write ``records.jsonl``, where :func:`results_of` finds what ``runs/`` has no file of."""
+    write_packed(output / PACKED, {name: summary(record) for name, record in done.items()})
 
 
 def write_tables(plan: Plan, output: Path) -> ResultTable | None:
@@ -552,7 +587,7 @@ def write_tables(plan: Plan, output: Path) -> ResultTable | None:
     text = shown.markdown()
     if plan.reference is not None:
         text += "\n" + differences(plan, rows)
-    write_packed(output / PACKED, {name: summary(record) for name, record in done.items()})
+    pack(done, output)
     labels = {row["label"] for row in rows}
     notes = [f"- {k}: {row.note}" for k, row in plan.rows.items() if row.note and k in labels]
     wanted = entries(plan)

@@ -14,7 +14,7 @@ from cure.experiments.front.curves import Curve, Values, curves_of, plan_of
 from cure.experiments.front.picture import write_picture
 from cure.experiments.front.record import FORMAT, record_of
 from cure.experiments.pareto import Point, check_reference
-from cure.experiments.plan import Plan, carry_out_plan, entries, results_of
+from cure.experiments.plan import Plan, carry_out_plan, entries, pack, results_of, to_do
 from cure.recipe import parse_override
 from cure.runs.results import FrontRecord
 from cure.utils.io import read_json, user_path
@@ -42,7 +42,9 @@ def front(
 ) -> FrontRecord:
     """Train methods with several values of their trade-off setting, and compare their fronts.
 
-    What is done in ``folder`` is not done again, so the same call continues after a kill.
+    What is done in ``folder`` is not done again, so the same call continues after a kill.  On
+    another machine the folder's ``records.jsonl`` is enough; only runs that others learn from or
+    begin with are trained again.
 
     Args:
         methods: names from ``cure list methods``.
@@ -95,8 +97,10 @@ def front(
     place.mkdir(parents=True, exist_ok=True)
 
     def write() -> FrontRecord | None:
-        made = record_of(plan, curves, results_of(plan, place), reference, at, own or {})
+        done = results_of(plan, place)
+        made = record_of(plan, curves, done, reference, at, own or {})
         if made is not None:
+            pack(done, place)
             file.parent.mkdir(parents=True, exist_ok=True)
             made.write(file)
         return made
@@ -136,9 +140,9 @@ def _announce(plan: Plan, curves: Sequence[Curve], place: Path, say: Say) -> Non
             say(f"{curve.label}: no setting trades natural for robust accuracy; trained once")
         else:
             say(f"{curve.label}: {curve.knob} {', '.join(map(str, curve.values))}")
-    wanted, done = entries(plan), results_of(plan, place)
-    epochs = sum(entry.config.training.epochs for entry in wanted if entry.name not in done)
+    wanted, left = len(entries(plan)), to_do(plan, place).values()
+    epochs = sum(entry.config.training.epochs for entry in left)
     say(
-        f"{len(wanted)} runs, {len(done)} of them done before; {epochs:,} epochs to train, in "
+        f"{wanted} runs, {wanted - len(left)} of them done before; {epochs:,} epochs to train, in "
         f"{plan.runs}"
     )
