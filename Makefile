@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Python compiles a module when it is first imported; compiling all of them takes a minute or two.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # --no-deps: its metadata pins a requests release from 2020; what it needs is in the dev extra.
 TORCHATTACKS ?= torchattacks==3.5.1
 
@@ -19,10 +21,10 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev,docs]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "$(TORCHATTACKS)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PHOTO_NETWORKS) "$(TIMM)"
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) -e ".[dev,docs]"
+	$(INSTALL) --no-deps "$(TORCHATTACKS)"
+	$(INSTALL) --no-deps $(PHOTO_NETWORKS) "$(TIMM)"
 	touch $@
 
 demo: setup
