@@ -171,7 +171,7 @@ def start_warnings(start: MeasuredAccuracies, config: RunConfig, guessing: Guess
     over = " over classes" if guessing.balanced else ""
     return [
         f"the start has only {natural:.1f} % natural accuracy{over} (guessing: "
-        f"{100 / len(guessing.counts):.1f} %): {_start_advice(config)}"
+        f"{guessing.chance:.1f} %): {_start_advice(config)}"
     ]
 
 
