@@ -16,6 +16,7 @@ from typing import Any
 from cure.analysis.study import find_study
 from cure.experiments.compare import table
 from cure.experiments.compare.rows import Source, rows_of
+from cure.experiments.pareto import hypervolume
 from cure.runs.packed import read_packed
 from cure.runs.results import FrontEstimate, FrontPoint, FrontRecord
 from cure.utils.io import write_json
@@ -557,11 +558,7 @@ def fronts(most: int | None = None) -> str:
     record = FrontRecord.read(FRONTS)
     n, seeds = f"{record.data.n:,}", max(len(curve.seeds) for curve in record.curves.values())
     counted = "one seed" if seeds == 1 else f"{seeds} seeds"
-    areas = {
-        label: curve.hypervolume
-        for label, curve in record.curves.items()
-        if curve.hypervolume is not None and curve.knob is not None
-    }
+    areas = area(record)
     tried = Counter(point.curve for point in record.points)
     ranked = sorted(areas, key=lambda label: -areas[label].mean)[:most]
     covered = ", ".join(f"`{k}` {span(areas[k])} with {tried[k]} values" for k in ranked)
@@ -571,19 +568,7 @@ def fronts(most: int | None = None) -> str:
         "- **Most of both**: percent of the area between 0 and 100 % of both accuracies that a "
         f"method's points cover: {covered}. More values can only raise it."
     ]
-    again = FrontRecord.read(FRONTS_AGAIN).curves
-    repeated = {label: again[label].hypervolume for label in ranked}
-    assert all(repeated.values()), "the repetition has all methods"
-    words = ", ".join(f"`{label}` {span(found)}" for label, found in repeated.items())
-    first, second = ranked[:2]
-    gaps = [one[first].mean - one[second].mean for one in (areas, repeated)]
-    largest = max(abs(areas[label].mean - again[label].hypervolume.mean) for label in areas)
-    lines.append(
-        "- **The same once more**, same seed and settings on another processor with a later "
-        f"version: {words}. `{first}` is {gaps[0]:.1f} ahead of `{second}` in the first line, "
-        f"{gaps[1]:.1f} here, and one method differs by up to {largest:.1f} between the two: one "
-        "training a setting does not rank them."
-    )
+    lines.append(repeated(record, ranked) if seeds == 1 else paired(record, *ranked[:2]))
     for each in record.comparisons:
         reached = {label: value for label, value in each.natural.items() if value is not None}
         words = ", ".join(
@@ -640,6 +625,55 @@ def fronts(most: int | None = None) -> str:
 
 SAID = ("data.resize", "training.epochs", "data.augment.cutmix")
 """Settings of a front that the README names."""
+
+
+def repeated(record: FrontRecord, ranked: list[str]) -> str:
+    """The areas of the same seed trained once more."""
+    again = FrontRecord.read(FRONTS_AGAIN)
+    areas, others = area(record), area(again)
+    words = ", ".join(f"`{label}` {span(others[label])}" for label in ranked)
+    first, second = ranked[:2]
+    gaps = [found[first].mean - found[second].mean for found in (areas, others)]
+    largest = max(abs(areas[label].mean - others[label].mean) for label in areas)
+    return (
+        "- **The same once more**, same seed and settings on another processor with a later "
+        f"version: {words}. `{first}` is {gaps[0]:.1f} ahead of `{second}` in the first line, "
+        f"{gaps[1]:.1f} here, and one method differs by up to {largest:.1f} between the two: one "
+        "training a setting does not rank them."
+    )
+
+
+def paired(record: FrontRecord, first: str, second: str) -> str:
+    """How far one method's area is ahead of another's, seed by seed."""
+    ahead = []
+    for seed in record.curves[first].seeds:
+        one, other = (
+            hypervolume(
+                [
+                    (row.natural, row.content()[record.attack])
+                    for row in record.rows
+                    if (row.method, row.knob, row.seed) == (curve.method, curve.knob, seed)
+                ],
+                (record.reference[0], record.reference[1]),
+            )
+            for curve in (record.curves[first], record.curves[second])
+        )
+        ahead.append(one - other)
+    low, high = student_t(ahead)
+    return (
+        f"- **Between trainings**: `{first}` is {fmean(ahead):.1f} ({low:.1f} to {high:.1f}) ahead "
+        f"of `{second}` (Student interval over {len(ahead)} seeds, paired), so "
+        + ("these trainings do not rank the two." if low <= 0 else "it is the better of the two.")
+    )
+
+
+def area(record: FrontRecord) -> dict[str, FrontEstimate]:
+    """Percent of the area that the points of each method cover."""
+    return {
+        label: curve.hypervolume
+        for label, curve in record.curves.items()
+        if curve.hypervolume is not None and curve.knob is not None
+    }
 
 
 def balance(point: FrontPoint) -> float:
