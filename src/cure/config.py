@@ -575,7 +575,8 @@ class TrainingConfig(Section):
     ``validate_every`` with it, both fixed for the run.  Setting ``epochs`` or ``minutes`` drops
     it."""
     precision: Literal["fp32", "bf16_attack", "bf16"] = "fp32"
-    """``bf16_attack`` computes adversarial images in bfloat16 and trains in float32."""
+    """``bf16_attack`` computes adversarial images in bfloat16 and trains in float32.  A processor
+    without instructions for bfloat16 takes longer; a note says so."""
     channels_last: bool = True
     """Store images with the channel innermost: faster convolutions, float32 rounding differs."""
     compile: bool = False

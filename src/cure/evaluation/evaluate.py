@@ -163,12 +163,15 @@ def evaluate(
             check_linf(threat)
         if smoothing is not None:
             check_sigma(smoothing)
+        engine = Engine.for_evaluation(chosen.options.device, precision)
+        if slow := engine.slow_precision():
+            warnings.warn(slow, CureNote, stacklevel=2)
         evaluation = _prepare(
             chosen,
             names,
             _curve(curve, epsilons),
             threat,
-            Engine.for_evaluation(chosen.options.device, precision),
+            engine,
             transfer,
             output,
             keep_images=adversarial is not None,

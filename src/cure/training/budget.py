@@ -40,6 +40,8 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
     steps = steps_per_epoch(prepared.training, config.training.batch_size)
     config, raised = reach_steps(config, steps)
     config, mixed = decide_cutmix(fit_epochs(config, prepared), steps)
+    slow = prepared.engine.slow_precision()
+    told += [] if slow is None else [f"training.precision: {slow}"]
     return config, told + raised + mixed + _beside(config)
 
 
