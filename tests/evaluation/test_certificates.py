@@ -130,6 +130,47 @@ def test_attacks_never_go_below_what_is_proved(epsilon: float) -> None:
         assert proved["correct"] > 20
 
 
+class InPlace(nn.Module):
+    """Changes a tensor in place, and goes on with its first name."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        found = image.flatten(1) * 2
+        other = found
+        if self.way == "+=":
+            other += image.flatten(1)
+        elif self.way == "-=":
+            other -= 3
+        elif self.way == "add_":
+            found.add_(image.flatten(1))
+        else:
+            nn.functional.relu(found, inplace=True)
+        logits: torch.Tensor = self.head(found)
+        return logits
+
+
+@pytest.mark.parametrize("way", ["add_", "relu", "+=", "-="])
+def test_changes_in_place_are_changes_of_all_names(way: str) -> None:
+    model = InPlace(way).eval()
+    image = torch.rand((6, 1, 2, 2), generator=torch.Generator().manual_seed(1))
+    if way in ("+=", "-="):
+        # torch.fx loses these: what it traces is another function.
+        with pytest.raises(ModelError, match="may change a tensor in place"):
+            logit_bounds(model, image, 0.1)
+        return
+    bounds = logit_bounds(model, image, 0.0)
+    logits = model(image).double()
+    assert torch.allclose(bounds.lower, logits, atol=1e-6)
+    assert torch.allclose(bounds.upper, logits, atol=1e-6)
+    wider = logit_bounds(model, image, 0.1)
+    moved = model((image + 0.1).clamp(0, 1))
+    assert ((wider.lower - 1e-6 <= moved) & (moved <= wider.upper + 1e-6)).all()
+
+
 def test_what_has_no_rule_is_refused() -> None:
     with pytest.raises(ModelError, match="got GELU; leave the bounds out"):
         logit_bounds(nn.Sequential(nn.Flatten(), nn.GELU()), images().image / 255, 0.1)

@@ -104,10 +104,10 @@ class _Bounds(fx.Interpreter):
             return Interval(*(torch.cat(one, *args[1:], **kwargs) for one in ends))
         if target is getattr and args[1] == "shape":
             return args[0].lower.shape
-        if target in (operator.add, operator.iadd, torch.add) and not kwargs:
+        if target in (operator.add, torch.add) and not kwargs:
             first, second = map(_ends, args)
             return Interval(first.lower + second.lower, first.upper + second.upper)
-        if target in (operator.sub, operator.isub, torch.sub) and not kwargs:
+        if target in (operator.sub, torch.sub) and not kwargs:
             first, second = map(_ends, args)
             return Interval(first.lower - second.upper, first.upper - second.lower)
         if target in (operator.mul, operator.truediv, torch.mul, torch.div) and not kwargs:
@@ -128,7 +128,13 @@ class _Bounds(fx.Interpreter):
         if target in ("size", "dim"):
             return getattr(value.lower, target)(*rest, **kwargs)
         if target in ("add", "add_") and not kwargs:
-            return self.call_function(torch.add, args, {})
+            found = self.call_function(torch.add, args, {})
+            if target == "add":
+                return found
+            # Other names of the same tensor change with it.
+            value.lower.copy_(found.lower)
+            value.upper.copy_(found.upper)
+            return value
         if target in _RISING_METHODS:
             return value.each(getattr(Tensor, target), *rest, **kwargs)
         raise _unknown(target)
@@ -169,6 +175,11 @@ def logit_bounds(model: nn.Module, image: Tensor, epsilon: float) -> Interval:
     exact = image.double()
     box = Interval((exact - epsilon).clamp(0, 1), (exact + epsilon).clamp(0, 1))
     with torch.no_grad():
+        if not torch.allclose(traced(exact), network(exact), equal_nan=True):
+            raise ModelError(
+                "interval bounds need a network that torch.fx traces as it computes; this one may "
+                "change a tensor in place (+=) that has another name; leave the bounds out"
+            )
         found = _Bounds(traced).run(box)
     if not isinstance(found, Interval):
         raise ModelError("interval bounds need a network that returns logits; leave the bounds out")
