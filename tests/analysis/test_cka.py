@@ -420,6 +420,13 @@ def test_networks_of_other_depth_and_features_that_do_not_vary() -> None:
     assert "blank cells are not defined" in pictures[0].description
 
 
+def test_a_single_layer_is_a_late_one() -> None:
+    result = cka(Small(0), other=Small(1), data=IMAGES, layers=["linear"])
+    (value,) = result["maps"][0]["matrix"][0]
+    assert [third["mean"] for third in result["maps"][0]["thirds"]] == [None, None, value]
+    assert f"Small and Small-2, natural {value:.3f}" in STUDIES["cka"].view(result).finding
+
+
 def test_names_of_a_result_cannot_draw_or_inject() -> None:
     result = cka(Small(0), data=IMAGES, limit=20, batch_size=10)
     text = json.dumps(result).replace('"Small"', '"$\\\\frac{a}$ <script>alert(1)</script>"')

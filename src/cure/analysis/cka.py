@@ -194,9 +194,10 @@ class Similarity:
 
 
 def _mean_thirds(matrix: Tensor) -> list[float]:
-    """Mean of each third of a diagonal, without what is not a number."""
+    """Mean of each third of a diagonal, without what is not a number; a single layer is late."""
     diagonal = matrix.diagonal()
-    bounds = [round(len(diagonal) * part / 3) for part in range(4)]
+    count = len(diagonal)
+    bounds = [*(min(round(count * part / 3), count - 1) for part in range(3)), count]
     parts = [diagonal[a:b] for a, b in pairwise(bounds)]
     return [float(part[part.isfinite()].mean()) for part in parts]
 
