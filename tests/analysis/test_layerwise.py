@@ -209,6 +209,11 @@ def test_how_it_is_told():
     shown = view(result)
     assert "kept blocks from U-1 20.0 (0.0-100.0) to U-23 50.0 (0.0-100.0)" in shown.finding
     assert "one seed, 500 test images" in shown.finding
+    alike = [row("1", 45, 20, 1), row("all", 80, 20, 20)]
+    told = view(result | {"rows": alike}).finding
+    assert "kept blocks from U-all 20.0 (0.0-100.0) to U-1 20.0 (0.0-100.0);" in told
+    told = view(result | {"rows": alike[:1]}).finding
+    assert "kept blocks U-1 20.0 (0.0-100.0);" in told
     (table,) = shown.tables
     assert [row[0] for row in table.rows] == ["start", "U-1", "U-23", "U-all"]
     assert [row[-1] for row in table.rows] == ["+0.0", "+1.0", "+6.0", "+20.0"]

@@ -266,10 +266,11 @@ def view(result: Result) -> View:
     for variant in VARIANTS:
         own = [row for row in result["rows"] if row["variant"] == variant]
         best = max(own, key=lambda row: row["robust"]["accuracy"], default=None)
-        worst = min(own, key=lambda row: row["robust"]["accuracy"], default=None)
+        # Of equal ones the last, so that two sets are named wherever there are two.
+        worst = min(reversed(own), key=lambda row: row["robust"]["accuracy"], default=None)
         if best is not None and worst is not None:
-            ends = [f"U-{row['set']} {accuracy(row['robust'])}" for row in (best, worst)]
-            said.append(f"{variant} blocks from {ends[1]} to {ends[0]}")
+            low, high = (f"U-{row['set']} {accuracy(row['robust'])}" for row in (worst, best))
+            said.append(f"{variant} blocks " + (high if low == high else f"from {low} to {high}"))
     finding = (
         f"Robust accuracy ({result['attack']}, {result['threat']['norm']} "
         f"{result['threat']['epsilon_text']}, %): {listed(said)}; {result['epochs']} epochs, one "
