@@ -18,7 +18,14 @@ from cure.cli.watch import overview, read, span, sparkline, view
 from cure.data.images import ImageKind
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
-from cure.runs.records import Accuracies, EpochMetrics, EpochTiming, line_text
+from cure.runs.records import (
+    Accuracies,
+    EpochMetrics,
+    EpochTiming,
+    TradeoffPoint,
+    TradeoffRecord,
+    line_text,
+)
 from helpers import Command, refused
 
 BEGAN = 1_000_000.0
@@ -201,6 +208,27 @@ def test_a_run_without_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "cure, recipe digits, seed 0, digits, small_cnn",
         "epoch 0 of 4 ──────────────────────────────────────── 0 %",
         "no epoch yet, 1:05 since it began",
+    ]
+
+
+def test_mixed_weights_have_accuracies_and_no_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path / "run")
+    ends: dict[str, list[float]] = {"natural_interval": [70, 90], "robust_interval": [20, 40]}
+    point = TradeoffPoint.model_validate(
+        {"natural": 80.0, "robust": 30.0, "shares": [0.5, 0.5], "n": 50} | ends
+    )
+    record = TradeoffRecord(ends=["natural start", "at"], steps=20, points=[point], chosen=point)
+    record.write(folder.path / "tradeoff.json")
+    folder.set_status("finished", step=0, steps=0)
+    assert at(tmp_path, monkeypatch, 80).splitlines() == [
+        "run: finished",
+        "cure, recipe digits, seed 0, digits, small_cnn",
+        "weights mixed by `cure tradeoff`: natural 80.0 %, robust 30.0 %",
+    ]
+    assert text(overview([read("run")], BEGAN), 80).splitlines()[1].split() == [
+        *("run", "finished", "-", "80.0", "30.0"),
     ]
 
 

@@ -14,7 +14,14 @@ from rich.text import Text
 
 from cure.config import RunConfig
 from cure.runs.folder import RunFolder, epoch_of
-from cure.runs.records import Accuracies, EpochMetrics, EpochTiming, Status
+from cure.runs.records import (
+    Accuracies,
+    EpochMetrics,
+    EpochTiming,
+    Status,
+    TradeoffPoint,
+    TradeoffRecord,
+)
 from cure.training.overfitting_detector import robust_overfitting
 
 LAST = 5
@@ -43,6 +50,7 @@ class RunSnapshot:
         metrics: epochs of what is trained now.
         timing: their times by epoch.
         best: epoch of the best weights, once they are written.
+        chosen: the point that ``cure tradeoff`` chose; None of a run that was trained.
         since: time of the last epoch, or of the beginning, in seconds since 1970.
         held: whether a process of this machine trains the run; None where that is not known.
     """
@@ -55,6 +63,7 @@ class RunSnapshot:
     metrics: Sequence[EpochMetrics]
     timing: dict[int, EpochTiming]
     best: int | None
+    chosen: TradeoffPoint | None
     since: float
     held: bool | None
 
@@ -98,6 +107,7 @@ def read(path: str | Path) -> RunSnapshot:
             break
         active, phases = RunFolder(inner), (*phases, phase)
     files = [active.path / name for name in ("metrics.jsonl", "status.json", "config.yaml")]
+    mixed = folder.path / "tradeoff.json"
     return RunSnapshot(
         path=str(path),
         config=folder.config,
@@ -107,6 +117,7 @@ def read(path: str | Path) -> RunSnapshot:
         metrics=active.metrics(),
         timing={line.epoch: line for line in active.timing()},
         best=epoch_of(active.checkpoints / "best.safetensors"),
+        chosen=TradeoffRecord.read(mixed).chosen if mixed.is_file() else None,
         since=max(file.stat().st_mtime for file in files if file.exists()),
         held=_held(folder.path / ".lock"),
     )
@@ -139,8 +150,7 @@ def view(run: RunSnapshot, now: float, width: int, unicode: bool = True) -> Grou
     lines = [
         (f"{run.path}: {run.state}", "bold"),
         (f"{facts}, {config.data.source}, {config.model.name}", ""),
-        (_bar(run, width, unicode), ""),
-        *((text, "") for text in _progress(run, now)),
+        *((text, "") for text in _progress(run, now, width, unicode)),
         *((f"warning: {text}", "yellow") for text in warnings(run, now)),
     ]
     parts: list[RenderableType] = [Text(_printable(text, unicode), style) for text, style in lines]
@@ -159,8 +169,8 @@ def overview(runs: Sequence[RunSnapshot], now: float, unicode: bool = True) -> T
         measured = [line.validation for line in run.metrics if line.validation is not None]
         left = run.left(now)
         cells = (
-            *(run.path, run.state, f"{len(run.metrics)}/{run.epochs}"),
-            *_percent(measured[-1] if measured else None),
+            *(run.path, run.state, "-" if run.chosen else f"{len(run.metrics)}/{run.epochs}"),
+            *_percent(run.chosen or (measured[-1] if measured else None)),
             "" if left is None else span(left),
         )
         table.add_row(*(Text(_printable(cell, unicode)) for cell in cells))
@@ -196,8 +206,13 @@ def _bar(run: RunSnapshot, width: int, unicode: bool) -> str:
     return f"{words} {signs[0] * full}{signs[1] * (room - full)} {100 * done // run.epochs} %"
 
 
-def _progress(run: RunSnapshot, now: float) -> Iterator[str]:
-    """Best epoch, speed, time left."""
+def _progress(run: RunSnapshot, now: float, width: int, unicode: bool) -> Iterator[str]:
+    """Epochs, the best of them, speed, time left; of weights that were mixed their accuracies."""
+    if run.chosen is not None:
+        natural, robust = _percent(run.chosen)
+        yield f"weights mixed by `cure tradeoff`: natural {natural} %, robust {robust} %"
+        return
+    yield _bar(run, width, unicode)
     best = next((line for line in run.metrics if line.epoch == run.best), None)
     if best is not None:
         natural, robust = _percent(best.validation)
