@@ -134,6 +134,11 @@ def tradeoff(
     check_attacks(strong)
     if wanted:
         check_free(place)
+    elif output is not None:
+        raise ConfigError(
+            f"output: nothing is written to {place} without a requirement; give natural_at_least "
+            "or robust_at_least, too"
+        )
     network = network_of(config, kind, model)
     ends = [_start(folders[0], config, network), *(_end(folder, network) for folder in folders)]
     engine = Engine.for_evaluation(device)
