@@ -238,6 +238,17 @@ def test_it_is_told_in_words_tables_and_pictures(studied: dict[str, Any]) -> Non
     assert "epoch" in picture.svg
 
 
+def test_all_files_of_a_study_are_in_the_home_directory(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    overfitting(run, limit=5, device="cpu", output="~/found.json")
+    assert (tmp_path / "found.json").is_file()
+    assert (tmp_path / "found-verdicts.jsonl").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_checkpoint_is_not_attacked_twice(
     run: Path, studied: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

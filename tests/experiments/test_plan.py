@@ -278,6 +278,16 @@ def test_only_some_rows_and_seeds():
     assert here.given == ["natural-seed1", "at-seed1"]
 
 
+def test_a_folder_of_results_in_the_home_directory(monkeypatch, command: Command):
+    monkeypatch.setenv("HOME", str(Path.cwd() / "home"))
+    rows = {"natural": PLAN["rows"]["natural"]}
+    ended = command("table", written(rows=rows, runs="~/runs"), "--output", "~/out")
+    assert ended.status == 0, ended
+    assert Path("home/out/table.md").is_file()
+    assert Path("home/runs/natural-seed0").is_dir()
+    assert not Path("~").exists()
+
+
 # -- who works -----------------------------------------------------------------------------------
 
 

@@ -115,6 +115,8 @@ class Study:
             for target in targets
             for each in (target if isinstance(target, list | tuple) else [target])
         ]
+        if "output" in options:
+            options["output"] = user_path(options["output"])
         read = self.options(**options)
         if not self.recipe:
             check_free(read.output)

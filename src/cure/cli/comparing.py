@@ -22,6 +22,7 @@ from cure.cli.printing import print_run_ended, print_table, say, warn
 from cure.cli.status import ExitStatus
 from cure.errors import ConfigError, TrainingStopped
 from cure.registry import METHODS
+from cure.utils.io import user_path
 
 Split = StrEnum("Split", ["train", "validation", "test"])
 
@@ -129,8 +130,10 @@ def table(
     from cure.experiments.plan import carry_out_plan, read_plan, write_tables
 
     made = read_plan(plan)
-    folder = plan.parent if output is None else output
-    executor = executor_for(jobs, cluster, Path(made.runs) / "jobs", pairs(cluster_option) or {})
+    folder = user_path(plan).parent if output is None else user_path(output)
+    executor = executor_for(
+        jobs, cluster, user_path(made.runs) / "jobs", pairs(cluster_option) or {}
+    )
     failures = carry_out_plan(
         made,
         folder,

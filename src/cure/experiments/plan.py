@@ -389,7 +389,7 @@ def work(plan: Plan, entry: Entry, output: Path) -> str:
     Raises:
         CureError: when the run fails, or its folder has other settings.
     """
-    runs = Path(plan.runs)
+    runs = user_path(plan.runs)
     path = runs / entry.name
 
     def placed(value: Any) -> Any:
