@@ -278,6 +278,14 @@ def test_only_some_rows_and_seeds():
     assert here.given == ["natural-seed1", "at-seed1"]
 
 
+def test_a_seed_that_no_asked_row_has_is_refused(command: Command):
+    refused(command("table", written(seeds=[0, 1]), "--seeds", "1,5"), "--seeds", "5", "0, 1")
+    rows = {**PLAN["rows"], "ard": {**PLAN["rows"]["ard"], "seeds": [1]}}
+    path = written(rows=rows, seeds=[0, 1])
+    refused(command("table", path, "--only", "ard", "--seeds", "0"), "--seeds", "some of 1")
+    assert not Path("runs").exists()
+
+
 def test_a_folder_of_results_in_the_home_directory(monkeypatch, command: Command):
     monkeypatch.setenv("HOME", str(Path.cwd() / "home"))
     rows = {"natural": PLAN["rows"]["natural"]}

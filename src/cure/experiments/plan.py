@@ -465,11 +465,21 @@ def carry_out_plan(
 
     Returns:
         One sentence a run that failed or could not begin.
+
+    Raises:
+        ConfigError: for a row or a seed that the plan does not have.
     """
     for label in only or ():
         _known(plan, label, "--only")
-    chosen = _with_needs(plan, set(only) if only is not None else set(plan.rows))
+    rows = set(only) if only is not None else set(plan.rows)
+    chosen = _with_needs(plan, rows)
     wanted_seeds = set(seeds) if seeds is not None else None
+    known = sorted({entry.seed for entry in entries(plan) if entry.label in rows})
+    if absent := sorted((wanted_seeds or set()).difference(known)):
+        raise ConfigError(
+            f"plan {plan.name}: --seeds: no row that is asked for has seed {absent[0]}; expected "
+            f"some of {', '.join(map(str, known))}"
+        )
     with stopped_by_signals():
         try:
             return _carry_out(plan, output, executor, chosen, wanted_seeds, tell)
