@@ -238,6 +238,14 @@ def test_it_is_told_in_words_tables_and_pictures(studied: dict[str, Any]) -> Non
     assert "epoch" in picture.svg
 
 
+def test_runs_measured_on_other_numbers_of_images_are_told_so(studied: dict[str, Any]) -> None:
+    (this,) = studied["runs"]
+    other = this | {"n": this["n"] | {"test": 1000}}
+    other["attack"] = this["attack"] | {"name": "pgd10"}
+    finding = STUDIES["overfitting"].view({"runs": [this, other]}).finding
+    assert "Robust accuracy (pgd10 or pgd3, 359 or 1,000 test images): run " in finding
+
+
 def test_all_files_of_a_study_are_in_the_home_directory(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

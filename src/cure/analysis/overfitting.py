@@ -355,10 +355,8 @@ def view(result: Result) -> View:
     figures = [_curves(run, serial) for serial, run in enumerate(runs, 1)]
     if len(runs) > 1:
         figures.append(_together(runs))
-    finding = (
-        f"Robust accuracy ({runs[0]['attack']['name']}, {runs[0]['n']['test']:,} test images): "
-        f"{listed(said)}."
-    )
+    images = " or ".join(f"{n:,}" for n in sorted({run["n"]["test"] for run in runs}))
+    finding = f"Robust accuracy ({_attacks(runs)}, {images} test images): {listed(said)}."
     return View(finding, tables, figures)
 
 
@@ -428,6 +426,10 @@ def _curves(run: Result, serial: int) -> Chart:
     )
 
 
+def _attacks(runs: Sequence[Result]) -> str:
+    return " or ".join(sorted({run["attack"]["name"] for run in runs}))
+
+
 def _together(runs: Sequence[Result]) -> Chart:
     """Robust accuracy of all runs on test images, or on validation images where some kept none."""
     split = "test" if all(run["kept"] for run in runs) else "validation"
@@ -435,13 +437,12 @@ def _together(runs: Sequence[Result]) -> Chart:
         replace(_curve(run, split, "robust"), label=run["name"], style=place)
         for place, run in enumerate(runs)
     ]
-    attack = " or ".join(sorted({run["attack"]["name"] for run in runs}))
     ends = listed(f"{each.label} {number(each.y[-1])} %" for each in series if each.y)
     return Chart(
         "overfitting-runs",
         f"Robust accuracy on {split} images over epochs",
         f"At the last epoch: {ends}.",
-        [Panel(series, "epoch", f"accuracy under {attack}, %")],
+        [Panel(series, "epoch", f"accuracy under {_attacks(runs)}, %")],
     )
 
 
