@@ -145,6 +145,17 @@ class Otherwise(Reads):
         self.more = nn.Parameter(torch.ones(1))
 
 
+def test_the_picture_names_the_class_that_changes_most(written: ImageSet, tmp_path: Path) -> None:
+    # The other way round no class loses: two images of the first are gained.
+    result = prediction_flips(Reads(1), natural=Reads(0), data=written)
+    (this,) = result["comparisons"]
+    for row in (this, *this["classes"]):
+        row["lost"], row["gained"] = row["gained"], row["lost"]
+        row["difference"] = -row["difference"]
+    (picture, *_) = STUDIES["prediction-flips"].view(result).pictures()
+    assert "class plain changes most (+66.7 points)" in picture.description
+
+
 def test_of_another_architecture_the_predictions_are_compared(
     written: ImageSet, tmp_path: Path
 ) -> None:

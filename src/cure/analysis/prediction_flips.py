@@ -312,12 +312,12 @@ def _classes(this: Result, serial: int) -> Chart:
         horizontal=True,
         limits=(0, None),
     )
-    worst = min(this["classes"], key=lambda row: row["difference"])
+    most = max(this["classes"], key=lambda row: abs(row["difference"]))
     return Chart(
         f"prediction-flips-classes-{serial}",
         f"Images that {this['robust']} lost and gained against {this['natural']}, by class",
         f"In all {this['lost']:,} images are lost and {this['gained']:,} gained of {this['n']:,}; "
-        f"most of class {worst['name']} ({number(worst['difference'], sign=True)} points).",
+        f"class {most['name']} changes most ({number(most['difference'], sign=True)} points).",
         [panel],
         height=max(3.0, 0.28 * len(rows) + 0.8),
     )
