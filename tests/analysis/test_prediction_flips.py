@@ -16,7 +16,8 @@ import cure
 from cure.analysis.prediction_flips import flips, moved, prediction_flips, start_of
 from cure.analysis.study import STUDIES
 from cure.data import ImageSet
-from cure.errors import ConfigError
+from cure.errors import ConfigError, DataError
+from cure.evaluation.target import Target
 from cure.models import Normalised
 from cure.runs.folder import RunFolder
 from cure.utils.stats import holm, mcnemar, paired_difference
@@ -208,6 +209,15 @@ def test_a_run_that_started_from_another_run(run: Path, tmp_path: Path) -> None:
     pairs = [(this["natural"], this["robust"]) for this in result["comparisons"]]
     assert pairs == [("natural", "run"), ("natural", "second")]
     assert list(result["models"]) == ["run", "second", "natural"], "loaded once"
+
+
+def test_classes_that_are_no_classes_of_the_run(run: Path, written: ImageSet) -> None:
+    build = Target.of(run).build
+    with pytest.raises(DataError, match="'written' has other classes than the run"):
+        build(written)
+    turned = ImageSet(written.image, written.label, tuple("9876543210"), "turned", "test")
+    with pytest.raises(DataError, match="'turned' has the run's classes in another order"):
+        build(turned)
 
 
 def test_bad_input_is_one_sentence(run: Path, command: Command, tmp_path: Path) -> None:

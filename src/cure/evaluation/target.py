@@ -125,9 +125,11 @@ class Target:
         def build(images: ImageSet) -> nn.Module:
             kind = folder.kind
             if images.classes != kind.classes:
+                same = sorted(images.classes) == sorted(kind.classes)
+                how = "the run's classes in another order" if same else "other classes than the run"
                 raise DataError(
-                    f"'{images.name}' has the run's classes in another order, so labels would be "
-                    f"misread; expected {', '.join(kind.classes)}"
+                    f"'{images.name}' has {how}, so labels would be misread; expected "
+                    f"{', '.join(kind.classes)}"
                 )
             model = network_of(config, kind, network)
             load_weights(model, path)
