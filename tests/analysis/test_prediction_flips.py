@@ -220,6 +220,14 @@ def test_classes_that_are_no_classes_of_the_run(run: Path, written: ImageSet) ->
         build(turned)
 
 
+def test_mixed_weights_need_to_be_told_their_start(run: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    shutil.copytree(run, mixed)
+    shutil.rmtree(mixed / "natural")
+    with pytest.raises(ConfigError, match=r"no natural start of its own.*--natural"):
+        prediction_flips(mixed)
+
+
 def test_bad_input_is_one_sentence(run: Path, command: Command, tmp_path: Path) -> None:
     before = sorted(run.rglob("*"))
     refused(

@@ -183,7 +183,8 @@ class RunFolder:
         if kept.exists():
             return kept
         if config.starts_naturally:
-            return RunFolder.open(self.path / NATURAL).weights("best")
+            natural = self.path / NATURAL
+            return best_weights(natural) if natural.exists() else None
         if config.start_path is None:
             return None
         if (self.path / "head").is_dir():
