@@ -279,6 +279,33 @@ def test_nothing_is_overwritten_and_options_must_fit(
     refused(command("export", tmp_path / "none", tmp_path), "does not exist")
 
 
+def test_a_repository_that_cannot_be_is_refused_before_the_export(
+    run: cure.Run, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub")
+    words = ["export", run.path, tmp_path / "h", "--to", "hub", "--push"]
+    refused(command(*words, "me/bad name"), "push: Repo id must", "me/bad name")
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", None)
+    refused(command(*words, "me/robust"), "push needs huggingface_hub: pip install")
+    assert not (tmp_path / "h").exists()
+
+
+def test_a_hub_that_does_not_answer_is_told_with_the_command_for_later(
+    run: cure.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    class Api:
+        def create_repo(self, name: str, **options: Any) -> None:
+            raise OSError("no route")
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    place = tmp_path / "later"
+    with pytest.raises(ModelError, match=r"\(no route\).*`hf upload me/robust .*later`"):
+        cure.export(run, "hub", place, push="me/robust")
+    assert (place / "README.md").is_file()
+
+
 def test_pushing_uploads_privately_only_when_asked(
     run: cure.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

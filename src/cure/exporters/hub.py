@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def push_folder(folder: Path, repository: str) -> None:
     except Exception as error:
         raise ModelError(
             f"{folder} was written, but the hub did not take it as {repository} "
-            f"({first_line(error)}); log in with `hf auth login` and upload it"
+            f"({first_line(error)}); log in with `hf auth login`, then upload it with "
+            f"`{shlex.join(['hf', 'upload', repository, str(folder)])}`"
         ) from error
 
 
@@ -205,10 +207,18 @@ def _metric_name(attack: str, norm: str | None, epsilon: str | None) -> str:
 
 
 def check_repository(name: str) -> None:
-    """Refuse what is no ``owner/name``.
+    """Refuse what is no ``owner/name`` of the hub, or to push without its package.
 
     Raises:
         ConfigError: in one sentence.
     """
+    try:
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+    except ImportError:
+        raise ConfigError("push needs huggingface_hub: pip install 'cure-at[hub]'") from None
     if name.count("/") != 1 or not all(name.split("/")):
         raise ConfigError(f"push: expected owner/name, got '{name}'")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ConfigError(f"push: {first_line(error)}") from None
