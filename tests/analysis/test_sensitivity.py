@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 import cure
 from cure.analysis.sensitivity import view
-from cure.errors import ConfigError
+from cure.errors import ConfigError, Interrupted
 from cure.experiments import sweep
 from cure.experiments.pareto import undominated
 from cure.experiments.sweep import Varied, fitting, read_varied
@@ -449,3 +449,17 @@ def test_the_function_says_what_it_wrote(tmp_path: Path) -> None:
     assert result["file"] == str(tmp_path / "out" / "sensitivity.json")
     assert result["trials"] == []
     assert cure.__version__ == result["environment"]["cure"]
+
+
+def test_a_stop_in_the_natural_start_names_the_command_itself(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(path: Path, **_: Any) -> None:
+        raise Interrupted(f"continue with `cure resume {path}`")
+
+    monkeypatch.setattr(sweep, "resume", stopped)
+    words = ["digits", *CURE, *GRID, "--output", tmp_path / "sweep"]
+    ended = command("analyse", "sensitivity", *words)
+    assert ended.status == 130, ended
+    assert "natural start of the trials; the same command goes on" in ended.err
+    assert "cure resume" not in ended.err

@@ -308,7 +308,12 @@ def _natural_start(sweep: Sweep) -> None:
         config = natural_config(standardised_as_start(sweep.config))
         prepared = prepare(config, None, None, place=CachePlace.beside(path))
         RunFolder.create(path, settle(config, prepared)[0], prepared.training.kind)
-    resume(path, quiet=True)
+    try:
+        resume(path, quiet=True)
+    except Interrupted:
+        raise Interrupted(
+            "stopped in the natural start of the trials; the same command goes on where it was"
+        ) from None
 
 
 def _optuna() -> Any:
