@@ -328,6 +328,9 @@ def test_a_run_without_an_epoch_or_with_images_in_memory_is_refused(
     (empty / "checkpoints" / "last.safetensors").unlink()
     with pytest.raises(CheckpointError, match="no 'last' checkpoint yet"):
         overfitting(empty)
+    RunFolder.open(empty).set_status("failed", reason="the loss stopped being finite")
+    with pytest.raises(CheckpointError, match="no 'last' checkpoint, it failed: the loss stopped"):
+        overfitting(empty)
     given = cure.train(
         "digits",
         [*SETTINGS, "training.epochs=1", "data.limit=96", "data.validation=32"],

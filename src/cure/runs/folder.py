@@ -257,6 +257,11 @@ class RunFolder:
         """
         path = self.checkpoints / f"{checkpoint}.safetensors"
         if not path.is_file():
+            status = self.status()
+            if status.state == "failed":
+                raise CheckpointError(
+                    f"{self.path} has no '{checkpoint}' checkpoint, it failed: {status.reason}"
+                )
             raise CheckpointError(
                 f"{self.path} has no '{checkpoint}' checkpoint yet; "
                 f"let it finish an epoch with `{self.resume_command()}`"
