@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 import cure
-from cure.errors import CheckpointError, ConfigError, CureError
+from cure.errors import CheckpointError, ConfigError, CureError, Interrupted
 from cure.experiments.executors import Job, LocalExecutor, cluster_executor
 from cure.experiments.plan import (
     Entry,
@@ -325,6 +325,20 @@ def test_a_failure_in_another_process_is_one_sentence():
     plan = read_plan(written(rows=rows, settings={**PLAN["settings"], "start": "scratch"}))
     (failure,) = carry_out_plan(plan, Path("out"), LocalExecutor(1))
     assert failure.startswith("natural-seed0: the loss or the weights stopped being finite")
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(LocalExecutor, "the runs are stopped; the same command goes on"), (Here, "jobs of the clus")],
+)
+def test_a_stop_is_told(kind, told, monkeypatch):
+    def submit(*_):
+        raise KeyboardInterrupt
+
+    executor = kind(1) if kind is LocalExecutor else kind()
+    monkeypatch.setattr(executor, "submit", submit)
+    with pytest.raises(Interrupted, match=told):
+        carry_out_plan(read_plan(written()), Path("out"), executor)
 
 
 @pytest.mark.parametrize("way", ["background", "terminated"])

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, Validat
 
 from cure.attacks.registry import attack_name, check_attacks
 from cure.config import RunConfig, Section
-from cure.errors import ConfigError, CureError, unknown
+from cure.errors import ConfigError, CureError, Interrupted, unknown
 from cure.evaluation.evaluate import evaluate
 from cure.experiments.compare import ResultTable, difference, table
 from cure.experiments.compare.rows import Source, TableRow, check_alike, rows_of
@@ -468,6 +468,7 @@ def carry_out_plan(
 
     Raises:
         ConfigError: for a row or a seed that the plan does not have.
+        Interrupted: after Ctrl-C or SIGTERM.
     """
     for label in only or ():
         _known(plan, label, "--only")
@@ -483,10 +484,14 @@ def carry_out_plan(
     with stopped_by_signals():
         try:
             return _carry_out(plan, output, executor, chosen, wanted_seeds, tell)
-        except BaseException:
+        except BaseException as error:
             # Jobs of a cluster go on.
+            told = "no longer waiting; jobs of the cluster go on"
             if isinstance(executor, LocalExecutor):
                 executor.cancel()
+                told = "the runs are stopped; the same command goes on"
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted(told) from None
             raise
 
 
