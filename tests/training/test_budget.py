@@ -35,8 +35,8 @@ SETTINGS = {
 def test_as_many_epochs_as_fit_are_trained_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A step of 1 s, a validation of 2 s: 5 steps and a validation take 7 s, and 3 validations
-    # (6 s) are kept for start and end: 0.95 * 60 - 6 = 51 s hold 7 epochs.
+    # A step of 1 s, a validation of 2 s: 5 steps and a validation take 7 s, and 4 validations
+    # (8 s) are kept for start and end: 0.95 * 60 - 8 = 49 s hold 7 epochs.
     monkeypatch.setattr(budget, "_times", lambda config, prepared: (1.0, 2.0))
     run = cure.train("digits", SETTINGS | {"training.minutes": 1}, run=tmp_path / "run", quiet=True)
     assert run.config.training.epochs == 7

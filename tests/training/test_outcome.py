@@ -204,6 +204,7 @@ def test_a_run_keeps_and_prints_its_outcome(
     assert result.end is not None
     # Its answer does not depend on the image: "robust" as it is, but not by training.
     assert result.start.robust == result.end.robust == pytest.approx(50, abs=15)
+    assert result.start.steps == result.end.steps == 20, "a gain is that of one attack"
     assert result.gained is False
     said = capsys.readouterr().err
     assert "no gain" in said

@@ -142,8 +142,8 @@ def fit_epochs(config: RunConfig, prepared: Prepared) -> RunConfig:
     step, validation = _times(config, prepared)
     each = step * steps_per_epoch(prepared.training, config.training.batch_size)
     each += validation / config.training.validate_every
-    # The start is validated once, the best weights twice as long under PGD-20.
-    left = MARGIN * 60 * minutes - 3 * validation
+    # The start and the best weights are validated under PGD-20, which takes twice as long.
+    left = MARGIN * 60 * minutes - 4 * validation
     (left, each) = (prepared.engine.largest(-left)[0] * -1, prepared.engine.largest(each)[0])
     epochs = int(left // each)
     if epochs < 1:

@@ -10,7 +10,7 @@ from cure.runs.records import EpochMetrics, MeasuredAccuracies, Outcome
 from cure.training.collapse import Guessing
 
 FINAL_STEPS = 20
-"""Steps of the PGD that measures the best weights at the end."""
+"""Steps of the PGD that measures the start and, at the end, the best weights."""
 
 LEAST = 5.0
 """Robust accuracy in percent below which a training is said to have gained nothing."""

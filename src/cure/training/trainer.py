@@ -108,6 +108,11 @@ class Trainer:
         select = self.config.training.select
         return select == "balanced" or (select == "auto" and is_unequal(self.counts))
 
+    @property
+    def final_steps(self) -> int:
+        """Steps of the attack on the start and on the best weights, which are compared."""
+        return max(FINAL_STEPS, self.config.training.validation_steps)
+
     @cached_property
     def collapse(self) -> CollapseDetector:
         """What tells when the network falls back to guessing."""
@@ -306,11 +311,14 @@ class Trainer:
             for tracker in self.trackers:
                 tracker.warn(sentence)
 
-    def validate(self) -> dict[str, float]:
-        """Natural and robust accuracy in percent on the validation split."""
-        return validate(
-            self._evaluated(), self.validation, self.config, self.engine, balanced=self.balanced
-        )
+    def validate(self, steps: int | None = None) -> dict[str, float]:
+        """Natural and robust accuracy in percent on the validation split.
+
+        Args:
+            steps: of the attack; by default ``training.validation_steps``.
+        """
+        model, images = self._evaluated(), self.validation
+        return validate(model, images, self.config, self.engine, steps, balanced=self.balanced)
 
     def _evaluated(self) -> nn.Module:
         """The network that is evaluated; its BatchNorm has the statistics of its weights."""
@@ -328,9 +336,9 @@ class Trainer:
         if self.config.start == "model":
             # Nothing else keeps these weights, which `cure tradeoff` goes back towards.
             self._write(self.method.model, "start", {"run": self.config.name, "epoch": "0"})
-        found = self.validate()
+        found = self.validate(self.final_steps)
         self.collapse.start(found)
-        start = self._measured(found, self.config.training.validation_steps)
+        start = self._measured(found, self.final_steps)
         warned = start_warnings(start, self.config, self.collapse.guessing)
         if warned and self.config.start_check == "refuse":
             raise ConfigError(f"{warned[0]}; or set start_check=warn to train nevertheless")
@@ -357,11 +365,15 @@ class Trainer:
         network = copy.deepcopy(self.method.inference_model())
         load_weights(network, self.folder.weights("best"))
         network = self.engine.place(network)
-        steps = max(FINAL_STEPS, self.config.training.validation_steps)
         found = validate(
-            network, self.validation, self.config, self.engine, steps, balanced=self.balanced
+            network,
+            self.validation,
+            self.config,
+            self.engine,
+            self.final_steps,
+            balanced=self.balanced,
         )
-        end = self._measured(found, steps)
+        end = self._measured(found, self.final_steps)
         before = self.folder.outcome()
         # A run that an earlier version began has no measured start: nothing was robust there.
         start = before.start if before else end.model_copy(update={"natural": 0.0, "robust": 0.0})
