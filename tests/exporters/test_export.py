@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from cure.data.images import ImageKind
 from cure.errors import CheckpointError, CureError, ModelError
 from cure.exporters import export as module
 from cure.exporters.onnx import captured, onnx_model
+from cure.models.checkpoint import save_weights
 from cure.models.contract import Contract, Preprocessing
 from cure.runs.folder import RunFolder
 from helpers import Command, bright_or_dark, refused
@@ -148,6 +150,21 @@ def test_the_card_is_one_that_the_hub_reads(run: cure.Run, tmp_path: Path) -> No
     made = cure.export(run, "hub", tmp_path / "hub")
     data = hub.ModelCard.load(made / "README.md").data
     assert {result.metric_type for result in data.eval_results} == {"accuracy"}
+
+
+def test_the_card_of_mixed_weights_says_so(run: cure.Run, tmp_path: Path) -> None:
+    shutil.copytree(run.path, tmp_path / "mixed")
+    weights = tmp_path / "mixed" / "checkpoints" / "best.safetensors"
+    facts = {"run": "mixed", "epoch": "1", "shares": "0.25 0.75"}
+    save_weights(run.model(), weights, facts)
+    (tmp_path / "mixed" / "tradeoff.json").write_text("{}")
+    made = cure.export(tmp_path / "mixed", "hub", tmp_path / "hub")
+    assert (
+        "mixed with those of its start afterwards (shares 0.25/0.75"
+        in (made / "README.md").read_text()
+    )
+    plain = cure.export(run, "hub", tmp_path / "plain")
+    assert "mixed" not in (plain / "README.md").read_text()
 
 
 def test_a_network_of_transformers_loads_there(tmp_path: Path) -> None:

@@ -147,9 +147,10 @@ def test_a_run_learns_records_and_says_what_is_best(tmp_path: Path) -> None:
     assert records == recorder.records
     assert records[-1]["train"]["loss"] < records[0]["train"]["loss"]
     assert records[-1]["validation"]["natural"] > 90
-    robust = [record["validation"]["robust"] for record in records]
+    found = [record["validation"] for record in records]
+    rank = [(validation["robust"], validation["natural"]) for validation in found]
     assert trainer.best is not None
-    assert trainer.best["epoch"] == 1 + robust.index(max(robust)), "the first of the best"
+    assert trainer.best["epoch"] == 1 + rank.index(max(rank)), "the first of the best"
     assert trainer.folder.status().state == "finished"
 
 
@@ -258,6 +259,19 @@ def test_chance_inside_the_network_is_repeated_after_a_restart(tmp_path: Path) -
         whole.method.state_dict().values(), again.method.state_dict().values(), strict=True
     ):
         assert torch.equal(one, other)
+
+
+def test_of_equal_robust_accuracies_the_more_natural_one_is_best(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, config_of())
+    for epoch, natural, robust in (
+        (1, 77.0, 12.5),
+        (2, 93.5, 12.5),
+        (3, 93.5, 12.5),
+        (4, 99.0, 9.0),
+    ):
+        validation = {"natural": natural, "robust": robust}
+        trainer._save_weights({"epoch": epoch, "validation": validation})
+    assert trainer.best == {"epoch": 2, "validation": {"natural": 93.5, "robust": 12.5}}
 
 
 class Exploding(Plain):

@@ -103,7 +103,7 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX: version of the operators.")] = 18,
     push: Annotated[
         str | None,
-        typer.Option(metavar="OWNER/NAME", help="hub: also upload, to a private repository."),
+        typer.Option(metavar="OWNER/NAME", help="hub: also upload; a new repository is private."),
     ] = None,
 ) -> None:
     """Write a run's network for other programs; checks the file against the run."""

@@ -556,7 +556,9 @@ def to_do(
     needed = set[tuple[str, int]]()
     groups = stages(plan) if wanted is None else wanted
     for entry in (entry for stage in reversed(groups) for entry in stage):
-        lost = (entry.label, entry.seed) in needed and not (user_path(plan.runs) / entry.name).exists()
+        lost = (entry.label, entry.seed) in needed and not (
+            user_path(plan.runs) / entry.name
+        ).exists()
         if lost or not is_done(plan, entry, output, known):
             found[entry.name] = entry
             needed |= {(label, entry.seed) for label in entry.needs}

@@ -79,7 +79,8 @@ def export(
             ends in the format's suffix is the file itself.
         int8: of "onnx": also quantise it, with half of the validation images.
         opset: of "onnx": version of its operators.
-        push: of "hub": also upload the folder to this repository (``owner/name``), private.
+        push: of "hub": also upload the folder to this repository (``owner/name``); a new one
+            is private.
         options: ``checkpoint``, ``data``, ``data_options``, ``limit``: see
             :class:`~cure.evaluation.options.TargetOptions`.
 
@@ -262,6 +263,7 @@ def _contract(
             "checkpoint": target.options.checkpoint,
             "epoch": target.facts["epoch"],
             "seed": config.seed,
+            "shares": folder.shares(),
             "weights_sha256": digest(tensors_of(core(model))),
         },
         temperature=temperature,

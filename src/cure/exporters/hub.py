@@ -40,7 +40,7 @@ def write_hub_folder(folder: Path, model: nn.Module, contract: Contract) -> None
 
 
 def push_folder(folder: Path, repository: str) -> None:
-    """Upload a folder to a private repository on the hub, which is made where there is none.
+    """Upload a folder to a repository on the hub; where there is none, a private one is made.
 
     Raises:
         ModelError: when the hub refuses or cannot be reached.
@@ -180,7 +180,13 @@ def card(contract: Contract) -> str:
         f"# {name}",
         "",
         f"An image classifier trained with the method `{contract.run.get('method')}` to withstand "
-        f"adversarial changes within {threat}.",
+        f"adversarial changes within {threat}."
+        + (
+            ""
+            if (shares := contract.run.get("shares")) is None
+            else " Its weights were mixed with those of its start afterwards (shares "
+            f"{shares}, the start's first)."
+        ),
         "",
         *(table if rows else ["Not evaluated: run `cure evaluate`, then export again."]),
         "",

@@ -76,7 +76,8 @@ class Contract(_Part):
     network: dict[str, Any] = {}
     """``name`` and ``options`` as in a recipe, ``parameters``."""
     run: dict[str, Any] = {}
-    """``name``, ``method``, ``checkpoint``, ``epoch``, ``seed``, ``weights_sha256``."""
+    """``name``, ``method``, ``checkpoint``, ``epoch``, ``seed``, ``weights_sha256``; ``shares`` of
+    the weights that ``cure tradeoff`` mixed, the start's first."""
     precision: Literal["float32", "int8"] = "float32"
     check: dict[str, Any] = {}
     """How far the file's logits were from those of the run, and the tolerance."""

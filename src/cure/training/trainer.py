@@ -519,16 +519,19 @@ class Trainer:
         model = self._evaluated() if validation is None else self.method.inference_model()
         facts = {"epoch": str(record["epoch"]), "run": self.config.name}
         if validation is not None:
-            figure = self.method.selection + ("_balanced" if self.balanced else "")
-            score = validation[figure]
             facts |= {f"validation_{name}": str(value) for name, value in validation.items()}
-            if self.best is None or score > self.best["validation"].get(figure, 0.0):
+            if self.best is None or self._rank(validation) > self._rank(self.best["validation"]):
                 self.best = {"epoch": record["epoch"], "validation": validation}
                 self._write(model, "best", facts)
         self._write(model, "last", facts)
         every = self.config.training.keep_every
         if every is not None and (record["epoch"] % every == 0 or self.done == self.total_steps):
             self._write(model, epoch_name(record["epoch"]), facts)
+
+    def _rank(self, validation: dict[str, float]) -> list[float]:
+        """What the best epoch has most of; between equal ones, natural accuracy decides."""
+        ending = "_balanced" if self.balanced else ""
+        return [validation.get(name + ending, 0.0) for name in (self.method.selection, "natural")]
 
     def _write(self, model: nn.Module, name: str, facts: dict[str, str]) -> None:
         if self.folder.writes:
