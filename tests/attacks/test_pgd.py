@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cure.attacks import OBJECTIVES, PGD, Threat, perturb
 from cure.attacks.losses import cross_entropy
+from cure.errors import ConfigError
 from cure.methods.common.early_stop import EarlyStop
 from cure.methods.las_at import OwnStrategy
 from cure.utils.random import generator
@@ -543,3 +544,40 @@ def test_restarts_keep_the_result_with_the_highest_objective() -> None:
     assert len(set(chosen.tolist())) > 1
     for number, choice in enumerate(chosen.tolist()):
         assert torch.equal(best[number], three[choice][number])
+
+
+@pytest.mark.parametrize(
+    ("threat", "options", "sentence"),
+    [
+        ("Linf", {}, "expected threat as a cure.Threat, got 'Linf'"),
+        (Threat(), {"start": "random"}, "start as one of gaussian, uniform, none, got 'random'"),
+        (Threat(), {"mode": "test"}, "mode as one of eval, train, got 'test'"),
+        (Threat(), {"steps": -1}, "steps of 0 or more, got -1"),
+        (Threat(), {"restarts": 0}, "restarts of 1 or more, got 0"),
+        (Threat(), {"step_size": "a"}, "step_size: expected a number"),
+        (Threat(), {"step_size": -0.1}, "step_size of 0 or more, got -0.1"),
+    ],
+)
+def test_what_an_attack_cannot_do_is_refused(threat, options, sentence) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        PGD(threat, **options)
+
+
+def test_images_that_an_attack_would_clip_and_l1_are_refused() -> None:
+    image, label = images(4)
+    for wrong in (2 * image - 1, (255 * image).byte(), image * float("nan")):
+        with pytest.raises(ConfigError, match=r"expected images in \[0, 1\]"):
+            PGD(Threat())(trained(), wrong, label)
+    PGD(Threat())(trained(), image * (1 + 1e-6), label)
+    with pytest.raises(ConfigError, match="Linf and L2, got L1"):
+        PGD(Threat("L1", 1))(trained(), image, label)
+
+
+def test_an_attack_works_in_inference_mode_and_on_its_tensors() -> None:
+    image, label = images(4)
+    model, attack = trained(), PGD(Threat(), 3)
+    expected = attack(model, image, label)
+    with torch.inference_mode():
+        assert torch.equal(attack(model, image, label), expected)
+        of_the_mode = image.clone(), label.clone()
+    assert torch.equal(attack(model, *of_the_mode), expected)

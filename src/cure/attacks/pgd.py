@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -15,6 +15,7 @@ from cure.attacks.losses import CROSS_ENTROPY, Objective
 from cure.attacks.threat import Threat, drawn, per_image, per_sample
 from cure.config import Ratio
 from cure.errors import ConfigError
+from cure.models.checks import check_range
 from cure.models.fuse import folded
 from cure.utils.modes import modes_kept
 from cure.utils.random import generator as keyed_generator
@@ -235,6 +236,9 @@ class PGD:
             :func:`~cure.models.fuse.folded`): the same attack up to rounding, in less time.
         compile: compile the network's passes (see ``training.compile``).
 
+    Raises:
+        ConfigError: when one of these is not as above.
+
     Source: Madry et al., ICLR 2018.
     """
 
@@ -248,6 +252,26 @@ class PGD:
     compile: bool = False
     clamp_start: bool = True
     restarts: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.threat, Threat):
+            raise ConfigError(f"PGD: expected threat as a cure.Threat, got {self.threat!r}")
+        for name, known in (("start", get_args(Start)), ("mode", ("eval", "train"))):
+            given = getattr(self, name)
+            if given not in known:
+                raise ConfigError(
+                    f"PGD: expected {name} as one of {', '.join(known)}, got {given!r}"
+                )
+        for name, least in (("steps", 0), ("restarts", 1)):
+            given = getattr(self, name)
+            if given < least:
+                raise ConfigError(f"PGD: expected {name} of {least} or more, got {given}")
+        try:
+            valid = self.length >= 0
+        except ValueError as error:
+            raise ConfigError(f"PGD: step_size: {error}") from None
+        if not valid:
+            raise ConfigError(f"PGD: expected step_size of 0 or more, got {self.step_size}")
 
     @property
     def length(self) -> float:
@@ -283,12 +307,21 @@ class PGD:
         Returns:
             [B, C, H, W], detached.  Costs ``steps`` forward and data-backward passes a restart, and
             one more forward pass when the objective compares with the natural logits.
+
+        Raises:
+            ConfigError: when images leave [0, 1] (checked without ``generator`` only, since a GPU
+                has to wait for it), or the norm is L1.
         """
         if hooks is not None and self.restarts > 1:
             raise ConfigError(
                 f"restarts: expected 1 where a method changes the steps of PGD, got {self.restarts}"
             )
-        if generator is None and self.start != "none":
+        if torch.is_inference_mode_enabled() or image.is_inference() or label.is_inference():
+            with torch.inference_mode(False):  # tensors of that mode have no gradient
+                own = image.clone(), label.clone()
+                return PGD.__call__(self, model, *own, objective, generator, hooks=hooks)
+        if generator is None:
+            check_range(image)
             generator = keyed_generator(image.device, 0, "PGD")
         network = _compiled(model) if self.compile else model
 

@@ -145,4 +145,7 @@ class Threat:
 
     def _ascends(self) -> None:
         if self.norm == "L1":
-            raise NotImplementedError("there is no gradient ascent of ours in L1")
+            raise ConfigError(
+                "threat: attacks of cure.attacks are in Linf and L2, got L1; in L1 "
+                "cure.evaluate has AutoAttack and fmn"
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cure.errors import ModelError
+from cure.errors import ConfigError, ModelError
 from cure.models.failure import failed_in
 
 NEW_HEAD_ADVICE = (
@@ -21,6 +21,20 @@ def predicted(logits: Tensor) -> Tensor:
     [1, -1]
     """
     return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
+
+
+def check_range(image: Tensor) -> None:
+    """Refuse images [B, C, H, W] that are not in [0, 1], beyond rounding.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    if image.numel() and not -1e-4 <= image.min() <= image.max() <= 1 + 1e-4:
+        raise ConfigError(
+            f"expected images in [0, 1], got values from {image.min():.3g} to {image.max():.3g}; "
+            "divide 8-bit values by 255, and standardise inside the model: "
+            "cure.models.Normalised(model, mean, std)"
+        )
 
 
 @torch.no_grad()
