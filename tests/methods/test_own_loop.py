@@ -347,6 +347,10 @@ def test_what_the_user_should_know_is_warned_of_at_once():
             ),
             "give the attack alone",
         ),
+        (lambda m: cure.methods.AT("resnet18"), "AT: expected model as a torch.nn.Module"),
+        (lambda m: cure.methods.AT(m, threat="Linf"), "threat as a cure.Threat, got 'Linf'"),
+        (lambda m: cure.methods.AT(m, attack="pgd20"), "attack as a cure.attacks.PGD, got 'pgd20'"),
+        (lambda m: AWP(m, gamma=0.1), "AWP: expected a method, such as .*, got "),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(build_it, sentence):
@@ -379,6 +383,41 @@ def test_images_that_are_standardised_are_refused():
     given = batch(count=SIZE)
     with pytest.raises(ConfigError, match=r"expected images in \[0, 1\].*Normalised"):
         cure.methods.AT(tiny_network())(2 * given.image - 1, given.label)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda image, label: (image[:0], label[:0]), "images as a tensor of one or more"),
+        (lambda image, label: (image.numpy(), label), "images as a tensor.*numpy"),
+        (lambda image, label: (image.to("meta"), label), "on cpu, where the network is.*meta"),
+        (lambda image, label: (image.double(), label), r"torch.float32, got torch.float64"),
+        (lambda image, label: (image, label[:5]), "a label for each of 12 images, got 5"),
+        (lambda image, label: (image, label[:, None]), r"classes \[B\].*\[12, 1\]"),
+    ],
+)
+def test_a_first_batch_that_does_not_fit_is_refused(change, sentence):
+    given = batch(count=SIZE)
+    with pytest.raises(ConfigError, match=sentence):
+        cure.methods.AT(tiny_network())(*change(given.image, given.label))
+
+
+def test_a_teacher_of_other_classes_or_images_is_refused():
+    given = batch(count=SIZE)
+    values = given.image[0].numel()
+    for teacher, sentence in (
+        (nn.Sequential(nn.Flatten(), nn.Linear(values, 5)), "teacher with 3 logits.*got 5"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(values + 1, 3)), "failed on images of shape"),
+    ):
+        method = cure.methods.ARD(tiny_network(), teacher=teacher)
+        with pytest.raises(cure.CureError, match=sentence):
+            method(given.image, given.label)
+
+
+def test_a_network_without_weights_is_refused():
+    given = batch(count=SIZE)
+    with pytest.raises(cure.CureError, match="no weight of the network may change"):
+        cure.methods.AT(nn.Flatten())(given.image, given.label)
 
 
 def test_a_teacher_is_copied_and_frozen():

@@ -173,7 +173,7 @@ class Method(nn.Module, Generic[Attacked]):
                 "optimizer.step()"
             )
         if progress.done == progress.part == 0:
-            check_batch(self.model, images, labels)
+            check_batch(self.model, images, labels, self.context.teachers)
         soft = labels if labels.dim() == 2 else None
         if soft is not None and not self.soft_labels:
             raise ConfigError(f"{type(self).__name__} takes no soft labels; give classes [B]")

@@ -14,7 +14,7 @@ from cure.attacks import PGD, Threat
 from cure.config import MethodConfig, TeacherConfig
 from cure.errors import ConfigError, unknown
 from cure.methods.context import Context
-from cure.models.checks import checked_logits
+from cure.models.checks import check_range, checked_logits
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating
 
@@ -58,6 +58,13 @@ def standalone(
     Raises:
         ConfigError: when a setting is unknown or does not fit, or a teacher is missing.
     """
+    for value, wanted, what in (
+        (model, nn.Module, "model as a torch.nn.Module"),
+        (threat, Threat | None, "threat as a cure.Threat"),
+        (attack, PGD | None, "attack as a cure.attacks.PGD"),
+    ):
+        if not isinstance(value, wanted):
+            raise ConfigError(f"{kind}: expected {what}, got {value!r}")
     config, teachers = _settings(kind, section, settings)
     if attack is None:
         threat = threat or Threat()
@@ -74,7 +81,7 @@ def standalone(
             f"{kind}: its schedule depends on the length of the training; "
             "say steps=len(loader) * epochs"
         )
-    device = next(model.parameters()).device
+    device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
     rate = learning_rate if callable(learning_rate) else _constant(float(learning_rate))
     return config, Context(
         engine=Engine(device),
@@ -151,29 +158,50 @@ def _images(batches: Iterable[Any] | None, device: torch.device) -> Iterator[Ten
         yield image.to(device)
 
 
-def check_batch(model: nn.Module, images: Tensor, labels: Tensor) -> None:
+def check_batch(
+    model: nn.Module, images: Tensor, labels: Tensor, teachers: Mapping[str, nn.Module]
+) -> None:
     """Refuse a first batch that a method would misread, or fail on without saying why.
 
     Args:
         model: the network in training.
-        images: should be [B, C, H, W] in [0, 1].
+        images: should be [B, C, H, W] in [0, 1], on the device and of the type of the weights.
         labels: should be classes [B] int64, or probabilities [B, K].
+        teachers: by the names of their settings; should take the images and know the classes.
 
     Raises:
-        ConfigError: for images or labels.
-        ModelError: when the network fails or returns no logits.
+        ConfigError: for images, labels or teachers.
+        ModelError: when a network fails or returns no logits.
     """
-    if not 0 <= images.min() <= images.max() <= 1:
+    weight = next(model.parameters())
+    for name, given in (("images", images), ("labels", labels)):
+        if not isinstance(given, Tensor) or not len(given) or given.device != weight.device:
+            came = f"{len(given)} on {given.device}" if isinstance(given, Tensor) else type(given)
+            raise ConfigError(
+                f"expected {name} as a tensor of one or more on {weight.device}, where the network "
+                f"is, got {came}"
+            )
+    check_range(images)
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
         raise ConfigError(
-            f"expected images in [0, 1], got values from {images.min():.3g} to "
-            f"{images.max():.3g}; standardise inside the model: cure.models.Normalised(model, "
-            "mean, std)"
+            f"expected images of the type of the weights, {weight.dtype}, got {images.dtype}; "
+            f"convert them with .to({weight.dtype})"
         )
     with evaluating(model):
         count = checked_logits(model, images[:2]).shape[1]
-    if labels.dim() == 2:
-        if labels.shape[1] != count:
-            raise ConfigError(f"expected labels [B, {count}], got {list(labels.shape)}")
+    for role, teacher in teachers.items():
+        with evaluating(teacher):
+            theirs = checked_logits(teacher, images[:2]).shape[1]
+        if theirs != count:
+            raise ConfigError(f"expected a {role} with {count} logits as the model, got {theirs}")
+    if len(labels) != len(images):
+        raise ConfigError(f"expected a label for each of {len(images)} images, got {len(labels)}")
+    if labels.dim() != 1:
+        if labels.shape[1:] != (count,):
+            raise ConfigError(
+                f"expected labels as classes [B] or probabilities [B, {count}], got "
+                f"{list(labels.shape)}"
+            )
     elif labels.dtype != torch.int64:
         raise ConfigError(f"expected labels in int64, got {labels.dtype}; say labels.long()")
     elif labels.min() < 0 or labels.max() >= count:

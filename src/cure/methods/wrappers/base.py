@@ -23,6 +23,11 @@ class MethodWrapper(Method):
 
     def __init__(self, inner: Method, settings: Any = None, **given: Any) -> None:
         nn.Module.__init__(self)
+        if not isinstance(inner, Method):
+            raise ConfigError(
+                f"{type(self).__name__}: expected a method, such as cure.methods.AT(model), got "
+                f"{type(inner).__name__}"
+            )
         if settings is None:
             settings = settings_of(type(self).__name__, self.Settings, given)
         self.check(settings, inner.context)
