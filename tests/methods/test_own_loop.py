@@ -299,6 +299,33 @@ def test_under_autocast_a_step_is_finite_and_weights_stay_float32():
             assert parameter.grad.isfinite().all()
 
 
+def test_under_autocast_passes_see_weights_that_change_inside_a_step():
+    """Autocast keeps weights in lower precision until its block ends: AWP did nothing there."""
+    given = batch(count=SIZE)
+    losses = []
+    for enabled in (False, True):
+        method = AWP(cure.methods.AT(tiny_network(3)), gamma=0.5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            for _ in range(2):  # two batches before one step of the optimiser
+                metrics = method(given.image, given.label).metrics
+                losses += [metrics["loss"], metrics["perturbed_loss"]]
+    torch.testing.assert_close(losses[:4], losses[4:], rtol=0.05, atol=0)
+    assert losses[1] > 1.1 * losses[0]
+
+
+def test_under_autocast_las_at_looks_at_the_network_after_the_step():
+    given = batch(count=SIZE)
+    settings = small_networks(cure.methods.LASAT.Config, {})
+    method = cure.methods.LASAT(
+        tiny_network(3), steps=6, images=[given.image], learning_rate=1.0, **settings
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        future, _ = method._after_one_step(given, method.make_adversarial(given))
+        inside = future.eval()(given.image)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(future(given.image), inside)
+
+
 def test_schedules_change_at_any_step_without_epochs():
     """FAT's tau grows at 50/120 and 90/120 of 12 steps."""
     given, method = batch(count=SIZE), cure.methods.FAT(tiny_network(3), steps=12)

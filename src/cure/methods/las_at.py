@@ -459,6 +459,7 @@ class LASAT(Method[LasAtBatch]):
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.sub_(rate * (gradients[name] + decay * parameter))
+        torch.clear_autocast_cache()  # it holds the weights before, in another precision
         return future, loss
 
     @torch.no_grad()

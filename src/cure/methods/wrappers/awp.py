@@ -130,6 +130,7 @@ class AWP(MethodWrapper):
                 before = parameters[name].clone()
                 parameters[name].add_(change)
                 self._before[name] = before, parameters[name].clone()
+        torch.clear_autocast_cache()  # it holds the weights before, in another precision
         try:
             yield
         except BaseException:
@@ -150,6 +151,7 @@ class AWP(MethodWrapper):
             # Not `weight - v`: (w + v) - v is not w in floating point.
             parameters[name].copy_(before + (parameters[name] - perturbed))
         self._before = {}
+        torch.clear_autocast_cache()
 
     def after_step(self, step: int) -> Metrics:
         """Take the perturbation back; then the method's own averages."""
