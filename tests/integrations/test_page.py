@@ -20,7 +20,7 @@ def run(code: str) -> dict[str, Any]:
 
 
 def test_each_part_has_an_example() -> None:
-    assert TITLES == ["Lightning", "timm", "scikit-learn", "MAITE"]
+    assert TITLES == ["Lightning", "timm", "scikit-learn", "MAITE", "Trackers"]
     assert len(EXAMPLES) == 5
 
 
