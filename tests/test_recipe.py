@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 
 import cure
 from cure.config import Ratio, RunConfig
-from cure.errors import ConfigError, notes_kept
+from cure.errors import ConfigError, CureNote, notes_kept
 from cure.recipe import (
     check,
     check_kept,
@@ -322,3 +323,15 @@ def test_epochs_go_before_the_minutes_of_a_recipe(tmp_path: Path) -> None:
 def test_settings_that_contradict_each_other_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_recipe("digits", words)
+
+
+def test_a_whole_section_notes_which_settings_of_the_recipe_it_drops() -> None:
+    with pytest.warns(
+        CureNote, match=r"training=\{\.\.\.\} .* drops .*batch_size.*training.epochs="
+    ):
+        load_recipe("digits", ["training={epochs: 5}"])
+    with pytest.warns(CureNote, match=r"method=\{\.\.\.\} .* drops .*revision"):
+        load_recipe("digits", ["method={name: cure, gamma: 3}"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_recipe("digits", ["method={name: trades, beta: 3}", "attack.steps=2"])

@@ -176,7 +176,8 @@ def override(raw: Raw, key: str, value: object) -> None:
 
     ``training.batch_size=auto`` keeps the number and sets ``training.accumulation_steps=auto``.
     Another ``method.name`` drops the settings of the method before, as ``method=NAME`` does, and
-    notes which: settings of the same name mean other things in other methods.  A length in
+    notes which: settings of the same name mean other things in other methods.  A section as a whole
+    (``training={epochs: 5}``) replaces that of the recipe, and notes what it drops.  A length in
     ``epochs`` or ``minutes`` drops the recipe's ``min_steps`` beside it, and ``epochs`` also its
     ``minutes``.
 
@@ -205,6 +206,17 @@ def override(raw: Raw, key: str, value: object) -> None:
                 stacklevel=2,
             )
         raw.clear()
+    old = raw.get(last)
+    if isinstance(value, dict) and isinstance(old, dict):
+        dropped = [name for name in old if name not in value]
+        if dropped and old.get("name") == value.get("name"):
+            one = next((name for name in value if name != "name"), dropped[0])
+            warnings.warn(
+                f"{key}={{...}} replaces the whole section and drops {', '.join(dropped)}; "
+                f"to change one setting, say {key}.{one}=VALUE",
+                CureNote,
+                stacklevel=2,
+            )
     if last in LENGTHS:
         raw.pop("min_steps", None)
     if key == "training.epochs":

@@ -41,7 +41,8 @@ def train(
 
     Args:
         recipe: a name (``cure list recipes``) or the path of a YAML file.
-        overrides: ``{"training.epochs": 10}``, ``["training.epochs=10"]``, or one such word.
+        overrides: ``{"training.epochs": 10}``, ``["training.epochs=10"]``, or one such word; a
+            dictionary as value replaces the whole section.
         run: the folder to make; by default the first free ``runs/NAME[-N]``.
         model: your network: images [B, C, H, W] in [0, 1] to logits.  It is copied, not changed.
             Its weights are what ``start: model`` begins with and ``start: natural`` trains first.
