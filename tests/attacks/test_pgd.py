@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cure.attacks import OBJECTIVES, PGD, Threat, perturb
 from cure.attacks.losses import cross_entropy
-from cure.errors import ConfigError
+from cure.errors import ConfigError, ModelError
 from cure.methods.common.early_stop import EarlyStop
 from cure.methods.las_at import OwnStrategy
 from cure.utils.random import generator
@@ -571,6 +571,16 @@ def test_images_that_an_attack_would_clip_and_l1_are_refused() -> None:
     PGD(Threat())(trained(), image * (1 + 1e-6), label)
     with pytest.raises(ConfigError, match="Linf and L2, got L1"):
         PGD(Threat("L1", 1))(trained(), image, label)
+
+
+def test_a_network_without_a_gradient_is_refused() -> None:
+    class Detached(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return image.flatten(1)[:, :4].detach()
+
+    image, label = images(4)
+    with pytest.raises(ModelError, match="no gradient reaches the images"):
+        PGD(Threat())(Detached(), image, label)
 
 
 def test_an_attack_works_in_inference_mode_and_on_its_tensors() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cure.attacks.losses import CROSS_ENTROPY, Objective
 from cure.attacks.threat import Threat, drawn, per_image, per_sample
 from cure.config import Ratio
-from cure.errors import ConfigError
+from cure.errors import ConfigError, ModelError
 from cure.models.checks import check_range
 from cure.models.fuse import folded
 from cure.utils.modes import modes_kept
@@ -192,6 +192,7 @@ def perturb(
         [B, C, H, W], detached, in the order of ``image``.
 
     Raises:
+        ModelError: when the network gives no gradient.
         ValueError: when a random start has no generator.
     """
     hooks = hooks or Hooks()
@@ -201,7 +202,14 @@ def perturb(
         x.requires_grad_(True)
         with torch.enable_grad():
             logits = forward(x)
-            (gradient,) = torch.autograd.grad(objective(logits).sum(), x)
+            climbed = objective(logits).sum()
+            if not climbed.requires_grad:
+                raise ModelError(
+                    "no gradient reaches the images through the network (an ONNX file, or a step "
+                    "that detaches): attack a network that keeps it, or evaluate with "
+                    "attacks='noise,square'"
+                )
+            (gradient,) = torch.autograd.grad(climbed, x)
         x = x.detach()
         moved = hooks.ascend(x, threat.steepest(gradient), step_size, generator)
         moved = (image + hooks.project(threat, moved - image)).clamp(0, 1)
@@ -311,6 +319,7 @@ class PGD:
         Raises:
             ConfigError: when images leave [0, 1] (checked without ``generator`` only, since a GPU
                 has to wait for it), or the norm is L1.
+            ModelError: when the network gives no gradient.
         """
         if hooks is not None and self.restarts > 1:
             raise ConfigError(
