@@ -1084,3 +1084,15 @@ def test_autoattack_sees_gradients_in_the_layout_it_can_reshape() -> None:
     assert torch.equal(gradients[0], gradients[1])
     assert not gradients[0].is_contiguous(), "else the wrapper is not needed any more"
     assert gradients[1].is_contiguous()
+
+
+def test_a_caller_in_inference_mode_gets_the_same_figures() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    images, labels = torch.rand(12, 1, 4, 4), torch.arange(12) % 3
+    options = {"data": (images, labels), "epsilon": 0.1}
+    expected = cure.evaluate(network, attacks="pgd5", **options)["attacks"]["pgd5"]["correct"]
+    with torch.inference_mode():
+        found = cure.evaluate(network, attacks="pgd5", **options)
+        assert cure.diagnose(network, **options)["n"] == 12
+    assert found["attacks"]["pgd5"]["correct"] == expected

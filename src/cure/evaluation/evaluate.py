@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from cure.attacks import Threat
@@ -47,6 +48,7 @@ from cure.utils.modes import in_evaluation
 EVALUATION_FORMAT = "cure-evaluation-1"
 
 
+@torch.inference_mode(False)  # of a caller, whose tensors would have no gradient
 def evaluate(
     target: TargetLike,
     *,
@@ -194,7 +196,7 @@ def evaluate(
             result |= _certificates(evaluation, bounds, smoothing, progress)
             note = masking_note(result, traits_of(evaluation.model).gradient)
             if note:
-                warnings.warn(note, CureNote, stacklevel=2)
+                warnings.warn(note, CureNote, stacklevel=3)
             result["notes"] = notes
             if limits:
                 result["requirements"] = check_requirements(result, limits, require_lower_bound)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Unpack
 
+import torch
+
 from cure.evaluation.diagnosis.context import CheckContext
 from cure.evaluation.diagnosis.report import run_checks
 from cure.evaluation.options import TargetKeywords
@@ -20,6 +22,7 @@ from cure.utils.io import check_free
 from cure.utils.modes import in_evaluation
 
 
+@torch.inference_mode(False)  # of a caller, whose tensors would have no gradient
 def diagnose(
     target: TargetLike,
     *,
