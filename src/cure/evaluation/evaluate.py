@@ -167,7 +167,7 @@ def evaluate(
             check_sigma(smoothing)
         engine = Engine.for_evaluation(chosen.options.device, precision)
         if slow := engine.slow_precision():
-            warnings.warn(slow, CureNote, stacklevel=2)
+            warnings.warn(slow, CureNote, stacklevel=3)
         evaluation = _prepare(
             chosen,
             names,

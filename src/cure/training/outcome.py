@@ -111,7 +111,8 @@ def _likely_cause(
         if config.attack.warmup < 0.5:
             changes.append("set attack.warmup=0.5")
         changes.append("or lower training.optimizer.learning_rate")
-        return f"the network fell to guessing: {', '.join(changes)}"
+        how = "stayed at" if low else "fell to"
+        return f"the network {how} guessing: {', '.join(changes)}"
     robust = start.robust > max(above, LEAST)
     if robust and start.natural - start.robust <= LEAST:
         return (
