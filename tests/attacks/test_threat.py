@@ -11,6 +11,7 @@ from scipy import stats
 
 from cure.attacks import Threat
 from cure.attacks.threat import per_sample
+from cure.errors import ConfigError
 
 NORMS = ("Linf", "L2")
 seeds = st.integers(0, 2**31 - 1)
@@ -180,3 +181,9 @@ def test_a_number_a_sample_broadcasts_over_the_image():
     spread = per_sample(torch.tensor([1.0, 2.0]), like)
     assert spread.shape == (2, 1, 1, 1)
     assert spread.flatten().tolist() == [1.0, 2.0]
+
+
+def test_a_radius_that_is_no_number_is_refused():
+    for radius in (None, "many", -1, float("nan")):
+        with pytest.raises(ConfigError, match="threat: expected"):
+            Threat("Linf", radius)

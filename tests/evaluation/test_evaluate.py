@@ -929,7 +929,7 @@ def test_limit_takes_the_first_images() -> None:
 
 def test_a_keyword_that_does_not_exist_is_refused() -> None:
     model, images, _, _ = linear_case(2, 0.05)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'limt'"):
+    with pytest.raises(TypeError, match="unknown keyword argument 'limt'; did you mean 'limit'"):
         evaluate(model, data=images, limt=3)  # type: ignore[call-arg]
 
 

@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -243,6 +244,9 @@ def test_too_small_images_and_wrong_constants_are_told() -> None:
         make("small_cnn", channels=1, mean=(0.5,) * 3, std=(0.2,) * 3)
     with pytest.raises(ConfigError, match="std above 0"):
         Normalised(nn.Identity(), (0.5,), (0.0,))
+    with pytest.raises(ConfigError, match=r"with one number a channel each.*got mean 0\.5"):
+        Normalised(nn.Identity(), 0.5, 0.2)  # type: ignore[arg-type]
+    assert Normalised(nn.Identity(), torch.ones(3), np.ones(3)).std.dtype == torch.float32
 
 
 def _examples() -> Path:

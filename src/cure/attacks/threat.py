@@ -83,7 +83,7 @@ class Threat:
             epsilon = Ratio(self.epsilon) if isinstance(self.epsilon, str) else self.epsilon
         except ValueError as error:
             raise ConfigError(f"threat: {error}") from None
-        if not 0 <= epsilon < float("inf"):
+        if not isinstance(epsilon, int | float) or not 0 <= epsilon < float("inf"):
             raise ConfigError(f"threat: expected a finite radius of 0 or more, got {epsilon}")
         object.__setattr__(self, "epsilon", epsilon)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -82,7 +82,12 @@ class Target:
 
         Raises:
             CureError: when there is no such target, or its weights are missing.
+            TypeError: for an unknown option.
         """
+        known = [field.name for field in fields(TargetOptions)]
+        for name in options:
+            if name not in known:
+                raise TypeError(unknown("keyword argument", name, known))
         how = TargetOptions(**options)
         if isinstance(given, nn.Module):
             return cls(type(given).__name__, _weights_fact(how), how, _builder_of(given, how))

@@ -48,13 +48,18 @@ class Normalised(Wrapper):
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(network)
-        if len(mean) != len(std) or not all(value > 0 for value in std):
+        try:
+            numbers = [[float(value) for value in given] for given in (mean, std)]
+            valid = len(mean) == len(std) and all(value > 0 for value in numbers[1])
+        except TypeError:
+            valid = False
+        if not valid:
             raise ConfigError(
                 "expected mean and std with one number a channel each, and std above 0, "
-                f"got mean {list(mean)} and std {list(std)}"
+                f"got mean {mean} and std {std}"
             )
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        for name, values in zip(("mean", "std"), numbers, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W] in [0, 1]."""
