@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from cure import data
 from cure.attacks import PGD, Threat
 from cure.config import AveragingConfig, MethodConfig, RunConfig
 from cure.data import Batch, accounting, batches, carve, sources
-from cure.errors import TrainingStopped
+from cure.errors import Interrupted, TrainingStopped
 from cure.methods import Context, Method, StepOutput
 from cure.methods.step import holding
 from cure.methods.wrappers.averaging import Averaging, recompute_statistics
@@ -316,6 +317,25 @@ def test_a_network_that_falls_to_chance_keeps_its_last_good_state(tmp_path: Path
     again.folder = trainer.folder
     again.restore()
     assert again.done == 8, "the state of the second epoch"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_measurement_stops_the_run(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what follows, such as the evaluation of a plan, would go on."""
+    trainer = trainer_of(tmp_path, config_of())
+    monkeypatch.setattr(trainer, "_measure_end", lambda: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    with pytest.raises(Interrupted, match="stopped after step 12 of 12; continue with `cure"):
+        trainer.fit()
+    assert trainer.folder.status().state == "stopped"
+    assert signal.getsignal(number) is before
+    again = trainer_of(tmp_path / "again", config_of())
+    again.folder = trainer.folder
+    again.fit()
+    assert again.folder.status().state == "finished"
+    assert again.method.steps == [], "no step is repeated"
 
 
 class Lost(Plain):

@@ -145,10 +145,12 @@ class Trainer:
             tracker.start(self.total_steps, self.done)
         self.folder.set_status("running", step=self.done, steps=self.total_steps)
         try:
-            with self._stop_on_signal(), self._own_chance():
-                while self.done < self.total_steps:
-                    self._train_epoch(self.done // self.steps_per_epoch)
-                self._measure_end()
+            with self._own_chance():
+                with self._stop_on_signal():
+                    while self.done < self.total_steps:
+                        self._train_epoch(self.done // self.steps_per_epoch)
+                with self._stop_on_signal(at_once=True):
+                    self._measure_end()
         except (Interrupted, KeyboardInterrupt):
             self.folder.set_status("stopped", step=self.done, steps=self.total_steps)
             raise
@@ -561,8 +563,12 @@ class Trainer:
         return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
     @contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        """Let the first Ctrl-C or SIGTERM finish the step; a second one is not caught."""
+    def _stop_on_signal(self, at_once: bool = False) -> Iterator[None]:
+        """Let the first Ctrl-C or SIGTERM finish the step; a second one is not caught.
+
+        Args:
+            at_once: stop in the middle, where there is no step to finish and all is saved.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -570,6 +576,8 @@ class Trainer:
         def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
             self._stop_asked = True
             signal.signal(number, before[signal.Signals(number)])
+            if at_once:
+                self._interrupt()
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
