@@ -29,6 +29,8 @@ from cure.evaluation.diagnosis.table import CHECKS
 from cure.experiments.plan import entries, is_done, read_plan, results_of, write_tables
 from cure.models import save_weights
 from cure.recipe import load_recipe
+from cure.runs.packed import read_packed
+from cure.runs.results import FrontRecord
 from cure.training import budget
 from cure.utils.stats import student_t
 
@@ -547,3 +549,19 @@ def test_the_tables_of_plans_follow_from_the_results_of_their_runs(
     known = results_of(plan, tmp_path)
     for entry in entries(plan):
         is_done(plan, entry, tmp_path, known)  # Refuses results of other settings.
+
+
+def test_the_repeated_runs_of_the_fronts_have_the_accuracies_of_before() -> None:
+    """As results/README.md says of runs on one kind of processor."""
+    photos = ROOT / "results" / "photos"
+    again = FrontRecord.read(photos / "fronts_again.json")
+    before = {(r.method, r.value): (r.natural, r.content()[again.attack]) for r in again.rows}
+    same = []
+    for name, record in read_packed(photos / "fronts" / "records.jsonl").items():
+        method, _, value = name.removesuffix(f"-seed{record.seed}").partition("-")
+        result = record.evaluations[-1]
+        found = (result.natural.accuracy, result.attacks[again.attack].accuracy)
+        if record.seed == 0:
+            same.append(found == before[method, float(value) if value else None])
+    assert len(same) >= 9
+    assert all(same[:9])
