@@ -225,22 +225,8 @@ def override(raw: Raw, key: str, value: object) -> None:
 
 
 def override_all(raw: Raw, pairs: Iterable[tuple[str, object]]) -> None:
-    """Set several values, in place; what drops others first, whatever their order.
-
-    The method before its settings, a section before what is in it, a length before ``min_steps``.
-
-    >>> recipe = {"training": {"epochs": 40, "min_steps": 1500}}
-    >>> override_all(recipe, [("training.min_steps", 200), ("training.epochs", 12)])
-    >>> recipe
-    {'training': {'epochs': 12, 'min_steps': 200}}
-    """
-
-    def place(pair: tuple[str, object]) -> tuple[bool, int, bool]:
-        key = pair[0]
-        is_method = key in ("method", "method.name")
-        return not is_method, key.count("."), key.rpartition(".")[2] not in LENGTHS
-
-    for key, value in sorted(pairs, key=place):
+    """Set several values, in place; the method before its settings, whatever their order."""
+    for key, value in sorted(pairs, key=lambda pair: pair[0] not in ("method", "method.name")):
         override(raw, key, value)
 
 

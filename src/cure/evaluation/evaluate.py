@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cure.attacks import Threat
 from cure.attacks.registry import attack_name, check_attacks, evaluation_attack
-from cure.config import NATURAL, EvaluationConfig, Ratio
+from cure.config import EvaluationConfig, Ratio
 from cure.data import ImageSet, batches
 from cure.errors import CheckpointError, ConfigError, CureNote, notes_kept
 from cure.evaluation.auto import AUTO, choose_attacks
@@ -540,7 +540,7 @@ def _attack_names(
     if attacks is None and target.is_onnx:
         attacks = [*(EvaluationConfig().attacks if with_float else ()), "noise", "square"]
     if isinstance(attacks, str):
-        attacks = [name.strip() for name in attacks.split(",") if name.strip()] or [NATURAL]
+        attacks = [name.strip() for name in attacks.split(",")]
     if attacks is None:
         attacks = target.config.evaluation.attacks if target.config else EvaluationConfig().attacks
     known = (AUTO, "transfer") if with_source else (AUTO,)
