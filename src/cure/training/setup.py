@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from cure.attacks import PGD, Threat
@@ -357,10 +356,10 @@ def _check_classes(theirs: Sequence[str], ours: Sequence[str]) -> None:
 
 def _check_constants(origin: Origin, network: nn.Module) -> None:
     """Refuse a file whose network standardises images in another way than the run's own."""
-    inside = constants_inside(network)
     if origin.mean is None or origin.std is None:
         return
-    if inside is None or not np.allclose(inside, (origin.mean, origin.std), rtol=1e-3, atol=1e-4):
+    inside = constants_inside(network)
+    if inside is None or not origin.standardises_with(*inside):
         theirs = "; ".join(
             f"{name} {','.join(f'{number:.6g}' for number in numbers)}"
             for name, numbers in (("mean", origin.mean), ("std", origin.std))

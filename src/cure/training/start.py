@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,12 @@ class Origin:
     classes: tuple[str, ...]
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+
+    def standardises_with(self, mean: Sequence[float], std: Sequence[float]) -> bool:
+        """Whether its constants are these, up to rounding."""
+        if self.mean is None or self.std is None or len(mean) != len(self.mean):
+            return False
+        return np.allclose([mean, std], [self.mean, self.std], rtol=1e-3, atol=1e-4)
 
     @classmethod
     def of(cls, path: str | Path) -> Origin | None:
@@ -85,9 +92,7 @@ def standardised_as_start(config: RunConfig, model: nn.Module | None = None) -> 
         )
         changes = {"mean": origin.mean, "std": origin.std}
         return config.model_copy(update={"model": config.model.model_copy(update=changes)})
-    if len(mean) != len(origin.mean) or not np.allclose(
-        [mean, std], [origin.mean, origin.std], rtol=1e-3, atol=1e-4
-    ):
+    if not origin.standardises_with(mean, std):
         _note(
             f"start: {config.start_path} standardises images with {theirs}, this run with others; "
             "leave out model.mean and model.std to take those of the start"
