@@ -318,6 +318,14 @@ def test_the_command_trains_once_and_writes_a_record_and_pictures(
     ended = command(*words, *more)
     assert "4 runs, 4 of them done before; 0 epochs to train" in ended.out
     assert FrontRecord.read(tmp_path / "fronts.json").curves == record.curves
+    # Packed results and new ones make one front.
+    (packed,) = tmp_path.rglob("records.jsonl")
+    assert "trades-6-seed0" in packed.read_text().splitlines()[-1]
+    packed.write_text("\n".join(packed.read_text().splitlines()[:-1]) + "\n")
+    ended = command(*words, *more)
+    assert ended.status == 0, ended
+    assert "make no front" not in ended.out + ended.err
+    assert FrontRecord.read(tmp_path / "fronts.json").curves == record.curves
     (tmp_path / "fronts.json").write_text('{"mine": 1}')
     refused(command(*words, *more), "is no front of this command")
 

@@ -22,7 +22,7 @@ _KEPT_OF_EVALUATION: dict[str, Any] = {
     "natural": {*_KEPT_OF_ACCURACY},
     "majority": True,
     "attacks": {"__all__": {*_KEPT_OF_ACCURACY, "settings", "seed"}},
-    "data": {"name", "split", "n", "size"},
+    "data": {"name", "split", "n", "size", "sha256"},
     "environment": {
         *("cure", "commit", "python", "packages", "processor", "cores", "threads", "gpu", "time"),
     },

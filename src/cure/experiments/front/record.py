@@ -111,14 +111,20 @@ def record_of(
     if not results:
         return None
     (measured,), first = plan.evaluations, results[0]
+    # Older packed results hold no hash of their images.
+    hashed = next((result for result in results if result.data.sha256), first)
     for result in results:
-        same_ball = result.threat.same(first.threat.norm, first.threat.epsilon)
-        facts = (result.natural.n, result.data.sha256)
-        if not same_ball or facts != (first.natural.n, first.data.sha256):
-            raise ConfigError(
-                f"{first.target} and {result.target} were measured on other images or under "
-                "another threat, so their points make no front; give another --folder"
-            )
+        other = first
+        if result.data.sha256 not in (None, hashed.data.sha256):
+            other = hashed
+        elif result.natural.n == first.natural.n and result.threat.same(
+            first.threat.norm, first.threat.epsilon
+        ):
+            continue
+        raise ConfigError(
+            f"{other.target} and {result.target} were measured on other images or under "
+            "another threat, so their points make no front; give another --folder"
+        )
     weights = image_weights(first.natural.n, DRAWS)
     compared = {each.curve.label: each.right for each in trained if each.right and each.curve.key}
     ranges = {label: _range(right) for label, right in compared.items()}
