@@ -297,6 +297,13 @@ def test_a_method_s_settings_may_come_before_its_name() -> None:
         load_recipe("digits", ["method.betta=1", "method=trades"])
 
 
+def test_settings_in_a_section_may_come_before_the_section() -> None:
+    words = ["training.epochs=3", "training={batch_size: 8}"]
+    for order in (words, words[::-1]):
+        training = load_recipe("digits", order).training
+        assert (training.epochs, training.batch_size) == (3, 8)
+
+
 def test_the_training_attack_of_photos_follows_the_threat() -> None:
     words = ["data.source=x", "model.name=small_cnn"]
     assert load_recipe("photos", words).training_epsilon == 5 / 255  # to the bit

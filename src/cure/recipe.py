@@ -225,9 +225,48 @@ def override(raw: Raw, key: str, value: object) -> None:
 
 
 def override_all(raw: Raw, pairs: Iterable[tuple[str, object]]) -> None:
-    """Set several values, in place; the method before its settings, whatever their order."""
-    for key, value in sorted(pairs, key=lambda pair: pair[0] not in ("method", "method.name")):
+    """Set several values, in place, in whatever order they are given.
+
+    What drops others comes first: the method before its settings, a section before what is in it,
+    a length before ``min_steps``.  :func:`layered` puts settings above others first.
+
+    >>> recipe = {"training": {"epochs": 40, "min_steps": 1500}}
+    >>> override_all(recipe, [("training.min_steps", 200), ("training.epochs", 12)])
+    >>> recipe
+    {'training': {'epochs': 12, 'min_steps': 200}}
+    """
+
+    def place(pair: tuple[str, object]) -> tuple[bool, int, bool]:
+        key, _ = pair
+        is_method = key in ("method", "method.name")
+        return not is_method, key.count("."), key.rpartition(".")[2] not in LENGTHS
+
+    for key, value in sorted(pairs, key=place):
         override(raw, key, value)
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of several layers in one, without those that a later layer replaces.
+
+    A plan's row goes above the plan, a trial above its sweep.
+
+    >>> layered({"training.min_steps": 9, "training.epochs": 4, "seed": 1}, {"training.epochs": 2})
+    {'training.epochs': 2, 'seed': 1}
+    >>> layered({"method.beta": 3, "seed": 1}, {"method": "at"})
+    {'seed': 1, 'method': 'at'}
+    """
+
+    def replaced(old: str, layer: Mapping[str, Any]) -> bool:
+        section, _, last = old.rpartition(".")
+        lengths = {"min_steps": LENGTHS, "minutes": ("epochs",)}.get(last, ())
+        within = any(old.startswith(f"{key}.") for key in layer)
+        return within or any(f"{section}.{name}" in layer for name in lengths)
+
+    found: dict[str, Any] = {}
+    for layer in layers:
+        found = {key: value for key, value in found.items() if not replaced(key, layer)}
+        found |= layer
+    return found
 
 
 def changed(raw: Mapping[str, Any], settings: Mapping[str, object]) -> Raw:

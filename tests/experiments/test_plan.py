@@ -472,6 +472,19 @@ def test_the_packed_figures_are_enough_for_the_tables():
         write_tables(plan, Path("out"))
 
 
+def test_a_row_replaces_what_the_plan_sets() -> None:
+    plan = written(
+        settings={"training.batch_size": 8, "method.beta": 3, "training.min_steps": 9},
+        rows={"a": {"settings": {"training": {"epochs": 2}, "method": "at"}}},
+        recipe="digits",
+        evaluations=[],
+    )
+    (entry,) = entries(read_plan(plan))
+    assert entry.settings.keys() == {"training", "method", "seed", "name"}
+    training = entry.config.training
+    assert (training.epochs, training.batch_size, training.min_steps) == (2, 128, None)
+
+
 def test_a_plan_that_is_stopped_midway_still_has_a_table():
     plan = read_plan(written())
     carry_out_plan(plan, Path("out"), Here(), only=["natural"])

@@ -118,8 +118,8 @@ def test_a_length_that_is_asked_for_goes_before_the_least_steps(word: str, tmp_p
         assert getattr(changed, section).min_steps is None
         other = {"training": "natural", "natural": "training"}[section]
         assert getattr(changed, other).min_steps is not None
-    both = load_recipe("photos", [*PHOTOS, word, f"{section}.min_steps=7"])
-    assert getattr(both, section).min_steps == 7
+    for words in ([word, f"{section}.min_steps=7"], [f"{section}.min_steps=7", word]):
+        assert getattr(load_recipe("photos", [*PHOTOS, *words]), section).min_steps == 7
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from cure.evaluation.evaluate import evaluate
 from cure.experiments.compare import ResultTable, difference, table
 from cure.experiments.compare.rows import Source, TableRow, check_alike, rows_of
 from cure.experiments.executors import Executor, Job, LocalExecutor, stopped_by_signals
-from cure.recipe import Raw, check, check_kept, override_all, read_recipe, read_yaml
+from cure.recipe import Raw, check, check_kept, layered, override_all, read_recipe, read_yaml
 from cure.runs.folder import RunFolder
 from cure.runs.packed import read_packed, summary, write_packed
 from cure.runs.results import EvaluationRecord, RunRecord
@@ -204,7 +204,7 @@ def entries(plan: Plan) -> list[Entry]:
 
 
 def _entry(plan: Plan, label: str, seed: int) -> Entry:
-    settings = plan.settings | plan.rows[label].settings | {"seed": seed, "name": label}
+    settings = layered(plan.settings, plan.rows[label].settings, {"seed": seed, "name": label})
     settings = _texts(settings, lambda text: text.replace(SEED, str(seed)))
     raw = read_recipe(plan.recipe)
     override_all(raw, settings.items())

@@ -27,7 +27,7 @@ from cure.config import Ratio, RunConfig
 from cure.data.cache import CachePlace
 from cure.errors import CheckpointError, ConfigError, Interrupted, ModelError, TrainingStopped
 from cure.evaluation.runner import Progress, no_progress
-from cure.recipe import changed, check, override, parse_override, read_recipe, read_yaml
+from cure.recipe import changed, check, layered, override, parse_override, read_recipe, read_yaml
 from cure.runs.folder import RunFolder
 from cure.training.budget import settle
 from cure.training.prerequisites import natural_config
@@ -216,8 +216,9 @@ class Sweep:
 
     def command(self, settings: Mapping[str, Any]) -> str:
         """The command that trains with a trial's settings."""
-        words = [f"{key}={_word(value)}" for key, value in settings.items()]
-        return shlex.join(["cure", "train", self.recipe, *self.settings, *words])
+        given = {parse_override(word)[0]: word for word in self.settings}
+        own = {key: f"{key}={_word(value)}" for key, value in settings.items()}
+        return shlex.join(["cure", "train", self.recipe, *layered(given, own).values()])
 
     def folder(self, number: int) -> Path:
         """The run of a trial."""
@@ -482,7 +483,8 @@ def _carry_out(sweep: Sweep, study: Study, trial: Trial) -> None:
         if path.exists():
             resume(path, quiet=True)
         else:
-            changes = dict(map(parse_override, sweep.settings)) | start | name | settings
+            given = dict(map(parse_override, sweep.settings))
+            changes = layered(given, start | name, settings)
             train(sweep.recipe, changes, run=path, quiet=True)
     except Interrupted:
         raise Interrupted(
