@@ -166,7 +166,8 @@ def test_the_command(run: Path, command: Command) -> None:
 def test_nothing_is_said_without_evidence(run: Path, command: Command) -> None:
     points = [("trades", 1.0, 66.0, 14.0)]
     threat = {"norm": "L2", "epsilon": 0.1, "epsilon_text": "0.1"}
-    for changes in ({"recipe": "photos"}, {"threat": threat}):
+    others = {"name": "photographs", "split": "test", "n": 100}
+    for changes in ({"recipe": "photos", "data": others}, {"threat": threat}):
         with pytest.raises(ConfigError, match="expected a front of recipe digits"):
             recommend(run, [planted(run, points, **changes)])
     with pytest.raises(CheckpointError, match="--attacks pgd50"):
@@ -179,4 +180,7 @@ def test_a_run_of_a_front_has_its_place_on_it(run: Path, tmp_path: Path) -> None
     shutil.copytree(run, tmp_path / "row")
     path = tmp_path / "row" / "config.yaml"
     path.write_text(path.read_text().replace("name: digits", "name: trades-6.0", 1))
+    assert recommend(tmp_path / "row", [front]).place == recommend(run, [front]).place
+    # So has a run of any name on the images of the front.
+    path.write_text(path.read_text().replace("name: trades-6.0", "name: mine", 1))
     assert recommend(tmp_path / "row", [front]).place == recommend(run, [front]).place

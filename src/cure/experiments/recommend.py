@@ -44,9 +44,10 @@ class Recommendation:
 
 
 def recommend(run: Run | str | Path, fronts: Iterable[str | Path] | None = None) -> Recommendation:
-    """Compare an evaluated run with the fronts of its recipe and threat.
+    """Compare an evaluated run with the fronts of its recipe or images, under its threat.
 
-    A front is known where ``cure front`` was carried out with the run's recipe and threat.  The
+    A front is known where ``cure front`` was carried out under the run's threat, with its recipe or
+    on its images.  The
     sentence about a change is made from differences between means over seeds; where the interval
     over images of a difference's two ends overlap, it says so.
 
@@ -58,7 +59,7 @@ def recommend(run: Run | str | Path, fronts: Iterable[str | Path] | None = None)
         Two sentences and the figures in them.
 
     Raises:
-        ConfigError: when no front is known for the run's recipe and threat.
+        ConfigError: when no front is known for the run's recipe or images under its threat.
         CheckpointError: when the run was not evaluated under the front's attack.
 
     >>> import cure
@@ -96,16 +97,17 @@ def known_fronts() -> list[Path]:
 def _alike(
     config: RunConfig, fronts: Iterable[str | Path] | None
 ) -> list[tuple[Path, FrontRecord]]:
-    """The fronts of a run's recipe and threat, those of its own data first."""
+    """The fronts under a run's threat of its recipe or images, those of its images first."""
     files = known_fronts() if fronts is None else [user_path(file) for file in fronts]
     read = [(file, FrontRecord.read(file)) for file in files]
+    name = Path(str(config.data.source)).name
+    # A run may have a name of its own: that of a trial, or of a choice on a line of weights.
     alike = [
         (file, record)
         for file, record in read
-        if config.name in {record.recipe, *_rows(record)}
+        if (config.name in {record.recipe, *_rows(record)} or record.data.name == name)
         and record.threat.same(config.threat.norm, config.threat.epsilon)
     ]
-    name = Path(str(config.data.source)).name
     return sorted(alike, key=lambda item: item[1].data.name != name)
 
 
