@@ -321,6 +321,21 @@ class ModelConfig(Section):
         return std
 
 
+def beyond_unit_images(norm: str, epsilon: float) -> str | None:
+    """What is wrong with a radius that is too large for images in [0, 1]; None if nothing is.
+
+    >>> beyond_unit_images("L2", 3.0)
+    """
+    limit = {"Linf": 1.0, "L2": 16.0}.get(norm, math.inf)
+    if epsilon <= limit:
+        return None
+    text = epsilon.text if isinstance(epsilon, Ratio) else f"{epsilon:g}"
+    return (
+        f"expected a radius of {limit:g} or less in {norm} for images in [0, 1], got {text}; "
+        f"if it is meant for pixels from 0 to 255, say {text}/255"
+    )
+
+
 class ThreatConfig(Section):
     """What the adversary may do: change the image within a ball, inside [0, 1]."""
 
@@ -336,15 +351,8 @@ class ThreatConfig(Section):
     def _epsilon_of_unit_images(cls, epsilon: Ratio, info: ValidationInfo) -> Ratio:
         if _kept(info):
             return epsilon
-        norm = info.data.get("norm")
-        limit = {"Linf": 1.0, "L2": 16.0}.get(str(norm), math.inf)
-        if epsilon > limit:
-            raise PydanticCustomError(
-                "units",
-                "expected a radius of {limit} or less in {norm} for images in [0, 1], got {text}; "
-                "if it is meant for pixels from 0 to 255, say {text}/255",
-                {"limit": f"{limit:g}", "norm": norm, "text": epsilon.text},
-            )
+        if found := beyond_unit_images(str(info.data.get("norm")), epsilon):
+            raise PydanticCustomError("units", "{found}", {"found": found})
         return epsilon
 
     @field_validator("norm", mode="before")

@@ -63,7 +63,7 @@ class Both(OwnStrategy):
     start=st.sampled_from(STARTS),
     seed=st.integers(0, 2**31 - 1),
     steps=st.integers(0, 3),
-    epsilon=st.floats(1e-3, 3.0),
+    epsilon=st.floats(1e-3, 1.0),
     share=st.floats(0.05, 3.0),
     objective=st.sampled_from(sorted(OBJECTIVES)),
 )
@@ -94,7 +94,7 @@ def test_every_sample_stays_in_its_own_ball(norm, start, seed, epsilon, steps):
         trained(),
         image,
         label,
-        Threat(norm, 77.0),
+        Threat(norm, 0.77),
         steps=torch.tensor(steps),
         step_size=0.3,
         start=start,
@@ -112,7 +112,7 @@ def test_each_sample_equals_a_run_alone_with_its_own_values(norm, early_stop):
     """Per-sample radius, step length, number of steps and patience, in float64."""
     image, label = images(6, 5, torch.float64)
     label[3] = (label[3] + 1) % 4  # one sample begins misclassified
-    model, threat = trained(torch.float64), Threat(norm, 9.0)
+    model, threat = trained(torch.float64), Threat(norm, 0.9)
     unit = 0.05 if norm == "Linf" else 0.4
     own = {
         "epsilon": unit * torch.tensor([0.5, 1.0, 2.0, 3.0, 1.5, 0.25], dtype=torch.float64),

@@ -17,7 +17,7 @@ NORMS = ("Linf", "L2")
 seeds = st.integers(0, 2**31 - 1)
 # From far inside the ball to far outside it.
 scales = st.floats(-4, 3).map(lambda power: 10.0**power)
-radii = st.floats(-3, 1).map(lambda power: 10.0**power)
+radii = st.floats(-3, 0).map(lambda power: 10.0**power)
 norms = st.sampled_from(NORMS)
 
 
@@ -68,7 +68,7 @@ def test_projection_is_the_nearest_point_of_the_ball(norm, seed, scale, radius):
 def test_projection_takes_one_radius_a_sample(norm, seed, scale, own):
     """Against the closed forms: clipping, and scaling by min(1, radius / length)."""
     change, radius = changes(seed, scale), np.array(own).reshape(-1, 1, 1, 1)
-    projected = Threat(norm, 123.0).project(torch.from_numpy(change), torch.tensor(own).double())
+    projected = Threat(norm, 0.123).project(torch.from_numpy(change), torch.tensor(own).double())
     if norm == "Linf":
         expected = np.clip(change, -radius, radius)
     else:
@@ -132,7 +132,7 @@ def test_steepest_direction_raises_a_linear_function_by_the_dual_norm(norm):
 def test_samples_lie_in_the_ball_of_each_image(norm, seed, radius):
     like = torch.zeros(5, 2, 3, 3, dtype=torch.float64)
     own = radius * torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
-    change = Threat(norm, 99.0).sample(like, torch.Generator().manual_seed(seed), own)
+    change = Threat(norm, 0.99).sample(like, torch.Generator().manual_seed(seed), own)
     assert change.shape == like.shape
     found = lengths(change.numpy(), norm)
     assert (found <= own.numpy() * (1 + 1e-12)).all()
@@ -187,3 +187,11 @@ def test_a_radius_that_is_no_number_is_refused():
     for radius in (None, "many", -1, float("nan")):
         with pytest.raises(ConfigError, match="threat: expected"):
             Threat("Linf", radius)
+
+
+def test_a_radius_in_pixels_is_refused() -> None:
+    with pytest.raises(ConfigError, match="got 8; if it is meant for pixels .* say 8/255"):
+        Threat("Linf", 8)
+    with pytest.raises(ConfigError, match="radius of 16 or less in L2"):
+        Threat("L2", 128.0)
+    assert Threat("L2", 3).epsilon == 3

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cure.config import Ratio, ThreatConfig
+from cure.config import Ratio, ThreatConfig, beyond_unit_images
 from cure.errors import ConfigError
 from cure.utils.random import draw_for_batch
 
@@ -66,7 +66,8 @@ class Threat:
         epsilon: radius, for images in [0, 1]; a number, or text such as ``8/255``.
 
     Raises:
-        ConfigError: when the norm is unknown, or the radius is negative or no number.
+        ConfigError: when the norm is unknown, or the radius is negative, no number, or too
+            large for images in [0, 1].
 
     >>> Threat("Linf", "4/255").project(torch.tensor([[0.5, -0.001]]))
     tensor([[ 0.0157, -0.0010]])
@@ -85,6 +86,8 @@ class Threat:
             raise ConfigError(f"threat: {error}") from None
         if not isinstance(epsilon, int | float) or not 0 <= epsilon < float("inf"):
             raise ConfigError(f"threat: expected a finite radius of 0 or more, got {epsilon}")
+        if found := beyond_unit_images(self.norm, epsilon):
+            raise ConfigError(f"threat: {found}")
         object.__setattr__(self, "epsilon", epsilon)
 
     @classmethod
