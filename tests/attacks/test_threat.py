@@ -190,7 +190,7 @@ def test_a_radius_that_is_no_number_is_refused():
 
 
 def test_a_radius_in_pixels_is_refused() -> None:
-    with pytest.raises(ConfigError, match="got 8; if it is meant for pixels .* say 8/255"):
+    with pytest.raises(ConfigError, match=r"got 8; if it is meant for pixels .* say 8/255"):
         Threat("Linf", 8)
     with pytest.raises(ConfigError, match="radius of 16 or less in L2"):
         Threat("L2", 128.0)

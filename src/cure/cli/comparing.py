@@ -238,7 +238,7 @@ def recommend(
         ),
     ] = None,
 ) -> None:
-    """Say where a run lies beside the measured front of its recipe or images, and what to change."""
+    """Say where a run lies beside a measured front of its recipe or images, and what to change."""
     from cure.experiments.recommend import recommend as compare_run
 
     found = compare_run(run, fronts)
