@@ -594,6 +594,28 @@ def test_command_needs_a_target(command: Command) -> None:
     refused(command("diagnose", "run", "--mean", 0), "go with --model")
 
 
+class Brightness(nn.Module):
+    """Two classes, dark and bright, by the mean of all pixels."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        mean = 20 * (image.mean(dim=(1, 2, 3)) - 0.5)
+        return torch.stack([-mean, mean], dim=1)
+
+
+@pytest.mark.parametrize("threat", [Threat("L2", 1.0), Threat("L1", 20.0)])
+def test_images_whose_range_is_a_ball_that_no_threat_may_have(threat: Threat) -> None:
+    """24x24: from black to white it is 24 in L2, and the first tiles of Square are cut off."""
+    label = torch.arange(16) % 2
+    pixels = (0.1 + 0.8 * label).view(-1, 1, 1, 1).expand(-1, 1, 24, 24)
+    found = statuses(
+        Brightness(),
+        ImageSet.of(pixels.contiguous(), label, ("dark", "bright")),
+        ["black_box", "growing_epsilon", "families"],
+        threat,
+    )
+    assert found == {"families": "pass", "black_box": "pass", "growing_epsilon": "pass"}
+
+
 def test_few_images_and_classes(images: ImageSet) -> None:
     """Two classes, three images, all wrong or all right: every check has something to say."""
     two = images.subset(images.label < 2)

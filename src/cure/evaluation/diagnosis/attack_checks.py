@@ -10,8 +10,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from cure.attacks import Objective, perturb
+from cure.attacks.early_exit import AnySizeSquare
 from cure.attacks.losses import MARGIN, cross_entropy
-from cure.evaluation.diagnosis.context import RESTARTS, CheckContext, RunAttack
+from cure.evaluation.diagnosis.context import RESTARTS, AnyBall, CheckContext, RunAttack
 from cure.evaluation.diagnosis.table import (
     CheckStatus,
     Finding,
@@ -290,9 +291,7 @@ def black_box(context: CheckContext) -> Finding:
     """
 
     def run(image: Tensor, label: Tensor, number: int) -> Tensor:
-        from pyautoattack.square import SquareAttack
-
-        square = SquareAttack(
+        square = AnySizeSquare(
             context.model,
             norm=context.threat.norm,
             eps=context.threat.epsilon,
@@ -348,7 +347,7 @@ def growing_epsilon(context: CheckContext) -> Finding:
     curve = {f"{epsilon:.4g}": short(100 * int(standing.sum()) / context.count)}
     while epsilon < whole:
         epsilon = min(2 * epsilon, whole)
-        ball = type(threat)(threat.norm, epsilon)
+        ball = AnyBall(threat.norm, epsilon)
         for objective in (cross_entropy, MARGIN.function):
             name = f"epsilon {epsilon}"
             attack = Objective(objective)
