@@ -14,10 +14,11 @@ from cure.config import TeacherConfig
 from cure.data import ImageSet
 from cure.errors import CheckpointError, CureError, Interrupted
 from cure.models.checkpoint import save_weights
-from cure.recipe import load_recipe
+from cure.recipe import changed, check, load_recipe, read_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.state import load_state
-from cure.training.setup import teacher_config
+from cure.training.prerequisites import prerequisites
+from cure.training.setup import prepare, teacher_config
 from cure.training.trainer import Trainer
 from helpers import Command, bright_or_dark, refused
 
@@ -125,6 +126,17 @@ def test_a_recipe_trains_the_teacher_first(brightness):
     assert same(trained, load_file(alone.path / "checkpoints" / "best.safetensors"))
 
 
+def test_a_teacher_whose_gradient_onednn_spoils_keeps_the_default_layout(brightness):
+    narrow = {"model": {"name": "resnet10", "options": {"width": 4}}}
+    teacher = recipe_teacher(**narrow, **{"training.channels_last": True})
+    settings = {**QUICK, "method": {"name": "ard", "teacher": teacher}, "start": "scratch"}
+    config = check(changed(read_recipe("digits"), settings), "settings")
+    folder = RunFolder(Path("student"))
+    (needed,) = prerequisites(folder, config, prepare(config, images=brightness, model=None))
+    assert needed.config.training.channels_last
+    assert not needed.prepared.engine.channels_last
+
+
 def test_a_teacher_s_recipe_shares_data_seed_and_device_with_its_student():
     config = load_recipe("cifar10-mini", ["seed=7", "training.threads=1", "data.validation=55"])
     source = TeacherConfig(recipe="digits", settings={"training.epochs": 3})
@@ -212,6 +224,10 @@ def test_weights_of_another_network(brightness):
     wide = {"name": "small_cnn", "options": {"width": 3}}
     quick("robust", brightness, method="at", start="scratch", model=wide)
     refuse(brightness, "robust/checkpoints/best.safetensors", "shape")
+
+
+def test_a_teacher_that_one_image_a_step_cannot_train(brightness):
+    refuse(brightness, recipe_teacher(**{"training.batch_size": 1}), "2 images or more", "got 1")
 
 
 def test_a_file_that_is_no_weights(brightness):

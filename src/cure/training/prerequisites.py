@@ -23,6 +23,7 @@ from cure.models.blocks import blocks, chosen, reinitialise
 from cure.models.build import network_of
 from cure.models.failure import network_errors
 from cure.models.head import head_name
+from cure.models.trial import fitted
 from cure.registry import METHODS
 from cure.runs.folder import RunFolder
 from cure.training.budget import decide_cutmix, reach_steps
@@ -105,7 +106,7 @@ def prerequisites(folder: RunFolder, config: RunConfig, prepared: Prepared) -> l
         initial = network_of(theirs, prepared.training.kind, None)
         own = replace(
             prepared,
-            engine=Engine.of(theirs.training),
+            engine=fitted(Engine.of(theirs.training), initial),
             network=starting_network(initial, theirs, prepared.training.kind),
             initial=initial,
             teachers={},

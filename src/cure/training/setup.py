@@ -133,11 +133,7 @@ def _prepared(
     steps_per_epoch(training, config.training.batch_size)
     initial = network_of(config, training.kind, model)
     check_parts(config, engine)
-    check_trainable(
-        initial,
-        config.training.batch_size // engine.world // config.training.parts,
-        frozen_statistics=config.training.batch_norm == "frozen",
-    )
+    _check_trainable(initial, config, engine)
     if not any(parameter.requires_grad for parameter in initial.parameters()):
         raise ModelError(
             "no weight of the model may change: set requires_grad to True for those to train"
@@ -213,6 +209,14 @@ def check_parts(config: RunConfig, engine: Engine) -> None:
             f"training.accumulation_steps: expected a divisor of the {size} images of a batch, got "
             f"{parts}; say {near}"
         )
+
+
+def _check_trainable(network: nn.Module, config: RunConfig, engine: Engine) -> None:
+    check_trainable(
+        network,
+        config.training.batch_size // engine.world // config.training.parts,
+        frozen_statistics=config.training.batch_norm == "frozen",
+    )
 
 
 def _check_start(config: RunConfig) -> None:
@@ -308,6 +312,7 @@ def _teacher(place: str, source: TeacherConfig, config: RunConfig, prepared: Pre
         initial = network_of(theirs, kind, None)
         try:
             _check_augmentation(theirs)
+            _check_trainable(initial, theirs, prepared.engine)
             network = starting_network(initial, theirs, kind, prepared.fresh)
         except CureError as error:
             raise type(error)(f"{place}: {error}") from None
