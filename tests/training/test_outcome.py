@@ -27,12 +27,12 @@ def accuracies(natural: float, robust: float, steps: int = 20, n: int = 200) -> 
     return Accuracies(natural=float(natural), robust=float(robust), n=n, steps=steps)
 
 
-def record(training: float, robust: float) -> EpochMetrics:
+def record(training: float, robust: float, **balanced: float) -> EpochMetrics:
     return EpochMetrics.model_validate(
         {
             "epoch": 1,
             "train": {"loss": 1.0, "robust_accuracy": training / 100},
-            "validation": {"natural": 80.0, "robust": float(robust)},
+            "validation": {"natural": 80.0, "robust": float(robust), **balanced},
         }
     )
 
@@ -148,6 +148,13 @@ def test_a_weak_validation_attack_is_said() -> None:
     )
     (sentence,) = judge(accuracies(90, 0), accuracies(80, 40), [record(50, 41)], few, 10.0).warnings
     assert "PGD-5, which is weaker than PGD-10" in sentence
+
+
+def test_the_validation_attack_is_judged_where_balanced_accuracy_was_best() -> None:
+    named_largest = {"natural_balanced": 50.0, "robust_balanced": 50.0}
+    learnt = {"natural_balanced": 80.0, "robust_balanced": 58.0}
+    records = [record(50, 90, **named_largest), record(50, 60, **learnt)]
+    assert judge(accuracies(90, 0), accuracies(80, 59), records, CONFIG, 50.0).warnings == []
 
 
 def test_a_start_at_chance_names_what_to_check() -> None:
