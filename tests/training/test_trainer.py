@@ -357,10 +357,36 @@ def test_a_start_that_was_good_and_falls_to_chance_is_told_of_at_once(tmp_path: 
     config = config_of("training.epochs=3", "training.collapse_patience=2")
     trainer = trainer_of(tmp_path, config, Lost, recorder)
     trainer.method.model.load_state_dict(read_weights(good.folder.weights("last")))
-    trainer.verdict = True
     with pytest.raises(TrainingStopped, match="2 times in a row up to epoch 2"):
         trainer.fit()
     assert ["fell to chance" in line and "epoch 1" in line for line in told] == [True]
+
+
+@pytest.mark.parametrize("attack", ["pgd", "n-fgsm"])
+def test_a_run_killed_in_its_first_epoch_knows_that_its_start_was_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    good = trainer_of(tmp_path / "good", config_of("training.epochs=6"))
+    good.fit()
+    config = config_of(f"attack.name={attack}", *["attack.check_every=9"] * (attack == "n-fgsm"))
+    killed = trainer_of(tmp_path, config)
+    killed.method.model.load_state_dict(read_weights(good.folder.weights("last")))
+
+    def kill(self: Trainer, number: int) -> None:
+        raise Interrupted("planted")
+
+    monkeypatch.setattr(Trainer, "_train_epoch", kill)
+    with pytest.raises(Interrupted):
+        killed.fit()
+    again = Trainer(
+        config, killed.method, killed.training, killed.validation, killed.engine, killed.folder
+    )
+    if attack == "n-fgsm":
+        again.restore()  # As after catastrophic overfitting in the first epoch.
+    else:
+        with pytest.raises(Interrupted):
+            again.fit()
+    assert again.collapse.learnt_at_start
 
 
 def test_a_network_that_ends_at_chance_after_learning_is_a_failure(tmp_path: Path) -> None:

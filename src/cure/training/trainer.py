@@ -132,8 +132,6 @@ class Trainer:
             self.restore()
         # Ranks may differ where the builder of a network draws without a seed.
         self.engine.spread(tensors_of(self.method).values())
-        if self.catastrophic is not None and not self.folder.state.exists():
-            self.save()  # A state to go back to already in the first epoch.
         self.folder.rewind(self.done // self.steps_per_epoch, self.done)
         if self.gradient_logger is not None:
             self.gradient_logger.start()
@@ -141,6 +139,8 @@ class Trainer:
         known = robust_overfitting(self.folder.metrics(), len(self.validation))
         self.warned_of_overfitting = known is not None
         self._measure_start()
+        if self.catastrophic is not None and not self.folder.state.exists():
+            self.save()  # A state to go back to already in the first epoch.
         for tracker in self.trackers:
             tracker.start(self.total_steps, self.done)
         self.folder.set_status("running", step=self.done, steps=self.total_steps)
@@ -333,7 +333,9 @@ class Trainer:
         """Accuracies before the first step, printed and kept in the run."""
         if not self.measures_gain or self.done:
             return
-        if self.engine.first(lambda: self.folder.outcome() is not None):
+        before = self.engine.first(self.folder.outcome)
+        if before is not None:
+            self.collapse.start(before.start.content())
             return
         if self.config.start == "model":
             # Nothing else keeps these weights, which `cure tradeoff` goes back towards.
