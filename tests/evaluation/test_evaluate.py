@@ -1067,6 +1067,8 @@ def test_a_network_without_images_and_weights_that_do_not_fit(tmp_path: Path) ->
         evaluate(model)
     with pytest.raises(ConfigError, match="without weights is random"):
         evaluate("small_cnn", data=images)
+    with pytest.raises(ConfigError, match="weights_key: 'ema' is a set of weights in a file"):
+        evaluate(model, data=images, weights_key="ema")
     torch.save(linear(torch.zeros(3, 16), torch.zeros(3)).state_dict(), tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="of another shape"):
         evaluate(model, data=images, weights=tmp_path / "other.pt")

@@ -41,7 +41,8 @@ class TargetOptions:
         seed: of everything random.
 
     Raises:
-        ConfigError: when ``limit`` or ``batch_size`` is below 1.
+        ConfigError: when ``limit`` or ``batch_size`` is below 1, or ``weights_key`` is given
+            without ``weights``.
     """
 
     weights: Annotated[str | Path | None, "Weights file of a named network."] = None
@@ -68,6 +69,11 @@ class TargetOptions:
 
     def __post_init__(self) -> None:
         check_counts(limit=self.limit, batch_size=self.batch_size)
+        if self.weights_key is not None and self.weights is None:
+            raise ConfigError(
+                f"weights_key: '{self.weights_key}' is a set of weights in a file; name the file "
+                "in weights, too"
+            )
 
 
 class TargetKeywords(TypedDict, total=False):
