@@ -92,6 +92,21 @@ def test_images_made_on_the_float_network_are_replayed(run: cure.Run, folder: Pa
     assert abs(int(withstands.sum()) - made["correct"]) <= 4
 
 
+def test_images_of_a_third_network_are_tried_beside_those_replayed(
+    run: cure.Run, folder: Path
+) -> None:
+    result = cure.evaluate(
+        folder / "model.int8.onnx",
+        data="digits",
+        attacks="fgsm,transfer",
+        limit=20,
+        float_network=run,
+        transfer=run,
+    )
+    assert set(result["float"]["attacks"]) == {"fgsm"}
+    assert set(result["attacks"]) == {"fgsm", "transfer"}
+
+
 def test_int8_is_told_of_as_masking(run: cure.Run, folder: Path, command: Command) -> None:
     words = ("evaluate", folder / "model.int8.onnx", "--data", "digits", "--limit", 30)
     alone = command(*words, "--attacks", "noise")

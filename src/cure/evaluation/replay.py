@@ -44,7 +44,11 @@ def compared(
         {"natural", "attacks", "differences": {name: {"difference", "interval", "lost", "gained"}}}:
         points of accuracy of the file minus the float network, images paired.
     """
-    names = [name for name in measured["attacks"] if needs_gradient(evaluation_attack(name))]
+    names = [
+        name
+        for name in measured["attacks"]
+        if needs_gradient(evaluation_attack(name, source=float_network))
+    ]
 
     def tell(name: str, done: int, count: int) -> None:
         progress(f"float {name}", done, count)
