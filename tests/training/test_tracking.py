@@ -213,6 +213,12 @@ def test_tensorboard_reads_every_epoch_back(tmp_path: Path) -> None:
     ]
 
 
+def epoch_of(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a tracker takes of an epoch of two."""
+    record = {"epoch": number, "epochs": 2, "learning_rate": 0.1, "train": {"loss": 1 / number}}
+    return record, {"images_per_second": 9.0}
+
+
 def test_wandb_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
 
@@ -229,25 +235,30 @@ def test_wandb_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "wandb", library)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     config = load_recipe("digits", ["training.epochs=2", "name=mine"])
-    numbers = {"train/loss": 1.0}
     first = TRACKERS["wandb"](tmp_path, config)
-    first.log(1, numbers)
+    first.epoch(*epoch_of(1))
     first.close()
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     second = TRACKERS["wandb"](tmp_path, config)
-    second.log(2, numbers)
+    second.epoch(*epoch_of(2))
     second.close()
+    measured = TRACKERS["wandb"](tmp_path, config)
+    measured.start(8, 8)
+    measured.close()
     made = [call for call in calls if isinstance(call, dict)]
     assert [(call["project"], call["name"], call["id"], call["resume"]) for call in made] == [
         ("cure", "mine", None, "allow"),
         ("theirs", "mine", "abc123", "allow"),
+        ("theirs", "mine", "abc123", "allow"),
     ]
     assert made[0]["config"]["threat"]["epsilon"] == "0.15"
-    # Half of a run ends as failed, the whole of it as finished.
+    names = sorted(scalars(*epoch_of(1)))
+    # Half of a run ends as failed, the whole of it as finished, also where it only measures.
     assert [call for call in calls if not isinstance(call, dict)] == [
-        (1, ["train/loss"]),
+        (1, names),
         1,
-        (2, ["train/loss"]),
+        (2, names),
+        0,
         0,
     ]
 
@@ -272,7 +283,7 @@ def test_mlflow_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         tracker = TRACKERS["mlflow"](kept, config)
         identity = json.loads((kept / "tracking.json").read_text())["mlflow"]
         assert client.get_run(identity).info.status == "RUNNING"
-        tracker.log(epoch, {"train/loss": 1.0 / epoch})
+        tracker.epoch(*epoch_of(epoch))
         tracker.warn("look")
         tracker.close()
         assert client.get_run(identity).info.status == status

@@ -50,12 +50,15 @@ class EpochTracker:
 
     module: ClassVar[str]
     """What must be importable for it."""
+    complete = False
+    """Whether every epoch is done."""
 
     @abstractmethod
     def __init__(self, folder: Path, config: RunConfig) -> None: ...
 
     def start(self, steps: int, done: int) -> None:
-        """Nothing to do before the first epoch."""
+        """Keep whether only the last measurement is left."""
+        self.complete = done == steps
 
     def step(self, images: int, metrics: Metrics) -> None:
         """Numbers go by epoch."""
@@ -63,6 +66,7 @@ class EpochTracker:
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
         """Log the epoch's numbers."""
         self.log(record["epoch"], scalars(record, timing))
+        self.complete = record["epoch"] == record["epochs"]
 
     @abstractmethod
     def log(self, epoch: int, numbers: Mapping[str, float]) -> None:

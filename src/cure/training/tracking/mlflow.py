@@ -30,8 +30,6 @@ class MlflowTracker(EpochTracker):
 
         # A client of our own leaves alone the run that the user's own code may have open.
         self.client = MlflowClient()
-        self.complete = False
-        self.epochs = config.training.epochs
         known = known_identity(folder, "mlflow")
         if known is not None:
             self.identity = known
@@ -70,7 +68,6 @@ class MlflowTracker(EpochTracker):
         now = int(time.time() * 1000)
         rows = [Metric(name, value, now, epoch) for name, value in numbers.items()]
         self.client.log_batch(self.identity, metrics=rows)
-        self.complete = epoch == self.epochs
 
     def warn(self, sentence: str) -> None:
         """Keep the last sentence as a tag."""

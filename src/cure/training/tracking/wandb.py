@@ -35,14 +35,11 @@ class WandbTracker(EpochTracker):
             reinit="create_new",
             settings=wandb.Settings(console="off"),
         )
-        self.complete = False
-        self.epochs = config.training.epochs
         keep_identity(folder, "wandb", self.run.id)
 
     def log(self, epoch: int, numbers: Mapping[str, float]) -> None:
         """Send the numbers; W&B leaves out an epoch that it has, and it has the same numbers."""
         self.run.log(dict(numbers), step=epoch)
-        self.complete = epoch == self.epochs
 
     def warn(self, sentence: str) -> None:
         """Keep the last sentence in the run's summary."""
