@@ -344,6 +344,19 @@ def test_what_fails_is_told_and_equal_trials_are_trained_once(
     assert {bool(t["reason"]) for t in trained} == {True, False}, "both values were drawn"
 
 
+def test_a_batch_that_the_images_do_not_fill_fails_its_trial_alone(
+    tmp_path: Path, command: Command
+) -> None:
+    out = tmp_path / "out"
+    words = ["analyse", "sensitivity", "digits", *SCRATCH, "--output", out]
+    words.remove("training.batch_size=32")
+    ended = command(*words, "--vary", "training.batch_size=32,500", "--grid", "2")
+    assert ended.status == 0, ended.err
+    found = {t["settings"]["training.batch_size"]: t for t in told(out)["trials"]}
+    assert found[32]["state"] == "finished"
+    assert "at least one batch of 500 images" in found[500]["reason"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

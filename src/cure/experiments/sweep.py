@@ -25,7 +25,14 @@ import yaml
 
 from cure.config import Ratio, RunConfig
 from cure.data.cache import CachePlace
-from cure.errors import CheckpointError, ConfigError, Interrupted, ModelError, TrainingStopped
+from cure.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    ModelError,
+    TrainingStopped,
+)
 from cure.evaluation.runner import Progress, no_progress
 from cure.recipe import changed, check, layered, override, parse_override, read_recipe, read_yaml
 from cure.runs.folder import RunFolder
@@ -490,7 +497,7 @@ def _carry_out(sweep: Sweep, study: Study, trial: Trial) -> None:
         raise Interrupted(
             f"stopped in trial {run}; the same command goes on where it was"
         ) from None
-    except (TrainingStopped, ConfigError, ModelError) as error:
+    except (TrainingStopped, ConfigError, DataError, ModelError) as error:
         return fail(str(error))
     folder = RunFolder.open(path)
     best = folder.status().best
