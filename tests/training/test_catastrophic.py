@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import cure
+from cure.attacks import PGD, Threat
+from cure.data import Batch
+from cure.methods import Context
+from cure.training.catastrophic import CatastrophicOverfitting
 from cure.training.trainer import Trainer
+from cure.utils.engine import Engine
 
 SETTINGS = {
     "method": "at",
@@ -69,6 +75,24 @@ def test_enough_noise_and_a_small_epsilon_do_not_raise_it(
     changes = {"threat.epsilon": 0.1, "attack.noise": 1.0, "training.epochs": 6}
     cure.train("digits", SETTINGS | changes, run=tmp_path / "run")
     assert "catastrophic" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "single_step", "found"),
+    [(2, 76, True), (2, 74, False), (10, 21, True), (10, 19, False)],
+)
+def test_it_is_found_where_the_single_step_leaves_more_than_guessing(
+    monkeypatch: pytest.MonkeyPatch, classes: int, single_step: float, found: bool
+) -> None:
+    attack = PGD(Threat("Linf", 0.1), steps=1, step_size=0.1)
+    context = Context(Engine(torch.device("cpu")), attack, 0, 10, 1, classes=classes)
+    batch = Batch(
+        torch.zeros(100, 1, 8, 8), torch.zeros(100, dtype=torch.long), torch.arange(100), 0
+    )
+    accuracies = iter([single_step, 0.0])
+    monkeypatch.setattr(CatastrophicOverfitting, "_accuracy", lambda *_: next(accuracies))
+    method: Any = SimpleNamespace(context=context)
+    assert CatastrophicOverfitting(method, every=1).overfits(batch) is found
 
 
 def test_natural_training_attacks_nothing_and_is_not_checked(

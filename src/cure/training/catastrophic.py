@@ -30,7 +30,8 @@ class CatastrophicOverfitting:
     """Compares the single-step attack with PGD on training batches.
 
     It is found where PGD leaves less than half of what the single step leaves, by more than three
-    standard errors, and the single step leaves more than twice the accuracy of guessing.
+    standard errors, and the single step leaves more than twice the accuracy of guessing (of two
+    classes: more than half of the way from guessing to 100 %).
 
     Attributes:
         single_step: accuracy under the training attack at the last check, in percent.
@@ -69,8 +70,9 @@ class CatastrophicOverfitting:
         self.pgd = sum(self._accuracy(pgd, part) for part in split) / parts
         count = len(batch.label) * context.engine.world
         error = math.sqrt(self.single_step * (100 - self.single_step) / count)
-        above_chance = self.single_step > 200 / context.classes
-        return above_chance and self.pgd < min(self.single_step / 2, self.single_step - 3 * error)
+        chance = 100 / context.classes
+        learnt = self.single_step > min(2 * chance, (100 + chance) / 2)
+        return learnt and self.pgd < min(self.single_step / 2, self.single_step - 3 * error)
 
     def _accuracy(self, attack: PGD, batch: Batch) -> float:
         context, model = self.method.context, self.method.model
