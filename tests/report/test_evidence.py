@@ -268,6 +268,14 @@ def test_a_browser_that_fails_costs_one_sentence(
     assert made.notes[0].startswith("evidence.pdf was not written: fake")
 
 
+def test_a_run_may_lie_in_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = plant(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert write_evidence("~/run", calibration_images=0).page == run / "evidence.html"
+
+
 def test_the_command(tmp_path: Path, command: Command) -> None:
     run = str(plant(tmp_path / "run"))
     done = command("report", "--evidence", run, "--calibration-images", "0")

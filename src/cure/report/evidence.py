@@ -37,7 +37,7 @@ from cure.report.page import GENERATOR, is_ours, page_sections, render
 from cure.runs.results import UnseenThreat
 from cure.runs.run import Run
 from cure.utils.engine import Engine
-from cure.utils.io import first_line, write_bytes, write_text
+from cure.utils.io import first_line, user_path, write_bytes, write_text
 from cure.utils.modes import in_evaluation
 from cure.utils.plotting import Chart, Panel, Series
 
@@ -114,7 +114,7 @@ def write_evidence(
     >>> write_evidence(run, calibration_images=20).page.name
     'evidence.html'
     """
-    folder = Path(run.path if isinstance(run, Run) else run)
+    folder = user_path(run.path if isinstance(run, Run) else run)
     if folder.is_file() or calibration_images < 0:
         what = f"got the file {folder}" if folder.is_file() else f"got {calibration_images} images"
         raise ConfigError(f"expected the folder of a run and 0 or more images, {what}")
@@ -126,7 +126,7 @@ def write_evidence(
     pdf, notes = _printed(html)
     own = {PAGE: html.encode("utf-8")} | ({PDF: pdf} if pdf is not None else {})
     sums = _sums(folder, own)
-    signature = None if sign is None else _signed(sums, Path(sign).expanduser())
+    signature = None if sign is None else _signed(sums, user_path(sign))
     if signature is None:
         notes.append(f"{HASHES} is unsigned: name a private SSH key with --sign to sign it")
     try:
