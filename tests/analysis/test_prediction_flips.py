@@ -249,7 +249,9 @@ def test_a_network_in_python_needs_to_be_told_its_start(written: ImageSet) -> No
         prediction_flips(Reads(0), data=written)
 
 
-def test_weights_in_a_file_are_a_start_too(tmp_path: Path) -> None:
+def test_weights_in_a_file_are_a_start_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     settings = {
         "model": {"name": "small_cnn", "options": {"width": 2}},
         "data.validation": 16,
@@ -264,7 +266,10 @@ def test_weights_in_a_file_are_a_start_too(tmp_path: Path) -> None:
     def trained(name: str, **more: Any) -> cure.Run:
         return cure.train("digits", settings | more, data=images, run=tmp_path / name, quiet=True)
 
-    first = trained("first", method="natural", start="scratch")
+    first = trained("natural", method="natural", start="scratch")
+    with pytest.raises(ConfigError, match="no natural start"):
+        start_of(first)
+    assert start_of(trained("at", method="at", start="~/natural")) == first.path
     file = tmp_path / "weights.safetensors"
     shutil.copy(RunFolder.open(first.path).weights("best"), file)
     second = trained("second", method="at", start=str(file))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from cure.analysis.render import MISSING, StudyTable, View, listed, number, points
 from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
-from cure.config import NATURAL
 from cure.data import batches
 from cure.errors import ConfigError
 from cure.evaluation.metrics import accuracy_of
@@ -23,6 +22,7 @@ from cure.models.build import network_of
 from cure.models.checks import check_outputs
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
+from cure.utils.io import user_path
 from cure.utils.plotting import Chart, Figures, Panel, Series
 from cure.utils.stats import holm, mcnemar, paired_difference
 
@@ -204,7 +204,10 @@ def start_of(target: TargetLike) -> Path | nn.Module:
     path = target.path if isinstance(target, Run) else target
     if isinstance(path, str | Path) and (Path(path) / "config.yaml").is_file():
         folder = RunFolder.open(path)
-        for place in (folder.path / "natural", Path(folder.config.start_path or NATURAL)):
+        places = [folder.path / "natural"]
+        if folder.config.start_path is not None:
+            places.append(user_path(folder.config.start_path))
+        for place in places:
             if (place / "config.yaml").is_file():
                 return place
         if (weights := folder.start_weights()) is not None:
