@@ -261,6 +261,8 @@ def test_rows_and_points() -> None:
         ("trades", 1, False),
         ("trades", 6, True),
     ]
+    (beaten,) = [line for line in lines(record) if "is as good in both and better in one" in line]
+    assert beaten.startswith("trades beta 6:")
 
 
 def test_a_front_that_is_not_complete_says_what_is_missing() -> None:

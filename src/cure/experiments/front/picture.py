@@ -43,7 +43,7 @@ def _point(point: FrontPoint, record: FrontRecord) -> str:
     """The accuracies of a point."""
     knob = record.curves[point.curve].knob
     setting = "" if knob is None else f" {knob} {point.value}"
-    beaten = "; another point is better in both" if point.dominated else ""
+    beaten = "; another point is as good in both and better in one" if point.dominated else ""
     return (
         f"{point.curve}{setting}: natural {point.natural.mean:.1f} %, {record.attack} "
         f"{point.robust.mean:.1f} %{beaten}"
