@@ -179,6 +179,19 @@ def test_what_was_added_to_a_folder_is_listed(monkeypatch: pytest.MonkeyPatch) -
     assert listing.listing("attacks") == [("of the registry", "yes")]
 
 
+def test_memory_that_python_could_not_have_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    """Python's own error says nothing, unlike those of NumPy and PyTorch."""
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(listing, "_modules", refuse)
+    ended = command("list", "attacks")
+    assert ended.err.startswith("error: there is not enough memory (MemoryError); work on fewer")
+
+
 # Training.
 
 

@@ -121,6 +121,7 @@ def test_what_is_no_such_file(case, tmp_path):
     mark = tmp_path / "exploded"
     torch.save({"adv_complete": Bomb(mark)}, tmp_path / "bomb.pt")
     (tmp_path / "text.pt").write_text("nothing")
+    (tmp_path / "empty.pt").touch()
     torch.save({"adv_complete": torch.zeros(3, 1, 4)}, tmp_path / "shape.pt")
     torch.save({"images": torch.zeros(3, 1, 4, 4)}, tmp_path / "key.pt")
     torch.save(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), tmp_path / "bytes.pt")
@@ -129,6 +130,7 @@ def test_what_is_no_such_file(case, tmp_path):
     for name, why in {
         "bomb": "cannot be read as tensors",
         "text": "cannot be read as tensors",
+        "empty": "cannot be read as tensors",
         "shape": "expected images",
         "key": "expected images",
         "bytes": "expected images",

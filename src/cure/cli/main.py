@@ -25,6 +25,7 @@ from cure.errors import (
     OutOfMemory,
     RanksLost,
 )
+from cure.utils.io import first_line
 from cure.utils.launcher import launched
 from cure.utils.memory import keep_freed_memory
 
@@ -119,7 +120,7 @@ def _sentence(error: Exception) -> CureError | None:
 
     if is_out_of_memory(error):
         return OutOfMemory(
-            f"there is not enough memory ({str(error).splitlines()[0][:120]}); work on fewer or "
+            f"there is not enough memory ({first_line(error)[:120]}); work on fewer or "
             "smaller images at once (--batch-size, --limit, data.limit, data.resize)"
         )
     if network_error(error) is None:

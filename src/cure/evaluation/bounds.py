@@ -26,6 +26,7 @@ from cure.data import ImageSet, batches
 from cure.errors import ConfigError, ModelError
 from cure.evaluation.metrics import Result, accuracy_of
 from cure.evaluation.runner import Progress, no_progress
+from cure.models.failure import reason_of
 from cure.utils.engine import Engine
 from cure.utils.modes import in_evaluation
 
@@ -169,8 +170,8 @@ def logit_bounds(model: nn.Module, image: Tensor, epsilon: float) -> Interval:
         traced = fx.GraphModule(network, _Tracer().trace(network))
     except Exception as error:  # Whatever the code of a network raises on symbols.
         raise ModelError(
-            f"interval bounds need a network that torch.fx can trace ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}); leave the bounds out"
+            "interval bounds need a network that torch.fx can trace "
+            f"({reason_of(error)}); leave the bounds out"
         ) from None
     exact = image.double()
     box = Interval((exact - epsilon).clamp(0, 1), (exact + epsilon).clamp(0, 1))

@@ -18,6 +18,7 @@ from cure.evaluation.metrics import accuracy_of
 from cure.evaluation.runner import Result
 from cure.models.checks import predicted
 from cure.utils.engine import Engine
+from cure.utils.io import first_line
 
 ADVERSARIAL_FORMAT = "cure-adversarial-1"
 IMAGES = "adv_complete"
@@ -116,7 +117,7 @@ def read_claim(path: str | Path) -> Claim:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise DataError(
-            f"{path} cannot be read as tensors ({str(error).splitlines()[0][:100]}); expected a "
+            f"{path} cannot be read as tensors ({first_line(error)[:100]}); expected a "
             f"file written by torch.save that holds a tensor or {{'{IMAGES}': tensor}}"
         ) from None
     said = content if isinstance(content, dict) else {IMAGES: content}

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from cure.errors import ConfigError, Interrupted
+from cure.utils.io import first_line
 from cure.utils.memory import keep_freed_memory
 
 
@@ -101,7 +102,7 @@ def cluster_executor(cluster: str, folder: Path, options: Mapping[str, Any]) -> 
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**{"timeout_min": 24 * 60, **options})
     except (RuntimeError, ValueError, NameError, TypeError, AssertionError) as error:
-        raise ConfigError(f"--cluster {cluster}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--cluster {cluster}: {first_line(error)}") from None
     return executor
 
 
@@ -127,7 +128,7 @@ class RayExecutor:
         try:
             self.task = ray.remote(**{"num_cpus": 1, "max_retries": 0, **options})(_called)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"--cluster ray: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"--cluster ray: {first_line(error)}") from None
 
     def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
         """Start the call, or put it in the queue."""
@@ -145,7 +146,7 @@ class _RayJob:
         except self.ray.exceptions.RayTaskError as error:
             raise (error.cause or RuntimeError(str(error))) from None
         except self.ray.exceptions.RayError as error:
-            raise RuntimeError(str(error).splitlines()[0]) from None
+            raise RuntimeError(first_line(error)) from None
 
 
 def _called(function: Callable[..., str], arguments: tuple[Any, ...]) -> str:

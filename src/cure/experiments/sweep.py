@@ -41,7 +41,7 @@ from cure.training.prerequisites import natural_config
 from cure.training.run import resume, train
 from cure.training.setup import prepare
 from cure.training.start import standardised_as_start
-from cure.utils.io import read_json, write_json
+from cure.utils.io import first_line, read_json, write_json
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -359,7 +359,7 @@ def open_study(sweep: Sweep) -> Study:
             load_if_exists=True,
         )
     except Exception as error:  # Whatever databases, their drivers and file systems raise.
-        raise ConfigError(f"storage: Optuna cannot use it: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"storage: Optuna cannot use it: {first_line(error)}") from None
     return study
 
 

@@ -43,6 +43,7 @@ from cure.training.totals import Totals
 from cure.training.tracking import Tracker
 from cure.training.validation import validate
 from cure.utils.engine import Engine, Grads
+from cure.utils.io import first_line
 from cure.utils.random import derive
 from cure.utils.stats import is_unequal
 
@@ -487,7 +488,7 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{self.folder.state} does not fit the run's recipe "
-                f"({str(error).splitlines()[0]}); restore config.yaml or the state from a copy"
+                f"({first_line(error)}); restore config.yaml or the state from a copy"
             ) from None
         self.done = state["done"]
         self.totals = Totals.of(state["totals"], self.engine.device)

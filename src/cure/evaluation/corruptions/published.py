@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from cure.errors import DataError, unknown
 from cure.evaluation.corruptions.constants import SEVERITIES
 from cure.evaluation.corruptions.operations import CORRUPTIONS, Pixels
+from cure.models.failure import reason_of
+from cure.utils.io import first_line
 
 LABELS = "labels.npy"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -99,7 +101,7 @@ def _array(path: Path, shape: tuple[int | None, ...]) -> NDArray[Any]:
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"expected an array of numbers in '{path}', which cannot be read as one "
-            f"({str(error).splitlines()[0]}); get the file again"
+            f"({first_line(error)}); get the file again"
         ) from None
     fits = array.ndim == len(shape) and all(
         want is None or want == got for want, got in zip(shape, array.shape, strict=True)
@@ -127,7 +129,7 @@ def _fetched(name: str) -> Path:
     except Exception as error:
         raise DataError(
             f"expected the data set '{name}' from the Hugging Face hub, which could not be had "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); no folder of this "
+            f"({reason_of(error)}); no folder of this "
             "name is here either: correct the name, or give the folder of the .npy files"
         ) from error
     # Copies keep the files where they like.

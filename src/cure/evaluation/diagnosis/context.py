@@ -16,6 +16,7 @@ from cure.attacks.losses import CROSS_ENTROPY, MARGIN, cross_entropy, lead
 from cure.data import ImageSet, to_unit
 from cure.models.checks import check_outputs, predicted
 from cure.utils.engine import Engine
+from cure.utils.io import first_line
 from cure.utils.random import generator, seeded
 
 RunAttack = Callable[[Tensor, Tensor, int], Tensor]
@@ -49,7 +50,7 @@ class _AlwaysDifferentiable(nn.Module):
                     (gradient,) = torch.autograd.grad(output.sum(), leaf, allow_unused=True)
                     self.connected = gradient is not None
         except RuntimeError as error:
-            self.connected, self.error = False, str(error).splitlines()[0]
+            self.connected, self.error = False, first_line(error)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits [B, K], in the images' own type."""
