@@ -11,7 +11,7 @@ import torch
 
 import cure
 from cure.data import carve
-from cure.errors import CureError
+from cure.errors import ConfigError, CureError
 from cure.experiments.tradeoff import _images, barriers, choose, combinations
 from cure.runs.folder import RunFolder
 from cure.runs.records import TradeoffPoint
@@ -193,6 +193,24 @@ def test_an_unknown_strong_attack_is_refused_before_anything_is_measured(
 ) -> None:
     ended = command("tradeoff", runs / "at", "--natural-at-least", 1, "--strong", "pdg20")
     refused(ended, "pdg20")
+
+
+def test_a_strong_attack_for_more_classes_is_refused_before_anything_is_measured(
+    runs: Path,
+) -> None:
+    said: list[str] = []
+    with pytest.raises(ConfigError, match="apgd-t"):
+        cure.tradeoff(runs / "at", natural_at_least=0, points=2, strong=["apgd-t"], say=said.append)
+    assert not said
+
+
+def test_natural_accuracy_is_no_strong_attack(runs: Path, tmp_path: Path) -> None:
+    chosen = tmp_path / "chosen"
+    found = cure.tradeoff(
+        runs / "at", natural_at_least=0, points=2, strong=["natural"], output=chosen
+    )
+    assert found.run == str(chosen)
+    assert found.strong is None
 
 
 def test_three_ends_make_a_triangle(runs: Path) -> None:

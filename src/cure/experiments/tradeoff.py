@@ -29,7 +29,7 @@ from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
 from cure.data.objects import as_images
 from cure.errors import CheckpointError, ConfigError
-from cure.evaluation.runner import measure
+from cure.evaluation.runner import chosen_attacks, measure
 from cure.experiments.pareto import undominated
 from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import core, load_weights, save_weights
@@ -131,6 +131,7 @@ def tradeoff(
     kind = folders[0].kind
     if strong is None:
         strong = STRONG if len(kind.classes) >= 4 else STRONG[:1]
+    strong = [name for name in strong if name != "natural"]
     check_attacks(strong)
     if wanted:
         check_free(place)
@@ -144,6 +145,7 @@ def tradeoff(
     engine = Engine.for_evaluation(device)
     validation = _images(folders[0], data, "validation").to(engine.device)
     training = _images(folders[0], data, "train")
+    chosen_attacks(strong, validation, Threat.of(config.threat), None, network)
     recompute = _statistics_moved(network, ends)
     shares = combinations(len(ends), points)
     say(
