@@ -1061,6 +1061,21 @@ def test_a_result_is_not_lost_to_an_output_that_cannot_be_written(tmp_path: Path
         assert json.loads(output.read_text())["format"] == "cure-evaluation-1"
 
 
+def test_a_radius_of_the_curve_that_is_too_large_is_refused_before_any_attack() -> None:
+    model, images, _, _ = linear_case(2, 0.05)
+    told: list[str] = []
+    with pytest.raises(ConfigError, match="images in"):
+        evaluate(
+            model,
+            data=images,
+            attacks=[],
+            curve="pgd20",
+            epsilons=["1/255", "2"],
+            progress=lambda name, *_: told.append(name),
+        )
+    assert not told
+
+
 def test_a_network_without_images_and_weights_that_do_not_fit(tmp_path: Path) -> None:
     model, images, _, _ = linear_case(2, 0.05)
     with pytest.raises(ConfigError, match="a model needs images"):

@@ -114,7 +114,8 @@ def measure(
         can be.
 
     Raises:
-        ConfigError: for an unknown attack, before anything is computed.
+        ConfigError: for an unknown attack or a radius of the curve that is too large, before
+            anything is computed.
         DataError: when there is no image, or a label without a class.
         ModelError: when the model's output is no logits.
     """
@@ -123,6 +124,8 @@ def measure(
     along = None
     if curve is not None:
         (along,) = chosen_attacks([curve.attack], images, threat, source, model, replay)
+        for epsilon in curve.epsilons:
+            Threat(threat.norm, float(epsilon))  # Refuses a radius that is too large.
     if shard is not None and (named := [a.name for a in chosen if a.order is not None]):
         raise ConfigError(
             f"{named[0]} takes all images in one order, so they cannot be shared among shards; "
