@@ -269,7 +269,8 @@ def test_weights_in_a_file_are_a_start_too(tmp_path: Path, monkeypatch: pytest.M
     first = trained("natural", method="natural", start="scratch")
     with pytest.raises(ConfigError, match="no natural start"):
         start_of(first)
-    assert start_of(trained("at", method="at", start="~/natural")) == first.path
+    trained("at", method="at", start="~/natural")
+    assert start_of("~/at") == first.path
     file = tmp_path / "weights.safetensors"
     shutil.copy(RunFolder.open(first.path).weights("best"), file)
     second = trained("second", method="at", start=str(file))

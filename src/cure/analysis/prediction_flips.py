@@ -202,7 +202,7 @@ def start_of(target: TargetLike) -> Path | nn.Module:
         ConfigError: when these are not kept, or it is no run.
     """
     path = target.path if isinstance(target, Run) else target
-    if isinstance(path, str | Path) and (Path(path) / "config.yaml").is_file():
+    if isinstance(path, str | Path) and (user_path(path) / "config.yaml").is_file():
         folder = RunFolder.open(path)
         places = [folder.path / "natural"]
         if folder.config.start_path is not None:

@@ -219,11 +219,12 @@ def baseline_of(result: Result, path: Path, **errors: float) -> Path:
     return path
 
 
-def test_corruption_error_by_hand(tmp_path: Path) -> None:
+def test_corruption_error_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cure.corruptions(Bright(), data=noisy(), severity="2,5")
     assert first["mce"] is None
-    baseline = baseline_of(first, tmp_path / "b.json", fog=20.0, saturate=12.5)
-    result = cure.corruptions(Bright(), data=noisy(), severity="2,5", baseline=baseline)
+    baseline_of(first, tmp_path / "b.json", fog=20.0, saturate=12.5)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = cure.corruptions(Bright(), data=noisy(), severity="2,5", baseline="~/b.json")
     expected = {}
     for name, cell in first["corruptions"].items():
         errors = [100 - cell["severities"][s]["accuracy"] for s in ("2", "5")]

@@ -37,7 +37,7 @@ from cure.models.failure import network_errors
 from cure.runs.results import CorruptionRecord
 from cure.utils.engine import Engine
 from cure.utils.environment import environment
-from cure.utils.io import check_free
+from cure.utils.io import check_free, user_path
 from cure.utils.launcher import launched
 from cure.utils.sheet import write_sheet
 from cure.utils.stats import wilson
@@ -429,7 +429,7 @@ def _mean(truths: Sequence[Truths]) -> Result:
 
 
 def _read_baseline(given: str | Path) -> Result:
-    path = Path(given)
+    path = user_path(given)
     if not path.is_file():
         shipped = sorted(file.stem for file in BASELINES.glob("*.json"))
         if path.suffix or len(path.parts) > 1 or str(given) not in shipped:
