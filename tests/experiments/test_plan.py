@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -325,6 +326,18 @@ def test_a_failure_in_another_process_is_one_sentence():
     plan = read_plan(written(rows=rows, settings={**PLAN["settings"], "start": "scratch"}))
     (failure,) = carry_out_plan(plan, Path("out"), LocalExecutor(1))
     assert failure.startswith("natural-seed0: the loss or the weights stopped being finite")
+
+
+def test_what_is_cancelled_is_none_of_the_user_s_own_processes() -> None:
+    own = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    own.start()
+    try:
+        LocalExecutor(1).cancel()
+        own.join(1)
+        assert own.is_alive()
+    finally:
+        own.kill()
+        own.join()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ class LocalExecutor:
         self.jobs = jobs
         self.threads = ThreadPoolExecutor(jobs)
         self.over = False
+        # Processes of the user's own, such as the workers of a data loader.
+        self.others = multiprocessing.active_children()
 
     def submit(self, function: Callable[..., str], /, *arguments: Any) -> Job:
         """Start the call, or put it in the queue."""
@@ -71,7 +73,8 @@ class LocalExecutor:
         self.over = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
-            process.terminate()
+            if process not in self.others:
+                process.terminate()
         self.threads.shutdown()
 
 
