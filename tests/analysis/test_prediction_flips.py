@@ -274,6 +274,10 @@ def test_weights_in_a_file_are_a_start_too(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / "weights.safetensors"
     shutil.copy(RunFolder.open(first.path).weights("best"), file)
     second = trained("second", method="at", start=str(file))
+    hat = {"natural.epochs": 1, "method": "hat"}
+    assert start_of(trained("taught", **hat, start=str(first.path))) == first.path
+    robust = trained("robust", method="at", start="robust:at")
+    assert start_of(robust) == robust.path / "head"
     network = start_of(second)
     assert isinstance(network, torch.nn.Module)
     expected = first.model().state_dict()

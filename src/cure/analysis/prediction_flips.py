@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cure.analysis.render import MISSING, StudyTable, View, listed, number, points
 from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
+from cure.config import NATURAL
 from cure.data import batches
 from cure.errors import ConfigError
 from cure.evaluation.metrics import accuracy_of
@@ -204,11 +205,10 @@ def start_of(target: TargetLike) -> Path | nn.Module:
     path = target.path if isinstance(target, Run) else target
     if isinstance(path, str | Path) and (user_path(path) / "config.yaml").is_file():
         folder = RunFolder.open(path)
-        places = [folder.path / "natural"]
-        if folder.config.start_path is not None:
-            places.append(user_path(folder.config.start_path))
-        for place in places:
-            if (place / "config.yaml").is_file():
+        # Elsewhere, a natural run inside is a teacher.
+        inside = folder.path / (NATURAL if folder.config.starts_naturally else "head")
+        for place in (inside, user_path(folder.config.start_path)):
+            if place is not None and (place / "config.yaml").is_file():
                 return place
         if (weights := folder.start_weights()) is not None:
             given = target.network if isinstance(target, Run) else None
