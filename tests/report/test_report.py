@@ -374,6 +374,18 @@ def test_one_start_of_several_runs_is_shown_once(run: Path, tmp_path: Path) -> N
     assert said.count("Against the network it started from (robust/natural)") == 2
 
 
+def test_a_natural_teacher_is_no_start(tmp_path: Path) -> None:
+    taught = plant(
+        tmp_path / "taught",
+        method="hat",
+        results=[evaluation("taught")],
+        settings=["start=elsewhere"],
+    )
+    plant(taught / "natural", method="natural")
+    tree = read(write_report(taught, output=tmp_path / "page.html"))
+    assert "it started from" not in section(tree, "verdict").text
+
+
 def test_what_was_measured_otherwise_stands_in_a_table_of_its_own(
     small: Path, tmp_path: Path
 ) -> None:

@@ -205,7 +205,7 @@ def start_of(target: TargetLike) -> Path | nn.Module:
     path = target.path if isinstance(target, Run) else target
     if isinstance(path, str | Path) and (user_path(path) / "config.yaml").is_file():
         folder = RunFolder.open(path)
-        # Elsewhere, a natural run inside is a teacher.
+        # In a run with another start, a natural run inside is a teacher.
         inside = folder.path / (NATURAL if folder.config.starts_naturally else "head")
         for place in (inside, user_path(folder.config.start_path)):
             if place is not None and (place / "config.yaml").is_file():
