@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 import cure
 from cure.config import RunConfig
@@ -20,6 +22,7 @@ from cure.runs.folder import RunFolder
 from cure.training.prerequisites import carry_out
 from cure.training.setup import prepare
 from cure.training.tracking.base import TRACKERS, EpochTracker, scalars
+from cure.training.tracking.terminal import TerminalTracker
 from helpers import Command, bright_or_dark, refused
 
 SETTINGS = {
@@ -217,6 +220,17 @@ def epoch_of(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a tracker takes of an epoch of two."""
     record = {"epoch": number, "epochs": 2, "learning_rate": 0.1, "train": {"loss": 1 / number}}
     return record, {"images_per_second": 9.0}
+
+
+def test_the_bar_is_where_the_run_is_after_it_went_back() -> None:
+    tracker = TerminalTracker("digits", Console(file=io.StringIO()))
+    tracker.start(8, 0)
+    for _ in range(7):  # Of which the last three were undone.
+        tracker.step(16, {})
+    record, timing = epoch_of(1)
+    tracker.epoch(record | {"step": 4}, timing)
+    assert tracker.progress.tasks[0].completed == 4
+    tracker.close()
 
 
 def test_wandb_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

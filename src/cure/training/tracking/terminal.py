@@ -99,7 +99,8 @@ class TerminalTracker:
         )
 
     def epoch(self, record: dict[str, Any], timing: dict[str, Any]) -> None:
-        """Print the epoch's line."""
+        """Print the epoch's line; set the bar, as a run may have gone back meanwhile."""
+        self.progress.update(self.task, completed=record["step"])
         parts = [
             f"{self.title} epoch {record['epoch']}/{record['epochs']}",
             f"loss {record['train']['loss']:.3f}",
