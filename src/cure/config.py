@@ -69,7 +69,7 @@ class Ratio(float):
             number = float(above / below[0] if below else above)
         except ZeroDivisionError:
             raise ValueError(f"expected a number, got '{text}', which divides by zero") from None
-        except ValueError:
+        except (ValueError, OverflowError):
             raise ValueError(f"expected a number such as 0.031 or 8/255, got '{text}'") from None
         ratio = super().__new__(cls, number)
         ratio.text = text

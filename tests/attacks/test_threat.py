@@ -184,7 +184,7 @@ def test_a_number_a_sample_broadcasts_over_the_image():
 
 
 def test_a_radius_that_is_no_number_is_refused():
-    for radius in (None, "many", -1, float("nan")):
+    for radius in (None, "many", "1e400", -1, float("nan")):
         with pytest.raises(ConfigError, match="threat: expected"):
             Threat("Linf", radius)
 
@@ -192,6 +192,4 @@ def test_a_radius_that_is_no_number_is_refused():
 def test_a_radius_in_pixels_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"got 8; if it is meant for pixels .* say 8/255"):
         Threat("Linf", 8)
-    with pytest.raises(ConfigError, match="radius of 16 or less in L2"):
-        Threat("L2", 128.0)
-    assert Threat("L2", 3).epsilon == 3
+    assert Threat("L2", 20).epsilon == 20  # of large images

@@ -66,8 +66,8 @@ class Threat:
         epsilon: radius, for images in [0, 1]; a number, or text such as ``8/255``.
 
     Raises:
-        ConfigError: when the norm is unknown, or the radius is negative, no number, or too
-            large for images in [0, 1].
+        ConfigError: when the norm is unknown, or the radius is negative, no number, or above
+            1 in Linf.
 
     >>> Threat("Linf", "4/255").project(torch.tensor([[0.5, -0.001]]))
     tensor([[ 0.0157, -0.0010]])
@@ -86,7 +86,8 @@ class Threat:
             raise ConfigError(f"threat: {error}") from None
         if not isinstance(epsilon, int | float) or not 0 <= epsilon < float("inf"):
             raise ConfigError(f"threat: expected a finite radius of 0 or more, got {epsilon}")
-        if found := beyond_unit_images(self.norm, epsilon):
+        # Of the other norms, the largest sensible radius depends on the size of the images.
+        if self.norm == "Linf" and (found := beyond_unit_images(self.norm, epsilon)):
             raise ConfigError(f"threat: {found}")
         object.__setattr__(self, "epsilon", epsilon)
 

@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from cure.attacks import Objective, perturb
 from cure.attacks.early_exit import AnySizeSquare
 from cure.attacks.losses import MARGIN, cross_entropy
-from cure.evaluation.diagnosis.context import RESTARTS, AnyBall, CheckContext, RunAttack
+from cure.evaluation.diagnosis.context import RESTARTS, CheckContext, RunAttack
 from cure.evaluation.diagnosis.table import (
     CheckStatus,
     Finding,
@@ -347,7 +347,7 @@ def growing_epsilon(context: CheckContext) -> Finding:
     curve = {f"{epsilon:.4g}": short(100 * int(standing.sum()) / context.count)}
     while epsilon < whole:
         epsilon = min(2 * epsilon, whole)
-        ball = AnyBall(threat.norm, epsilon)
+        ball = type(threat)(threat.norm, epsilon)
         for objective in (cross_entropy, MARGIN.function):
             name = f"epsilon {epsilon}"
             attack = Objective(objective)

@@ -76,14 +76,7 @@ class _ZeroLogits(nn.Module):
         return torch.zeros_like(output) if isinstance(output, Tensor) else output
 
 
-class AnyBall(Threat):
-    """A ball of any radius, up to the whole range of the images; a threat has a smaller one."""
-
-    def __post_init__(self) -> None:
-        """Accept the radius, a number, as it is."""
-
-
-class OtherSteps(AnyBall):
+class OtherSteps(Threat):
     """The same ball climbed along the other norm's direction.
 
     An Linf ball along the gradient itself, an L2 ball along its signs: the results differ where a
@@ -94,7 +87,7 @@ class OtherSteps(AnyBall):
         """A direction whose entries are about as large as those of the norm's own."""
         width = math.sqrt(gradient[0].numel())
         if self.norm == "Linf":
-            return width * AnyBall("L2", self.epsilon).steepest(gradient)
+            return width * Threat("L2", self.epsilon).steepest(gradient)
         return gradient.sign() / width
 
 
@@ -143,7 +136,7 @@ class CheckContext:
     ) -> None:
         self.images = images.checked().to(engine.device)
         self.given, self.other = model, other
-        self.threat = AnyBall("L2", threat.epsilon) if threat.norm == "L1" else threat
+        self.threat = Threat("L2", threat.epsilon) if threat.norm == "L1" else threat
         self.seed, self.batch_size, self.expected = seed, batch_size, expected
         self.engine = engine
         self.count, self.classes = len(images), len(images.classes)
