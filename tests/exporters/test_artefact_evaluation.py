@@ -137,24 +137,42 @@ class Mean(nn.Module):
         return torch.stack([0.5 - level, level - 0.5], dim=1) * 10
 
 
-def test_a_file_of_others_is_evaluated(folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def theirs(folder: Path, tmp_path: Path) -> Path:
+    """An ONNX file of others, which reads brightness."""
     contract = cure.from_pretrained(folder / "model.onnx").contract
     proto = onnx_model(captured(Mean().eval(), contract.kind), contract)
     kept = [prop for prop in proto.metadata_props if prop.key != MARK]
     del proto.metadata_props[:]
     proto.metadata_props.extend(kept)
     onnx.save(proto, tmp_path / "theirs.onnx")
+    return tmp_path / "theirs.onnx"
+
+
+def test_a_file_of_others_is_evaluated(theirs: Path) -> None:
     image = torch.full((6, 1, 8, 8), 200, dtype=torch.uint8)
     image[:3] = 30
     data = cure.ImageSet.of(image, torch.tensor([0, 0, 0, 1, 1, 0]), split="test")
-    result = cure.evaluate(tmp_path / "theirs.onnx", data=data, attacks="noise", epsilon="8/255")
+    result = cure.evaluate(theirs, data=data, attacks="noise", epsilon="8/255")
     assert result["natural"]["correct"] == 5
     assert result["attacks"]["noise"]["correct"] == 5
     # Standardised, 30/255 is 0.82 and counts as bright.
-    shifted = cure.evaluate(
-        tmp_path / "theirs.onnx", data=data, attacks="noise", mean=[-0.7], std=[1.0]
-    )
+    shifted = cure.evaluate(theirs, data=data, attacks="noise", mean=[-0.7], std=[1.0])
     assert shifted["natural"]["correct"] == 2
+
+
+def test_a_file_of_others_takes_constants(theirs: Path, command: Command) -> None:
+    """``--mean`` and ``--std`` go with the file, as docs/guides/deploy.md says, and with each
+    other."""
+    image, label = np.full((6, 8, 8), 200, np.uint8), [0, 0, 0, 1, 1, 0]
+    image[:3] = 30
+    file, output = theirs.with_name("two.npz"), theirs.with_name("result.json")
+    np.savez(file, x_train=255 - image, y_train=label, x_test=image, y_test=label)
+    words = ("evaluate", theirs, "--data", file, "--attacks", "natural")
+    ended = command(*words, "--mean", "-0.7", "--std", "1", "--output", output)
+    assert ended.status == 0, ended.err
+    assert json.loads(output.read_text())["natural"]["correct"] == 2
+    refused(command(*words, "--mean", "-0.7"), "mean and std are given together")
 
 
 def test_images_of_another_size_are_one_sentence(folder: Path) -> None:

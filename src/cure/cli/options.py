@@ -188,7 +188,8 @@ def _named(target: str | None, model: str | None, given: dict[str, Any]) -> str:
         if file.is_file():
             given["weights"], target = file, None
     if target is not None and model is None:
-        if any(given[name] for name in ("weights", "option", "mean", "std")):
+        named = ":" in target or user_path(target).is_file()  # a network, or a file of one
+        if not named and any(given[name] for name in ("weights", "option", "mean", "std")):
             raise ConfigError("--weights, --option, --mean and --std go with --model")
         return target
     if model is not None and target is None:

@@ -163,6 +163,8 @@ class Target:
                 "and std go with the name of a model"
             )
 
+        section = _model_config(path.name, how, None)
+
         def build(images: ImageSet) -> nn.Module:
             if contract is not None and images.kind != contract.kind:
                 wanted, came = contract.kind, images.kind
@@ -172,10 +174,10 @@ class Target:
                 )
             if network is None:
                 return from_pretrained(path)
-            if how.mean is None or how.std is None:
+            if section.mean is None or section.std is None:
                 return network
             traits = traits_of(network)
-            return with_traits(Normalised(network, how.mean, how.std), traits)
+            return with_traits(Normalised(network, section.mean, section.std), traits)
 
         facts: dict[str, Any] = {"artefact": path.name, "sha256": _file_digest(path)}
         if contract is not None:
