@@ -181,3 +181,12 @@ def test_only_a_layer_whose_outputs_are_the_logits_is_put_in_order(norm: str | N
 
     with pytest.raises(ModelError, match="are not the logits"):
         order_head(core(Scaled()), (2, 0, 1), image)
+
+
+def test_what_a_run_began_with_is_found_again(first: RunFolder, tmp_path: Path) -> None:
+    """With its classes in the order of the data."""
+    with pytest.warns(CureNote, match="put in the order"):
+        run = train(tmp_path / "run", str(first.path), turned(THREE), **CONSTANTS)
+    line = cure.tradeoff(run.path, data=turned(THREE), points=3)
+    begun = next(point for point in line.points if point.shares[0] == 1)
+    assert begun.natural == natural(run) > 80

@@ -10,7 +10,7 @@ What a folder holds:
 - ``gradients.jsonl``, ``gradients.safetensors``: what ``training.record_gradients`` records.
 - ``status.json``: how far the run came; ``outcome.json``: what it gained.
 - ``checkpoints/{last,best}.safetensors``: weights.
-- ``checkpoints/start.safetensors``: weights that a run with ``start: model`` began with.
+- ``checkpoints/start.safetensors``: weights that a run with ``start: model`` or a path began with.
 - ``checkpoints/epoch-0005.safetensors``: weights that ``training.keep_every`` keeps.
 - ``checkpoints/state.safetensors``: everything that resuming needs.
 - ``evaluations/``: results of ``cure evaluate``, and journals of unfinished ones.

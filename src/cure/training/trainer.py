@@ -338,8 +338,9 @@ class Trainer:
         if before is not None:
             self.collapse.start(before.start.content())
             return
-        if self.config.start == "model":
-            # Nothing else keeps these weights, which `cure tradeoff` goes back towards.
+        if self.config.start != "scratch" and not self.config.starts_naturally:
+            # Nothing else keeps these weights, with this head and in this order of the classes,
+            # which `cure tradeoff` goes back towards.
             self._write(self.method.model, "start", {"run": self.config.name, "epoch": "0"})
         found = self.validate(self.final_steps)
         self.collapse.start(found)
