@@ -250,3 +250,21 @@ def test_a_start_that_guesses_is_refused_warned_of_or_let_be(
     said = capsys.readouterr().err
     assert (sentence in said) is (check == "warn")
     assert "start: natural" in said
+
+
+def test_few_images_of_a_rare_class_are_not_a_start_at_chance() -> None:
+    """16 images, one of them of the rare class: always naming the other is right on 15."""
+    config = CONFIG.model_copy(update={"start": "model"})
+    perfect = Accuracies(
+        natural=100, robust=100, natural_balanced=100, robust_balanced=100, n=16, steps=20
+    )
+    guessing = Guessing([1, 15], balanced=True)
+    assert start_warnings(perfect, config, guessing) == []
+    named = perfect.model_copy(update={"natural": 93.75, "natural_balanced": 50.0})
+    assert len(start_warnings(named, config, guessing)) == 1
+    end = accuracies(93.75, 93.75, n=16)
+    sentence = judge(perfect, end, [record(90, 93.75)], config, 93.75).warnings[0]
+    assert sentence.endswith(
+        "16 images are too few to tell a network from one that always names the largest class: set "
+        "a larger data.validation"
+    )

@@ -101,6 +101,11 @@ def _likely_cause(
         training: share of the attacked training images that were right in the last epoch.
         config: the run.
     """
+    if above >= 100:
+        return (
+            f"{end.n:,} images are too few to tell a network from one that always names the "
+            "largest class: set a larger data.validation"
+        )
     low, fallen = start.natural <= above, end.natural <= above
     if low and fallen and config.start != "scratch":
         return f"the starting network was at chance already: {_start_advice(config)}"
@@ -173,7 +178,8 @@ def start_warnings(start: MeasuredAccuracies, config: RunConfig, guessing: Guess
     if config.start == "scratch":
         return []
     natural = guessing.natural(start.content())
-    if guessing.learnt(natural):
+    # Of few images guessing may get most right: half of the way from it to 100 % is no bad start.
+    if guessing.learnt(natural) or natural > (guessing.chance + 100) / 2:
         return []
     over = " over classes" if guessing.balanced else ""
     return [
