@@ -221,6 +221,14 @@ class Broken(Items):
         return super().__getitem__(index)
 
 
+def wide(kind):
+    """Pillow images that their conversion to 8 bits would turn white, or black."""
+    from PIL import Image
+
+    pixels = PIXELS[..., 0].astype(kind) * 257
+    return [(Image.fromarray(one), int(n)) for one, n in zip(pixels, NUMBERS, strict=True)]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(Items("tensor"))
@@ -254,6 +262,8 @@ class Stream(IterableDataset):
             Broken,
             "item 7 of the data set .* fails with KeyError: 'no such cat'; correct the data set",
         ),
+        (lambda: wide(np.uint16), "item 0 of train.* has more than 8 bits a channel; convert it"),
+        (lambda: wide(np.float32), "item 0 of train.* has more than 8 bits a channel; convert it"),
         (lambda: [IMAGE[0], IMAGE[1], IMAGE[2]], "items \\(image, label\\)"),
         (lambda: {"a": 1}, "a split 'train' in the dictionary"),
         (lambda: ([PIXELS[0], PIXELS[1, :2]], [0, 1]), "images of one size"),

@@ -47,6 +47,7 @@ _HEIC_BRANDS = frozenset([b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", 
 _GREY_MODES = frozenset(["1", "L", "LA", "La"])
 _ALPHA_MODES = frozenset(["RGBA", "RGBa", "LA", "La", "PA"])
 _WIDE_MODES = frozenset(["I", "F"])
+_TOO_WIDE = "it has more than 8 bits a channel; convert it to an 8-bit PNG, scaled as you see fit"
 _ORIENTATION = 0x0112
 _MOVING = "cure: several pictures"
 _CHUNK = 32
@@ -196,12 +197,8 @@ def open_image(file: Any, more: Sequence[str] = ()) -> Any:
     # Entered, Pillow closes a file it opened by name; the pixels are loaded by then.
     with opened as image:
         # Pillow would cut 16-bit RGB to 8 bits without a word; the raw mode tells in time.
-        wide = image.mode[:1] in _WIDE_MODES or ";16" in str(getattr(image, "tile", ""))
-        if wide:
-            raise ValueError(
-                "it has more than 8 bits a channel; convert it to an 8-bit PNG, scaled as you see "
-                "fit"
-            )
+        if image.mode[:1] in _WIDE_MODES or ";16" in str(getattr(image, "tile", "")):
+            raise ValueError(_TOO_WIDE)
         # An MPO file holds one picture and its preview.
         if image.format != "MPO" and getattr(image, "is_animated", False):
             image.info[_MOVING] = True
@@ -256,6 +253,8 @@ def _head(file: Any) -> bytes:
 
 def _convert(image: Any, treatment: Treatment) -> Picture:
     """A Pillow image as [H, W, C] uint8; C is 1 for grey, else 3."""
+    if image.mode[:1] in _WIDE_MODES:  # a Pillow image that was given as it is
+        raise ValueError(_TOO_WIDE)
     size = (image.height, image.width)
     converted = []
     if image.info.get(_MOVING):
