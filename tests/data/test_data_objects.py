@@ -221,6 +221,13 @@ class Broken(Items):
         return super().__getitem__(index)
 
 
+class Unreadable(Items):
+    def __getitem__(self, index):
+        if index == 7:
+            raise OSError("image file is truncated\nin 7.jpg")
+        return super().__getitem__(index)
+
+
 def wide(kind):
     """Pillow images that their conversion to 8 bits would turn white, or black."""
     from PIL import Image
@@ -264,6 +271,10 @@ class Stream(IterableDataset):
         ),
         (lambda: wide(np.uint16), "item 0 of train.* has more than 8 bits a channel; convert it"),
         (lambda: wide(np.float32), "item 0 of train.* has more than 8 bits a channel; convert it"),
+        (
+            Unreadable,
+            "item 7 .* fails with OSError: image file is truncated; .* without that item",
+        ),
         (lambda: [IMAGE[0], IMAGE[1], IMAGE[2]], "items \\(image, label\\)"),
         (lambda: {"a": 1}, "a split 'train' in the dictionary"),
         (lambda: ([PIXELS[0], PIXELS[1, :2]], [0, 1]), "images of one size"),

@@ -278,7 +278,7 @@ def _table_of_items(given: Any, split: str) -> ImageTable:
     """A data set of (image, label) items. Each item is read twice: its label, then its image."""
     labels = _targets(given)
     if labels is None:
-        labels = [_pair_of_item(_item(given, row))[1] for row in range(len(given))]
+        labels = [_pair_of_item(_item(given, row, whole=True))[1] for row in range(len(given))]
 
     def cells(rows: Sequence[int]) -> Iterator[EncodedImage]:
         # Read here, one after another: a data set may not be safe in several threads.
@@ -297,17 +297,20 @@ def _table_of_items(given: Any, split: str) -> ImageTable:
     return ImageTable(label, classes, cells)
 
 
-def _item(given: Any, row: int) -> Any:
+def _item(given: Any, row: int, whole: bool = False) -> Any:
     """An item of somebody's data set.
+
+    Args:
+        whole: whether a file that cannot be read is an error of the data set, too.
 
     Raises:
         DataError: the data set fails, for another reason than a file that cannot be read.
     """
     try:
         return given[row]
-    except (CureError, OSError, ValueError):
-        raise
     except Exception as error:
+        if isinstance(error, CureError) or (not whole and isinstance(error, OSError | ValueError)):
+            raise
         raise DataError(
             f"item {row} of the data set passed as data fails with {type(error).__name__}: "
             f"{first_line(error)}; correct the data set, or pass it without that item"
