@@ -778,7 +778,10 @@ PLANTED: dict[str, tuple[nn.Module, str]] = {
     "infinite": (Constant(lambda x: torch.full((len(x), 2), math.inf)), "not finite"),
     "too many": (nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), "5 logits but the data has 2"),
     "too few": (nn.Sequential(nn.Flatten(), nn.Linear(16, 1)), "1 logits but the data has 2"),
-    "flat": (Constant(lambda x: x.mean(dim=(1, 2, 3))), r"expected logits of shape \[4, 2\]"),
+    "flat": (
+        Constant(lambda x: x.mean(dim=(1, 2, 3))),
+        r"expected logits of shape \[4, 2\], got \[4\]; return",
+    ),
     "one for all": (Constant(lambda x: torch.randn(1, 2)), r"got \[1, 2\]"),
     "dictionary": (Constant(lambda x: {"logits": x.flatten(1)[:, :2]}), "got dict"),
     "channels": (nn.Conv2d(3, 2, 3), r"failed on images of shape .*1, 4, 4"),

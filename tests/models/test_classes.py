@@ -15,7 +15,7 @@ from cure.config import ModelConfig
 from cure.errors import CureNote, ModelError
 from cure.evaluation.evaluate import evaluate
 from cure.models.build import adapted_copy, build_model
-from cure.models.classes import own_classes
+from cure.models.classes import own_classes, places_of
 from helpers import bright_or_dark
 
 
@@ -98,3 +98,8 @@ def test_a_compiled_or_parallel_network_is_taken_as_it_was(
             ModelConfig(name="given_networks:make"), classes=2, channels=3, size=(2, 2), seed=0
         )
     assert built.state_dict().keys() == model.state_dict().keys()
+
+
+def test_another_number_of_classes_is_one_sentence() -> None:
+    with pytest.raises(ModelError, match=r"^the network has 2 classes but the data has 3: the dat"):
+        places_of(("cat", "dog", "owl"), ("dog", "cat"), "the network")

@@ -55,7 +55,10 @@ def checked_logits(model: nn.Module, image: Tensor, classes: str = "classes") ->
         raise ModelError(failed_in(error, "the model", image)) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(image):
         came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ModelError(f"expected logits of shape [{len(image)}, {classes}], got {came}")
+        raise ModelError(
+            f"expected logits of shape [{len(image)}, {classes}], got {came}; return one score "
+            "a class for each image"
+        )
     return logits
 
 

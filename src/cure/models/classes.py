@@ -50,7 +50,7 @@ def places_of(names: Sequence[str], theirs: Sequence[str], title: str) -> tuple[
         counts = ""
         if len(names) != len(theirs):
             counts = f" has {len(theirs)} classes but the data has {len(names)}"
-        raise ModelError(f"{title}{counts or ':'} {error}; {NEW_HEAD_ADVICE}") from None
+        raise ModelError(f"{title}{counts}: {error}; {NEW_HEAD_ADVICE}") from None
 
 
 def in_order(model: nn.Module, names: Sequence[str], theirs: Sequence[str] | None) -> nn.Module:
