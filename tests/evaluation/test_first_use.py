@@ -79,15 +79,40 @@ def test_images_that_are_left_out_are_noted(tmp_path: Path) -> None:
     assert any("1 damaged image skipped" in note for note in found["notes"])
 
 
-def test_a_carved_test_split_is_noted(tmp_path: Path) -> None:
+def shades(folder: Path) -> str:
+    """Twenty grey images of two classes, without a split."""
     for number in range(20):
-        place = tmp_path / ("a" if number % 2 else "b")
-        place.mkdir(exist_ok=True)
+        place = folder / ("a" if number % 2 else "b")
+        place.mkdir(parents=True, exist_ok=True)
         pixels = np.full((8, 8, 3), 10 * number, dtype=np.uint8)
         Image.fromarray(pixels).save(place / f"{number}.png")
+    return str(folder)
+
+
+def test_a_carved_test_split_is_noted(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     with pytest.warns(CureNote, match=r"no test split: 4 of 20 images .*test_fraction=0\.2"):
-        cure.evaluate(network, data=str(tmp_path), attacks=["noise"])
+        cure.evaluate(network, data=shades(tmp_path), attacks=["noise"])
+
+
+def test_a_carved_test_split_of_other_images_than_those_of_the_run_is_noted(tmp_path: Path) -> None:
+    settings = {
+        "start": "scratch",
+        "model.name": "small_cnn",
+        "data.validation": 4,
+        "attack.steps": 1,
+        "training.batch_size": 4,
+        "training.validation_steps": 1,
+        "training.epochs": 1,
+        "training.threads": 1,
+    }
+    own, other = shades(tmp_path / "own"), shades(tmp_path / "other")
+    run = cure.train("digits", settings, data=own, run=tmp_path / "run", quiet=True)
+    with pytest.warns(CureNote, match="other: no test split: 4 of 20 images"):
+        cure.evaluate(run, data=other, attacks=["natural"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CureNote)  # the training told it
+        cure.evaluate(run, attacks=["natural"])
 
 
 @pytest.mark.parametrize("target", [lambda image: image, [nn.Identity(), nn.Identity()]])

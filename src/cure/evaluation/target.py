@@ -239,7 +239,7 @@ class Target:
             place = CachePlace.beside(None if self.folder is None else self.folder.path)
             images = load_split(config, how.split, how.limit, place)
             said = [f"{images.name}: {skipped}" for skipped in images.findings.skipped]
-            if self.folder is None:  # a run has told it
+            if not self.measures_own:  # the training has told it
                 said += [f"{images.name}: {note}" for note in images.findings.notes]
             for sentence in said:
                 warnings.warn(sentence, CureNote, stacklevel=2)
