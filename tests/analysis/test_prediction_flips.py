@@ -249,9 +249,8 @@ def test_a_network_in_python_needs_to_be_told_its_start(written: ImageSet) -> No
         prediction_flips(Reads(0), data=written)
 
 
-def test_weights_in_a_file_are_a_start_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
+def trained(path: Path, images: ImageSet | None = None, **more: Any) -> cure.Run:
+    """A run of one epoch."""
     settings = {
         "model": {"name": "small_cnn", "options": {"width": 2}},
         "data.validation": 16,
@@ -261,24 +260,34 @@ def test_weights_in_a_file_are_a_start_too(tmp_path: Path, monkeypatch: pytest.M
         "training.threads": 1,
         "training.validation_steps": 1,
     }
-    images = bright_or_dark()
+    data = bright_or_dark() if images is None else images
+    return cure.train("digits", settings | more, data=data, run=path, quiet=True)
 
-    def trained(name: str, **more: Any) -> cure.Run:
-        return cure.train("digits", settings | more, data=images, run=tmp_path / name, quiet=True)
 
-    first = trained("natural", method="natural", start="scratch")
+def test_weights_in_a_file_are_a_start_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = trained(tmp_path / "natural", method="natural", start="scratch")
     with pytest.raises(ConfigError, match="no natural start"):
         start_of(first)
-    trained("at", method="at", start="~/natural")
+    trained(tmp_path / "at", method="at", start="~/natural")
     assert start_of("~/at") == first.path
     file = tmp_path / "weights.safetensors"
     shutil.copy(RunFolder.open(first.path).weights("best"), file)
-    second = trained("second", method="at", start=str(file))
+    second = trained(tmp_path / "second", method="at", start=str(file))
     hat = {"natural.epochs": 1, "method": "hat"}
-    assert start_of(trained("taught", **hat, start=str(first.path))) == first.path
-    robust = trained("robust", method="at", start="robust:at")
+    assert start_of(trained(tmp_path / "taught", **hat, start=str(first.path))) == first.path
+    robust = trained(tmp_path / "robust", method="at", start="robust:at")
     assert start_of(robust) == robust.path / "head"
     network = start_of(second)
     assert isinstance(network, torch.nn.Module)
     expected = first.model().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+def test_a_start_of_other_classes_is_taken_with_the_head_of_the_run(tmp_path: Path) -> None:
+    first = trained(tmp_path / "first", method="natural", start="scratch")
+    three, more = bright_or_dark(classes=3), {"start": str(first.path), "new_head": True}
+    second = trained(tmp_path / "second", three, method="at", **more)
+    result = prediction_flips(second, data=three, device="cpu", output=tmp_path / "kept.json")
+    assert result["comparisons"][0]["n"] == len(three)

@@ -208,7 +208,9 @@ def start_of(target: TargetLike) -> Path | nn.Module:
         # In a run with another start, a natural run inside is a teacher.
         inside = folder.path / (NATURAL if folder.config.starts_naturally else "head")
         for place in (inside, user_path(folder.config.start_path)):
-            if place is not None and (place / "config.yaml").is_file():
+            if place is None or not (place / "config.yaml").is_file():
+                continue
+            if RunFolder.open(place).kind.classes == folder.kind.classes:
                 return place
         if (weights := folder.start_weights()) is not None:
             given = target.network if isinstance(target, Run) else None
