@@ -573,6 +573,20 @@ def test_images_that_an_attack_would_clip_and_l1_are_refused() -> None:
         PGD(Threat("L1", 1))(trained(), image, label)
 
 
+@pytest.mark.parametrize(
+    ("label", "sentence"),
+    [
+        (torch.tensor([0.0, 1.0]), r"labels in int64, got torch\.float32; say labels\.long\(\)"),
+        (torch.tensor([[0], [1]]), r"labels as classes \[B\] or probabilities .*, got \[2, 1\]"),
+        (torch.tensor([0, 1, 1]), "a label for each of 2 images, got 3"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(label: Tensor, sentence: str) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ConfigError, match=sentence):
+        PGD(Threat("Linf", 0.1), 1)(network, torch.rand(2, 1, 2, 2), label)
+
+
 def test_a_network_without_a_gradient_is_refused() -> None:
     class Detached(nn.Module):
         def forward(self, image: Tensor) -> Tensor:

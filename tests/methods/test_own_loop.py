@@ -375,6 +375,10 @@ def test_what_the_user_should_know_is_warned_of_at_once():
             "give the attack alone",
         ),
         (lambda m: cure.methods.AT("resnet18"), "AT: expected model as a torch.nn.Module"),
+        (
+            lambda m: cure.methods.AT(nn.Sequential(nn.Flatten(), nn.LazyLinear(3))),
+            "AT: the model has layers whose size is not known yet; call it once on a batch of im",
+        ),
         (lambda m: cure.methods.AT(m, threat="Linf"), "threat as a cure.Threat, got 'Linf'"),
         (lambda m: cure.methods.AT(m, attack="pgd20"), "attack as a cure.attacks.PGD, got 'pgd20'"),
         (lambda m: AWP(m, gamma=0.1), "AWP: expected a method, such as .*, got "),

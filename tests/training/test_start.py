@@ -13,7 +13,7 @@ from torch import nn
 
 import cure
 from cure.data import ImageSet
-from cure.errors import CheckpointError, CureNote, ModelError
+from cure.errors import CheckpointError, ConfigError, CureNote, ModelError
 from cure.models import core
 from cure.models.head import order_head
 from cure.runs.folder import RunFolder
@@ -190,3 +190,24 @@ def test_what_a_run_began_with_is_found_again(first: RunFolder, tmp_path: Path) 
     line = cure.tradeoff(run.path, data=turned(THREE), points=3)
     begun = next(point for point in line.points if point.shares[0] == 1)
     assert begun.natural == natural(run) > 80
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            "small_cnn",
+            r"as a torch\.nn\.Module, got 'small_cnn'; a name goes into the settings: m",
+        ),
+        (nn.Flatten, r"got the class Flatten; pass a network of it, Flatten\(\)"),
+        (torch.relu, "got builtin_function_or_method; put a function or several networks into a m"),
+    ],
+)
+def test_what_is_no_network_is_refused(given: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        cure.train("digits", model=given, data=THREE, run=tmp_path / "run")
+    with pytest.raises(ConfigError, match=sentence):
+        cure.resume(tmp_path, model=given)
+    if not isinstance(given, str):
+        with pytest.raises(ConfigError, match=sentence):
+            cure.evaluate(given, data=THREE)

@@ -15,7 +15,7 @@ from cure.attacks.losses import CROSS_ENTROPY, Objective
 from cure.attacks.threat import Threat, drawn, per_image, per_sample
 from cure.config import Ratio
 from cure.errors import ConfigError, ModelError
-from cure.models.checks import check_range
+from cure.models.checks import check_labels, check_range
 from cure.models.fuse import folded
 from cure.utils.modes import modes_kept
 from cure.utils.random import generator as keyed_generator
@@ -317,8 +317,8 @@ class PGD:
             one more forward pass when the objective compares with the natural logits.
 
         Raises:
-            ConfigError: when images leave [0, 1] (checked without ``generator`` only, since a GPU
-                has to wait for it), or the norm is L1.
+            ConfigError: when images leave [0, 1] or labels have another form (checked without
+                ``generator`` only, since a GPU has to wait for it), or the norm is L1.
             ModelError: when the network gives no gradient.
         """
         if hooks is not None and self.restarts > 1:
@@ -331,6 +331,7 @@ class PGD:
                 return PGD.__call__(self, model, *own, objective, generator, hooks=hooks)
         if generator is None:
             check_range(image)
+            check_labels(label, len(image))
             generator = keyed_generator(image.device, 0, "PGD")
         network = _compiled(model) if self.compile else model
 

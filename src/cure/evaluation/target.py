@@ -35,6 +35,7 @@ from cure.models.artefact import (
     is_artefact,
 )
 from cure.models.build import adapted_copy, network_of
+from cure.models.checks import check_network
 from cure.models.classes import in_order, own_classes
 from cure.models.contract import Contract, Normalisation
 from cure.models.onnx_network import OnnxNetwork
@@ -95,10 +96,7 @@ class Target:
         if isinstance(given, Run):
             network, given = given.network, given.path
         if not isinstance(given, str | Path):
-            raise ConfigError(
-                f"expected a run, a network (torch.nn.Module) or the name of one, got "
-                f"{type(given).__name__}; put a function or several networks into a module"
-            )
+            check_network(given, "a run, a network (torch.nn.Module) or the name of one")
         path = Path(given).expanduser()
         if (path / "config.yaml").is_file():
             return cls._of_run(RunFolder.open(path), how, network)

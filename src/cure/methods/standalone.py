@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cure.attacks import PGD, Threat
 from cure.config import MethodConfig, TeacherConfig
 from cure.errors import ConfigError, unknown
 from cure.methods.context import Context
-from cure.models.checks import check_range, checked_logits
+from cure.models.checks import check_labels, check_range, checked_logits
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating
 
@@ -65,6 +66,11 @@ def standalone(
     ):
         if not isinstance(value, wanted):
             raise ConfigError(f"{kind}: expected {what}, got {value!r}")
+    if any(is_lazy(weight) for weight in model.parameters()):
+        raise ConfigError(
+            f"{kind}: the model has layers whose size is not known yet; call it once on a batch of "
+            "images first"
+        )
     config, teachers = _settings(kind, section, settings)
     if attack is None:
         threat = threat or Threat()
@@ -194,18 +200,4 @@ def check_batch(
             theirs = checked_logits(teacher, images[:2]).shape[1]
         if theirs != count:
             raise ConfigError(f"expected a {role} with {count} logits as the model, got {theirs}")
-    if len(labels) != len(images):
-        raise ConfigError(f"expected a label for each of {len(images)} images, got {len(labels)}")
-    if labels.dim() != 1:
-        if labels.shape[1:] != (count,):
-            raise ConfigError(
-                f"expected labels as classes [B] or probabilities [B, {count}], got "
-                f"{list(labels.shape)}"
-            )
-    elif labels.dtype != torch.int64:
-        raise ConfigError(f"expected labels in int64, got {labels.dtype}; say labels.long()")
-    elif labels.min() < 0 or labels.max() >= count:
-        raise ConfigError(
-            f"expected labels 0 to {count - 1} for {count} logits, got {int(labels.min())} to "
-            f"{int(labels.max())}; labels count from 0"
-        )
+    check_labels(labels, len(images), count)

@@ -13,6 +13,7 @@ from torch import nn
 from cure.config import OBJECT, ModelConfig, RunConfig
 from cure.data.images import ImageKind
 from cure.errors import ConfigError, CureNote, unknown
+from cure.models.checks import check_network
 from cure.models.classes import in_order, own_classes, rename_classes
 from cure.models.external import build_external, check_shape, is_external
 from cure.models.head import renew_head
@@ -173,6 +174,7 @@ def adapted_copy(
     Raises:
         ModelError: when it cannot be copied, does not take such images or has other classes.
     """
+    check_network(model)
     model = unwrapped(model)
     network = copy_network(model)
     if config.mean is not None and config.std is not None:

@@ -23,6 +23,51 @@ def predicted(logits: Tensor) -> Tensor:
     return logits.argmax(dim=1).masked_fill(logits.isnan().any(dim=1), -1)
 
 
+def check_network(given: object, wanted: str = "a network as a torch.nn.Module") -> None:
+    """Refuse what is no network; ``wanted`` says what it should be.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    if isinstance(given, nn.Module):
+        return
+    came, advice = type(given).__name__, "put a function or several networks into a module"
+    if isinstance(given, type):
+        came, advice = f"the class {given.__name__}", f"pass a network of it, {given.__name__}()"
+    elif isinstance(given, str):
+        came, advice = f"'{given}'", f"a name goes into the settings: model.name={given}"
+    raise ConfigError(f"expected {wanted}, got {came}; {advice}")
+
+
+def check_labels(label: Tensor, images: int, classes: int | None = None) -> None:
+    """Refuse labels of another form than classes [B], int64, or probabilities [B, K].
+
+    Args:
+        label: of one batch.
+        images: in the batch.
+        classes: K, where it is known.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    if len(label) != images:
+        raise ConfigError(f"expected a label for each of {images} images, got {len(label)}")
+    if label.dim() != 1:
+        shape = tuple(label.shape[1:])
+        if len(shape) != 1 or shape[0] < 2 or (classes is not None and shape != (classes,)):
+            raise ConfigError(
+                f"expected labels as classes [B] or probabilities [B, {classes or 'classes'}], got "
+                f"{list(label.shape)}"
+            )
+    elif label.dtype != torch.int64:
+        raise ConfigError(f"expected labels in int64, got {label.dtype}; say labels.long()")
+    elif classes is not None and (label.min() < 0 or label.max() >= classes):
+        raise ConfigError(
+            f"expected labels 0 to {classes - 1} for {classes} logits, got {int(label.min())} to "
+            f"{int(label.max())}; labels count from 0"
+        )
+
+
 def check_range(image: Tensor) -> None:
     """Refuse images [B, C, H, W] that are not in [0, 1], beyond rounding.
 

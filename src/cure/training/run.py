@@ -14,6 +14,7 @@ from cure.data import ImageSet
 from cure.data.accounting import account_of_run
 from cure.data.cache import CachePlace, no_words
 from cure.data.objects import as_images, is_object
+from cure.models.checks import check_network
 from cure.recipe import check, dump, override, override_all, parse_override, read_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
@@ -62,6 +63,8 @@ def train(
     >>> sorted(cure.evaluate(run, attacks=["pgd20"], limit=50)["attacks"])
     ['pgd20']
     """
+    if model is not None:
+        check_network(model)
     raw = read_recipe(recipe)
     if isinstance(section := raw.get("training"), dict):
         # The recipe may be the config.yaml of a run that was extended.
@@ -154,6 +157,8 @@ def resume(
     if isinstance(run, Run):
         model = run.network if model is None else model
         run = run.path
+    if model is not None:
+        check_network(model)
     folder = RunFolder.open(run)
     config, told = changed(folder, _pairs(overrides))
     if folder.status().finished and not told:
