@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import cure
 from cure.data import carve
@@ -148,6 +149,8 @@ def test_what_does_not_fit_together_is_one_sentence(runs: Path, tmp_path: Path) 
     ):
         with pytest.raises(CureError, match=word):
             cure.tradeoff(runs / "at", **options)
+    with pytest.raises(CureError, match="expected one or more runs"):
+        cure.tradeoff([])
     source = f"{runs}/images.npz"
     settings = SETTINGS | {"data.source": source, "training.epochs": 1, "threat.epsilon": 0.1}
     cure.train("digits", settings, run=tmp_path / "near", quiet=True)
@@ -236,3 +239,11 @@ def test_images_in_memory_are_split_as_in_training(tmp_path: Path) -> None:
     assert torch.equal(held.image, expected.image)
     assert torch.equal(held.label, expected.label)
     assert len(cure.tradeoff(tmp_path / "run", points=3, data=given).points) == 3
+
+
+def test_a_run_brings_the_network_that_it_was_given(runs: Path, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    settings = SETTINGS | {"training.epochs": 1, "start": "model"}
+    file = runs / "images.npz"
+    run = cure.train("digits", settings, model=network, data=file, run=tmp_path / "run", quiet=True)
+    assert len(cure.tradeoff(run, points=3).points) == 3

@@ -104,7 +104,8 @@ def tradeoff(
             alone; none when empty.
         output: folder of the run to write the chosen network to; by default
             ``RUN-natural75`` or ``RUN-robust40`` beside the first run.
-        model: the network, when the runs were given one as a Python object.
+        model: the network, when the runs were given one as a Python object; a :class:`Run` may
+            bring it.
         data: the training images as :func:`cure.train` took them, when it was given them in Python.
         device: "auto", "cpu", "cuda".
         say: receives a line of text for each point.
@@ -123,6 +124,11 @@ def tradeoff(
     """
     _check_requirements(natural_at_least, robust_at_least, points)
     given = [runs] if isinstance(runs, str | Path | Run) else list(runs)
+    if not given:
+        raise ConfigError("expected one or more runs")
+    if model is None:
+        brought = (run.network for run in given if isinstance(run, Run))
+        model = next((network for network in brought if network is not None), None)
     folders = [RunFolder.open(run.path if isinstance(run, Run) else run) for run in given]
     config = folders[0].config
     _check_runs(folders)
