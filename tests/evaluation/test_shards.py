@@ -210,6 +210,13 @@ def test_a_network_in_memory_is_refused(tmp_path: Path) -> None:
         evaluate_in_shards(network(), 2, output=tmp_path / "r.json")  # type: ignore[arg-type]
 
 
+def test_a_run_of_a_network_in_memory_is_refused(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot receive a network in memory.*got Run"):
+        cure.evaluate_in_shards(
+            Run(run.path, nn.Flatten()), 2, output=tmp_path / "result.json", attacks="noise"
+        )
+
+
 def test_the_command(run: Run, tmp_path: Path, command: Command) -> None:
     output = tmp_path / "result.json"
     words = ["evaluate", run.path, "--attacks", "fgsm", "--limit", "30", "--output", output]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -211,3 +212,13 @@ def test_what_is_no_network_is_refused(given: Any, sentence: str, tmp_path: Path
     if not isinstance(given, str):
         with pytest.raises(ConfigError, match=sentence):
             cure.evaluate(given, data=THREE)
+
+
+def test_settings_may_be_runs_paths_and_numbers_of_numpy(first: RunFolder, tmp_path: Path) -> None:
+    start, epsilon = cure.Run(first.path), np.float32(0.25)
+    more = CONSTANTS | {"threat.epsilon": epsilon, "training.epochs": np.int64(1)}
+    run = train(tmp_path / "run", start, THREE, **more)  # type: ignore[arg-type]
+    assert run.config.start == str(first.path)
+    assert run.config.threat.epsilon == 0.25
+    with pytest.raises(CheckpointError, match="nowhere' does not exist"):
+        train(tmp_path / "path", tmp_path / "nowhere", THREE)  # type: ignore[arg-type]

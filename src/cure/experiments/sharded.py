@@ -52,7 +52,7 @@ def evaluate_in_shards(
 
     >>> cure.evaluate_in_shards("runs/mine", 8, output="result.json")    # doctest: +SKIP
     """
-    if isinstance(target, Run):
+    if isinstance(target, Run) and target.network is None:
         target = target.path
     if not isinstance(target, str | Path):
         raise ConfigError(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from cure.config import MEMORY, OBJECT
@@ -119,9 +120,20 @@ def train(
 def _pairs(overrides: Overrides) -> list[tuple[str, Any]]:
     """Settings and their values, however they were given."""
     if isinstance(overrides, Mapping):
-        return list(overrides.items())
+        return [(key, _plain(value)) for key, value in overrides.items()]
     words = [overrides] if isinstance(overrides, str) else overrides
     return [parse_override(word) for word in words]
+
+
+def _plain(value: Any) -> Any:
+    """A value as a YAML file holds it: runs and paths as text, numbers of NumPy as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Run | Path):
+        return str(value.path if isinstance(value, Run) else value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def resume(
