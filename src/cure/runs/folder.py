@@ -264,7 +264,7 @@ class RunFolder:
                 )
             raise CheckpointError(
                 f"{self.path} has no '{checkpoint}' checkpoint yet; "
-                f"let it finish an epoch with `{self.resume_command()}`"
+                f"let it go on with `{self.resume_command()}`"
             )
         return path
 
