@@ -106,6 +106,11 @@ class Accuracies(Record):
     robust_balanced: float | None = None
     """As ``natural_balanced``."""
 
+    def rank(self, selection: str = "robust") -> tuple[float, float]:
+        """What the best epoch has most of; between equal ones, natural accuracy decides."""
+        ending = "" if self.natural_balanced is None else "_balanced"
+        return getattr(self, selection + ending), getattr(self, "natural" + ending)
+
 
 class MeasuredAccuracies(Accuracies):
     """Accuracies with the number of images and of the attack's steps."""

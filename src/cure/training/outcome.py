@@ -158,13 +158,7 @@ def _standard_error(start: MeasuredAccuracies, end: MeasuredAccuracies) -> float
 def _at_best(records: Sequence[EpochMetrics]) -> float | None:
     """The robust accuracy of the validation by which the best weights were chosen."""
     found = [r.validation for r in records if r.validation]
-
-    def rank(one: Accuracies) -> tuple[float, float]:
-        if one.robust_balanced is None or one.natural_balanced is None:
-            return one.robust, one.natural
-        return one.robust_balanced, one.natural_balanced
-
-    return max(found, key=rank).robust if found else None
+    return max(found, key=Accuracies.rank).robust if found else None
 
 
 def start_warnings(start: MeasuredAccuracies, config: RunConfig, guessing: Guessing) -> list[str]:

@@ -29,7 +29,7 @@ from cure.models.batch_norm import running_statistics
 from cure.models.checkpoint import save_weights
 from cure.models.wrapper import tensors_of
 from cure.runs.folder import RunFolder, epoch_name
-from cure.runs.records import EpochMetrics, EpochTiming, MeasuredAccuracies, Outcome
+from cure.runs.records import Accuracies, EpochMetrics, EpochTiming, MeasuredAccuracies, Outcome
 from cure.runs.state import load_state, save_state
 from cure.training.catastrophic import detector_of
 from cure.training.collapse import CollapseDetector, Guessing
@@ -534,10 +534,8 @@ class Trainer:
         if every is not None and (record["epoch"] % every == 0 or self.done == self.total_steps):
             self._write(model, epoch_name(record["epoch"]), facts)
 
-    def _rank(self, validation: dict[str, float]) -> list[float]:
-        """What the best epoch has most of; between equal ones, natural accuracy decides."""
-        ending = "_balanced" if self.balanced else ""
-        return [validation.get(name + ending, 0.0) for name in (self.method.selection, "natural")]
+    def _rank(self, validation: dict[str, float]) -> tuple[float, float]:
+        return Accuracies.model_validate(validation).rank(self.method.selection)
 
     def _write(self, model: nn.Module, name: str, facts: dict[str, str]) -> None:
         if self.folder.writes:
