@@ -321,6 +321,17 @@ class ModelConfig(Section):
         return std
 
 
+def norm_name(norm: object) -> object:
+    """The name that a norm has here; what is none stays as it is.
+
+    >>> norm_name("l_inf")
+    'Linf'
+    """
+    key = str(norm).lower().replace("_", "")
+    names = {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2", "l1": "L1", "1": "L1"}
+    return names.get(key, norm)
+
+
 def beyond_unit_images(norm: str, epsilon: float) -> str | None:
     """What is wrong with a radius that is too large for images in [0, 1]; None if nothing is.
 
@@ -358,10 +369,7 @@ class ThreatConfig(Section):
     @field_validator("norm", mode="before")
     @classmethod
     def _aliases(cls, norm: object) -> object:
-        key = str(norm).lower().replace("_", "")
-        return {"linf": "Linf", "inf": "Linf", "l2": "L2", "2": "L2", "l1": "L1", "1": "L1"}.get(
-            key, norm
-        )
+        return norm_name(norm)
 
 
 class AttackConfig(Section):

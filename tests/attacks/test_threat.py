@@ -193,3 +193,9 @@ def test_a_radius_in_pixels_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"got 8; if it is meant for pixels .* say 8/255"):
         Threat("Linf", 8)
     assert Threat("L2", 20).epsilon == 20  # of large images
+
+
+def test_a_norm_has_the_names_that_it_has_in_recipes() -> None:
+    assert Threat("linf").norm == Threat("l_inf").norm == "Linf"
+    with pytest.raises(ConfigError, match="expected the norm Linf, L2 or L1, got 'L3'"):
+        Threat("L3")

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cure.config import Ratio, ThreatConfig, beyond_unit_images
+from cure.config import Ratio, ThreatConfig, beyond_unit_images, norm_name
 from cure.errors import ConfigError
 from cure.utils.random import draw_for_batch
 
@@ -77,6 +77,7 @@ class Threat:
     epsilon: float = Ratio("8/255")
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "norm", norm_name(self.norm))
         if self.norm not in ("Linf", "L2", "L1"):
             raise ConfigError(f"threat: expected the norm Linf, L2 or L1, got {self.norm!r}")
         try:

@@ -32,7 +32,7 @@ from cure.runs.folder import RunFolder
 from cure.runs.packed import read_packed, summary, write_packed
 from cure.runs.results import EvaluationRecord, RunRecord
 from cure.training.run import resume, train
-from cure.utils.io import user_path, write_text
+from cure.utils.io import first_line, user_path, write_text
 
 REFERENCE = "run:"
 """A text ``run:ROW`` in a row's settings is the folder of that row's run of the same seed."""
@@ -177,7 +177,7 @@ def read_plan(path: str | Path) -> Plan:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"plan {path} cannot be read as text: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"plan {path} is not valid YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"plan {path} is not valid YAML: {first_line(error)}") from None
     plan = Plan.of(raw, f"plan {path}")
     stages(plan)
     for measurement in plan.evaluations:

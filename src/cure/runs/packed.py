@@ -86,7 +86,7 @@ def read_packed(path: Path) -> dict[str, RunRecord]:
     """
     found = {}
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         head, *lines = (json.loads(text) for text in texts)
         if head["format"] != PACKED_FORMAT:
             raise ValueError(f"its format is '{head['format']}'")

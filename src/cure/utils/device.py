@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cure.errors import ConfigError
 from cure.utils import memory
+from cure.utils.io import first_line
 from cure.utils.launcher import Launch
 from cure.utils.random import generator
 
@@ -50,7 +51,7 @@ def pick_device(name: str, launch: Launch | None = None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise ConfigError(
             f"training.device: '{name}' cannot be used here ({first}); say auto or cpu"
         ) from None

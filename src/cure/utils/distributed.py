@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cure.errors import CureError, RanksLost
+from cure.utils.io import first_line
 from cure.utils.launcher import Launch
 
 Value = TypeVar("Value")
@@ -47,7 +48,7 @@ def _contact(rank: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RanksLost(
-            f"rank {rank} lost another rank ({str(error).splitlines()[0]}); what that rank said "
+            f"rank {rank} lost another rank ({first_line(error)}); what that rank said "
             "tells why; then continue with `cure resume RUN`, or repeat `cure evaluate`"
         ) from error
 
