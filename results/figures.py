@@ -560,10 +560,19 @@ def fronts(most: int | None = None) -> str:
     counted = "one seed" if seeds == 1 else f"{seeds} seeds"
     areas = area(record)
     tried = Counter(point.curve for point in record.points)
-    ranked = sorted(areas, key=lambda label: -areas[label].mean)[:most]
-    covered = ", ".join(f"`{k}` {span(areas[k])} with {tried[k]} values" for k in ranked)
+    complete = {label for label in areas if len(record.curves[label].seeds) == seeds}
+    ranked = sorted(areas, key=lambda label: (label not in complete, -areas[label].mean))[:most]
+
+    def said(label: str) -> str:
+        own = len(record.curves[label].seeds)
+        fewer = "" if own == seeds else f" and {own} seed{'s' * (own > 1)}"
+        return f"`{label}` {span(areas[label])} with {tried[label]} values{fewer}"
+
+    covered = ", ".join(map(said, ranked))
     if len(ranked) < len(areas):
-        covered += f", and {len(areas) - len(ranked)} others less"
+        others = [label for label in areas if label not in ranked]
+        fewer = "" if complete.issuperset(others) else ", of fewer seeds"
+        covered += f", and {len(others)} others less{fewer}"
     lines = [
         "- **Most of both**: percent of the area between 0 and 100 % of both accuracies that a "
         f"method's points cover: {covered}. More values can only raise it."
@@ -583,7 +592,7 @@ def fronts(most: int | None = None) -> str:
         best = balanced.get(point.curve, point)
         if record.curves[point.curve].knob is not None:
             balanced[point.curve] = max(best, point, key=balance)
-    order = sorted(balanced.values(), key=balance, reverse=True)
+    order = sorted(balanced.values(), key=lambda p: (p.curve not in complete, -balance(p)))
     words = "; ".join(
         f"{setting(record, p)} {span(p.natural)} and {span(p.robust)}" for p in order[:most]
     )
@@ -605,7 +614,9 @@ def fronts(most: int | None = None) -> str:
             f" Its intervals overlap with those of {', '.join(alike)}: {counted} on {n} photos "
             "cannot tell them apart."
         )
-    environment = record.environment.content()
+    runs = read_packed(FRONTS.parent / "fronts" / "records.jsonl").values()
+    made = {run.environment.processor for run in runs if run.environment is not None}
+    processors = ", ".join(sorted(filter(None, made)))
     lines += [
         "",
         f"{counted.capitalize()}, {n} test photos, `{record.attack}` within "
@@ -618,7 +629,7 @@ def fronts(most: int | None = None) -> str:
         )
         + f". Settings: recipe `{record.recipe}`, "
         + ", ".join(f"`{key}={value}`" for key, value in record.settings.items() if key in SAID)
-        + f"; {environment['processor']}, cure {environment['cure']}.",
+        + f"; {processors}, cure {record.environment.cure}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -646,7 +657,7 @@ def repeated(record: FrontRecord, ranked: list[str]) -> str:
 def paired(record: FrontRecord, first: str, second: str) -> str:
     """How far one method's area is ahead of another's, seed by seed."""
     ahead = []
-    for seed in record.curves[first].seeds:
+    for seed in sorted({*record.curves[first].seeds} & {*record.curves[second].seeds}):
         one, other = (
             hypervolume(
                 [

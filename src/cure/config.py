@@ -824,3 +824,17 @@ class RunConfig(Section):
                 {"epsilon": f"{epsilon:.4g}", "step": step, "meant": meant},
             )
         return self
+
+
+def defaults(section: type[Section]) -> dict[str, Any]:
+    """The settings of a section that need not be given, as a run keeps them.
+
+    >>> defaults(ThreatConfig)
+    {'norm': 'Linf', 'epsilon': '8/255'}
+    """
+    found = section.model_construct().model_dump(mode="json")
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if field.is_required() and isinstance(kind, type) and issubclass(kind, Section):
+            found[name] = defaults(kind)
+    return found

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 from scipy import stats
 from torch import nn
@@ -734,6 +735,27 @@ def test_runs_that_differ_in_a_setting_are_no_seeds_of_each_other(make_run: Make
         "trades (beta=6, training.epochs=7)",
     ]
     assert [group["n_seeds"] for group in compare(runs, sort="label").groups] == [1, 2, 1]
+
+
+def test_runs_of_a_version_without_a_setting_are_seeds_of_later_ones(make_run: MakeRun) -> None:
+    """A setting that came later had the effect of its default before."""
+
+    def earlier(run: Path, **changes: Any) -> Path:
+        content = yaml.safe_load((run / "config.yaml").read_text())
+        del content["new_head"], content["training"]["compile"], content["method"]["natural_weight"]
+        content["data"]["augment"] = {"crop_padding": 4} | changes
+        (run / "config.yaml").write_text(yaml.safe_dump(content))
+        return run
+
+    words = ("data.augment={crop_padding: 4}",)
+    runs = [
+        make_run(f"r{seed}", result(80), method="cure", seed=seed, settings=words)
+        for seed in range(3)
+    ]
+    earlier(runs[1])
+    earlier(runs[2], cutmix=0.5)
+    assert [row["label"] for row in read_rows(runs[:2])] == ["cure", "cure"]
+    assert read_rows(runs)[2]["label"] == "cure (data.augment.cutmix=0.5)"
 
 
 def test_wrappers_are_in_the_label(make_run: MakeRun) -> None:

@@ -92,7 +92,7 @@ def read_packed(path: Path) -> dict[str, RunRecord]:
             raise ValueError(f"its format is '{head['format']}'")
         for line in lines:
             name, known = line.pop("run"), line.pop("settings_hash")
-            content = _merged(head["shared"], line)
+            content = merged(head["shared"], line)
             results = content["evaluations"]
             content["evaluations"] = [results[key] for key in sorted(results, key=int)]
             if settings_hash(content["config"]) != known:
@@ -131,10 +131,10 @@ def _without(content: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str,
     return found
 
 
-def _merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`_without`."""
+def merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """``own`` above ``shared``, nested: the inverse of :func:`_without`."""
     found = dict(shared)
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(shared.get(key), dict)
-        found[key] = _merged(shared[key], value) if both else value
+        found[key] = merged(shared[key], value) if both else value
     return found

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from cure.config import NATURAL, NATURAL_FROM, ROBUST, Ratio
+from cure.config import NATURAL, NATURAL_FROM, ROBUST, Ratio, RunConfig, defaults
 from cure.errors import CheckpointError, ConfigError
-from cure.registry import PLUGINS
+from cure.registry import METHODS, PLUGINS
 from cure.runs.folder import RunFolder
-from cure.runs.packed import read_packed
+from cure.runs.packed import merged, read_packed
 from cure.runs.records import Environment, EpochTiming
 from cure.runs.results import Accuracy, EvaluationRecord, RunRecord, oldest_first
 from cure.utils.io import read_json, user_path
@@ -154,6 +154,9 @@ class Source:
 def checked_config(config: Any, path: str | Path) -> dict[str, Any]:
     """The settings, once those that rows are made from were found in them.
 
+    Settings that came with a later version are there at their defaults; those of the method are
+    left out, which would take PyTorch.
+
     Raises:
         CheckpointError: when one is missing.
     """
@@ -167,7 +170,8 @@ def checked_config(config: Any, path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no whole configuration; restore it from a copy"
         ) from None
-    return dict(config)
+    known = {key: value for key, value in defaults(RunConfig).items() if key != "method"}
+    return merged(known, config)
 
 
 def current(results: list[EvaluationRecord]) -> list[EvaluationRecord]:
@@ -515,6 +519,7 @@ def _labelled(rows: list[TableRow]) -> list[TableRow]:
     labels = [_plain_label(row) for row in rows]
     for plain in dict.fromkeys(labels):
         alike = [row for row, label in zip(rows, labels, strict=True) if label == plain]
+        _fill_methods(alike)
         facts = [_facts(row) for row in alike]
         differing = _differing(alike, facts)
         for row, own in zip(alike, facts, strict=True):
@@ -525,6 +530,17 @@ def _labelled(rows: list[TableRow]) -> list[TableRow]:
             ]
             row["label"] = f"{plain} ({', '.join(words)})" if words else plain
     return rows
+
+
+def _fill_methods(rows: list[TableRow]) -> None:
+    """Give settings of a method that came with a later version to the runs before it, in place."""
+    having = [row for row in rows if row["settings"]]
+    if len({(row["method"], *sorted(row["settings"])) for row in having}) <= 1:
+        return  # The methods' own defaults are known beside PyTorch only.
+    for row in having:
+        if row["method"] in METHODS:
+            known = defaults(METHODS[row["method"]].Config)
+            row["settings"] = merged(known, row["settings"])
 
 
 def _plain_label(row: TableRow) -> str:
