@@ -170,14 +170,16 @@ def test_a_run_that_others_need_is_trained_again_where_only_its_result_is_there(
     write_tables(plan, Path("out"))
     Path("out/runs").rename("results-elsewhere")
     Path("runs").rename("elsewhere")
-    again = Here()
-    assert carry_out_plan(plan, Path("out"), again) == []
+    again, told = Here(), list[str]()
+    assert carry_out_plan(plan, Path("out"), again, tell=told.append) == []
     assert again.given == ["natural-seed0", "at-seed0", "ard-seed0"]
+    assert "need their weights, which are not in runs: 'at-seed0', 'natural-seed0'; " in told[0]
     # Where the run is not needed any more, its result is enough.
     Path("runs").rename("elsewhere-too")
     last = Here()
-    assert carry_out_plan(plan, Path("out"), last) == []
+    assert carry_out_plan(plan, Path("out"), last, tell=told.append) == []
     assert last.given == []
+    assert sum("trained again" in line for line in told) == 1
 
 
 def test_runs_are_enough_where_the_results_are_gone():

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, Validat
 
 from cure.attacks.registry import attack_name, check_attacks
 from cure.config import RunConfig, Section
-from cure.errors import ConfigError, CureError, Interrupted, unknown
+from cure.errors import ConfigError, CureError, Interrupted, some, unknown
 from cure.evaluation.evaluate import evaluate
 from cure.experiments.compare import ResultTable, difference, table
 from cure.experiments.compare.rows import Source, TableRow, check_alike, rows_of
@@ -512,7 +512,13 @@ def _carry_out(
         ]
         for stage in stages(plan)
     ]
-    left = to_do(plan, output, wanted)
+    left, known = to_do(plan, output, wanted), results_of(plan, output)
+    lost = [name for name, entry in left.items() if is_done(plan, entry, output, known)]
+    if lost:
+        tell(
+            f"trained again, because other runs need their weights, which are not in {plan.runs}: "
+            f"{some(sorted(lost))}; their new figures replace the known ones"
+        )
     for stage in wanted:
         handed: list[tuple[Entry, Job]] = []
         for entry in stage:
