@@ -275,6 +275,11 @@ class Stream(IterableDataset):
             Unreadable,
             "item 7 .* fails with OSError: image file is truncated; .* without that item",
         ),
+        (
+            lambda: [(torch.rand(3, 4, 4) - row, row) for row in (1, 2, 1)],
+            r"\(item 0 of train: expected [^;]*; undo their standardisation[^;]*; likewise item 1 "
+            r"of train, item 2 of train\); repair",
+        ),
         (lambda: [IMAGE[0], IMAGE[1], IMAGE[2]], "items \\(image, label\\)"),
         (lambda: {"a": 1}, "a split 'train' in the dictionary"),
         (lambda: ([PIXELS[0], PIXELS[1, :2]], [0, 1]), "images of one size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -52,6 +53,7 @@ _ORIENTATION = 0x0112
 _MOVING = "cure: several pictures"
 _CHUNK = 32
 _NAMED = 10
+_NUMBER = re.compile(r"-?\d[\d.e+-]*")
 
 
 @dataclass(frozen=True)
@@ -437,7 +439,14 @@ def failures_text(failures: Sequence[Failure]) -> str:
             f"image {one.name} cannot be used: {one.reason}; repair it or take it out, or set "
             "data.damaged=skip"
         )
-    named = "; ".join(f"{one.name}: {one.reason}" for one in failures[:_NAMED])
+    alike = dict[str, list[Failure]]()
+    for one in failures[:_NAMED]:
+        alike.setdefault(_NUMBER.sub("", one.reason), []).append(one)
+    named = "; ".join(
+        f"{one.name}: {one.reason}"
+        + (f"; likewise {', '.join(other.name for other in others)}" if others else "")
+        for one, *others in alike.values()
+    )
     more = f"; and {len(failures) - _NAMED} more" if len(failures) > _NAMED else ""
     return (
         f"{len(failures)} images cannot be used ({named}{more}); repair them or take them out, or "
