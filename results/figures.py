@@ -26,8 +26,6 @@ HERE = Path(__file__).parent
 MINI = HERE / "cifar10-mini-cure"
 COMPARED = HERE.parent / "docs" / "methods-compared.md"
 FRONTS = HERE / "photos" / "fronts.json"
-FRONTS_AGAIN = HERE / "photos" / "fronts_again.json"
-"""The same settings and seed on another processor, with a later version."""
 IN_README = ("cifar10-mini", ["natural", "pgd20", "cw", "autoattack", "nrr_cw"])
 NAMES = {"natural": "natural start", "cure": "CURE"}
 
@@ -577,7 +575,8 @@ def fronts(most: int | None = None) -> str:
         "- **Most of both**: percent of the area between 0 and 100 % of both accuracies that a "
         f"method's points cover: {covered}. More values can only raise it."
     ]
-    lines.append(repeated(record, ranked) if seeds == 1 else paired(record, *ranked[:2]))
+    if seeds > 1:
+        lines.append(paired(record, *ranked[:2]))
     for each in record.comparisons:
         reached = {label: value for label, value in each.natural.items() if value is not None}
         words = ", ".join(
@@ -636,22 +635,6 @@ def fronts(most: int | None = None) -> str:
 
 SAID = ("data.resize", "training.epochs", "data.augment.cutmix")
 """Settings of a front that the README names."""
-
-
-def repeated(record: FrontRecord, ranked: list[str]) -> str:
-    """The areas of the same seed trained once more."""
-    again = FrontRecord.read(FRONTS_AGAIN)
-    areas, others = area(record), area(again)
-    words = ", ".join(f"`{label}` {span(others[label])}" for label in ranked)
-    first, second = ranked[:2]
-    gaps = [found[first].mean - found[second].mean for found in (areas, others)]
-    largest = max(abs(areas[label].mean - others[label].mean) for label in areas)
-    return (
-        "- **The same once more**, same seed and settings on another processor with a later "
-        f"version: {words}. `{first}` is {gaps[0]:.1f} ahead of `{second}` in the first line, "
-        f"{gaps[1]:.1f} here, and one method differs by up to {largest:.1f} between the two: one "
-        "training a setting does not rank them."
-    )
 
 
 def paired(record: FrontRecord, first: str, second: str) -> str:

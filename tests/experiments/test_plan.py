@@ -35,6 +35,7 @@ from cure.experiments.plan import (
     write_tables,
 )
 from cure.runs.folder import RunFolder
+from cure.runs.packed import read_packed, write_packed
 from helpers import Command, refused
 
 PLAN: dict[str, Any] = {
@@ -498,6 +499,18 @@ def test_a_row_replaces_what_the_plan_sets() -> None:
     assert entry.settings.keys() == {"training", "method", "seed", "name"}
     training = entry.config.training
     assert (training.epochs, training.batch_size, training.min_steps) == (2, 128, None)
+
+
+def test_packed_figures_of_other_rows_are_kept() -> None:
+    plan = read_plan(written(rows={"natural": PLAN["rows"]["natural"]}))
+    carry_out_plan(plan, Path("out"), Here())
+    write_tables(plan, Path("out"))
+    packed = Path("out/records.jsonl")
+    other = {"other-seed0": read_packed(packed)["natural-seed0"]}
+    write_packed(packed, other)
+    assert write_tables(plan, Path("out")) is not None
+    assert list(read_packed(packed)) == ["natural-seed0", "other-seed0"]
+    assert read_packed(packed)["other-seed0"] == other["other-seed0"]
 
 
 def test_a_plan_that_is_stopped_midway_still_has_a_table():

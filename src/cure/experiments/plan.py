@@ -583,8 +583,14 @@ def _with_needs(plan: Plan, labels: set[str]) -> set[str]:
 
 
 def pack(done: Mapping[str, RunRecord], output: Path) -> None:
-    """Write ``records.jsonl``, where :func:`results_of` finds what ``runs/`` has no file of."""
-    write_packed(output / PACKED, {name: summary(record) for name, record in done.items()})
+    """Write ``records.jsonl``, where :func:`results_of` finds what ``runs/`` has no file of.
+
+    Runs of other rows that it holds stay in it, behind these.
+    """
+    file = output / PACKED
+    found = {name: summary(record) for name, record in done.items()}
+    others = read_packed(file) if file.exists() else {}
+    write_packed(file, found | {k: v for k, v in others.items() if k not in found})
 
 
 def write_tables(plan: Plan, output: Path) -> ResultTable | None:
