@@ -512,7 +512,8 @@ def _carry_out(
         ]
         for stage in stages(plan)
     ]
-    left, known = to_do(plan, output, wanted), results_of(plan, output)
+    known = results_of(plan, output)
+    left = to_do(plan, output, wanted, known)
     lost = [name for name, entry in left.items() if is_done(plan, entry, output, known)]
     if lost:
         tell(
@@ -544,7 +545,10 @@ def _carry_out(
 
 
 def to_do(
-    plan: Plan, output: Path, wanted: Sequence[Sequence[Entry]] | None = None
+    plan: Plan,
+    output: Path,
+    wanted: Sequence[Sequence[Entry]] | None = None,
+    known: Mapping[str, RunRecord] | None = None,
 ) -> dict[str, Entry]:
     """The runs that are not done, and those that one of these needs and whose folder is not there.
 
@@ -554,11 +558,12 @@ def to_do(
         plan: the plan.
         output: folder of the results.
         wanted: some of its :func:`stages`; by default all.
+        known: what :func:`results_of` returned for that folder; read anew when it is left out.
 
     Raises:
         ConfigError: when a result was made with other settings.
     """
-    known, found = results_of(plan, output), dict[str, Entry]()
+    known, found = results_of(plan, output) if known is None else known, dict[str, Entry]()
     needed = set[tuple[str, int]]()
     groups = stages(plan) if wanted is None else wanted
     for entry in (entry for stage in reversed(groups) for entry in stage):

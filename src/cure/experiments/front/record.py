@@ -114,13 +114,12 @@ def record_of(
     # Older packed results hold no hash of their images.
     hashed = next((result for result in results if result.data.sha256), first)
     for result in results:
-        other = first
-        if result.data.sha256 not in (None, hashed.data.sha256):
-            other = hashed
-        elif result.natural.n == first.natural.n and result.threat.same(
+        alike = result.natural.n == first.natural.n and result.threat.same(
             first.threat.norm, first.threat.epsilon
-        ):
+        )
+        if alike and result.data.sha256 in (None, hashed.data.sha256):
             continue
+        other = hashed if alike else first
         raise ConfigError(
             f"{other.target} and {result.target} were measured on other images or under "
             "another threat, so their points make no front; give another --folder"
