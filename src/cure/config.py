@@ -718,6 +718,11 @@ class EvaluationConfig(Section):
     """Images attacked at once."""
 
 
+def starts_naturally(start: str) -> bool:
+    """Whether a run with this ``start`` trains its own natural start first."""
+    return start == NATURAL or start.startswith(NATURAL_FROM)
+
+
 class RunConfig(Section):
     """Everything that determines a run."""
 
@@ -786,7 +791,7 @@ class RunConfig(Section):
     @property
     def starts_naturally(self) -> bool:
         """Whether the run trains its own natural start first."""
-        return self.start == NATURAL or self.start.startswith(NATURAL_FROM)
+        return starts_naturally(self.start)
 
     @property
     def draws_head(self) -> bool | str:

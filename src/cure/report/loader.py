@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from cure.analysis.study import find_study, unique
-from cure.config import NATURAL, NATURAL_FROM, ROBUST
+from cure.config import NATURAL, ROBUST, starts_naturally
 from cure.errors import CheckpointError, ConfigError, CureError
 from cure.experiments.compare.rows import Source, checked_config, current, no_place
 from cure.recipe import read_yaml
@@ -224,8 +224,7 @@ def _read_run(path: Path, inputs: PageInputs) -> None:
         raise CheckpointError(f"{path} {what}; name the folder that `cure train` printed")
     entry = _of_folder(path, path.resolve().name, inputs)
     inputs.entries.append(entry)
-    begun = str(entry.config.get("start") or NATURAL)
-    own = begun == NATURAL or begun.startswith(NATURAL_FROM)  # Else it is a teacher.
+    own = starts_naturally(str(entry.config.get("start") or NATURAL))  # Else it is a teacher.
     if not own or not (path / "natural" / "config.yaml").is_file():
         return
     start = _of_folder(path / "natural", f"{entry.name}/natural", inputs)
