@@ -39,6 +39,7 @@ from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.utils.environment import environment
 from cure.utils.io import write_json
+from cure.utils.memory import keep_freed_memory
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "efficientnet-lite0": {
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/photos", help="folder of the trained runs")
     parser.add_argument("--output", default="results/photos/table.json")
     options = parser.parse_args()
+    keep_freed_memory()  # As the command does.
     torch.set_num_threads(options.threads)
     output = Path(options.output)
     for seed in map(int, options.seeds.split(",")):

@@ -132,6 +132,24 @@ def test_every_registered_model_trains_on_every_parameter(name: str) -> None:
     assert not idle
 
 
+@pytest.mark.parametrize("side", [64, 33])
+def test_efficientnet_is_that_of_its_package(side: int) -> None:
+    """Other paddings and layers in place make the same logits and gradients, even of odd sizes."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    ours = core(make("efficientnet_lite0", {"pretrained": False}, size=(side, side))).double()
+    theirs = package.EfficientNet.from_name("efficientnet-lite0").double()
+    theirs._fc = nn.Linear(theirs._fc.in_features, 10).double()
+    theirs._global_params = theirs._global_params._replace(drop_connect_rate=0.0)
+    theirs.load_state_dict(ours.state_dict())
+    image = torch.rand(2, 3, side, side, dtype=torch.double, requires_grad=True)
+    found = []
+    for network in (ours.eval(), theirs.eval()):
+        logits = network(image)
+        found.append([logits, *torch.autograd.grad(logits.sum(), [image, *network.parameters()])])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_transformer_pools(pool: str) -> None:
     model = make("vit", SMALL["vit"] | {"pool": pool}, size=(8, 16))
