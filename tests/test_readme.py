@@ -432,6 +432,11 @@ def test_the_photo_figures_of_the_readme_are_those_of_result_files() -> None:
     )
     first, second, third = (f"{row['natural']}/{row['pgd20']}" for row in ours)
     assert f"ended at natural/PGD-20 {first}, {second} and {third}." in text
+    (trades,) = (row for row in rows if row["method"] == "trades")
+    less = ours[0]["natural"] - trades["natural"]
+    assert f"has {trades['natural']}/{trades['pgd20']} from the start of seed 0" in text
+    assert ours[0]["pgd20"] == trades["pgd20"]
+    assert f"accuracy {less:.1f} points lower" in text
     second = {row["method"]: row for row in rows if row["network"] == "resnet18"}
     figures = {name: f"{row['natural']}/{row['pgd20']}" for name, row in second.items()}
     assert f"AT is ahead: {figures['at']}, CURE {figures['cure']}." in text
