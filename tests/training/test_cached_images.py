@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
 import cure
 from cure.analysis.minimal_perturbation import minimal_perturbation
-from cure.data import cache
+from cure.config import DataConfig
+from cure.data import cache, load_split, load_training
+from cure.data.splits import held_out
 from cure.training import trainer
 
 SETTINGS = {
@@ -46,8 +49,8 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "photos"
 
 
-def train(photos: Path, kind: str, place: Path, quiet: bool = True) -> Any:
-    settings = SETTINGS | {"data.source": str(photos), "data.cache": kind}
+def train(photos: Path, kind: str, place: Path, quiet: bool = True, **more: Any) -> Any:
+    settings = SETTINGS | {"data.source": str(photos), "data.cache": kind} | more
     return cure.train("digits", settings, run=place, quiet=quiet)
 
 
@@ -105,3 +108,30 @@ def test_a_run_that_was_stopped_inside_an_epoch_ends_with_the_same_bits(
         with pytest.raises(KeyboardInterrupt):
             train(photos, kind, path)
     assert weights(cure.resume(path, quiet=True)) == weights(want)
+
+
+@pytest.mark.parametrize("validation", [8, 0.2])
+def test_damaged_images_that_validate_leave_the_split_as_it_was(
+    photos: Path, tmp_path: Path, validation: float
+) -> None:
+    """A run that is resumed, a natural start and an evaluation read the split that was trained on.
+
+    The split is drawn from all files, so their number has to be kept, not that of the good ones.
+    """
+    config = DataConfig(source=str(photos), validation=validation, damaged="skip")
+    files = [f for pair in zip(*files_by_class(photos / "train"), strict=True) for f in pair]
+    held = [files[row] for row in held_out(torch.arange(40) % 2, validation, 0)[1].tolist()]
+    for file in held[:3]:
+        file.write_bytes(b"no image")
+    training, validated = load_training(config)
+    assert (len(training), len(validated)) == (32, 5)
+    settings = {"data.validation": validation, "data.damaged": "skip"}
+    run = train(photos, "memory", tmp_path / "run", **settings)
+    assert run.config.data.validation == 8
+    again = load_training(run.config.data)
+    assert [one.digest() for one in again] == [training.digest(), validated.digest()]
+    assert load_split(run.config.data, "validation").digest() == validated.digest()
+
+
+def files_by_class(folder: Path) -> list[list[Path]]:
+    return [sorted((folder / name).iterdir()) for name in ("bright", "dark")]

@@ -60,12 +60,15 @@ class Findings:
         converted: number of images by conversion, such as ``grey to RGB``.
         skipped: files that were left out.
         notes: sentences, such as the order of classes.
+        held_out: number of images of the validation split that was carved from the source's
+            training split, damaged ones included; None where none was carved.
     """
 
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
     converted: Mapping[str, int] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
+    held_out: int | None = None
 
 
 @dataclass(frozen=True)

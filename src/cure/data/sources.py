@@ -219,6 +219,7 @@ def load_training(config: DataConfig, place: CachePlace = _PLACE) -> tuple[Image
         return same_kind(training, _read(own, opened, config, "validation", place))
     _, held = _held_out(chosen, config)
     images, kept = _decoded(chosen, opened, config, "train", place)
+    images = replace(images, findings=replace(images.findings, held_out=len(held)))
     is_held = np.isin(kept, held)
     return (
         images.subset(torch.from_numpy(np.flatnonzero(~is_held))),

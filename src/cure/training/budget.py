@@ -35,7 +35,10 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
     a number of epochs, ``accumulation_steps=auto`` a number of parts and ``cutmix=auto`` an alpha;
     what is written to the run folder is what a resumed run repeats.
     """
-    data = config.data.model_copy(update={"validation": len(prepared.validation)})
+    # The split is drawn from all images, so the damaged ones in it count.
+    carved = prepared.training.findings.held_out
+    held_out = len(prepared.validation) if carved is None else carved
+    data = config.data.model_copy(update={"validation": held_out})
     config, told = fit_memory(config.model_copy(update={"data": data}), prepared)
     steps = steps_per_epoch(prepared.training, config.training.batch_size)
     config, raised = reach_steps(config, steps)
