@@ -35,7 +35,8 @@ from cure.experiments.plan import (
     write_tables,
 )
 from cure.runs.folder import RunFolder
-from cure.runs.packed import read_packed, write_packed
+from cure.runs.packed import read_packed, summary, write_packed
+from cure.runs.results import RunRecord
 from helpers import Command, refused
 
 PLAN: dict[str, Any] = {
@@ -215,12 +216,19 @@ def test_only_an_evaluation_of_what_is_asked_for_counts() -> None:
 
     def done(**measured: Any) -> bool:
         wanted = [{"attacks": ["noise"], **measured}]
-        results = tuple(RunFolder.open(run).evaluations())
+        results = RunFolder.open(run).evaluations()
         (m,) = read_plan(written(evaluations=wanted)).evaluations
-        return answer(results, m.of("best"), entry.config) is not None
+        record = RunRecord(format="cure-run-1", config={}, evaluations=results)
+        kept, packed = (
+            answer(each.evaluations, m.of("best"), entry.config)
+            for each in (record, summary(record))
+        )
+        assert (kept is None) == (packed is None)
+        return kept is not None
 
     evaluate = functools.partial(cure.evaluate, run, attacks=["noise"])
     evaluate(epsilon="4/255")  # within another ball than the run's
+    evaluate(data_options={"split_seed": 1})  # on other images than the run's
     evaluate(limit=15)
     assert (done(limit=15), done(), done(limit=16), done(limit=1000)) == (True, False, False, False)
     evaluate(limit=1000)  # there are fewer images

@@ -22,7 +22,8 @@ _KEPT_OF_EVALUATION: dict[str, Any] = {
     "natural": {*_KEPT_OF_ACCURACY},
     "majority": True,
     "attacks": {"__all__": {*_KEPT_OF_ACCURACY, "settings", "seed"}},
-    "data": {"name", "split", "n", "size", "sha256"},
+    # What they were asked to be is needed, too: see DataFacts.answers.
+    "data": {"name", "split", "n", "limit", "size", "sha256", "own"},
     "environment": {
         *("cure", "commit", "python", "packages", "processor", "cores", "threads", "gpu", "time"),
     },
