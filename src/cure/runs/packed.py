@@ -36,11 +36,10 @@ def summary(record: RunRecord) -> RunRecord:
     Metrics of the epochs, findings of the diagnosis, names of classes and counts of passes are
     left out. Of the times of its epochs, the medians are kept, and the largest peak of memory.
     """
-    costs: dict[str, Any] = {}
-    for key, of in (("seconds", median), ("processor_seconds", median), ("peak_memory_mib", max)):
-        values = [value for line in record.timing if (value := getattr(line, key)) is not None]
-        costs |= {key: of(values)} if values else {}
-    timing = [EpochTiming(epoch=record.timing[-1].epoch, **costs)] if record.timing else []
+    timing = []
+    if record.timing:
+        costs = {"epoch": record.timing[-1].epoch, **costs_of(record.timing)}
+        timing = [EpochTiming.model_validate(costs)]
     evaluations = [
         result.model_dump(exclude_unset=True, include=_KEPT_OF_EVALUATION)
         for result in record.evaluations
@@ -51,6 +50,22 @@ def summary(record: RunRecord) -> RunRecord:
         "evaluations": evaluations,
     }
     return RunRecord.model_validate(content)
+
+
+def costs_of(timing: Sequence[EpochTiming]) -> dict[str, float]:
+    """The costs of a run, by name of the field: those that were recorded in an epoch or more.
+
+    The median of ``seconds`` and ``processor_seconds`` over the epochs, and the largest
+    ``peak_memory_mib``.
+
+    >>> costs_of([EpochTiming(epoch=1, seconds=3.0), EpochTiming(epoch=2, seconds=5.0)])
+    {'seconds': 4.0}
+    """
+    found: dict[str, float] = {}
+    for key, of in (("seconds", median), ("processor_seconds", median), ("peak_memory_mib", max)):
+        values = [value for line in timing if (value := getattr(line, key)) is not None]
+        found |= {key: of(values)} if values else {}
+    return found
 
 
 def settings_hash(config: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -14,7 +13,7 @@ from cure.config import NATURAL, NATURAL_FROM, ROBUST, Ratio, RunConfig, default
 from cure.errors import CheckpointError, ConfigError
 from cure.registry import METHODS, PLUGINS
 from cure.runs.folder import RunFolder
-from cure.runs.packed import merged, read_packed
+from cure.runs.packed import costs_of, merged, read_packed
 from cure.runs.records import Environment, EpochTiming
 from cure.runs.results import Accuracy, EvaluationRecord, RunRecord, oldest_first
 from cure.utils.io import read_json, user_path
@@ -41,11 +40,11 @@ NESTED = ("attack_settings", "settings", "configuration", "environment")
 BY_CLASS = "class_counts"
 """Images of each class, by name; as many values as there are classes, so not in CSV."""
 
-# Column of a row, key of a line of timing, summary over the epochs.
-_COSTS: Mapping[str, tuple[str, Callable[[list[float]], float]]] = {
-    "seconds_per_epoch": ("seconds", statistics.median),
-    "processor_seconds_per_epoch": ("processor_seconds", statistics.median),
-    "peak_memory_mib": ("peak_memory_mib", max),
+# Columns of a row, and the names of these costs in the lines of timing.
+_COSTS: Mapping[str, str] = {
+    "seconds_per_epoch": "seconds",
+    "processor_seconds_per_epoch": "processor_seconds",
+    "peak_memory_mib": "peak_memory_mib",
 }
 COSTS = tuple(_COSTS)
 _ENVIRONMENT = ("cure", "commit", "python", "packages", "processor", "cores", "threads", "gpu")
@@ -383,9 +382,8 @@ def _row(source: Source, rank: Callable[[Images], Any]) -> TableRow:
         row |= {} if name == "natural" else {f"{name}_n": part.n}
         row |= {f"nrr_{name}": chosen[name].nrr.get(name)} if name in RATIOS else {}
         row |= _last(name, part, last)
-    for column, (key, summary) in _COSTS.items():
-        values = [value for line in source.timing if (value := getattr(line, key)) is not None]
-        row[column] = summary(values) if values else None
+    costs = costs_of(source.timing)
+    row |= {column: costs.get(key) for column, key in _COSTS.items()}
     row["attack_settings"] = {name: chosen[name].attacks[name].settings for name in attacks}
     row["settings"] = no_place(config["method"]) if config else None
     row["configuration"] = _configuration(config) if config else None
