@@ -16,7 +16,7 @@ from cure.evaluation.metrics import pack, unpack
 from cure.experiments.front import Curve, curves_of, lines, plan_of, read_values, record_of
 from cure.experiments.plan import Plan, entries
 from cure.registry import METHODS
-from cure.runs.results import FrontRecord, RunRecord
+from cure.runs.results import EvaluationRecord, FrontRecord, RunRecord
 from cure.utils.stats import wilson
 from helpers import Command, refused
 
@@ -272,6 +272,16 @@ def test_a_front_that_is_not_complete_says_what_is_missing() -> None:
     assert record.curves["trades"].hypervolume is None
     assert record.common_range == [10, 30]
     assert "not done yet: trades-1-seed0" in lines(record)[-1]
+
+
+def test_seeds_on_other_numbers_of_images_are_refused_in_one_sentence() -> None:
+    """As where photos were added to the test images between two seeds."""
+    curves = curves_of(["at"], {"at": [0]})
+    plan = planned(curves, {**TINY, "start": "scratch"})
+    kept = done(plan, {"at-0-seed0": (50, 30), "at-0-seed1": (52, 30)})
+    kept["at-0-seed1"].evaluations[:] = [EvaluationRecord.model_validate(shares(52, 30, 120))]
+    with pytest.raises(ConfigError, match="measured on other images"):
+        record_of(plan, curves, kept, (0.0, 0.0), None, {})
 
 
 # The command.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
@@ -53,15 +54,15 @@ class _Trained:
 
     Attributes:
         curve: the curve.
+        measured: what is measured of its runs.
         results: by place of the value, and seed.
         seeds: those of which all values are done.
-        right: of all values and these seeds; None without such a seed.
     """
 
     curve: Curve
+    measured: Measurement
     results: dict[tuple[int, int], EvaluationRecord]
     seeds: list[int]
-    right: Right | None
 
     @classmethod
     def of(cls, curve: Curve, plan: Plan, done: Mapping[str, RunRecord]) -> _Trained:
@@ -79,10 +80,18 @@ class _Trained:
                     results[place, seed] = result
         places = range(len(curve.values))
         seeds = [seed for seed in plan.seeds if all((p, seed) in results for p in places)]
-        right = None
-        if seeds:
-            right = _right([[results[p, seed] for seed in seeds] for p in places], measured)
-        return cls(curve, results, seeds, right)
+        return cls(curve, measured, results, seeds)
+
+    @cached_property
+    def right(self) -> Right | None:
+        """The images that are right, of all values and ``seeds``; None without such a seed.
+
+        All results have to be of the same images.
+        """
+        if not self.seeds:
+            return None
+        places = range(len(self.curve.values))
+        return _right([[self.results[p, s] for s in self.seeds] for p in places], self.measured)
 
 
 def record_of(
