@@ -262,3 +262,14 @@ def test_the_command(command: Command, study):
     assert "Robust accuracy (pgd2" in ended.out
     network = cure.Run(folder / "training" / "U-1-reinitialised-seed0").model("last")
     assert "B4" in blocks(network)
+
+
+def test_each_call_shows_the_attack_and_images_that_it_asks_for(study):
+    """Also where the runs keep evaluations by other attacks, on other images, made later."""
+    folder, result = study
+    asked = {"output": folder, "sets": ["1", "34", "all"], "variants": ["reinitialised"]}
+    other = layerwise("digits", TINY, attack="pgd1", limit=30, executor=Here(), **asked)
+    assert [row["robust"]["n"] for row in other["rows"]] == [30] * 4
+    again = layerwise("digits", TINY, attack="pgd2", limit=40, executor=Here(), **asked)
+    assert again["rows"] == result["rows"]
+    assert again["data"] == result["data"]

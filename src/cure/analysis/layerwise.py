@@ -22,10 +22,18 @@ from cure.data import load
 from cure.errors import ConfigError, TrainingStopped
 from cure.evaluation.runner import Progress, Result
 from cure.experiments.executors import Executor, LocalExecutor
-from cure.experiments.plan import Measurement, Plan, PlanRow, carry_out_plan, results_of
+from cure.experiments.plan import (
+    Measurement,
+    Plan,
+    PlanRow,
+    answer,
+    carry_out_plan,
+    results_of,
+)
 from cure.models.blocks import CLASSIFIER, STEM, blocks
 from cure.models.build import network_of
-from cure.recipe import load_recipe, parse_override
+from cure.recipe import check_kept, load_recipe, parse_override
+from cure.runs.results import Accuracy, EvaluationRecord, RunRecord
 from cure.utils.plotting import Chart, Panel, Series
 
 NAME = "layerwise"
@@ -107,13 +115,11 @@ def compute(arguments: Sequence[str], options: LayerwiseOptions, progress: Progr
     failures = carry_out_plan(plan, folder, executor, tell=options.tell)
     done = results_of(plan, folder)
     records = {
-        label: done[name].content()
-        for label in plan.rows
-        if (name := f"{label}-seed{config.seed}") in done
+        label: done[name] for label in plan.rows if (name := f"{label}-seed{config.seed}") in done
     }
     if failures:
         raise TrainingStopped(f"{len(failures)} of the study's runs failed: " + "; ".join(failures))
-    body = _result(records, parts, plan, options.attack)
+    body = _result(records, parts, plan)
     return save_result(NAME, body, output=folder / f"{NAME}.json")
 
 
@@ -180,50 +186,48 @@ def _plan(
 
 
 def _result(
-    records: Mapping[str, Mapping[str, Any]],
-    parts: Mapping[str, list[str]],
-    plan: Plan,
-    attack: str,
+    records: Mapping[str, RunRecord], parts: Mapping[str, list[str]], plan: Plan
 ) -> dict[str, Any]:
+    (measurement,) = plan.evaluations
+    (attack,) = measurement.attacks
+    measured = {label: _evaluations(label, record, plan) for label, record in records.items()}
     rows = []
     for label, record in records.items():
-        last = _evaluation(record, "last")
-        best = _evaluation(record, "best")
-        final = record["metrics"][-1]
+        best, last = measured[label]
+        final = record.metrics[-1]
+        assert final.validation is not None, "the last epoch is always validated"
         name, _, variant = label.removeprefix("U-").partition("-")
         rows.append(
             {
                 "label": label,
                 "set": None if label == "natural" else name,
                 "variant": variant or None,
-                "natural": _cell(last["natural"]),
-                "robust": _cell(last["attacks"][attack]),
-                "best_robust": _cell(best["attacks"][attack]),
-                "best_epoch": record["best_epoch"],
+                "natural": _cell(last.natural),
+                "robust": _cell(last.attacks[attack]),
+                "best_robust": _cell(best.attacks[attack]),
+                "best_epoch": record.best_epoch,
                 # On batches as they are trained on: augmented, by the training attack.
-                "training_robust": _percent(final["train"].get("robust_accuracy")),
-                "validation_robust": final["validation"]["robust"],
+                "training_robust": _percent(final.train.get("robust_accuracy")),
+                "validation_robust": final.validation.robust,
             }
         )
-    some = next(iter(records.values()))
-    layers: dict[str, Any] = next(
-        (r["config"]["layers"] for n, r in records.items() if n != "natural"), {}
-    )
+    some = next(iter(records))
+    data, threat = measured[some][0].data, measured[some][0].threat
+    trained = [record.config for label, record in records.items() if label != "natural"]
+    layers: dict[str, Any] = trained[0]["layers"] if trained else {}
     return {
         "blocks": {part: len(names) for part, names in parts.items()},
         "rows": rows,
         "attack": attack,
         "stem": layers.get("stem"),
         "statistics": layers.get("statistics"),
-        "epochs": max(
-            r["config"]["training"]["epochs"] for n, r in records.items() if n != "natural"
-        ),
+        "epochs": max(config["training"]["epochs"] for config in trained),
         "recipe": plan.recipe,
         "settings": plan.settings,
-        "seed": some["seed"],
-        "data": some["evaluations"][0]["data"],
-        "threat": some["evaluations"][0]["threat"],
-        "model": some["config"]["model"],
+        "seed": records[some].seed,
+        "data": data.content(),
+        "threat": threat.content(),
+        "model": records[some].config["model"],
     }
 
 
@@ -231,15 +235,22 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _evaluation(record: Mapping[str, Any], checkpoint: str) -> dict[str, Any]:
-    """The evaluation of one checkpoint; of the best where the last is the same."""
-    by_checkpoint = {e["model"]["checkpoint"]: e for e in record["evaluations"]}
-    found: dict[str, Any] = by_checkpoint.get(checkpoint, by_checkpoint["best"])
-    return found
+def _evaluations(
+    label: str, record: RunRecord, plan: Plan
+) -> tuple[EvaluationRecord, EvaluationRecord]:
+    """What the plan measures of the best weights and of the last ones, where these are others."""
+    (measurement,) = plan.evaluations
+    config = check_kept(record.config, label)
+    best, last = (
+        answer(record.of_best_weights(), measurement.of(checkpoint), config)
+        for checkpoint in measurement.checkpoints
+    )
+    assert best is not None, "no run failed"
+    return best, last or best
 
 
-def _cell(cell: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: cell[key] for key in ("accuracy", "interval", "n") if key in cell}
+def _cell(part: Accuracy) -> dict[str, Any]:
+    return {"accuracy": part.accuracy, "interval": part.interval, "n": part.n}
 
 
 # -- what is shown ---------------------------------------------------------------------------------
