@@ -110,6 +110,38 @@ def test_the_neighbouring_values_of_its_own_setting(run: Path) -> None:
     )
 
 
+def test_neighbours_are_those_by_value_whatever_the_order_of_the_front(run: Path) -> None:
+    points = [("trades", 6.0, 57.0, 23.0), ("trades", 1.0, 66.0, 14.0), ("trades", 3.0, 58.0, 22.0)]
+    change = recommend(run, [planted(run, points)]).change
+    assert change.startswith("trades with beta 3.0 there has")
+    assert "beta 1.0: +8.0 natural" in change
+    assert "beta 6.0: -1.0 natural" in change
+
+
+def test_a_fraction_is_a_number(run: Path) -> None:
+    points = [(value, natural, 20.0) for value, natural in (("2/10", 62.0), ("3/10", 61.0))]
+    curves = {
+        "trades-attack.epsilon": {
+            **{"method": "trades", "knob": "attack.epsilon", "more": None},
+            **{"seeds": [0, 1], "hypervolume": None, "robust_range": None},
+        }
+    }
+    file = planted(run, [("trades", value, x, y) for value, x, y in points], curves=curves)
+    front = json.loads(file.read_text())
+    for point in front["points"]:
+        point["curve"] = "trades-attack.epsilon"
+    file.write_text(json.dumps(front))
+    shutil.copytree(run, other := run.with_name("other"), dirs_exist_ok=True)
+    config = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(config.replace("  epsilon: null", "  epsilon: 29/100", 1))
+    assert "epsilon: 29/100" in (other / "config.yaml").read_text()
+    change = recommend(other, [file]).change
+    assert change.startswith(
+        "nearest measured to attack.epsilon 29/100: trades-attack.epsilon with "
+    )
+    assert "attack.epsilon 3/10 there has natural 61.0 %" in change
+
+
 def test_a_point_that_is_ahead_in_both(run: Path) -> None:
     file = planted(run, [("trades", 3.0, 59.0, 21.0), ("at", 0.25, 65.0, 26.0)])
     found = recommend(run, [file])

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cure.config import RunConfig
+from cure.config import Ratio, RunConfig
 from cure.errors import CheckpointError, ConfigError
 from cure.experiments.compare.rows import no_place
 from cure.experiments.front.curves import Curve
@@ -242,6 +242,9 @@ def _step(config: RunConfig, label: str, curve: FrontCurve, record: FrontRecord)
     """What the neighbouring values of the run's own setting trade."""
     assert curve.knob is not None
     points = [point for point in record.points if point.curve == label]
+    sizes = [_number(point.value) for point in points]
+    if None not in sizes:
+        points.sort(key=lambda point: _number(point.value) or 0.0)
     value = _value(config, curve.knob)
     here = min(points, key=lambda point: _distance(point.value, value))
     at = points.index(here)
@@ -274,15 +277,25 @@ def _apart(one: FrontPoint, other: FrontPoint) -> bool:
 
 def _value(config: RunConfig, knob: str) -> object:
     """The value of a setting, written under ``method`` or as a whole key."""
+    if knob == "attack.epsilon":
+        return config.training_epsilon  # the threat's where the setting is left out
     found: object = config if knob.split(".")[0] in type(config).model_fields else config.method
     for part in knob.split("."):
         found = getattr(found, part)
     return found
 
 
+def _number(value: object) -> float | None:
+    """The number that a value is, or a fraction such as 8/255; None for any other value."""
+    try:
+        return float(Ratio(str(value)))
+    except ValueError:
+        return None
+
+
 def _distance(one: object, other: object) -> float:
     """0 for equal values; numbers by how far they are apart, others by whether they differ."""
-    try:
-        return abs(float(str(one)) - float(str(other)))
-    except ValueError:
+    first, second = _number(one), _number(other)
+    if first is None or second is None:
         return float(str(one) != str(other))
+    return abs(first - second)
