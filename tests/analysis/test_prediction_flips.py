@@ -138,6 +138,23 @@ def test_the_study_of_two_networks(written: ImageSet, tmp_path: Path) -> None:
     assert "&lt;b&gt;bold" in drawn
 
 
+class Fails(Reads):
+    """Returns what is not a number for images of one number."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image).masked_fill(image[:, :1, 0, 7] > 0, torch.nan)
+
+
+def test_what_is_not_a_number_is_no_prediction(written: ImageSet, tmp_path: Path) -> None:
+    """As in `cure evaluate`: image 2 is of the first class, which argmax of NaN names."""
+    written.image[2, 0, 0, 7] = 1
+    network, output = Fails(0), tmp_path / "kept.json"
+    result = prediction_flips(network, natural=network, data=written, output=output, batch_size=2)
+    assert [each["correct"] for each in result["accuracy"].values()] == [6, 6]
+    (this,) = result["comparisons"]
+    assert (this["both"], this["neither"], this["agreement"]["correct"]) == (6, 4, 9)
+
+
 class Otherwise(Reads):
     """The same network with a weight more."""
 

@@ -20,7 +20,7 @@ from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import TargetLike
 from cure.models import core, load_weights
 from cure.models.build import network_of
-from cure.models.checks import check_outputs
+from cure.models.checks import check_outputs, predicted
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
 from cure.utils.io import user_path
@@ -39,7 +39,7 @@ def flips(natural: Tensor, robust: Tensor, label: Tensor, classes: Sequence[str]
     """Images lost and gained between two networks, in all and by class.
 
     Args:
-        natural: predicted labels [N] of the natural network.
+        natural: predicted labels [N] of the natural network; -1 for no prediction.
         robust: predicted labels [N] of the other, of the same images.
         label: true labels [N].
         classes: name of each class.
@@ -52,7 +52,7 @@ def flips(natural: Tensor, robust: Tensor, label: Tensor, classes: Sequence[str]
         by class.
     """
     before, after = natural == label, robust == label
-    agreement = accuracy_of(natural == robust, 0.0)
+    agreement = accuracy_of((natural == robust) & (natural >= 0), 0.0)
     del agreement["seconds"]
     by_class = [
         {"name": name} | _counts(before[label == number], after[label == number])
@@ -167,12 +167,12 @@ def compute(
             known = inputs.add(start)
             added.append((start, known))
         pairs.append((known, name))
-    predicted = {name: _predict(inputs, name, progress) for name in inputs.networks}
+    named = {name: _predict(inputs, name, progress) for name in inputs.networks}
     label = inputs.images.label
     comparisons = []
     for first, second in pairs:
         body: Result = {"natural": first, "robust": second}
-        body |= flips(predicted[first], predicted[second], label, inputs.images.classes)
+        body |= flips(named[first], named[second], label, inputs.images.classes)
         try:
             body["weights"] = moved(inputs.networks[first], inputs.networks[second], tolerance)
         except ValueError as error:
@@ -181,7 +181,7 @@ def compute(
                 "weights moved cannot be said"
             )
         comparisons.append(body)
-    accuracy = {name: accuracy_of(predicted[name] == label, 0.0) for name in predicted}
+    accuracy = {name: accuracy_of(named[name] == label, 0.0) for name in named}
     for part in accuracy.values():
         del part["seconds"]
     described = inputs.described()
@@ -226,17 +226,17 @@ def start_of(target: TargetLike) -> Path | nn.Module:
 
 @torch.no_grad()
 def _predict(inputs: StudyInputs, name: str, progress: Progress) -> Tensor:
-    """Predicted labels [N] on the processor."""
+    """Predicted labels [N] on the processor; -1 for no prediction."""
     network, engine = inputs.networks[name], inputs.engine
-    images, predicted, done = inputs.images.to(engine.device), [], 0
+    images, found, done = inputs.images.to(engine.device), [], 0
     for batch in batches(images, inputs.batch_size):
         image = engine.arrange(batch.image)
         if not done:
             check_outputs(network, image, len(images.classes))
-        predicted.append(network(image).argmax(dim=1).cpu())
+        found.append(predicted(network(image)).cpu())
         done += len(image)
         progress(name, done, len(images))
-    return torch.cat(predicted)
+    return torch.cat(found)
 
 
 # What is shown of a result.
