@@ -346,7 +346,7 @@ def test_one_time_limit_holds_for_all_norms(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(set(ends)) == 1
 
 
-def partial(tmp_path: Path) -> Path:
+def partial(tmp_path: Path, **asked: Any) -> Path:
     """An output whose evaluation was stopped after its first batch."""
     output = tmp_path / "result.json"
     calls: list[tuple[str, int]] = []
@@ -354,14 +354,8 @@ def partial(tmp_path: Path) -> Path:
         add = Journal.add
         patch.setattr(Journal, "add", lambda self, v: (calls.append(("", 0)), add(self, v))[1])
         stop_after(patch, 0, calls)
-        evaluate(
-            Brightness(),
-            data=grey(),
-            attacks=["pgd2"],
-            batch_size=8,
-            output=output,
-            time_limit=5,
-        )
+        arguments = {"data": grey(), "attacks": ["pgd2"], "batch_size": 8} | asked
+        evaluate(Brightness(), output=output, time_limit=5, **arguments)
     assert (tmp_path / "result.json.partial").is_file()
     return output
 
@@ -386,6 +380,16 @@ def test_another_command_does_not_go_on(
     with pytest.raises(CheckpointError, match=f"unfinished evaluation with {words};.*delete it"):
         evaluate(Brightness(), output=output, **arguments)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_curve_goes_on_and_is_told_with_the_precision_of_its_attack(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"attacks": [], "curve": "pgd2", "epsilons": [0.1]}
+    output = partial(tmp_path, **asked)
+    arguments = {"data": grey(), "batch_size": 8, "precision": "bf16_attack"} | asked
+    with pytest.raises(CheckpointError, match="unfinished evaluation with another curve;"):
+        evaluate(Brightness(), output=output, **arguments)
+    settings = evaluate(Brightness(), **arguments)["curve"]["settings"]
+    assert settings["precision"] == "bf16_attack"
 
 
 @pytest.mark.parametrize(

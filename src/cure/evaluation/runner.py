@@ -204,7 +204,7 @@ def identify(
     if replay is not None:
         further["replay"] = digest(_tensors_of(replay))
     if curve is not None:
-        further["curve"] = evaluation_attack(curve.attack, source).settings
+        further["curve"] = _settings(evaluation_attack(curve.attack, source), engine)
     return {
         "network": hashlib.sha256(str(model).encode()).hexdigest(),
         "weights": digest(_tensors_of(model)),
@@ -289,7 +289,7 @@ def _measure_curve(
     What fools within a radius fools within a larger one, so only images that are still right are
     attacked again.
     """
-    found: Result = {"attack": attack.name, "settings": attack.settings}
+    found: Result = {"attack": attack.name, "settings": _settings(attack, runner.engine)}
     points: list[Result] = []
     robust = natural
     for epsilon in sorted(curve.epsilons):
