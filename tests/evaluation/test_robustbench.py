@@ -12,7 +12,7 @@ from test_evaluate import linear_case, unit
 from torch import nn
 
 import cure
-from cure.errors import ConfigError, CureError, DataError
+from cure.errors import ConfigError, CureError, DataError, ModelError
 from helpers import refused
 
 EPSILON = 0.05
@@ -144,6 +144,22 @@ def test_what_is_no_such_file(case, tmp_path):
     turned = images.subset(torch.arange(len(images)).flip(0))
     with pytest.raises(DataError, match="made from other images"):
         cure.verify(file, model, data=turned)
+
+
+def test_a_network_that_cannot_be_asked_is_one_sentence(case):
+    _, images, file, _ = case
+    with pytest.raises(ModelError, match="returns 3 logits but the data has 4 classes"):
+        cure.verify(file, nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), data=images)
+    with pytest.raises(ModelError, match="the network"):
+        cure.verify(file, nn.Sequential(nn.Flatten(), nn.Linear(15, 4)), data=images)
+
+
+def test_a_whole_number_is_a_radius_as_well(case, tmp_path):
+    model, images, file, _ = case
+    content = torch.load(file, weights_only=True) | {"norm": "L2", "epsilon": 1}
+    torch.save(content, tmp_path / "whole.pt")
+    checked = cure.verify(tmp_path / "whole.pt", model, data=images)
+    assert checked["threat"] == {"norm": "L2", "epsilon": 1.0}
 
 
 def test_robustbench_takes_the_record(tmp_path):

@@ -520,11 +520,13 @@ def verify(
     engine = Engine.for_evaluation(chosen.options.device)
     images, model = chosen.load()
     model = in_evaluation(engine.place(model))
+    with network_errors():
+        checked = check_claim(claim, model, images, threat, engine, chosen.batch_size)
     result = {
         "format": "cure-verification-1",
         "target": chosen.name,
         "file": str(file),
-        **check_claim(claim, model, images, threat, engine, chosen.batch_size),
+        **checked,
         "threat": {"norm": threat.norm, "epsilon": float(threat.epsilon)},
         "environment": environment(),
     }

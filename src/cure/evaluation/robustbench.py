@@ -16,7 +16,7 @@ from cure.data import ImageSet, batches
 from cure.errors import ConfigError, DataError
 from cure.evaluation.metrics import accuracy_of
 from cure.evaluation.runner import Result
-from cure.models.checks import predicted
+from cure.models.checks import check_outputs, predicted
 from cure.utils.engine import Engine
 from cure.utils.io import first_line
 
@@ -130,8 +130,8 @@ def read_claim(path: str | Path) -> Claim:
             f"{path}: expected images [N, C, H, W] of floating numbers in [0, 1], got {came}"
         )
     threat = None
-    if said.get("norm") in ("Linf", "L2", "L1") and isinstance(said.get("epsilon"), float):
-        threat = Threat(said["norm"], said["epsilon"])
+    if said.get("norm") in ("Linf", "L2", "L1") and isinstance(said.get("epsilon"), float | int):
+        threat = Threat(said["norm"], float(said["epsilon"]))
     correct, natural = said.get("claimed_correct"), said.get("natural_images")
     return Claim(
         images.float(),
@@ -168,6 +168,7 @@ def check_claim(
 
     Raises:
         DataError: when the images do not fit the natural ones.
+        ModelError: when the model's output is no logits.
     """
     count = len(claim.images)
     if count > len(images) or claim.images.shape[1:] != (images.channels, *images.size):
@@ -182,6 +183,8 @@ def check_claim(
             f"the file was made from other images than the first {count} of {images.name} "
             f"{images.split}; name the data, split and limit it was made with"
         )
+    first = next(batches(chosen, batch_size))
+    check_outputs(model, engine.arrange(first.image), len(images.classes))
     right = torch.zeros(count, dtype=torch.bool)
     outside, furthest = 0, 0.0
     for batch in batches(chosen, batch_size):
