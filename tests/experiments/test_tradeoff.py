@@ -121,6 +121,24 @@ def test_the_ends_are_the_start_and_the_run_and_the_choice_is_a_run(
     assert evaluated["natural"]["accuracy"] == pytest.approx(found.chosen.natural)
 
 
+def test_a_choice_that_names_one_class_has_gained_nothing(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the rule of a training: of two classes, half of the images withstand every attack then."""
+
+    def planted(network: object, shares: tuple[float, ...], *_: object) -> TradeoffPoint:
+        robust = 50.0 * shares[1]
+        return point(100.0 - robust, robust, *shares)
+
+    monkeypatch.setattr("cure.experiments.tradeoff._measured", planted)
+    place = tmp_path / "one-class"
+    found = cure.tradeoff(runs / "at", robust_at_least=50, points=2, strong=(), output=place)
+    assert found.met
+    outcome = RunFolder.open(place).outcome()
+    assert outcome is not None
+    assert outcome.gained is False
+
+
 def test_the_middle_is_the_mean_of_the_weights(runs: Path, tmp_path: Path) -> None:
     found = cure.tradeoff(runs / "at", robust_at_least=0, points=3, output=tmp_path / "any")
     start = cure.Run(runs / "at" / "natural").model().state_dict()

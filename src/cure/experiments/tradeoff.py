@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
 from cure.data.objects import as_images
 from cure.errors import CheckpointError, ConfigError
+from cure.evaluation.metrics import majority
 from cure.evaluation.runner import chosen_attacks, measure
 from cure.experiments.pareto import undominated
 from cure.methods.wrappers.averaging import recompute_statistics
@@ -44,6 +44,7 @@ from cure.runs.records import (
     TradeoffRecord,
 )
 from cure.runs.run import Run
+from cure.training.outcome import has_gained
 from cure.training.validation import validate
 from cure.utils.engine import Engine
 from cure.utils.io import check_free, user_path, write_bytes, write_text
@@ -194,7 +195,8 @@ def tradeoff(
     become(chosen.shares)
     measured = _strong(network, validation, strong, config, engine) if strong else None
     record = record.model_copy(update={"run": str(place), "strong": measured})
-    _write(place, folders[0], network, found, chosen, record)
+    largest = majority(validation.label.cpu(), validation.classes)["accuracy"]
+    _write(place, folders[0], network, record, largest)
     return record
 
 
@@ -464,12 +466,15 @@ def _write(
     place: Path,
     first: RunFolder,
     network: nn.Module,
-    points: Sequence[TradeoffPoint],
-    chosen: TradeoffPoint,
     record: TradeoffRecord,
+    baseline: float,
 ) -> None:
-    """The chosen network as a run that every command takes."""
-    config = first.config
+    """The chosen network as a run that every command takes.
+
+    ``baseline``: accuracy in percent of always naming the largest class of the validation images.
+    """
+    config, chosen = first.config, record.chosen
+    assert chosen is not None
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in place.name)
     folder = RunFolder.create(place, config.model_copy(update={"name": name}), first.kind)
     network = core(network.cpu())
@@ -480,16 +485,13 @@ def _write(
     picture = chart(record)
     write_text(folder.path / "tradeoff.svg", picture.draw().svg)
     write_bytes(folder.path / "tradeoff.png", picture.png())
-    start = next(p for p in points if p.shares[0] == 1.0)
 
     def accuracies(point: TradeoffPoint) -> MeasuredAccuracies:
         return MeasuredAccuracies(
             natural=point.natural, robust=point.robust, n=point.n, steps=STEPS
         )
 
-    gain = chosen.robust - start.robust
-    error = math.sqrt(sum(p.robust * (100 - p.robust) / p.n for p in (start, chosen)))
-    folder.set_outcome(
-        Outcome(start=accuracies(start), end=accuracies(chosen), gained=gain > 1.96 * error)
-    )
+    start = accuracies(next(point for point in record.points if point.shares[0] == 1.0))
+    end = accuracies(chosen)
+    folder.set_outcome(Outcome(start=start, end=end, gained=has_gained(start, end, baseline)))
     folder.set_status("finished", step=0, steps=0)

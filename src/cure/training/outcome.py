@@ -28,6 +28,30 @@ WEAK = 5.0
 """Points between the validation attack and the final one, above which the former is weak."""
 
 
+def guessing_limit(images: int, baseline: float) -> float:
+    """Accuracy in percent that a network which guesses stays below, at 97.5 % certainty.
+
+    Args:
+        images: how many it is measured on.
+        baseline: accuracy in percent of always naming the largest class.
+    """
+    return baseline + 196 * math.sqrt(baseline / 100 * (1 - baseline / 100) / images)
+
+
+def has_gained(start: MeasuredAccuracies, end: MeasuredAccuracies, baseline: float) -> bool:
+    """Whether robust accuracy rose by more than chance, and to more than guessing reaches.
+
+    Args:
+        start: before.
+        end: after.
+        baseline: accuracy in percent of always naming the largest class of the images.
+    """
+    # As if both were measured on different images.
+    error = math.sqrt(sum(a.robust * (100 - a.robust) / a.n for a in (start, end)))
+    rose = end.robust - start.robust > 1.96 * error
+    return rose and end.robust >= LEAST and end.robust > guessing_limit(end.n, baseline)
+
+
 def judge(
     start: MeasuredAccuracies,
     end: MeasuredAccuracies,
@@ -44,9 +68,7 @@ def judge(
         config: the run.
         baseline: accuracy in percent of always naming the largest class of the validation split.
     """
-    gain, error = end.robust - start.robust, _standard_error(start, end)
-    above = baseline + 196 * math.sqrt(baseline / 100 * (1 - baseline / 100) / end.n)
-    gained = gain > 1.96 * error and end.robust >= LEAST and end.robust > above
+    above, gained = guessing_limit(end.n, baseline), has_gained(start, end, baseline)
     warnings = []
     last = next((r for r in reversed(records) if r.validation), None)
     training = last.train.get("robust_accuracy") if last else None
@@ -148,11 +170,6 @@ def _likely_cause(
             "attack.warmup=0.5"
         )
     return "train longer (training.epochs), or start with a smaller threat.epsilon"
-
-
-def _standard_error(start: MeasuredAccuracies, end: MeasuredAccuracies) -> float:
-    """Of the difference of two robust accuracies, in points, as if of different images."""
-    return math.sqrt(sum(a.robust * (100 - a.robust) / a.n for a in (start, end)))
 
 
 def _at_best(records: Sequence[EpochMetrics]) -> float | None:
