@@ -73,6 +73,15 @@ def some(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(f"'{name}'" for name in names[:most]) + more
 
 
+def counted(count: int, what: str) -> str:
+    """A number and its noun, which is given in the singular.
+
+    >>> counted(1, "image"), counted(1200, "image"), counted(0, "extra image")
+    ('1 image', '1,200 images', '0 extra images')
+    """
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 class CureNote(UserWarning):
     """Something that was decided for the user, said once: what was found and what was done."""
 

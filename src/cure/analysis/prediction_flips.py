@@ -14,7 +14,7 @@ from cure.analysis.render import MISSING, StudyTable, View, listed, number, poin
 from cure.analysis.study import STUDIES, NetworkStudyOptions, Study, StudyInputs, save_result
 from cure.config import NATURAL
 from cure.data import batches
-from cure.errors import ConfigError
+from cure.errors import ConfigError, counted
 from cure.evaluation.metrics import accuracy_of
 from cure.evaluation.runner import Progress, Result
 from cure.evaluation.target import TargetLike
@@ -258,9 +258,9 @@ def view(result: Result) -> View:
         chance = "" if this["p_value"] < LEVEL else ", which chance can explain"
         clear = holm({each["name"]: each["p_value"] for each in this["classes"]}, LEVEL)
         said.append(
-            f"{this['robust']} loses {this['lost']:,} images that {this['natural']} classifies "
-            f"correctly and gains {this['gained']:,} of {this['n']:,}, {points(this)} points"
-            f"{chance}, with a clear change in {len(clear)} of {len(this['classes'])} classes"
+            f"{this['robust']} loses {counted(this['lost'], 'image')} that {this['natural']} "
+            f"classifies correctly and gains {this['gained']:,} of {this['n']:,}, {points(this)} "
+            f"points{chance}, with a clear change in {len(clear)} of {len(this['classes'])} classes"
         )
         if "weights" in this:
             others.append(_by_tensor(this["weights"], pair))

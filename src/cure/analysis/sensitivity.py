@@ -17,7 +17,7 @@ from cure.analysis.render import (
     with_interval,
 )
 from cure.analysis.study import STUDIES, Study, save_result
-from cure.errors import ConfigError, Interrupted
+from cure.errors import ConfigError, Interrupted, counted
 from cure.evaluation.runner import Progress, Result
 from cure.experiments.executors import LocalExecutor, stopped_by_signals
 from cure.experiments.pareto import undominated
@@ -208,9 +208,10 @@ def view(result: Result) -> View:
     ]
     few = f" ({len(finished)} trials are few)" if len(finished) < FEW else ""
     finding = (
-        f"{len(finished)} trials finished{rest}; {len(front_)} form the Pareto front of natural "
-        f"and robust accuracy; clear effects: {listed(clear) or 'none'}{few}; accuracies are those "
-        "of the best epoch on the images that chose it, so evaluate the chosen run on test images."
+        f"{counted(len(finished), 'trial')} finished{rest}; {len(front_)} form the Pareto front of "
+        f"natural and robust accuracy; clear effects: {listed(clear) or 'none'}{few}; accuracies "
+        "are those of the best epoch on the images that chose it, so evaluate the chosen run on "
+        "test images."
     )
     commands = [(f"trial {trial['number']}", trial["command"]) for trial in front_]
     return View(finding, tables, [_scatter(finished), _each(result, finished)], commands)
@@ -278,7 +279,7 @@ def _scatter(finished: Sequence[Mapping[str, Any]]) -> Chart:
         names=[(*place, ", ".join(numbers)) for place, numbers in at.items()],
     )
     title = "Natural against robust accuracy of all trials"
-    description = f"{len(finished)} trials. The front: {said}."
+    description = f"{counted(len(finished), 'trial')}. The front: {said}."
     return Chart("sensitivity-front", title, description, [panel], height=4.2)
 
 
@@ -300,7 +301,7 @@ def _each(result: Result, finished: Sequence[Mapping[str, Any]]) -> Chart:
     return Chart(
         "sensitivity-each",
         "Accuracy of every trial over each setting",
-        f"{len(finished)} trials, a mark for each.",
+        f"{counted(len(finished), 'trial')}, a mark for each.",
         panels,
         columns=columns,
         width=2.6 * columns + 1.2,

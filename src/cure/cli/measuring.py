@@ -30,7 +30,7 @@ from cure.cli.printing import (
     show_progress,
 )
 from cure.cli.status import ExitStatus
-from cure.errors import ConfigError
+from cure.errors import ConfigError, counted
 
 Precision = StrEnum("Precision", ["fp32", "bf16_attack"])
 
@@ -167,7 +167,7 @@ def evaluate(
                 target, output=output, shard=shard, shards=shards, progress=progress, **arguments
             )
         if shard is not None:
-            say(f"shard {shard}: {result['images']} images, kept in {result['file']}")
+            say(f"shard {shard}: {counted(result['images'], 'image')}, kept in {result['file']}")
             return
     print_evaluation(result, kept=output is not None or "checkpoint" in result["model"])
     if not QUIET and junit is not None:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cure.errors import counted
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
@@ -250,8 +252,8 @@ def print_verification(result: dict[str, Any]) -> None:
         f"{result['threat']['epsilon']:.6f} ({result['threat']['norm']})"
     )
     if result["outside"]:
-        reason = f"{result['outside']:,} images leave the ball or [0, 1]; they prove nothing"
-        warn(f"the claim fails: {reason}")
+        count = counted(result["outside"], "image")
+        warn(f"the claim fails: {count} outside of the ball or of [0, 1], which proves nothing")
     elif not result["holds"]:
         warn(f"the claim fails: it says {result['claimed_correct']:,} right")
 

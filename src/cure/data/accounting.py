@@ -16,7 +16,7 @@ from cure.data.cache import CachePlace
 from cure.data.extra import ExtraAccount
 from cure.data.images import ImageSet, Skipped
 from cure.data.sources import load
-from cure.errors import DataError, some
+from cure.errors import DataError, counted, some
 
 FEW = 10
 """A class with fewer training images is named."""
@@ -83,7 +83,7 @@ class DataAccount:
             f"data '{self.name}': {counts} images, {len(self.classes)} classes, {sizes} {kind}",
             f"training images a class: {self._per_class()}",
         ]
-        lines += [f"{_images(n)} converted: {what}" for what, n in self.converted.items()]
+        lines += [f"{counted(n, 'image')} converted: {what}" for what, n in self.converted.items()]
         for split, skipped in self.skipped.items():
             place = "" if split == "train" else f" ({split})"
             lines += [f"{one}{place}" for one in skipped]
@@ -110,8 +110,8 @@ class DataAccount:
             )
         for splits, count in self.duplicates.items():
             found.append(
-                f"{_images(count)} of one split equal images of another ({splits}), which makes "
-                "accuracies too high; remove them from one"
+                f"{counted(count, 'image')} of one split equal images of another ({splits}), which "
+                "makes accuracies too high; remove them from one"
             )
         if self.untested is not None:
             found.append(f"the test split cannot be used: {self.untested}")
@@ -236,10 +236,6 @@ def _hash(image: Tensor) -> bytes:
 
 def _area(size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
     return size[0] * size[1], size
-
-
-def _images(count: int) -> str:
-    return f"{count:,} image" if count == 1 else f"{count:,} images"
 
 
 def _size(size: tuple[int, int]) -> str:

@@ -17,7 +17,7 @@ from cure.data.images import ImageSet, Skipped
 from cure.data.leaks import UNUSUAL, Describe, nearest, resembling, threshold
 from cure.data.readers import UNLABELLED, ImageTable
 from cure.data.sources import load, open_source, training_split
-from cure.errors import DataError
+from cure.errors import DataError, counted
 from cure.utils.stats import at_least
 
 _SHOWN = 5
@@ -98,7 +98,9 @@ class ExtraAccount:
             f"extra images '{self.name}': {total:,}, {counts}, {100 * self.share:g} % of each batch"
         ]
         if self.predicted:
-            lines.append(f"{self.predicted:,} extra images were labelled by {self.labelled_by}")
+            lines.append(
+                f"labelled by {self.labelled_by}: {counted(self.predicted, 'extra image')}"
+            )
         for one in self.leaks:
             lines.append(
                 f"extra images that copy a {one.split} image: {len(one.rows):,} "
@@ -111,7 +113,9 @@ class ExtraAccount:
                     f"image: {len(one.suspects):,} (of training images {100 * one.usual:.1f} %)"
                 )
         if self.removed:
-            lines.append(f"{self.removed:,} extra images left out: they copy held-out images")
+            lines.append(
+                f"left out as copies of held-out images: {counted(self.removed, 'extra image')}"
+            )
         lines += [f"{one} (extra)" for one in self.skipped]
         return lines
 

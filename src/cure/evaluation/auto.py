@@ -66,7 +66,7 @@ def choose_attacks(
         for names in sets[sets.index(chosen) + 1 :]
     ]
     sentence = (
-        f"attacks chosen for {seconds / 60:.3g} minutes: {' and '.join(chosen)} (up to "
+        f"attacks chosen for a time limit of {seconds:g} s: {' and '.join(chosen)} (up to "
         f"{costs[chosen] / 60:.1f} minutes)"
     )
     return chosen, sentence + (f"; left out: {', '.join(left_out)}" if left_out else "")

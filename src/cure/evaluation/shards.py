@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cure.errors import CheckpointError, ConfigError
+from cure.errors import CheckpointError, ConfigError, counted
 from cure.evaluation.journal import BatchResult, Identity, Journal
 
 
@@ -97,10 +97,11 @@ class MergedShards(Journal):
         attacked = sorted(place for each in found for place in each.attacked)
         if attacked != targets:
             lost, more = set(targets) - set(attacked), set(attacked) - set(targets)
-            what = f"{len(lost)} images were not attacked" if lost else f"{len(more)} too many were"
+            what, count = ("not attacked", lost) if lost else ("attacked and should not be", more)
             raise CheckpointError(
-                f"the shards do not fit together: in {attack} {part} {what}; repeat the shards "
-                "that were stopped, all on the same kind of machine"
+                f"the shards do not fit together: in {attack} {part}, "
+                f"{counted(len(count), 'image')} {what}; repeat the shards that were stopped, all "
+                "on the same kind of machine"
             )
         return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cure.config import Ratio, RunConfig
-from cure.errors import CheckpointError, ConfigError
+from cure.errors import CheckpointError, ConfigError, counted
 from cure.experiments.compare.rows import no_place
 from cure.experiments.front.curves import Curve
 from cure.experiments.pareto import natural_at, robust_range
@@ -164,8 +164,8 @@ def _place(
 ) -> str:
     """The sentence that says where the run lies."""
     seeds = len({seed for point in record.points for seed in point.seeds})
-    known = f"{record.recipe} on {record.data.name}, {record.data.n:,} images, " + (
-        f"{seeds} seeds" if seeds > 1 else "1 seed"
+    known = (
+        f"{record.recipe} on {record.data.name}, {record.data.n:,} images, {counted(seeds, 'seed')}"
     )
     here = f"natural {natural:.1f} %, {record.attack} {robust:.1f} %"
     if not same:

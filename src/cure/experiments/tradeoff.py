@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from cure.config import RunConfig
 from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
 from cure.data.objects import as_images
-from cure.errors import CheckpointError, ConfigError
+from cure.errors import CheckpointError, ConfigError, counted
 from cure.evaluation.metrics import majority
 from cure.evaluation.runner import chosen_attacks, measure
 from cure.experiments.pareto import undominated
@@ -177,8 +178,8 @@ def tradeoff(
         found.append(point)
         say(_line(point, ends))
         if number == 0:
-            left = (time.perf_counter() - began) * (len(shares) - 1)
-            say(f"about {left / 60:.0f} minutes left")
+            left = math.ceil((time.perf_counter() - began) * (len(shares) - 1) / 60)
+            say(f"about {counted(left, 'minute')} left")
     chosen = choose(found, natural_at_least, robust_at_least) if wanted else None
     met = chosen is not None and _meets(chosen, natural_at_least, robust_at_least)
     record = TradeoffRecord(

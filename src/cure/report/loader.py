@@ -17,7 +17,7 @@ import yaml
 
 from cure.analysis.study import find_study, unique
 from cure.config import NATURAL, ROBUST, starts_naturally
-from cure.errors import CheckpointError, ConfigError, CureError
+from cure.errors import CheckpointError, ConfigError, CureError, counted
 from cure.experiments.compare.rows import Source, checked_config, current, no_place
 from cure.recipe import read_yaml
 from cure.runs.folder import RunFolder
@@ -275,7 +275,7 @@ def _of_folder(path: Path, name: str, inputs: PageInputs) -> Entry:
                 cut = place == len(texts) and text[:1] == b"{" and text[-1:] != b"}"
                 lost += not cut
         if lost:
-            trouble(f"{file}: {lost} damaged lines are left out; restore it from a copy")
+            trouble(f"{file}: {counted(lost, 'damaged line')} left out; restore it from a copy")
         return found
 
     run = RunFolder(path)
@@ -293,8 +293,8 @@ def _of_folder(path: Path, name: str, inputs: PageInputs) -> Entry:
             entry.file(result)
         if len(present) < len(kept):
             trouble(
-                f"{entry.typed}: {len(kept) - len(present)} results in {folder}/ are of earlier "
-                "weights and left out; measure the present ones"
+                f"{entry.typed}: {counted(len(kept) - len(present), 'result')} of earlier weights "
+                f"in {folder}/ left out; measure the present ones"
             )
     for file in sorted((path / "studies").glob("*.json"), key=number_of):
         study = read(file, lambda file: _study(StudyRecord.read(file), file, entry.name))

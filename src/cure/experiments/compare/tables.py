@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cure.errors import ConfigError, unknown
+from cure.errors import ConfigError, counted, unknown
 from cure.experiments.compare.rows import (
     BY_CLASS,
     COMPARISON_FORMAT,
@@ -404,8 +404,7 @@ def _cell(group: TableRow, column: str, rows: Sequence[TableRow]) -> str:
         dash = "-" if low >= 0 else " to "
         text += f" ({low:.1f}{dash}{high:.1f})"
     if group[f"{column}_runs"] < (group["n_seeds"] or 1):
-        count = group[f"{column}_runs"]
-        text += f", {count} seed{'s' if count > 1 else ''}"
+        text += f", {counted(group[f'{column}_runs'], 'seed')}"
     if len(_counts([row for row in rows if row.get(column) is not None], column)) > 1:
         text += ", n = " + " and ".join(f"{count:,}" for count in group[f"{column}_images"])
     return text
@@ -468,7 +467,7 @@ def _caption(
 def _hardware(environment: Mapping[str, Any]) -> str:
     cores = environment.get("cores")
     text = str(environment.get("processor") or "unknown processor")
-    text += f", {cores} core{'' if cores == 1 else 's'}" if cores else ""
+    text += f", {counted(cores, 'core')}" if cores else ""
     return text + (f", {environment['gpu']}" if environment.get("gpu") else "")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
+from cure.errors import counted
 from cure.runs.results import FrontEstimate, FrontPoint, FrontRecord
 from cure.utils.io import write_bytes, write_text
 from cure.utils.plotting import Chart, Panel, Series
@@ -20,7 +20,7 @@ def lines(record: FrontRecord) -> list[str]:
     ]
     known = [(label, c) for label, c in record.curves.items() if c.hypervolume is not None]
     for label, curve in sorted(known, key=lambda item: -item[1].hypervolume.mean):  # type: ignore[union-attr]
-        found.append(f"  {label}: {_words(curve.hypervolume)}, {_counted(curve.seeds)}")
+        found.append(f"  {label}: {_words(curve.hypervolume)}, {counted(len(curve.seeds), 'seed')}")
     for each in record.comparisons:
         named = [
             f"{label} {_words(value)}" if value is not None else f"{label} does not reach it"
@@ -56,10 +56,6 @@ def _words(value: FrontEstimate | None) -> str:
     if value.seeds is not None:
         over += f", {value.seeds[0]:.1f} to {value.seeds[1]:.1f} over seeds"
     return f"{value.mean:.1f} ({over})"
-
-
-def _counted(seeds: Sequence[int]) -> str:
-    return f"{len(seeds)} seed" + ("s" if len(seeds) != 1 else "")
 
 
 def chart(record: FrontRecord) -> Chart:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cure.attacks.registry import check_attacks
 from cure.config import NATURAL
-from cure.errors import ConfigError, TrainingStopped
+from cure.errors import ConfigError, TrainingStopped, counted
 from cure.experiments.executors import LocalExecutor
 from cure.experiments.front.curves import Curve, Values, curves_of, plan_of
 from cure.experiments.front.picture import write_picture
@@ -116,7 +116,8 @@ def front(
         write_picture(made, file)
         say(f"kept in {file}, drawn in {file.with_suffix('.svg').name} and .png beside it")
     if failures or made is None:
-        raise TrainingStopped(f"{len(failures)} runs of the front failed: " + "; ".join(failures))
+        count = counted(len(failures), "run")
+        raise TrainingStopped(f"{count} of the front failed: " + "; ".join(failures))
     return made
 
 
@@ -143,6 +144,6 @@ def _announce(plan: Plan, curves: Sequence[Curve], place: Path, say: Say) -> Non
     wanted, left = len(entries(plan)), to_do(plan, place).values()
     epochs = sum(entry.config.training.epochs for entry in left)
     say(
-        f"{wanted} runs, {wanted - len(left)} of them done before; {epochs:,} epochs to train, in "
-        f"{plan.runs}"
+        f"{counted(wanted, 'run')}, {wanted - len(left)} of them done before; "
+        f"{counted(epochs, 'epoch')} to train, in {plan.runs}"
     )
