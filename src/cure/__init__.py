@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from cure.errors import CureError
     from cure.evaluation.corruptions.measure import corruptions
     from cure.evaluation.diagnosis.api import diagnose
-    from cure.evaluation.evaluate import evaluate, verify
+    from cure.evaluation.evaluate import evaluate
+    from cure.evaluation.verify import verify
     from cure.experiments.compare import compare
     from cure.experiments.front import front
     from cure.experiments.recommend import recommend

@@ -27,7 +27,7 @@ HOMES = {
     "resume": "cure.training.run",
     "tradeoff": "cure.experiments.tradeoff",
     "train": "cure.training.run",
-    "verify": "cure.evaluation.evaluate",
+    "verify": "cure.evaluation.verify",
     "write_report": "cure.report.page",
     "write_evidence": "cure.report.evidence",
 }

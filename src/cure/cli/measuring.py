@@ -117,9 +117,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure accuracy on natural and on attacked images."""
-    from cure.evaluation import evaluate as api
+    from cure.evaluation.evaluate import evaluate as measure
     from cure.evaluation.evaluate import is_unfinished
     from cure.evaluation.gate import write_junit, write_sarif
+    from cure.evaluation.verify import verify as check
     from cure.utils.io import check_free
 
     if (junit or sarif or require_lower_bound) and not require:
@@ -152,7 +153,7 @@ def evaluate(
         others |= {"junit": junit, "sarif": sarif, "shards": shards, "shard": shard}
         others |= {"precision": precision is not Precision.fp32, "jobs": jobs != 1}
         _only_verify(others | {"cluster": cluster, "cluster_option": shared})
-        found = api.verify(verify, target, epsilon=epsilon, norm=norm, output=output, **options)
+        found = check(verify, target, epsilon=epsilon, norm=norm, output=output, **options)
         print_verification(found)
         if not found["holds"]:
             sys.exit(ExitStatus.FAILED_CHECK)
@@ -163,7 +164,7 @@ def evaluate(
         if jobs != 1 or cluster is not None or shared:
             raise ConfigError("--jobs, --cluster and --cluster-option go with --shards; add it")
         with show_progress() as progress:
-            result = api.evaluate(
+            result = measure(
                 target, output=output, shard=shard, shards=shards, progress=progress, **arguments
             )
         if shard is not None:

@@ -1,4 +1,4 @@
-"""Evaluate a target, or verify adversarial images that somebody made for it."""
+"""The function ``cure.evaluate``: accuracy of a target on natural and on attacked images."""
 
 from __future__ import annotations
 
@@ -25,12 +25,7 @@ from cure.evaluation.gate import Requirement, check_requirements
 from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
 from cure.evaluation.options import TargetKeywords
 from cure.evaluation.replay import compared, masking_note
-from cure.evaluation.robustbench import (
-    check_claim,
-    read_claim,
-    robustbench_record,
-    save_adversarial,
-)
+from cure.evaluation.robustbench import robustbench_record, save_adversarial
 from cure.evaluation.runner import WORST, Curve, Progress, Result, identify, measure, no_progress
 from cure.evaluation.shards import MergedShards, Shard
 from cure.evaluation.smoothing import check_sigma, smoothed_accuracy
@@ -102,7 +97,7 @@ def evaluate(
             call continues.
         robustbench: file to write the record to that RobustBench's leaderboard takes; needs
             "autoattack" among the attacks.
-        adversarial: file (.pt) to write the worst-case images to, which :func:`verify` checks;
+        adversarial: file (.pt) to write the worst-case images to, which :func:`cure.verify` checks;
             written when all attacks are finished.  An interrupted call finds its images again.
         time_limit: seconds after which attacks stop; what is missing is then listed under
             "unfinished".
@@ -472,67 +467,6 @@ def _record(
     if folder is not None and writes:
         folder.keep("evaluations", result)
     this.journal.remove()
-
-
-def verify(
-    file: str | Path,
-    target: TargetLike,
-    *,
-    epsilon: str | float | None = None,
-    norm: str | None = None,
-    output: str | Path | None = None,
-    **options: Unpack[TargetKeywords],
-) -> Result:
-    """Recompute an accuracy that is claimed of adversarial images, and check the images.
-
-    Args:
-        file: what ``evaluate(adversarial=...)`` wrote, ``{"adv_complete": images}`` as AutoAttack's
-            users save it, or a tensor alone; images of the first N natural ones, in their order.
-        target: the network, as in :func:`evaluate`.
-        epsilon: radius of the ball; by default what the file says, else the run's.
-        norm: as ``epsilon``.
-        output: JSON file to write; must not exist.
-        options: as in :func:`evaluate`.
-
-    Returns:
-        ``format`` "cure-verification-1" and what :func:`~cure.evaluation.robustbench.check_claim`
-        returns.
-
-    Raises:
-        CureError: for every mistake a user can correct.
-
-    >>> import torch
-    >>> import cure
-    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    >>> asked = {"data": "digits", "epsilon": "8/255", "limit": 50}
-    >>> made = cure.evaluate(network, attacks=["pgd20"], adversarial="worst.pt", **asked)
-    >>> checked = cure.verify("worst.pt", network, **asked)
-    >>> checked["holds"], checked["n"]
-    (True, 50)
-    """
-    output, file = check_free(output), user_path(file)
-    claim = read_claim(file)
-    chosen = Target.of(target, **options)
-    if claim.threat is not None:
-        epsilon = claim.threat.epsilon if epsilon is None else epsilon
-        norm = claim.threat.norm if norm is None else norm
-    threat = chosen.threat(epsilon, norm)
-    engine = Engine.for_evaluation(chosen.options.device)
-    images, model = chosen.load()
-    model = in_evaluation(engine.place(model))
-    with network_errors():
-        checked = check_claim(claim, model, images, threat, engine, chosen.batch_size)
-    result = {
-        "format": "cure-verification-1",
-        "target": chosen.name,
-        "file": str(file),
-        **checked,
-        "threat": {"norm": threat.norm, "epsilon": float(threat.epsilon)},
-        "environment": environment(),
-    }
-    if output is not None:
-        write_json(Path(output), result)
-    return result
 
 
 def _attack_names(
