@@ -133,70 +133,132 @@ def evaluate(
     >>> result["natural"]["n"], sorted(result["attacks"])
     (50, ['pgd20'])
     """
-    output, robustbench = user_path(output), user_path(robustbench)
-    adversarial = user_path(adversarial)
-    sharded = _sharded(
-        shard,
-        shards,
-        output,
-        adversarial=adversarial,
-        float=float_network,
+    asked = _Asked(
+        attacks=attacks,
+        epsilon=epsilon,
+        norm=norm,
+        precision=precision,
+        transfer=transfer,
+        float_network=float_network,
+        limits=[Requirement.parse(text) for text in require],
+        lower_bound=require_lower_bound,
+        curve=_curve(curve, epsilons),
+        output=user_path(output),
+        robustbench=user_path(robustbench),
+        adversarial=user_path(adversarial),
         time_limit=time_limit,
+        per_image=per_image,
+        unseen=unseen,
+        bounds=bounds,
+        smoothing=smoothing,
+        sharded=_sharded(shard, shards),
     )
-    if output is None or not _unfinished(Path(output)):
-        check_free(output)
-    for further in (robustbench, adversarial):
-        check_free(further)
-    if time_limit is not None and not 0 < time_limit < math.inf:
-        raise ConfigError(f"time_limit: expected seconds above 0, got {time_limit:g}")
-    limits = [Requirement.parse(text) for text in require]
+    asked.check()
     with notes_kept() as notes:
-        chosen = Target.of(target, **options)
-        names = _attack_names(attacks, chosen, transfer is not None, float_network is not None)
-        names = _with_required(names, limits, transfer is not None)
-        _check_attacks_fit(names, time_limit, robustbench)
-        threat = chosen.threat(epsilon, norm)
-        if bounds:
-            check_linf(threat)
-        if smoothing is not None:
-            check_sigma(smoothing)
-        engine = Engine.for_evaluation(chosen.options.device, precision)
-        if slow := engine.slow_precision():
-            warnings.warn(slow, CureNote, stacklevel=3)
-        evaluation = _prepare(
-            chosen,
-            names,
-            _curve(curve, epsilons),
-            threat,
-            engine,
-            transfer,
-            output,
-            keep_images=adversarial is not None,
-            per_image=per_image or unseen,
-            unseen=unseen,
-            bounds=bounds,
-            float_network=float_network,
-            time_limit=time_limit,
-            sharded=sharded,
-        )
+        evaluation = _prepare(asked, Target.of(target, **options))
         with evaluation.journal, network_errors():
-            if isinstance(sharded, Shard):
-                return _measure_shard(evaluation, sharded, progress)
-            ends = math.inf if time_limit is None else time.monotonic() + time_limit
-            result = _measure(evaluation, ends, progress)
-            if unseen:
-                found = _unseen(evaluation, ends, progress)
-                threats = unseen_threats(evaluation.threat, evaluation.images)
-                result["unseen"] = with_all_threats(result, found, threats)
-            result |= _certificates(evaluation, bounds, smoothing, progress)
-            note = masking_note(result, traits_of(evaluation.model).gradient)
-            if note:
-                warnings.warn(note, CureNote, stacklevel=3)
+            if isinstance(asked.sharded, Shard):
+                return _measure_shard(evaluation, asked.sharded, progress)
+            result = _measure(evaluation, progress)
             result["notes"] = notes
-            if limits:
-                result["requirements"] = check_requirements(result, limits, require_lower_bound)
-            _record(evaluation, result, output, robustbench, adversarial)
+            if asked.limits:
+                result["requirements"] = check_requirements(result, asked.limits, asked.lower_bound)
+            _record(evaluation, result)
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What an evaluation is asked for, besides its target: the arguments of :func:`evaluate`.
+
+    Attributes:
+        attacks: see :func:`evaluate`, as all that are not named here.
+        limits: ``require``, parsed.
+        lower_bound: ``require_lower_bound``.
+        curve: of ``curve`` and ``epsilons``.
+        sharded: the shard to measure, or the number of those to merge.
+    """
+
+    attacks: str | Sequence[str] | None
+    epsilon: str | float | None
+    norm: str | None
+    precision: Literal["fp32", "bf16_attack"]
+    transfer: TargetLike | None
+    float_network: TargetLike | None
+    limits: Sequence[Requirement]
+    lower_bound: bool
+    curve: Curve | None
+    output: Path | None
+    robustbench: Path | None
+    adversarial: Path | None
+    time_limit: float | None
+    per_image: bool
+    unseen: bool
+    bounds: bool
+    smoothing: float | None
+    sharded: Shard | int | None
+
+    def check(self) -> None:
+        """Refuse what can be refused before the target is read.
+
+        Raises:
+            ConfigError: in one sentence.
+        """
+        if self.sharded is not None:
+            self._check_sharded()
+        if self.output is None or not _unfinished(self.output):
+            check_free(self.output)
+        for further in (self.robustbench, self.adversarial):
+            check_free(further)
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise ConfigError(f"time_limit: expected seconds above 0, got {self.time_limit:g}")
+        if self.smoothing is not None:
+            check_sigma(self.smoothing)
+
+    def _check_sharded(self) -> None:
+        if self.output is None:
+            raise ConfigError("shards are merged into a file; name it: --output result.json")
+        others = {
+            "adversarial": self.adversarial,
+            "float": self.float_network,
+            "time_limit": self.time_limit,
+        }
+        for name, value in others.items():
+            if value is not None:
+                raise ConfigError(
+                    f"{name} is not kept by shards; leave it out, or evaluate in one process"
+                )
+
+    def attack_names(self, target: Target) -> Sequence[str]:
+        """The attacks that were asked for, else the run's, and those that a requirement names.
+
+        Raises:
+            ConfigError: for an unknown one, or one that the other arguments do not allow.
+        """
+        attacks = self.attacks
+        if attacks is None and target.is_onnx:
+            by_gradients = () if self.float_network is None else EvaluationConfig().attacks
+            attacks = [*by_gradients, "noise", "square"]
+        if attacks is None:
+            usual = target.config.evaluation if target.config else EvaluationConfig()
+            attacks = usual.attacks
+        if isinstance(attacks, str):
+            attacks = [name.strip() for name in attacks.split(",")]
+        wanted = [limit.attack for limit in self.limits if limit.attack not in ("natural", WORST)]
+        given = () if self.transfer is None else ("transfer",)
+        check_attacks(name for name in attacks if name not in (AUTO, *given))
+        check_attacks(name for name in wanted if name not in given)
+        names = [attack_name(name) for name in attacks]
+        if AUTO in names and self.time_limit is None:
+            raise ConfigError(
+                "attacks: auto needs a time limit in seconds; say --attacks auto --time-limit 600"
+            )
+        names += [name for name in dict.fromkeys(wanted) if name not in names]
+        if self.robustbench is not None and "autoattack" not in names:
+            raise ConfigError(
+                "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
+            )
+        return names
 
 
 @dataclass(frozen=True)
@@ -204,54 +266,41 @@ class _Prepared:
     """An evaluation before its first attack.
 
     Attributes:
+        asked: what it is asked for.
         target: what is evaluated.
         images: on which images.
         model: the network, on the device of ``engine``.
         attacks: names.
-        curve: accuracy over epsilon, where it was asked for.
         threat: the ball.
         engine: device, precision and ranks.
         source: the network that the attack "transfer" uses.
+        replay: the float network that a file without gradients was made from.
         journal: batches that are finished.
         kept: the fooling images (see :func:`~cure.evaluation.runner.measure`), where asked for.
-        per_image: whether to say which images are right.
-        unseen: whether to attack in the other norms too.
-        replay: the float network that a file without gradients was made from.
     """
 
+    asked: _Asked
     target: Target
     images: ImageSet
     model: nn.Module
     attacks: Sequence[str]
-    curve: Curve | None
     threat: Threat
     engine: Engine
     source: nn.Module | None
+    replay: nn.Module | None
     journal: Journal
     kept: dict[str, Tensor] | None
-    per_image: bool
-    unseen: bool
-    replay: nn.Module | None = None
 
 
-def _prepare(
-    target: Target,
-    attacks: Sequence[str],
-    curve: Curve | None,
-    threat: Threat,
-    engine: Engine,
-    transfer: TargetLike | None,
-    output: str | Path | None,
-    *,
-    keep_images: bool,
-    per_image: bool,
-    unseen: bool,
-    bounds: bool,
-    float_network: TargetLike | None = None,
-    time_limit: float | None,
-    sharded: Shard | int | None = None,
-) -> _Prepared:
+def _prepare(asked: _Asked, target: Target) -> _Prepared:
     """Load images and networks, and open the journal."""
+    attacks, threat = asked.attack_names(target), target.threat(asked.epsilon, asked.norm)
+    if asked.bounds:
+        check_linf(threat)
+    engine = Engine.for_evaluation(target.options.device, asked.precision)
+    if slow := engine.slow_precision():
+        warnings.warn(slow, CureNote, stacklevel=3)
+    keep_images = asked.adversarial is not None
     if keep_images and engine.world > 1:
         raise ConfigError(
             f"adversarial images are kept by one process, got {engine.world} ranks; evaluate "
@@ -259,69 +308,57 @@ def _prepare(
         )
     with engine.agreeing():
         images, model = target.load()
-        source = None
-        if transfer is not None:
-            source = engine.place(Target.of(transfer).build(images))
-            source = in_evaluation(source).requires_grad_(False)
-        replay = None
-        if float_network is not None:
-            if traits_of(model).gradient:
-                raise ConfigError(
-                    f"{target.name} has gradients, so attacks run on it; leave out float"
-                )
-            replay = engine.place(Target.of(float_network).build(images))
-            replay = in_evaluation(replay).requires_grad_(False)
-    size, seed = target.batch_size, target.options.seed
+        if asked.float_network is not None and traits_of(model).gradient:
+            raise ConfigError(f"{target.name} has gradients, so attacks run on it; leave out float")
+        source, replay = (
+            None if given is None else _surrogate(given, images, engine)
+            for given in (asked.transfer, asked.float_network)
+        )
     model = engine.place(model)
+    size, seed = target.batch_size, target.options.seed
     if AUTO in attacks:
-        assert time_limit is not None
-        limit, network = time_limit, in_evaluation(model)
+        assert asked.time_limit is not None
+        limit, network = asked.time_limit, in_evaluation(model)
         found, sentence = engine.first(
             lambda: choose_attacks(network, images, threat, engine, size, limit)
         )
         attacks = list(dict.fromkeys([*found, *(name for name in attacks if name != AUTO)]))
-        warnings.warn(sentence, CureNote, stacklevel=2)
-    identity = identify(model, images, attacks, threat, engine, size, seed, source, curve, replay)
-    if bounds:
+        warnings.warn(sentence, CureNote, stacklevel=3)
+    identity = identify(
+        model, images, attacks, threat, engine, size, seed, source, asked.curve, replay
+    )
+    if asked.bounds:
         verified_accuracy(in_evaluation(model), images.subset(slice(0, 1)), threat, engine=engine)
-    if unseen:
+    if asked.unseen:
         check_unseen(model, images, threat, replay)
         others = unseen_threats(threat, images)
         identity["unseen"] = {norm: float(other.epsilon) for norm, other in others.items()}
     with engine.agreeing():
-        if sharded is not None and engine.world > 1:
-            raise ConfigError("ranks share the batches already; leave out shards, or the launcher")
-        # A journal holds no images, so nothing can be continued where images are kept.
-        resumable = engine.rank == 0 and not keep_images
-        journal = (
-            _shard_journal(sharded, output, identity)
-            if sharded is not None
-            else Journal(_partial(output, target, identity) if resumable else None, identity)
-        )
+        journal = _journal(asked, target, identity, engine)
+    kept: dict[str, Tensor] | None = {} if keep_images else None
     return _Prepared(
-        target,
-        images,
-        model,
-        attacks,
-        curve,
-        threat,
-        engine,
-        source,
-        journal,
-        {} if keep_images else None,
-        per_image,
-        unseen,
-        replay,
+        asked, target, images, model, attacks, threat, engine, source, replay, journal, kept
     )
 
 
-def _shard_journal(sharded: Shard | int, output: str | Path | None, identity: Identity) -> Journal:
-    """The file of one shard, or those of all to be merged."""
-    assert output is not None
-    whole = Path(output)
-    if isinstance(sharded, int):
-        return MergedShards(whole, sharded, identity)
-    return Journal(sharded.file(whole), sharded.identity(identity))
+def _surrogate(given: TargetLike, images: ImageSet, engine: Engine) -> nn.Module:
+    """A surrogate: attacks make their images on it, which are then tried on the target."""
+    network = engine.place(Target.of(given).build(images))
+    return in_evaluation(network).requires_grad_(False)
+
+
+def _journal(asked: _Asked, target: Target, identity: Identity, engine: Engine) -> Journal:
+    """The batches that are finished: of the evaluation, of a shard, or of all shards to merge."""
+    if asked.sharded is None:
+        # A journal holds no images, so nothing can be continued where images are kept.
+        resumable = engine.rank == 0 and asked.adversarial is None
+        return Journal(_partial(asked.output, target, identity) if resumable else None, identity)
+    if engine.world > 1:
+        raise ConfigError("ranks share the batches already; leave out shards, or the launcher")
+    assert asked.output is not None
+    if isinstance(asked.sharded, int):
+        return MergedShards(asked.output, asked.sharded, identity)
+    return Journal(asked.sharded.file(asked.output), asked.sharded.identity(identity))
 
 
 def _attacked(this: _Prepared, progress: Progress, **options: Any) -> Result:
@@ -337,7 +374,7 @@ def _attacked(this: _Prepared, progress: Progress, **options: Any) -> Result:
         progress=progress,
         journal=this.journal,
         source=this.source,
-        curve=this.curve,
+        curve=this.asked.curve,
         **options,
     )
 
@@ -345,7 +382,7 @@ def _attacked(this: _Prepared, progress: Progress, **options: Any) -> Result:
 def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
     """Run the attacks on the images of a shard; what they found stays in its file."""
     _attacked(this, progress, shard=shard)
-    if this.unseen:
+    if this.asked.unseen:
         _unseen(this, math.inf, progress, shard)
     return {
         "format": "cure-evaluation-shard-1",
@@ -355,30 +392,44 @@ def _measure_shard(this: _Prepared, shard: Shard, progress: Progress) -> Result:
     }
 
 
-def _measure(this: _Prepared, ends: float, progress: Progress) -> Result:
-    """Run the attacks and the cheap checks: the content of the result file."""
-    target, images, threat, engine = this.target, this.images, this.threat, this.engine
+def _measure(this: _Prepared, progress: Progress) -> Result:
+    """Run the attacks and all else that was asked for: the content of the result file."""
+    asked, limit = this.asked, this.asked.time_limit
+    ends = math.inf if limit is None else time.monotonic() + limit
     measured = _attacked(
         this,
         progress,
         ends=ends,
         keep=this.kept,
-        per_image=this.per_image or this.replay is not None,
+        per_image=asked.per_image or asked.unseen or this.replay is not None,
         replay=this.replay,
     )
-    beside: Result = {}
+    result: Result = {"format": EVALUATION_FORMAT, "target": this.target.name, **measured}
     if this.replay is not None:
-        beside["float"] = compared(
+        result["float"] = compared(
             measured,
             this.replay,
-            images,
-            threat,
-            engine=engine,
-            batch_size=target.batch_size,
-            seed=target.options.seed,
+            this.images,
+            this.threat,
+            engine=this.engine,
+            batch_size=this.target.batch_size,
+            seed=this.target.options.seed,
             ends=ends,
             progress=progress,
         )
+    result |= _described(this)
+    if asked.unseen:
+        threats = unseen_threats(this.threat, this.images)
+        result["unseen"] = with_all_threats(result, _unseen(this, ends, progress), threats)
+    result |= _certificates(this, progress)
+    if note := masking_note(result, traits_of(this.model).gradient):
+        warnings.warn(note, CureNote, stacklevel=3)
+    return result
+
+
+def _described(this: _Prepared) -> Result:
+    """The findings of the cheap checks, and all that it takes to repeat the evaluation."""
+    target, images, threat, engine = this.target, this.images, this.threat, this.engine
     diagnosis = engine.first(
         lambda: cheap_checks(
             this.model,
@@ -391,10 +442,6 @@ def _measure(this: _Prepared, ends: float, progress: Progress) -> Result:
         )
     )
     return {
-        "format": EVALUATION_FORMAT,
-        "target": target.name,
-        **measured,
-        **beside,
         "diagnosis": diagnosis,
         "threat": {
             "norm": threat.norm,
@@ -427,14 +474,13 @@ def _unseen(this: _Prepared, ends: float, progress: Progress, shard: Shard | Non
     )
 
 
-def _certificates(
-    this: _Prepared, bounds: bool, smoothing: float | None, progress: Progress
-) -> Result:
+def _certificates(this: _Prepared, progress: Progress) -> Result:
     """What can be proved; the first rank does it for all."""
     size, engine, found = this.target.batch_size, this.engine, Result()
+    smoothing = this.asked.smoothing
     alone = replace(engine, rank=0, world=1, precision="fp32")
     common: dict[str, Any] = {"engine": alone, "batch_size": size, "progress": progress}
-    if bounds:
+    if this.asked.bounds:
         found["verified"] = engine.first(
             lambda: verified_accuracy(this.model, this.images, this.threat, **common)
         )
@@ -446,85 +492,30 @@ def _certificates(
     return found
 
 
-def _record(
-    this: _Prepared,
-    result: Result,
-    output: str | Path | None,
-    robustbench: str | Path | None,
-    adversarial: str | Path | None,
-) -> None:
+def _record(this: _Prepared, result: Result) -> None:
     """Write the files that were asked for; a finished result goes to its run as well."""
-    writes, folder = this.engine.rank == 0, this.target.folder
-    if output is not None and writes:
-        EvaluationRecord.parse(result, output).write(Path(output))
+    asked, writes, folder = this.asked, this.engine.rank == 0, this.target.folder
+    if asked.output is not None and writes:
+        EvaluationRecord.parse(result, asked.output).write(asked.output)
     if is_unfinished(result):
         return
-    if this.kept is not None and adversarial is not None:
+    if this.kept is not None and asked.adversarial is not None:
         natural = next(batches(this.images, len(this.images))).image
-        save_adversarial(Path(adversarial), result, this.kept.get(WORST, natural), this.images)
-    if robustbench is not None and writes:
-        write_json(Path(robustbench), robustbench_record(result))
+        save_adversarial(asked.adversarial, result, this.kept.get(WORST, natural), this.images)
+    if asked.robustbench is not None and writes:
+        write_json(asked.robustbench, robustbench_record(result))
     if folder is not None and writes:
         folder.keep("evaluations", result)
     this.journal.remove()
 
 
-def _attack_names(
-    attacks: str | Sequence[str] | None, target: Target, with_source: bool, with_float: bool
-) -> Sequence[str]:
-    """The attacks that were asked for, else the run's; unknown ones are refused."""
-    if attacks is None and target.is_onnx:
-        attacks = [*(EvaluationConfig().attacks if with_float else ()), "noise", "square"]
-    if isinstance(attacks, str):
-        attacks = [name.strip() for name in attacks.split(",")]
-    if attacks is None:
-        attacks = target.config.evaluation.attacks if target.config else EvaluationConfig().attacks
-    known = (AUTO, "transfer") if with_source else (AUTO,)
-    check_attacks(name for name in attacks if name not in known)
-    return [attack_name(name) for name in attacks]
-
-
-def _with_required(
-    names: Sequence[str], limits: Sequence[Requirement], with_source: bool
-) -> Sequence[str]:
-    """The attacks, and those that a requirement names."""
-    wanted = [limit.attack for limit in limits if limit.attack not in ("natural", WORST)]
-    check_attacks(name for name in wanted if name != "transfer" or not with_source)
-    return [*names, *(name for name in dict.fromkeys(wanted) if name not in names)]
-
-
-def _check_attacks_fit(
-    names: Sequence[str], time_limit: float | None, robustbench: str | Path | None
-) -> None:
-    """Refuse attacks that what else was asked for does not go with."""
-    if AUTO in names and time_limit is None:
-        raise ConfigError(
-            "attacks: auto needs a time limit in seconds; say --attacks auto --time-limit 600"
-        )
-    if robustbench is not None and "autoattack" not in names:
-        raise ConfigError(
-            "RobustBench's record needs AutoAttack's accuracy; add autoattack to the attacks"
-        )
-
-
-def _sharded(
-    shard: str | None, shards: int | None, output: str | Path | None, **others: Any
-) -> Shard | int | None:
-    """The shard that was asked for, or the number of those to merge; what it goes with."""
-    if shard is None and shards is None:
-        return None
+def _sharded(shard: str | None, shards: int | None) -> Shard | int | None:
+    """The shard that was asked for, or the number of those to merge."""
     if shard is not None and shards is not None:
         raise ConfigError(f"shard {shard} is one of its shards already; leave out shards={shards}")
     if shards is not None and shards < 1:
         raise ConfigError(f"shards: expected 1 or more, got {shards}")
-    if output is None:
-        raise ConfigError("shards are merged into a file; name it: --output result.json")
-    for name, value in others.items():
-        if value is not None:
-            raise ConfigError(
-                f"{name} is not kept by shards; leave it out, or evaluate in one process"
-            )
-    return Shard.parse(shard) if shard is not None else shards
+    return shards if shard is None else Shard.parse(shard)
 
 
 def _curve(attack: str | None, epsilons: Sequence[str | float] | None) -> Curve | None:
@@ -550,10 +541,10 @@ def _curve(attack: str | None, epsilons: Sequence[str | float] | None) -> Curve 
     return Curve(attack, tuple(dict.fromkeys(radii)))
 
 
-def _partial(output: str | Path | None, target: Target, identity: Identity) -> Path | None:
+def _partial(output: Path | None, target: Target, identity: Identity) -> Path | None:
     """The file of the journal; None for a network alone."""
     if output is not None:
-        return partial_of(Path(output))
+        return partial_of(output)
     if target.folder is None:
         return None
     how = target.options
