@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -37,7 +38,7 @@ from cure.experiments.plan import (
 from cure.runs.folder import RunFolder
 from cure.runs.packed import read_packed, summary, write_packed
 from cure.runs.results import RunRecord
-from helpers import Command, refused
+from helpers import Command, bright_or_dark, refused
 
 PLAN: dict[str, Any] = {
     "name": "tiny",
@@ -610,3 +611,18 @@ def test_a_result_that_is_damaged(command: Command):
     Path("out/runs/natural-seed0.json").write_text("{")
     ended = command("table", written(), "--output", "out")
     refused(ended, "natural-seed0.json", "cannot be read as JSON")
+
+
+def test_a_number_of_validation_images_that_the_source_replaces_is_no_other_setting() -> None:
+    """The source has a validation split of 24 images, so the 50 of the plan are not used."""
+    splits = {"train": bright_or_dark(256), "val": bright_or_dark(24), "test": bright_or_dark(32)}
+    arrays = {f"x_{k}": v.image.permute(0, 2, 3, 1).numpy() for k, v in splits.items()}
+    np.savez("own.npz", **arrays, **{f"y_{k}": v.label.numpy() for k, v in splits.items()})
+    settings = PLAN["settings"] | {"data.source": str(Path("own.npz").resolve())}
+    rows = {"natural": PLAN["rows"]["natural"]}
+    plan = read_plan(written(settings=settings, rows=rows))
+    assert carry_out_plan(plan, Path("out"), Here()) == []
+    assert carry_out_plan(plan, Path("out"), Here()) == []
+    shutil.rmtree("out")
+    assert carry_out_plan(plan, Path("out"), Here()) == []
+    assert RunFolder.open("runs/natural-seed0").validation_images() == 24

@@ -216,7 +216,7 @@ class _Opened:
             "epochs": config.training.epochs,
             "attack": settings,
             "n": {split: len(images) for split, images in splits.items()},
-            "validation_images": config.data.validation,
+            "validation_images": folder.validation_images(),
             "recorded": [
                 {
                     "epoch": record.epoch,
@@ -240,7 +240,7 @@ class _Opened:
                 end: _between(of_split["train"]["robust"], of_split["test"]["robust"])
                 for end, of_split in (("best", best), ("last", last))
             },
-            "alarm": _alarm(records, int(config.data.validation)),
+            "alarm": _alarm(records, folder.validation_images()),
             "missing": missing,
         }
 

@@ -130,10 +130,9 @@ def _body(sweep: Sweep) -> Result:
     """The trials of a sweep so far, as plain values."""
     config, found = sweep.config, trials(sweep)
     finished = [trial for trial in found if trial["state"] == "finished"]
-    # A run keeps how many images a share of them was.
     n = 0
     if finished:
-        n = int(RunFolder.open(sweep.folder(finished[0]["number"])).config.data.validation)
+        n = RunFolder.open(sweep.folder(finished[0]["number"])).validation_images()
     on_front = undominated([(trial["natural"], trial["robust"]) for trial in finished])
     best = {trial["number"] for trial, good in zip(finished, on_front, strict=True) if good}
     for trial in found:

@@ -47,6 +47,7 @@ class RunSnapshot:
         phases: what is trained inside it now ("natural start"), the outermost first; none for the
             run itself.
         active: the configuration of what is trained now.
+        validation_images: number of images that it is validated on.
         metrics: epochs of what is trained now.
         timing: their times by epoch.
         best: epoch of the best weights, once they are written.
@@ -60,6 +61,7 @@ class RunSnapshot:
     status: Status
     phases: tuple[str, ...]
     active: RunConfig
+    validation_images: int
     metrics: Sequence[EpochMetrics]
     timing: dict[int, EpochTiming]
     best: int | None
@@ -114,6 +116,7 @@ def read(path: str | Path) -> RunSnapshot:
         status=folder.status(),
         phases=phases,
         active=active.config,
+        validation_images=active.validation_images(),
         metrics=active.metrics(),
         timing={line.epoch: line for line in active.timing()},
         best=epoch_of(active.checkpoints / "best.safetensors"),
@@ -181,8 +184,7 @@ def warnings(run: RunSnapshot, now: float) -> Iterator[str]:
     """Sentences about what a user should look at."""
     if run.status.reason is not None:
         yield run.status.reason
-    validation = run.active.data.validation
-    overfits = robust_overfitting(run.metrics, int(validation))
+    overfits = robust_overfitting(run.metrics, run.validation_images)
     if overfits is not None:
         yield overfits
     if run.status.state != "running":

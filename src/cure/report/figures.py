@@ -9,6 +9,7 @@ from typing import Any
 
 from cure.analysis.render import accuracy_series
 from cure.attacks.registry import attack_label
+from cure.errors import counted
 from cure.experiments.compare.rows import TableRow
 from cure.experiments.tradeoff import chart as tradeoff_chart
 from cure.methods import METHODS
@@ -277,8 +278,8 @@ def best_and_last(entries: Sequence[Entry], place: Place) -> tuple[Figure, list[
     )
     said, cells = [], []
     for entry, (epoch, best), (end, last) in rows:
-        count = entry.setting("data", "validation")
-        images = f" ({count:,} validation images)" if isinstance(count, int) and count > 1 else ""
+        count = entry.validation_images()
+        images = "" if count is None else f" ({counted(count, 'validation image')})"
         said.append(
             f"{entry.name}: best {percent(best)} after epoch {epoch}, last {percent(last)} after "
             f"epoch {end}{images}: {written(best - last)} points were lost."

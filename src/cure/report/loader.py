@@ -120,6 +120,12 @@ class Entry:
         if result not in kinds[type(result)]:
             kinds[type(result)].append(result)
 
+    def validation_images(self) -> int | None:
+        """Number of validation images, where it is known."""
+        known = None if self.images is None else self.images.validation
+        count = self.setting("data", "validation") if known is None else known
+        return count if isinstance(count, int) and count else None
+
     def setting(self, section: str, key: str) -> Any:
         """A setting of the run; None where it has none."""
         of = self.config.get(section)

@@ -431,9 +431,9 @@ def _overfitting(
 
 def _alarm(entry: Entry) -> str | None:
     """The warning of training, from its metrics."""
-    images = entry.setting("data", "validation")
+    images = entry.validation_images()
     lines = [line for line in entry.metrics if line.validation is not None]
-    return robust_overfitting(lines, images) if isinstance(images, int) and images else None
+    return None if images is None else robust_overfitting(lines, images)
 
 
 def _over_epsilon(entries: Sequence[Entry], place: Mapping[str, int], where: str) -> list[Block]:
@@ -643,8 +643,8 @@ def _data(entry: Entry, config: Mapping[str, Any]) -> str:
     if images is not None:
         size = TIMES.join(map(str, images.size))
         said += f", {len(images.classes)} classes, {size} pixels"
-    if isinstance(data.get("validation"), int):
-        said += f"; {data['validation']:,} of them validate"
+    if (held_out := entry.validation_images()) is not None:
+        said += f"; {held_out:,} of them validate"
     return said
 
 

@@ -229,6 +229,18 @@ class RunFolder:
         height, width = known.size
         return ImageKind(tuple(known.classes), known.channels, (height, width))
 
+    def validation_images(self) -> int:
+        """Number of validation images.
+
+        Not always ``data.validation``, which a split of the source replaces, and which counts
+        damaged images, too.
+
+        Raises:
+            CheckpointError: when a file is missing or damaged.
+        """
+        known = Images.read(self.path / "data.json").validation
+        return int(self.config.data.validation) if known is None else known
+
     def shares(self) -> str | None:
         """Shares of the weights that ``cure tradeoff`` mixed, the start's first; None of others."""
         if not (self.path / "tradeoff.json").is_file():

@@ -242,6 +242,12 @@ class Images(FileRecord):
     account: dict[str, Any] | None = None
     """What was found in the images: :class:`cure.data.DataAccount`."""
 
+    @property
+    def validation(self) -> int | None:
+        """Number of validation images; None where nothing was noted of the images."""
+        by_class = ((self.account or {}).get("images") or {}).get("validation")
+        return None if by_class is None else int(sum(by_class))
+
 
 class Environment(FileRecord):
     """On what something was computed (``environment.json``, and part of every result)."""

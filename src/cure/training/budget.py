@@ -35,11 +35,13 @@ def settle(config: RunConfig, prepared: Prepared) -> tuple[RunConfig, list[str]]
     a number of epochs, ``accumulation_steps=auto`` a number of parts and ``cutmix=auto`` an alpha;
     what is written to the run folder is what a resumed run repeats.
     """
-    # The split is drawn from all images, so the damaged ones in it count.
-    carved = prepared.training.findings.held_out
-    held_out = len(prepared.validation) if carved is None else carved
-    data = config.data.model_copy(update={"validation": held_out})
-    config, told = fit_memory(config.model_copy(update={"data": data}), prepared)
+    if config.data.validation < 1:
+        # The split is drawn from all images, so the damaged ones in it count.
+        carved = prepared.training.findings.held_out
+        count = len(prepared.validation) if carved is None else carved
+        data = config.data.model_copy(update={"validation": count})
+        config = config.model_copy(update={"data": data})
+    config, told = fit_memory(config, prepared)
     steps = steps_per_epoch(prepared.training, config.training.batch_size)
     config, raised = reach_steps(config, steps)
     config, mixed = decide_cutmix(fit_epochs(config, prepared), steps)
