@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +80,18 @@ def test_further_attacks_are_kept() -> None:
     images = bright_or_dark(40, "test")
     result = cure.evaluate(network(2), data=images, attacks="auto,noise", time_limit=1e-3)
     assert {*result["attacks"], *result.get("unfinished", [])} == {"pgd20", "noise"}
+
+
+def test_the_same_command_goes_on_with_the_attacks_that_it_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the second call, on a machine that is less busy, would choose stronger ones."""
+    output, images, model = tmp_path / "result.json", bright_or_dark(40, classes=4), network(4)
+    asked = {"data": images, "attacks": "auto", "output": output, "epsilon": 0.01, "batch_size": 8}
+    monkeypatch.setattr(auto, "seconds_per_pass", lambda *_: 1.0)
+    first = cure.evaluate(model, time_limit=1e-9, **asked)
+    assert list(first["unfinished"]) == ["pgd20"]
+    monkeypatch.setattr(auto, "seconds_per_pass", lambda *_: 1e-9)
+    second = cure.evaluate(model, time_limit=600, **asked)
+    assert list(second["attacks"]) == ["pgd20"]
+    assert any("chosen when it was begun: pgd20" in note for note in second["notes"])

@@ -22,7 +22,14 @@ from cure.evaluation.auto import AUTO, choose_attacks
 from cure.evaluation.bounds import check_linf, verified_accuracy
 from cure.evaluation.diagnosis import cheap_checks
 from cure.evaluation.gate import Requirement, check_requirements
-from cure.evaluation.journal import SUFFIX, Identity, Journal, partial_of, short
+from cure.evaluation.journal import (
+    SUFFIX,
+    Identity,
+    Journal,
+    begun_attacks,
+    partial_of,
+    short,
+)
 from cure.evaluation.options import TargetKeywords
 from cure.evaluation.replay import compared, masking_note
 from cure.evaluation.robustbench import robustbench_record, save_adversarial
@@ -317,10 +324,8 @@ def _prepare(asked: _Asked, target: Target) -> _Prepared:
     model = engine.place(model)
     size, seed = target.batch_size, target.options.seed
     if AUTO in attacks:
-        assert asked.time_limit is not None
-        limit, network = asked.time_limit, in_evaluation(model)
         found, sentence = engine.first(
-            lambda: choose_attacks(network, images, threat, engine, size, limit)
+            lambda: _chosen(asked, in_evaluation(model), images, threat, engine, size)
         )
         attacks = list(dict.fromkeys([*found, *(name for name in attacks if name != AUTO)]))
         warnings.warn(sentence, CureNote, stacklevel=3)
@@ -345,6 +350,18 @@ def _surrogate(given: TargetLike, images: ImageSet, engine: Engine) -> nn.Module
     """A surrogate: attacks make their images on it, which are then tried on the target."""
     network = engine.place(Target.of(given).build(images))
     return in_evaluation(network).requires_grad_(False)
+
+
+def _chosen(
+    asked: _Asked, model: nn.Module, images: ImageSet, threat: Threat, engine: Engine, size: int
+) -> tuple[Sequence[str], str]:
+    """The attacks that "auto" stands for, and a sentence: those of the evaluation that goes on."""
+    assert asked.time_limit is not None
+    if asked.output is not None and asked.adversarial is None:
+        begun = begun_attacks(partial_of(asked.output))
+        if begun:
+            return begun, f"attacks as chosen when it was begun: {' and '.join(begun)}"
+    return choose_attacks(model, images, threat, engine, size, asked.time_limit)
 
 
 def _journal(asked: _Asked, target: Target, identity: Identity, engine: Engine) -> Journal:

@@ -231,6 +231,15 @@ def partial_of(output: Path) -> Path:
     return output.with_name(output.name + SUFFIX)
 
 
+def begun_attacks(path: Path) -> list[str]:
+    """Names of the attacks of the unfinished evaluation in a journal; none without a journal."""
+    try:
+        with path.open("rb") as file:
+            return list(json.loads(file.readline())["identity"]["attacks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # What is wrong with the file is said when it is opened.
+
+
 def short(identity: Identity) -> str:
     """A name for an evaluation: twelve hexadecimal digits."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
