@@ -172,6 +172,15 @@ def test_the_split_of_a_dictionary_is_chosen() -> None:
         as_images({"train": (PIXELS, NAMES)}, "test")
 
 
+def test_classes_are_those_of_the_training_split_whatever_its_name() -> None:
+    given = {"fit": (PIXELS, NAMES), "look": (PIXELS[:2], ["owl", "dog"])}
+    config = DataConfig(source="x", train_split="fit", test_split="look", validation_split="look")
+    for split in ("test", "validation"):
+        images = as_images(given, split, config)
+        assert images.classes == ("cat", "dog", "owl")
+        assert images.label.tolist() == [2, 1]
+
+
 class Frame:
     """As much of a data frame as is asked for."""
 

@@ -197,22 +197,30 @@ def _table_of_mapping(
         "validation": VALIDATION_SPLITS,
         "test": (*TEST_SPLITS, *VALIDATION_SPLITS),
     }
-    named = {"train": config.train_split, "test": config.test_split}.get(split)
-    wanted = ([named.lower()] if named else []) + list(usual.get(split, (split,)))
-    found = next((lower[name] for name in wanted if name in lower), None)
+    named = {
+        "train": config.train_split,
+        "validation": config.validation_split,
+        "test": config.test_split,
+    }
+
+    def key_of(split: str) -> Any:
+        name = named.get(split)
+        wanted = ([name.lower()] if name else []) + list(usual.get(split, (split,)))
+        return next((lower[name] for name in wanted if name in lower), None)
+
+    found, train = key_of(split), key_of("train")
     if found is None:
         raise DataError(
             f"expected a split '{split}' in the dictionary passed as data, got "
             f"{listing(map(str, given)) or 'none'}; pass the one you mean, data=splits['...']"
         )
     table, classes = _table(given[found], split, config)
-    train = next((lower[name] for name in TRAIN_SPLITS if name in lower), None)
     if split != "train" and train is not None and table.classes is not None:
         # Names of a split that lacks a class would otherwise be numbered differently.
         theirs, _ = _table(given[train], "train", config)
         if theirs.classes is not None and set(table.classes) <= set(theirs.classes):
             order = np.array([theirs.classes.index(name) for name in table.classes])
-            table = ImageTable(order[table.label], theirs.classes, table.cells)
+            table = replace(table, label=order[table.label], classes=theirs.classes)
     return table, classes
 
 
