@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cure.experiments.compare.rows import no_place
+from cure.experiments.compare.sources import no_place
 from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
 from cure.recipe import parse_override
 from cure.runs.results import RunRecord

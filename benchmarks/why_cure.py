@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from cure.evaluation.metrics import unpack
-from cure.experiments.compare.rows import no_place
+from cure.experiments.compare.sources import no_place
 from cure.experiments.pareto import Estimate, image_weights
 from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
 from cure.recipe import parse_override

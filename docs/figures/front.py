@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cure.experiments.compare.rows import Source, rows_of
+from cure.experiments.compare.rows import rows_of
+from cure.experiments.compare.sources import Source
 from cure.runs.packed import read_packed
 
 HERE = Path(__file__).parent

@@ -25,7 +25,8 @@ from cure.config import RunConfig, Section
 from cure.errors import ConfigError, CureError, Interrupted, some, unknown
 from cure.evaluation.evaluate import evaluate
 from cure.experiments.compare import ResultTable, difference, table
-from cure.experiments.compare.rows import Source, TableRow, check_alike, rows_of
+from cure.experiments.compare.rows import TableRow, check_alike, rows_of
+from cure.experiments.compare.sources import Source
 from cure.experiments.executors import Executor, Job, LocalExecutor, stopped_by_signals
 from cure.recipe import Raw, check, check_kept, layered, override_all, read_recipe, read_yaml
 from cure.runs.folder import RunFolder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cure.config import Ratio, RunConfig
 from cure.errors import CheckpointError, ConfigError, counted
-from cure.experiments.compare.rows import no_place
+from cure.experiments.compare.sources import no_place
 from cure.experiments.front.curves import Curve
 from cure.experiments.pareto import natural_at, robust_range
 from cure.runs.folder import RunFolder

@@ -10,14 +10,13 @@ from cure.attacks.registry import attack_label, attack_order, is_reference
 from cure.errors import ConfigError
 from cure.evaluation.diagnosis import CHECKS
 from cure.experiments.compare.rows import (
-    IMAGES,
     RATIOS,
     TableRow,
     alike,
     check_alike,
-    no_place,
     rows_of,
 )
+from cure.experiments.compare.sources import IMAGES, no_place
 from cure.report.components import (
     NO_BREAK,
     Block,

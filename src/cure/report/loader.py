@@ -18,7 +18,7 @@ import yaml
 from cure.analysis.study import find_study, unique
 from cure.config import NATURAL, ROBUST, starts_naturally
 from cure.errors import CheckpointError, ConfigError, CureError, counted
-from cure.experiments.compare.rows import Source, checked_config, current, no_place
+from cure.experiments.compare.sources import Source, checked_config, current, no_place
 from cure.recipe import read_yaml
 from cure.runs.folder import RunFolder
 from cure.runs.records import (

@@ -18,7 +18,8 @@ from cure.analysis.render import StudyTable
 from cure.analysis.study import STUDIES
 from cure.attacks.registry import attack_label
 from cure.errors import ConfigError, CureError
-from cure.experiments.compare.rows import TableRow, flattened, no_place
+from cure.experiments.compare.rows import TableRow, flattened
+from cure.experiments.compare.sources import no_place
 from cure.report import figures
 from cure.report.accuracies import Measured, Verdict, measure, results_of, tables, verdict
 from cure.report.components import (

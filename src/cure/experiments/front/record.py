@@ -12,7 +12,7 @@ import numpy as np
 from cure.config import NATURAL
 from cure.errors import ConfigError
 from cure.evaluation.metrics import unpack
-from cure.experiments.compare.rows import no_place
+from cure.experiments.compare.sources import no_place
 from cure.experiments.front.curves import Curve
 from cure.experiments.pareto import (
     Numbers,
