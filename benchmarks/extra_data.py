@@ -23,7 +23,8 @@ from cure.config import AugmentConfig, DataConfig
 from cure.data import load_split
 from cure.data.augment import augmented, mixed
 from cure.experiments.compare.sources import no_place
-from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
+from cure.experiments.plan import Measurement, Plan, PlanRow, entries
+from cure.experiments.plan_work import results_of
 from cure.recipe import parse_override
 from cure.utils.environment import environment
 from cure.utils.io import write_atomically

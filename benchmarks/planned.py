@@ -9,7 +9,8 @@ from typing import Any
 
 from cure.errors import TrainingStopped
 from cure.experiments.executors import LocalExecutor
-from cure.experiments.plan import Plan, carry_out_plan
+from cure.experiments.plan import Plan
+from cure.experiments.plan_work import carry_out_plan
 from cure.utils.io import write_json
 
 Write = Callable[[Plan, Path, Path], dict[str, Any]]

@@ -17,7 +17,8 @@ from statistics import fmean
 from typing import Any
 
 from cure.experiments.compare.sources import no_place
-from cure.experiments.plan import Measurement, Plan, PlanRow, entries, results_of
+from cure.experiments.plan import Measurement, Plan, PlanRow, entries
+from cure.experiments.plan_work import results_of
 from cure.recipe import parse_override
 from cure.runs.results import RunRecord
 from cure.utils.environment import environment

@@ -26,7 +26,8 @@ from cure.cli.main import app
 from cure.errors import ModelError
 from cure.evaluation.corruptions.operations import CORRUPTIONS
 from cure.evaluation.diagnosis.table import CHECKS
-from cure.experiments.plan import entries, is_done, read_plan, results_of, write_tables
+from cure.experiments.plan import entries, read_plan
+from cure.experiments.plan_work import is_done, results_of, write_tables
 from cure.models import save_weights
 from cure.recipe import load_recipe
 from cure.runs.packed import read_packed

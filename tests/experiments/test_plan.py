@@ -23,15 +23,12 @@ from safetensors.torch import load_file
 import cure
 from cure.errors import CheckpointError, ConfigError, CureError, Interrupted
 from cure.experiments.executors import Job, LocalExecutor, cluster_executor
-from cure.experiments.plan import (
-    Entry,
+from cure.experiments.plan import Entry, entries, read_plan, stages
+from cure.experiments.plan_work import (
     answer,
     carry_out_plan,
-    entries,
     is_done,
-    read_plan,
     result_path,
-    stages,
     work,
     write_tables,
 )

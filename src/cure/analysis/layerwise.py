@@ -22,14 +22,8 @@ from cure.data import load
 from cure.errors import ConfigError, TrainingStopped
 from cure.evaluation.runner import Progress, Result
 from cure.experiments.executors import Executor, LocalExecutor
-from cure.experiments.plan import (
-    Measurement,
-    Plan,
-    PlanRow,
-    answer,
-    carry_out_plan,
-    results_of,
-)
+from cure.experiments.plan import Measurement, Plan, PlanRow
+from cure.experiments.plan_work import answer, carry_out_plan, results_of
 from cure.models.blocks import CLASSIFIER, STEM, blocks
 from cure.models.build import network_of
 from cure.recipe import check_kept, load_recipe, parse_override

@@ -127,7 +127,8 @@ def table(
 ) -> None:
     """Train and evaluate all runs of a plan that are not done yet; write their table."""
     from cure.experiments.executors import executor_for
-    from cure.experiments.plan import carry_out_plan, read_plan, write_tables
+    from cure.experiments.plan import read_plan
+    from cure.experiments.plan_work import carry_out_plan, write_tables
 
     made = read_plan(plan)
     folder = user_path(plan).parent if output is None else user_path(output)

@@ -25,7 +25,8 @@ from cure.experiments.pareto import (
     robust_range,
     undominated,
 )
-from cure.experiments.plan import Measurement, Plan, answer, entries
+from cure.experiments.plan import Measurement, Plan, entries
+from cure.experiments.plan_work import answer
 from cure.recipe import check_kept
 from cure.runs.records import Environment
 from cure.runs.results import (

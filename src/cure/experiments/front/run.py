@@ -14,7 +14,8 @@ from cure.experiments.front.curves import Curve, Values, curves_of, plan_of
 from cure.experiments.front.picture import write_picture
 from cure.experiments.front.record import FORMAT, record_of
 from cure.experiments.pareto import Point, check_reference
-from cure.experiments.plan import Plan, carry_out_plan, entries, pack, results_of, to_do
+from cure.experiments.plan import Plan, entries
+from cure.experiments.plan_work import carry_out_plan, pack, results_of, to_do
 from cure.recipe import parse_override
 from cure.runs.results import FrontRecord
 from cure.utils.io import read_json, user_path
