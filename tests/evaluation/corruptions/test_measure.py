@@ -463,7 +463,7 @@ def test_the_command_refuses(place: Path, command: Command) -> None:
     refused(command(*asked, "--only", "fogg"), "did you mean 'fog'")
     refused(command(*asked, "--only", ","), "got none")
     refused(command(*asked, "--only", "frost"), "imagecorruptions", "frost_procedural")
-    for severity in ("0", "6", "a", "1-9", "3-1", ""):
+    for severity in ("0", "6", "a", "1-9", "3-1", "2,3-1", ""):
         refused(command(*asked, "--severity", severity), "1 to 5", f"'{severity}'")
     refused(command(*asked, "--sheet", "a.jpg"), ".png")
     (place / "there.json").write_text("kept")

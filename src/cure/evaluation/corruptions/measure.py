@@ -179,9 +179,12 @@ def _severities(given: str | int | Sequence[int]) -> list[int]:
         for part in given.split(","):
             first, _, last = part.partition("-")
             try:
-                numbers += range(int(first), int(last or first) + 1)
+                span = range(int(first), int(last or first) + 1)
             except ValueError:
                 raise ConfigError(expected) from None
+            if not span:
+                raise ConfigError(expected)
+            numbers += span
         given = numbers
     if not given or not set(given) <= set(SEVERITIES):
         raise ConfigError(expected)
