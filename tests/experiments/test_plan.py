@@ -227,6 +227,8 @@ def test_only_an_evaluation_of_what_is_asked_for_counts() -> None:
     evaluate = functools.partial(cure.evaluate, run, attacks=["noise"])
     evaluate(epsilon="4/255")  # within another ball than the run's
     evaluate(data_options={"split_seed": 1})  # on other images than the run's
+    evaluate(seed=1)
+    evaluate(precision="bf16_attack")
     evaluate(limit=15)
     assert (done(limit=15), done(), done(limit=16), done(limit=1000)) == (True, False, False, False)
     evaluate(limit=1000)  # there are fewer images

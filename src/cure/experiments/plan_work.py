@@ -143,7 +143,10 @@ def wanted_of(plan: Plan, entry: Entry, last_is_best: bool) -> list[Wanted]:
 def answer(
     results: Sequence[EvaluationRecord], wanted: Wanted, config: RunConfig
 ) -> EvaluationRecord | None:
-    """The newest result of a run, of those oldest first, that answers what is measured."""
+    """The newest result of a run, of those oldest first, that answers what is measured.
+
+    Plans measure with seed 0 in float32; results of earlier versions do not tell their seed.
+    """
     threat = config.threat
     found = (
         result
@@ -152,6 +155,8 @@ def answer(
         and result.data.split == wanted.split
         and set(wanted.attacks) <= result.attacks.keys()
         and result.data.answers(wanted.limit)
+        and result.seed in (None, 0)
+        and not any("precision" in result.attacks[name].settings for name in wanted.attacks)
         and result.threat.same(threat.norm, threat.epsilon)
         and not (wanted.per_image and result.natural.right is None)
     )
