@@ -139,6 +139,20 @@ def test_a_choice_that_names_one_class_has_gained_nothing(
     assert outcome.gained is False
 
 
+def test_a_full_disk_leaves_no_half_of_a_run(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("cure.experiments.tradeoff.save_weights", full)
+    with pytest.raises(CureError, match=r"cannot be made: .*No space left"):
+        cure.tradeoff(
+            runs / "at", natural_at_least=0, points=2, strong=(), output=tmp_path / "chosen"
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_middle_is_the_mean_of_the_weights(runs: Path, tmp_path: Path) -> None:
     found = cure.tradeoff(runs / "at", robust_at_least=0, points=3, output=tmp_path / "any")
     start = cure.Run(runs / "at" / "natural").model().state_dict()

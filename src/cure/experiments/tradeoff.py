@@ -477,15 +477,8 @@ def _write(
     config, chosen = first.config, record.chosen
     assert chosen is not None
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in place.name)
-    folder = RunFolder.create(place, config.model_copy(update={"name": name}), first.kind)
     network = core(network.cpu())
     facts = {"run": name, "shares": " ".join(f"{share:.4f}" for share in chosen.shares)}
-    for checkpoint in ("best", "last"):
-        save_weights(network, folder.checkpoints / f"{checkpoint}.safetensors", facts)
-    record.write(folder.path / "tradeoff.json")
-    picture = chart(record)
-    write_text(folder.path / "tradeoff.svg", picture.draw().svg)
-    write_bytes(folder.path / "tradeoff.png", picture.png())
 
     def accuracies(point: TradeoffPoint) -> MeasuredAccuracies:
         return MeasuredAccuracies(
@@ -494,5 +487,15 @@ def _write(
 
     start = accuracies(next(point for point in record.points if point.shares[0] == 1.0))
     end = accuracies(chosen)
-    folder.set_outcome(Outcome(start=start, end=end, gained=has_gained(start, end, baseline)))
-    folder.set_status("finished", step=0, steps=0)
+
+    def fill(folder: RunFolder) -> None:
+        for checkpoint in ("best", "last"):
+            save_weights(network, folder.checkpoints / f"{checkpoint}.safetensors", facts)
+        record.write(folder.path / "tradeoff.json")
+        picture = chart(record)
+        write_text(folder.path / "tradeoff.svg", picture.draw().svg)
+        write_bytes(folder.path / "tradeoff.png", picture.png())
+        gained = has_gained(start, end, baseline)
+        folder.set_outcome(Outcome(start=start, end=end, gained=gained))
+
+    RunFolder.create(place, config.model_copy(update={"name": name}), first.kind, fill=fill)

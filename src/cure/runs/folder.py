@@ -29,7 +29,7 @@ import fcntl
 import itertools
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,7 @@ class RunFolder:
         config: RunConfig,
         kind: ImageKind,
         account: dict[str, Any] | None = None,
+        fill: Callable[[RunFolder], None] = lambda folder: None,  # noqa: ARG005
     ) -> RunFolder:
         """A new folder for ``config``; without a path the first free ``runs/NAME[-N]``.
 
@@ -126,9 +127,10 @@ class RunFolder:
             config: what the run is.
             kind: the images it is trained on.
             account: what was found in them.
+            fill: writes what else the folder holds when it appears.
 
         Raises:
-            CheckpointError: when the path exists, or cannot be written.
+            CheckpointError: when the path exists, or cannot be written; nothing is left then.
         """
         candidates = [Path(path).expanduser()] if path is not None else cls._numbered(config.name)
         target = next((place for place in candidates if not place.exists()), None)
@@ -150,6 +152,7 @@ class RunFolder:
             )
             images.write(temporary / "data.json")
             write_text(temporary / "config.yaml", dump(config))
+            fill(cls(temporary))
             temporary.rename(target)
         except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
