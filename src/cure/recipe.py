@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -290,7 +290,7 @@ def check(raw: Mapping[str, Any], where: str, *, kept: bool = False) -> RunConfi
         config = RunConfig.model_validate({**raw, "method": method}, context={"kept": kept})
     except ValidationError as error:
         mistakes += [
-            _explain(item, RunConfig, ()) + _of_method(method_type, item) for item in error.errors()
+            explain(item, RunConfig) + _of_method(method_type, item) for item in error.errors()
         ]
     if mistakes:
         count = "a mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
@@ -330,8 +330,7 @@ def _check_method(raw: object, mistakes: list[str]) -> tuple[MethodConfig, type[
         return kind.model_validate(raw), kind
     except ValidationError as error:
         mistakes += [
-            _explain(item, kind, ("method",)) + _owners(raw["name"], item)
-            for item in error.errors()
+            explain(item, kind, "method") + _owners(raw["name"], item) for item in error.errors()
         ]
         return placeholder
 
@@ -355,8 +354,21 @@ def _of_method(method: type[MethodConfig], item: Any) -> str:
     return f"; the method has it: method.{key}"
 
 
-def _explain(item: Any, root: type[BaseModel], prefix: tuple[str, ...]) -> str:
-    """One mistake in words: where, what was expected, what came."""
+def explain(item: Any, root: type[BaseModel], *prefix: str) -> str:
+    """One mistake in words: where, what was expected, what came.
+
+    Args:
+        item: one of ``ValidationError.errors()``.
+        root: the class whose content was checked.
+        prefix: where that content lies.
+
+    >>> from cure.config import DataConfig
+    >>> try:
+    ...     DataConfig(source="digits", resiz=32)
+    ... except ValidationError as error:
+    ...     print(explain(error.errors()[0], DataConfig, "data")[:51])
+    data: unknown key 'resiz'; did you mean 'resize'? K
+    """
     location = tuple(str(part) for part in item["loc"])
     name = ".".join((*prefix, *location))
     if name in _MOVED:
@@ -376,9 +388,12 @@ def _explain(item: Any, root: type[BaseModel], prefix: tuple[str, ...]) -> str:
 
 
 def _section_at(root: type[BaseModel], location: tuple[str, ...]) -> type[BaseModel]:
-    section = root
-    for part in location:
+    """The class of a section; in a list or a mapping of sections, of each of them."""
+    section, parts = root, iter(location)
+    for part in parts:
         field = section.model_fields[part].annotation
+        if get_origin(field) in (tuple, dict):
+            next(parts)
         options = [field, *getattr(field, "__args__", ())]
         section = next(o for o in options if isinstance(o, type) and issubclass(o, Section))
     return section

@@ -257,20 +257,21 @@ def test_a_model_section_that_is_none_gives_way_to_a_model(
         ["--epsilon", "abc"],
         ["--epsilon", "nan"],
         ["--epsilon", "1e999"],
-        ["--norm", "L7"],
+        ["--norm", "L7", "got 'L7'"],
         ["--limit", "0"],
         ["--device", "gpu9"],
         ["--data", "digts"],
         ["--data", "nowhere.npz"],
         ["--data-option", "resize"],
-        ["--data-option", "resize=-1"],
-        ["--data-option", "reszie=8"],
+        ["--data-option", "resize=-1", "data.resize: ", "got -1"],
+        ["--data-option", "reszie=8", "data: unknown key 'reszie'; did you mean 'resize'?"],
     ],
 )
 def test_wrong_words_for_an_evaluation(
     command: Command, workshop: Path, tmp_path: Path, words: list[str]
 ) -> None:
-    refused(command("evaluate", workshop / "run", *words, "--output", "result.json"))
+    option, said = words[:2], words[2:]
+    refused(command("evaluate", workshop / "run", *option, "--output", "result.json"), *said)
     assert not list(tmp_path.iterdir())
 
 

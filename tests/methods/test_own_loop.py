@@ -359,7 +359,7 @@ def test_what_the_user_should_know_is_warned_of_at_once():
     ("build_it", "sentence"),
     [
         (lambda m: cure.methods.TRADES(m, bta=3), "unknown setting 'bta'.*beta"),
-        (lambda m: cure.methods.TRADES(m, beta=-1), "TRADES: beta: input should be greater"),
+        (lambda m: cure.methods.TRADES(m, beta=-1), "TRADES: beta: input .* equal to 0, got -1"),
         (lambda m: cure.methods.CURE(m), r"CURE.*say steps=len\(loader\) \* epochs"),
         (lambda m: cure.methods.AT(m, steps=7, epochs=2), "multiple of the 2 epochs, got 7"),
         (lambda m: cure.methods.ARD(m), "ARD: needs teacher=, a trained network"),

@@ -41,6 +41,7 @@ from cure.models.contract import Contract, Normalisation
 from cure.models.onnx_network import OnnxNetwork
 from cure.models.trial import traits_of, with_traits
 from cure.models.wrapper import constants_inside
+from cure.recipe import explain
 from cure.runs.folder import RunFolder, epoch_of
 from cure.runs.run import Run
 from cure.utils.modes import in_evaluation
@@ -278,8 +279,7 @@ class Target:
         try:
             found = Threat.of(ThreatConfig.model_validate(wanted))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
+            raise ConfigError(explain(error.errors()[0], ThreatConfig)) from None
         if epsilon is not None or found.norm == base.norm:
             return found
         known = self.folder or self.contract
@@ -320,8 +320,7 @@ class Target:
         try:
             return DataConfig.model_validate(known | dict(options))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(f"data.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise ConfigError(explain(error.errors()[0], DataConfig, "data")) from None
 
 
 def _unnamed(images: ImageSet) -> bool:
@@ -416,7 +415,7 @@ def _model_config(name: str, how: TargetOptions, known: Normalisation | None) ->
             std=tuple(std) if std is not None else None,
         )
     except ValidationError as error:
-        raise ConfigError(f"model: {error.errors()[0]['msg']}") from None
+        raise ConfigError(explain(error.errors()[0], ModelConfig, "model")) from None
 
 
 def _weights_fact(how: TargetOptions) -> dict[str, Any]:

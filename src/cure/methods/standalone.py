@@ -16,6 +16,7 @@ from cure.config import MethodConfig, TeacherConfig
 from cure.errors import ConfigError, unknown
 from cure.methods.context import Context
 from cure.models.checks import check_labels, check_range, checked_logits
+from cure.recipe import explain
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating
 
@@ -117,9 +118,7 @@ def settings_of(kind: str, section: type[Any], settings: Mapping[str, Any]) -> A
     try:
         return section(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{kind}: {place}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise ConfigError(f"{kind}: {explain(error.errors()[0], section)}") from None
 
 
 def _settings(
