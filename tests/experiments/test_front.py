@@ -236,7 +236,9 @@ def test_hypervolume_and_comparison_by_hand() -> None:
     assert first.natural["trades"].mean == pytest.approx(50.0)
     assert second.natural["trades"] is None, "29 % lies beyond its points"
     assert any("at 60.0" in line and "trades 50.0" in line for line in lines(record))
-    assert any("trades does not reach it" in line for line in lines(record))
+    assert any("trades has no points around it" in line for line in lines(record))
+    below = next(line for line in lines(found_with([5.0])) if "at pgd2 5 %" in line)
+    assert below.count("has no points around it") == 2, "both curves lie above 5 %"
     assert record.missing == []
     assert record.data.name == "images", "no folder of a machine is published"
 
@@ -348,5 +350,19 @@ def test_words_that_are_no_front(command: Command) -> None:
     refused(command("front", "at", "digits", "--values", "at"), "METHOD=A,B,C")
     refused(command("front", "at", "digits", "--with", "a=1"), "METHOD:KEY=VALUE")
     refused(command("front", "at", "digits", "--reference", "1"), "reference: expected")
-    refused(command("front", "at", "digits", "--limit", "0"), "front: evaluations.0.limit: ")
-    refused(command("front", "at", "digits", "--seeds=-1"), "front: seeds.0: ")
+    refused(command("front", "at", "digits", "--limit", "0"), "evaluations.0.limit", "got 0")
+    refused(command("front", "at", "digits", "--seeds=-1"), "front: seeds.0: ", "got -1")
+    refused(command("front", "at", "digits", "--seeds", "1,0,1"), "seeds", "each once", "1, 0, 1")
+    ended = command("front", "at", "digits", "--split", "train")
+    assert ended.status == 2
+    assert "'validation', 'test'" in ended.err
+    refused(command("front", "at", "digits", "--at", "20,120"), "at: expected", "got 120")
+    assert not Path("fronts").exists()
+
+
+@pytest.mark.parametrize("name", ["front.svg", "front.txt", "there", "there.json"])
+def test_files_that_the_record_cannot_have(command: Command, name: str, tmp_path: Path) -> None:
+    for folder in ("there", "there.json"):
+        (tmp_path / folder).mkdir()
+    path = tmp_path / name
+    refused(command("front", "at", "digits", "--output", path), "ends in .json", str(path))

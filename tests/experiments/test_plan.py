@@ -541,7 +541,14 @@ def test_a_plan_that_is_stopped_midway_still_has_a_table():
         ),
         ({"rows": {"at": {"settings": {"start": "run:nobody"}}}}, ["row at", "nobody"]),
         ({"rows": {"at": {"settings": {"start": "run:at"}}}}, ["at", "circle"]),
-        ({"rows": {"at": {"stings": {}}}}, ["rows.at.stings"]),
+        ({"rows": {"at": {"stings": {}}}}, ["rows.at: unknown key 'stings'", "'settings'"]),
+        ({"rows": {"at": None}}, ["rows.at: ", "got None"]),
+        ({"rows": {}}, ["rows: expected one row or more"]),
+        ({"seeds": [0, 1, 0]}, ["seeds: expected one seed or more, each once, got 0, 1, 0"]),
+        ({"seeds": []}, ["seeds: expected one seed or more, each once, got none"]),
+        ({"rows": {"at": {"seeds": []}}}, ["rows.at.seeds", "got none"]),
+        ({"evaluations": [{"limt": 4}]}, ["evaluations.0: unknown key 'limt'", "'limit'"]),
+        ({"evaluations": [{"limit": 0}]}, ["evaluations.0.limit", "greater than 0", "got 0"]),
         ({"recipe": "digit"}, ["unknown recipe", "digits"]),
         ({"reference": "nobody"}, ["reference", "nobody"]),
         ({"evaluations": [{"attacks": ["pgd"]}]}, ["pgd"]),
@@ -565,7 +572,7 @@ def test_files_that_are_no_plan(command: Command):
     Path("bad.yaml").write_text("a: [")
     refused(command("table", "bad.yaml"), "not valid YAML")
     Path("list.yaml").write_text("[1]")
-    refused(command("table", "list.yaml"), "list.yaml")
+    refused(command("table", "list.yaml"), "list.yaml", "name, recipe and rows", "[1]")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from cure.registry import METHODS
 from cure.utils.io import user_path
 
 Split = StrEnum("Split", ["train", "validation", "test"])
+Measured = StrEnum("Measured", ["validation", "test"])
 
 
 def compare(
@@ -175,7 +176,7 @@ def front(
     attacks: Annotated[
         str, typer.Option(help="Attacks to measure; the first is that of the front.")
     ] = "pgd20",
-    split: Annotated[Split, typer.Option(help="Which images are measured.")] = Split.test,
+    split: Annotated[Measured, typer.Option(help="Which images are measured.")] = Measured.test,
     limit: Annotated[int | None, typer.Option(help="Only the first so many images.")] = None,
     reference: Annotated[
         str, typer.Option(help="Natural and robust accuracy the hypervolume begins at.")
@@ -187,7 +188,7 @@ def front(
         Path | None, typer.Option(help="Of runs and results (default: fronts/NAME).")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="JSON file (default: front.json in the folder).")
+        Path | None, typer.Option(help=".json file (default: front.json in the folder).")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time on this machine.")] = 1,
 ) -> None:

@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic_core import PydanticCustomError
 
 from cure.attacks.registry import attack_name, check_attacks
 from cure.config import RunConfig, Section
 from cure.errors import ConfigError, unknown
-from cure.recipe import Raw, check, layered, override_all, read_recipe, read_yaml
+from cure.recipe import Raw, check, explain, layered, override_all, read_recipe, read_yaml
 from cure.utils.io import first_line, user_path
 
 REFERENCE = "run:"
@@ -41,6 +42,25 @@ def _names(attacks: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(attack_name(name) for name in attacks)
 
 
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise PydanticCustomError(
+            "seeds",
+            "expected one seed or more, each once, got {came}",
+            {"came": ", ".join(map(str, seeds)) or "none"},
+        )
+    return seeds
+
+
+def _some_rows(rows: dict[str, PlanRow]) -> dict[str, PlanRow]:
+    if not rows:
+        raise PydanticCustomError("rows", "expected one row or more, with a label and its settings")
+    return rows
+
+
+Seeds = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_different)]
+
+
 class Measurement(Section):
     """One evaluation of every run."""
 
@@ -50,7 +70,7 @@ class Measurement(Section):
     """Only the first so many images."""
     checkpoints: tuple[Literal["best", "last"], ...] = ("best",)
     """Which weights. Where both are asked for and the best epoch is the last, only "best"."""
-    seeds: tuple[NonNegativeInt, ...] | None = None
+    seeds: Seeds | None = None
     """Only runs of these seeds."""
     rows: tuple[str, ...] | None = None
     """Only these rows."""
@@ -70,7 +90,7 @@ class PlanRow(Section):
 
     settings: dict[str, Any] = Field(default_factory=dict)
     """What differs from the plan's settings: ``{method: at}``."""
-    seeds: tuple[NonNegativeInt, ...] | None = None
+    seeds: Seeds | None = None
     """Seeds of the runs; by default the plan's."""
     note: str = ""
     """What a reader of the table should know."""
@@ -89,11 +109,11 @@ class Plan(Section):
     """Folder of the runs; plans that share it share their runs."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Changes to the recipe, for all rows; ``{seed}`` in a text is the run's seed."""
-    seeds: tuple[NonNegativeInt, ...] = (0,)
+    seeds: Seeds = (0,)
     """Seeds of the rows that name none."""
     evaluations: tuple[Measurement, ...] = (Measurement(),)
     """What is measured."""
-    rows: dict[str, PlanRow]
+    rows: Annotated[dict[str, PlanRow], AfterValidator(_some_rows)]
     """The rows by label."""
     reference: str | None = None
     """Label of the row that the others are subtracted from, seed by seed."""
@@ -109,12 +129,12 @@ class Plan(Section):
         Raises:
             ConfigError: when a field is wrong.
         """
+        if not isinstance(content, dict):
+            raise ConfigError(f"{place}: expected the keys name, recipe and rows, got {content!r}")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"{place}: {where or 'it'}: {first['msg']}") from None
+            raise ConfigError(f"{place}: {explain(error.errors()[0], cls)}") from None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def lines(record: FrontRecord) -> list[str]:
         found.append(f"  {label}: {_words(curve.hypervolume)}, {counted(len(curve.seeds), 'seed')}")
     for each in record.comparisons:
         named = [
-            f"{label} {_words(value)}" if value is not None else f"{label} does not reach it"
+            f"{label} {_words(value)}" if value is not None else f"{label} has no points around it"
             for label, value in each.natural.items()
         ]
         found.append(f"natural accuracy at {record.attack} {each.robust:g} %: {'; '.join(named)}")

@@ -83,6 +83,8 @@ def front(
     [0, 0.5]
     """
     check_reference(reference)
+    if outside := [level for level in at or () if not 0 <= level <= 100]:
+        raise ConfigError(f"at: expected accuracies from 0 to 100 percent, got {outside[0]:g}")
     check_attacks(attacks)
     if not attacks or attacks[0] == NATURAL:
         raise ConfigError("attacks: expected one attack or more besides natural, such as pgd20")
@@ -123,11 +125,13 @@ def front(
 
 
 def _check_output(file: Path) -> None:
-    """Refuse to replace a file that is no front.
+    """Refuse to replace a file that is no front, and a name that the picture beside it takes.
 
     Raises:
-        ConfigError: when it is there and something else.
+        ConfigError: when it is there and something else, or no ``.json`` file.
     """
+    if file.suffix.lower() != ".json" or file.is_dir():
+        raise ConfigError(f"expected an output file that ends in .json, got {file}; name one")
     if not file.exists():
         return
     content = read_json(file)
