@@ -529,6 +529,34 @@ def test_a_plan_that_is_stopped_midway_still_has_a_table():
     assert [row["label"] for row in shown.rows] == ["natural"]
 
 
+@pytest.mark.parametrize("name", ["front", "evaluate_in_shards"])
+def test_a_script_that_its_processes_would_run_again(name: str, tmp_path: Path):
+    tiny = ["start=scratch", "data.limit=100", "data.validation=20", "training.epochs=1"]
+    call = {
+        "front": f"cure.front('at', 'digits', {tiny}, values={{'at': [0, 0.5]}}, folder='f')",
+        "evaluate_in_shards": "cure.evaluate_in_shards('run', 2, output='result.json')",
+    }[name]
+    (tmp_path / "script.py").write_text(f"import cure\n{call}\n")
+    words = [sys.executable, "script.py"]
+    ended = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    said = [line for line in ended.stderr.splitlines() if "cure.experiments" in line]
+    assert 'the call under `if __name__ == "__main__":`' in said[-1]
+    assert "failed" not in said[-1]
+    assert "freeze_support" not in ended.stderr
+    assert ended.stderr.count("Traceback") == 2, "of one process and of the script"
+
+
+def killed() -> str:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return "never"
+
+
+def test_a_process_that_is_killed_is_told_in_one_sentence():
+    with pytest.raises(CureError, match="was killed, for want of memory or by a signal"):
+        LocalExecutor(1).submit(killed).result()
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-from cure.errors import ConfigError, Interrupted
+from cure.errors import ConfigError, Interrupted, RanksLost
 from cure.utils.io import first_line
 from cure.utils.memory import keep_freed_memory
+
+UNGUARDED = (
+    "each run has a process of its own, which first runs the calling script and could not; keep "
+    'that script in a file, with the call under `if __name__ == "__main__":`'
+)
+
+
+class NoProcess(ConfigError):
+    """No process can be started, for this call and for all others of the script."""
 
 
 class Job(Protocol):
@@ -33,7 +44,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """Runs calls on this machine, each in a new process.
+    """Runs calls on this machine, each in a new process, which imports the calling script.
 
     A new process for each call, so that its peak memory is the peak memory of the run. Threads
     start the processes: a process pool prefetches one task that cannot be cancelled.
@@ -42,10 +53,12 @@ class LocalExecutor:
         jobs: calls at a time.
 
     Raises:
-        ConfigError: when ``jobs`` is below 1.
+        ConfigError: when ``jobs`` is below 1, or such an import makes an executor.
     """
 
     def __init__(self, jobs: int) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise NoProcess(UNGUARDED)
         if jobs < 1:
             raise ConfigError(f"--jobs: expected 1 or more, got {jobs}")
         self.jobs = jobs
@@ -63,7 +76,7 @@ class LocalExecutor:
             raise Interrupted("cancelled before it began")
         try:
             return _in_own_process(function, *arguments)
-        except (Interrupted, KeyboardInterrupt):
+        except (Interrupted, KeyboardInterrupt, NoProcess):
             # A signal to all processes can end a run before this process receives it.
             self.over = True
             raise
@@ -81,7 +94,16 @@ class LocalExecutor:
 def _in_own_process(function: Callable[..., str], *arguments: Any) -> str:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, keep_freed_memory) as process:
-        return process.submit(function, *arguments).result()
+        try:
+            process.submit(os.getpid).result()
+        except BrokenProcessPool:
+            raise NoProcess(UNGUARDED) from None
+        try:
+            return process.submit(function, *arguments).result()
+        except BrokenProcessPool:
+            raise RanksLost(
+                "its process was killed, for want of memory or by a signal; the same call goes on"
+            ) from None
 
 
 def cluster_executor(cluster: str, folder: Path, options: Mapping[str, Any]) -> Executor:

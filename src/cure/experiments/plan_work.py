@@ -23,7 +23,13 @@ from cure.evaluation.evaluate import evaluate
 from cure.experiments.compare import ResultTable, difference, table
 from cure.experiments.compare.rows import TableRow, check_alike, rows_of
 from cure.experiments.compare.sources import Source
-from cure.experiments.executors import Executor, Job, LocalExecutor, stopped_by_signals
+from cure.experiments.executors import (
+    Executor,
+    Job,
+    LocalExecutor,
+    NoProcess,
+    stopped_by_signals,
+)
 from cure.experiments.plan import Entry, Plan, Wanted, check_row, entries, referring, stages
 from cure.recipe import Raw, check, check_kept
 from cure.runs.folder import RunFolder
@@ -320,7 +326,9 @@ def _carry_out(
             try:
                 job.result()
                 tell(f"{entry.name}: done")
-            # What submitit and a dying process raise are RuntimeErrors.
+            except NoProcess:
+                raise
+            # What submitit raises are RuntimeErrors.
             except (CureError, RuntimeError) as error:
                 failures[entry.label, entry.seed] = f"{entry.name}: {error}"
                 tell(failures[entry.label, entry.seed])

@@ -13,7 +13,7 @@ from cure.errors import ConfigError, CureError, TrainingStopped
 from cure.evaluation.evaluate import evaluate
 from cure.evaluation.metrics import Result
 from cure.evaluation.shards import Shard
-from cure.experiments.executors import Executor, LocalExecutor, stopped_by_signals
+from cure.experiments.executors import Executor, LocalExecutor, NoProcess, stopped_by_signals
 from cure.runs.run import Run
 from cure.utils.io import check_free, read_json, user_path
 
@@ -34,7 +34,9 @@ def evaluate_in_shards(
 
     Each job attacks every ``shards``-th image and keeps what it found in a file beside ``output``;
     a last job merges these.  Attacks draw other random numbers than in one process, so verdicts
-    may differ on single images, as with another seed.  The same call goes on after a kill.
+    may differ on single images, as with another seed.  The same call goes on after a kill.  A job
+    of this machine has a process of its own, which imports the calling script: keep the call in it
+    under ``if __name__ == "__main__":``.
 
     Args:
         target: a run, or what names a network or an exported file.
@@ -82,7 +84,9 @@ def evaluate_in_shards(
                 try:
                     job.result()
                     tell(f"shard {shard}: done")
-                # What submitit and a dying process raise are RuntimeErrors.
+                except NoProcess:
+                    raise
+                # What submitit raises are RuntimeErrors.
                 except (CureError, RuntimeError) as error:
                     failures.append(f"shard {shard}: {error}")
                     tell(failures[-1])

@@ -47,6 +47,9 @@ def front(
     another machine the folder's ``records.jsonl`` is enough; only runs that others learn from or
     begin with are trained again.
 
+    Each run has a process of its own, which imports the calling script: keep the call in it under
+    ``if __name__ == "__main__":``.
+
     Args:
         methods: names from ``cure list methods``.
         recipe: a name, or the path of a YAML file.
