@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -28,6 +30,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from cure.errors import ConfigError
 
 OBJECT = "object:"
 """Prefix of ``model.name`` when the network was passed as a Python object."""
@@ -114,6 +118,37 @@ def _positive(value: Ratio) -> Ratio:
 def _kept(info: ValidationInfo) -> bool:
     """Whether the values are those of a run that exists: their units are not questioned then."""
     return bool(info.context and info.context.get("kept"))
+
+
+def checked(name: str, value: Any, kind: Any) -> Any:
+    """The value of an argument whose type is declared; numbers of NumPy become those of Python.
+
+    Args:
+        name: of the argument, for the message.
+        value: what came.
+        kind: its type: whole numbers, numbers and words (``Literal``) are checked, also beside
+            None; anything else is returned as it is.
+
+    Raises:
+        ConfigError: in one sentence, when the value has another type or is no such word.
+
+    >>> checked("limit", 10, int | None)
+    10
+    """
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    kinds = set(get_args(kind)) if get_origin(kind) in (Union, UnionType) else {kind}
+    if value is None and NoneType in kinds:
+        return None
+    words = [word for each in kinds if get_origin(each) is Literal for word in get_args(each)]
+    if words and value not in words:
+        raise ConfigError(f"{name}: expected one of {', '.join(words)}; got {value!r}")
+    whole = kinds <= {int, NoneType}
+    if not whole and not kinds <= {float, NoneType}:
+        return value
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        what = "a whole number" if whole else "a number"
+        raise ConfigError(f"{name}: expected {what}, got {value!r}")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 class Section(BaseModel):

@@ -231,6 +231,8 @@ def test_how_it_is_told():
         ({"sets": ["5"]}, "blocks of this network as digits"),
         ({"sets": ["11"]}, "got '11'"),
         ({"variants": ["fresh"]}, "reinitialised or kept"),
+        ({"stem": "fresh"}, "stem: expected one of frozen, updated; got 'fresh'"),
+        ({"limit": "10"}, "limit: expected a whole number"),
     ],
 )
 def test_sets_and_variants_that_mean_nothing(tmp_path, change, words):

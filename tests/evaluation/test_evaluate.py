@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from sklearn.metrics import recall_score
 from torch import Tensor, nn
 
 import cure
+from cure.analysis.study import find_study
 from cure.api import MODULES
 from cure.attacks import Threat
 from cure.attacks.autoattack import package_part
@@ -934,6 +936,41 @@ def test_a_keyword_that_does_not_exist_is_refused() -> None:
     model, images, _, _ = linear_case(2, 0.05)
     with pytest.raises(TypeError, match="unknown keyword argument 'limt'; did you mean 'limit'"):
         evaluate(model, data=images, limt=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"split": "Test"}, "split: expected one of train, validation, test; got 'Test'"),
+        ({"split": "valid"}, "got 'valid'"),
+        ({"checkpoint": "final"}, "checkpoint: expected one of best, last; got 'final'"),
+        ({"limit": "10"}, "limit: expected a whole number, got '10'"),
+        ({"limit": 10.0}, "limit: expected a whole number, got 10.0"),
+        ({"batch_size": "8"}, "batch_size: expected a whole number, got '8'"),
+        ({"seed": "a"}, "seed: expected a whole number, got 'a'"),
+    ],
+)
+def test_values_of_another_kind_are_refused(how: dict[str, Any], words: str) -> None:
+    model, images, _, _ = linear_case(2, 0.05)
+    calls: list[Callable[..., object]] = [evaluate, cure.diagnose, cure.corruptions]
+    for call in [*calls, find_study("cka"), find_study("landscape")]:
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            call(model, data=images, **how)
+
+
+@pytest.mark.parametrize("how", [{"time_limit": "9"}, {"smoothing": "0.25"}, {"smoothing": True}])
+def test_numbers_of_another_kind_are_refused(how: dict[str, Any]) -> None:
+    model, images, _, _ = linear_case(2, 0.05)
+    with pytest.raises(ConfigError, match=f"{next(iter(how))}: expected a number, got "):
+        evaluate(model, data=images, attacks=[], **how)
+
+
+def test_numbers_of_numpy_are_written(tmp_path: Path) -> None:
+    model, images, _, _ = linear_case(2, 0.05)
+    file, how = tmp_path / "result.json", {"limit": np.int64(10), "seed": np.uint8(3)}
+    evaluate(model, data=images, attacks=["fgsm"], epsilon=0.05, output=file, **how)  # type: ignore[arg-type]
+    content = json.loads(file.read_text())
+    assert (content["data"]["limit"], content["seed"]) == (10, 3)
 
 
 @pytest.mark.parametrize("how", [{"limit": 0}, {"limit": -1}, {"batch_size": 0}])

@@ -816,6 +816,14 @@ def test_a_run_counts_once(make_run: MakeRun) -> None:
         compare([run, run / ".." / "a"])
 
 
+def test_one_run_may_come_alone(make_run: MakeRun) -> None:
+    run = make_run("a", result(80, pgd20=40))
+    for alone in (run, str(run)):
+        assert compare(alone).rows == compare([run]).rows
+    with pytest.raises(ConfigError, match="split: expected one of train, validation, test"):
+        compare(run, split="tests")  # type: ignore[arg-type]
+
+
 # Order and columns.
 
 

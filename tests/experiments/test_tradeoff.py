@@ -177,6 +177,7 @@ def test_what_does_not_fit_together_is_one_sentence(runs: Path, tmp_path: Path) 
         ({"natural_at_least": 120}, "percentage"),
         ({"natural_at_least": 50, "robust_at_least": 50}, "give one of the two"),
         ({"points": 1}, "2 or more"),
+        ({"points": 2.5}, "points: expected a whole number, got 2.5"),
         ({"output": tmp_path / "unwritten"}, "output: nothing is written"),
     ):
         with pytest.raises(CureError, match=word):

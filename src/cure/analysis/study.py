@@ -14,7 +14,7 @@ from cure.analysis.render import View
 from cure.attacks import Threat
 from cure.data import ImageSet
 from cure.errors import ConfigError
-from cure.evaluation.options import TargetOptions
+from cure.evaluation.options import TargetOptions, check_options
 from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike
 from cure.models import describe
@@ -118,6 +118,7 @@ class Study:
         if "output" in options:
             options["output"] = user_path(options["output"])
         read = self.options(**options)
+        check_options(read)
         if not self.recipe:
             check_free(read.output)
         return self.compute(flat, read, progress)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cure.attacks.losses import CROSS_ENTROPY, Objective
 from cure.attacks.threat import Threat, drawn, per_image, per_sample
-from cure.config import Ratio
+from cure.config import Ratio, checked
 from cure.errors import ConfigError, ModelError
 from cure.models.checks import check_labels, check_range
 from cure.models.fuse import folded
@@ -271,12 +271,12 @@ class PGD:
                     f"PGD: expected {name} as one of {', '.join(known)}, got {given!r}"
                 )
         for name, least in (("steps", 0), ("restarts", 1)):
-            given = getattr(self, name)
+            given = checked(f"PGD: {name}", getattr(self, name), int)
             if given < least:
                 raise ConfigError(f"PGD: expected {name} of {least} or more, got {given}")
         try:
             valid = self.length >= 0
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"PGD: step_size: {error}") from None
         if not valid:
             raise ConfigError(f"PGD: expected step_size of 0 or more, got {self.step_size}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,9 +51,8 @@ def compare(
     """Compare evaluated runs in a table; seeds of one method share a row."""
     from cure.experiments.compare import compare as side_by_side
 
-    done = side_by_side(
-        runs, columns=columns, sort=sort, split=split.value if split else None, output=output
-    )
+    chosen: Any = split.value if split else None
+    done = side_by_side(runs, columns=columns, sort=sort, split=chosen, output=output)
     print_table(done)
 
 

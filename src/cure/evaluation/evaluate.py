@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cure.attacks import Threat
 from cure.attacks.registry import attack_name, check_attacks, evaluation_attack
-from cure.config import EvaluationConfig, Ratio
+from cure.config import EvaluationConfig, Ratio, checked
 from cure.data import ImageSet, batches
 from cure.errors import CheckpointError, ConfigError, CureNote, notes_kept
 from cure.evaluation.auto import AUTO, choose_attacks
@@ -153,7 +153,7 @@ def evaluate(
         output=user_path(output),
         robustbench=user_path(robustbench),
         adversarial=user_path(adversarial),
-        time_limit=time_limit,
+        time_limit=checked("time_limit", time_limit, float | None),
         per_image=per_image,
         unseen=unseen,
         bounds=bounds,

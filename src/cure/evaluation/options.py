@@ -6,11 +6,11 @@ Imports no PyTorch, so that ``cure --help`` can read it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
 
-from cure.config import Split
+from cure.config import Split, checked
 from cure.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ class TargetOptions:
         seed: of everything random.
 
     Raises:
-        ConfigError: when ``limit`` or ``batch_size`` is below 1, or ``weights_key`` is given
-            without ``weights``.
+        ConfigError: when a value has another type, ``limit`` or ``batch_size`` is below 1, or
+            ``weights_key`` is given without ``weights``.
     """
 
     weights: Annotated[str | Path | None, "Weights file of a named network."] = None
@@ -68,6 +68,7 @@ class TargetOptions:
     seed: Annotated[int, "Seed of all draws."] = 0
 
     def __post_init__(self) -> None:
+        check_options(self)
         check_counts(limit=self.limit, batch_size=self.batch_size)
         if self.weights_key is not None and self.weights is None:
             raise ConfigError(
@@ -94,6 +95,18 @@ class TargetKeywords(TypedDict, total=False):
     seed: int
 
 
+def check_options(options: Any) -> None:
+    """Refuse values that a dataclass of options does not declare (:func:`cure.config.checked`).
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    hints = get_type_hints(type(options), localns={"ImageSet": object})
+    for each in fields(options):
+        value = checked(each.name, getattr(options, each.name), hints[each.name])
+        object.__setattr__(options, each.name, value)
+
+
 def check_counts(**counts: int | None) -> None:
     """Refuse numbers of images, by the name of their option, that are given and below 1.
 
@@ -101,5 +114,5 @@ def check_counts(**counts: int | None) -> None:
         ConfigError: in one sentence.
     """
     for name, count in counts.items():
-        if count is not None and count < 1:
+        if checked(name, count, int | None) is not None and count < 1:  # type: ignore[operator]
             raise ConfigError(f"{name}: expected 1 or more images, got {count}")

@@ -16,6 +16,7 @@ import torch
 from scipy.stats import beta, norm
 from torch import Tensor, nn
 
+from cure.config import checked
 from cure.data import ImageSet, batches
 from cure.errors import ConfigError
 from cure.evaluation.metrics import Result, accuracy_of
@@ -94,7 +95,7 @@ def check_sigma(sigma: float) -> None:
     Raises:
         ConfigError: in one sentence.
     """
-    if not 0 < sigma < math.inf:
+    if not 0 < checked("smoothing", sigma, float) < math.inf:
         raise ConfigError(f"smoothing: expected a standard deviation above 0, got {sigma:g}")
 
 

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.attacks import Threat
 from cure.attacks.registry import check_attacks
-from cure.config import RunConfig
+from cure.config import RunConfig, checked
 from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
 from cure.data.objects import as_images
@@ -263,7 +263,8 @@ def barriers(points: Sequence[TradeoffPoint]) -> list[str]:
 
 
 def _check_requirements(natural: float | None, robust: float | None, points: int) -> None:
-    for name, value in (("natural_at_least", natural), ("robust_at_least", robust)):
+    for name, given in (("natural_at_least", natural), ("robust_at_least", robust)):
+        value = checked(name, given, float | None)
         if value is not None and not 0 <= value <= 100:
             raise ConfigError(f"{name}: expected a percentage from 0 to 100, got {value:g}")
         if value is not None and 0 < value < 1:
@@ -275,7 +276,7 @@ def _check_requirements(natural: float | None, robust: float | None, points: int
             "natural_at_least and robust_at_least: give one of the two; the other accuracy is what "
             "is maximised"
         )
-    if points < 2:
+    if checked("points", points, int) < 2:
         raise ConfigError(f"points: expected 2 or more on a line, got {points}")
 
 

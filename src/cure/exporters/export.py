@@ -15,7 +15,7 @@ from typing import Any, Literal, Unpack, get_args
 import torch
 from torch import Tensor, nn
 
-from cure.config import OBJECT
+from cure.config import OBJECT, checked
 from cure.data import ImageSet, to_unit
 from cure.errors import CheckpointError, ConfigError, CureError, ModelError, unknown
 from cure.evaluation.calibration import fit_temperature
@@ -96,6 +96,7 @@ def export(
     """
     if to not in get_args(Format):
         raise ConfigError(unknown("format", to, get_args(Format)))
+    opset = checked("opset", opset, int)
     if int8 and to != "onnx":
         raise ConfigError(f"int8 goes with the format onnx, got {to}")
     if push is not None and to != "hub":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from cure.attacks import PGD, Threat
-from cure.config import MethodConfig, TeacherConfig
+from cure.config import MethodConfig, TeacherConfig, checked
 from cure.errors import ConfigError, unknown
 from cure.methods.context import Context
 from cure.models.checks import check_labels, check_range, checked_logits
@@ -78,6 +78,10 @@ def standalone(
         attack = PGD(threat, 10, threat.epsilon / 4, "gaussian", fold=True)
     elif threat is not None and threat != attack.threat:
         raise ConfigError(f"{kind}: threat and attack.threat differ; give the attack alone")
+    steps, epochs = (
+        checked(f"{kind}: {name}", value, int | None)
+        for name, value in (("steps", steps), ("epochs", epochs))
+    )
     if steps is not None and (steps < 1 or steps % (epochs or 1)):
         raise ConfigError(
             f"{kind}: expected steps as a positive multiple of the {epochs or 1} epochs, "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cure.config import Split, checked
 from cure.errors import ConfigError, counted, unknown
 from cure.experiments.compare.rows import (
     BY_CLASS,
@@ -147,11 +148,11 @@ class ResultTable:
 
 
 def compare(
-    runs: Iterable[str | Path | Run],
+    runs: str | Path | Run | Iterable[str | Path | Run],
     *,
     columns: str | Sequence[str] | None = None,
     sort: str | None = None,
-    split: str | None = None,
+    split: Split | None = None,
     output: str | Path | None = None,
 ) -> ResultTable:
     """Compare runs in one table: accuracies with intervals over images or seeds, and costs.
@@ -183,6 +184,9 @@ def compare(
     """
     if output is not None:
         check_output(output)
+    checked("split", split, Split | None)
+    if isinstance(runs, str) or not isinstance(runs, Iterable):
+        runs = [runs]
     done = table(read_rows(runs, split), columns, sort)
     if output is not None:
         done.write(output)
