@@ -219,6 +219,38 @@ def few() -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed_log() -> str:
+    """What was tried for the speedrun: `benchmarks/speedrun.py --validation`."""
+    lines = (HERE / "speedrun" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    usual = read(HERE / "speedrun" / "cpu.json")["settings"]
+    shown = [
+        "| changed | epochs | natural | pgd20 | cw | worst case | to the first row |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        changes = [
+            f"`{name}={json.dumps(value)}`"
+            for name, value in row["settings"].items()
+            if value != usual[name]
+        ]
+        low, high = row["interval"]
+        more = "" if row is rows[0] else f"{row['worst_case'] - rows[0]['worst_case']:+.1f}"
+        shown.append(
+            f"| {', '.join(changes) or 'nothing'} | {row['epochs']:.2f} | {row['natural']:.1f} "
+            f"| {row['pgd20']:.1f} | {row['cw']:.1f} | {row['worst_case']:.1f} "
+            f"({low:.1f}-{high:.1f}) | {more} |"
+        )
+    first = rows[0]
+    shown += [
+        "",
+        f"{first['minutes']:g} minutes of processor time on {first['threads']} thread, seed "
+        f"{first['seeds'][0]}; percent of {first['n']:,} training images that are not trained on, "
+        f"`worst case` with its 95 % interval over images. {made_on(first)}",
+    ]
+    return "\n".join(shown) + "\n"
+
+
 def screened() -> str:
     """AutoAttack by its package and `--attacks screened`, in turn: `benchmarks/screened.py`."""
     result = read(HERE / "bench" / "screened.json")
@@ -719,6 +751,7 @@ if __name__ == "__main__":
     insert(HERE.parent / "README.md", "results/photos/table.json", photos())
     insert(HERE / "README.md", "photos/table.json", photos())
     insert(HERE / "README.md", "photos/few.json", few())
+    insert(HERE / "README.md", "speedrun/log.jsonl", speed_log())
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "bench/screened.json", screened())
     insert(HERE / "README.md", "bench/leaks.json", copies())

@@ -357,6 +357,7 @@ RESULTS = ROOT / "results"
         ("results/README.md", "ablation-digits/table.md"),
         ("results/README.md", "cifar10-mini-cure/table.md"),
         ("results/README.md", "precision/table.md"),
+        ("results/README.md", "speedrun/log.jsonl"),
         ("results/README.md", "bench/cpu.json"),
         ("results/README.md", "bench/screened.json"),
         ("results/README.md", "extra_data/digits.json"),
@@ -387,6 +388,8 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
         expected = figures["few"]()
     elif mark.endswith("fronts.json"):
         expected = figures["fronts"](most=2 if document == "README.md" else None)
+    elif mark == "speedrun/log.jsonl":
+        expected = figures["speed_log"]()
     elif mark.endswith(".jsonl"):
         expected = figures["comparison"](*figures["IN_README"])
     elif "mini-cure" in mark:
