@@ -400,6 +400,24 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     assert shown[1] == expected
 
 
+def test_what_goes_against_cure_is_told_from_the_comparison() -> None:
+    lines = (RESULTS / "cifar10-mini" / "table.md").read_text(encoding="utf-8").splitlines()
+    cells = {row[1].strip(): row[2:] for line in lines if len(row := line.split("|")) > 6}
+    del cells["model"], cells["---"]
+    few = [name for name, row in cells.items() if row[0].strip() == "1"]
+    (fat, ours) = ([cell.split()[0] for cell in cells[name][1:4]] for name in ("fat", "cure"))
+    more = float(fat[1]) - float(ours[1])
+    document = " ".join((ROOT / "docs" / "methods-compared.md").read_text(encoding="utf-8").split())
+    assert (len(few), len(cells)) == (8, 14)
+    assert "eight of the fourteen rows have one seed" in document
+    assert f"FAT has hardly less and {more:.1f} points more robust accuracy" in document
+    text = " ".join((RESULTS / "README.md").read_text(encoding="utf-8").split())
+    assert (
+        f"has {fat[0]} where CURE has {ours[0]}, with {fat[1]} in the place of {ours[1]} under "
+        f"PGD-20 and {fat[2]} in the place of {ours[2]} under C&W"
+    ) in text
+
+
 def test_the_choice_of_the_photo_recipe_is_told_from_its_results() -> None:
     content = json.loads((RESULTS / "photos" / "choices.json").read_text(encoding="utf-8"))
     earlier = [row for row in content["earlier_table"]["rows"] if row["method"] == "cure"]
