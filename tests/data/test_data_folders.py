@@ -611,6 +611,33 @@ def test_a_column_of_splits_is_known_by_its_values(tmp_path, column, names) -> N
     assert torch.bincount(first.label).tolist() == [4, 4]
 
 
+@pytest.mark.parametrize(
+    ("columns", "flags"),
+    [
+        ("is_valid,is_test", ("00", "10", "01")),
+        ("is_test,is_val", ("00", "01", "10")),
+        ("is_train,is_valid", ("10", "01", "00")),
+        ("is_train,is_test", ("10", "00", "01")),
+        ("is_train,is_valid,is_test", ("100", "010", "001")),
+    ],
+)
+def test_several_columns_of_true_and_false_name_three_splits(tmp_path, columns, flags) -> None:
+    """Of each class the images 0 to 5 train, 6 and 7 validate, 8 and 9 test."""
+    places = [0] * 6 + [1] * 2 + [2] * 2
+    rows = [
+        (name, kind, *flags[places[int(name[8])]]) for name, kind in labelled(tmp_path, count=10)
+    ]
+    (tmp_path / "labels.csv").write_text(text_of(rows, f"file_name,label,{columns}"))
+    told = config(tmp_path)
+    assert [len(load_split(told, one)) for one in ("train", "validation", "test")] == [12, 4, 4]
+
+
+def test_a_row_of_two_splits_is_refused(tmp_path) -> None:
+    rows = [(n, k, str(i % 2), str(i % 2)) for i, (n, k) in enumerate(labelled(tmp_path))]
+    (tmp_path / "labels.csv").write_text(text_of(rows, "file_name,label,is_valid,is_test"))
+    fails(r"one split a row .*got true in 'is_valid', 'is_test'", tmp_path)
+
+
 def test_rows_without_a_split_among_others_are_refused(tmp_path) -> None:
     splits = ("train", "test", "")
     rows = [(n, k, splits[i % 3]) for i, (n, k) in enumerate(labelled(tmp_path, 6))]

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,12 +36,12 @@ FILE_COLUMNS = (
 )
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 _FLAGS = {
-    "is_train": ("train", "test"),
-    "is_valid": ("validation", "train"),
-    "is_val": ("validation", "train"),
-    "is_test": ("test", "train"),
+    "is_train": "train",
+    "is_valid": "validation",
+    "is_val": "validation",
+    "is_test": "test",
 }
-"""Columns of true and false, and the splits that these stand for."""
+"""Columns of true and false, and the splits that true stands for."""
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
 _NOT_READ = (".json", ".xml", ".xlsx", ".xls", ".mat", ".yaml", ".yml")
@@ -367,7 +367,7 @@ def _columns(
 def _split_column(rows: list[Cells], columns: list[str], config: DataConfig) -> str | None:
     """The column of splits: of a usual name, of names of splits alone, or of true and false.
 
-    A column of true and false, such as ``is_valid``, is added to the rows as names of splits.
+    Columns of true and false, such as ``is_valid``, are added to the rows as names of splits.
     """
     rest = [column for column in columns if column != config.label_column]
     usual = _column(rest, None, SPLIT_COLUMNS)
@@ -376,14 +376,32 @@ def _split_column(rows: list[Cells], columns: list[str], config: DataConfig) -> 
     for column in rest if usual is None else (usual, *rest):
         if len(values[column]) > 1 and values[column] <= names:
             return column
-    for column in rest:
-        said = _FLAGS.get(column.strip().lower())
-        if said is not None and values[column] <= _TRUTHS.keys():
-            for row in rows:
-                true = _TRUTHS.get(_text(row.get(column)).lower())
-                row[_NAMED_SPLIT] = "" if true is None else said[not true]
-            return _NAMED_SPLIT
-    return usual
+    flags = {c: said for c in rest if (said := _FLAGS.get(c.strip().lower())) is not None}
+    flags = {c: said for c, said in flags.items() if values[c] and values[c] <= _TRUTHS.keys()}
+    for row in rows if flags else ():
+        row[_NAMED_SPLIT] = _flagged(row, flags)
+    return _NAMED_SPLIT if flags else usual
+
+
+def _flagged(row: Cells, flags: Mapping[str, str]) -> str:
+    """The split of a row whose columns of true and false are ``flags``; empty where none is told.
+
+    Where none is true it is the first of training, test and validation that has no column.
+
+    Raises:
+        DataError: several are true.
+    """
+    truths = {column: _TRUTHS.get(_text(row.get(column)).lower()) for column in flags}
+    if None in truths.values():
+        return ""
+    told = {said for column, said in flags.items() if truths[column]}
+    if len(told) > 1:
+        raise DataError(
+            f"expected one split a row in a table of labels, got true in "
+            f"{listing([column for column in flags if truths[column]])} of one row; correct it"
+        )
+    left = (one for one in ("train", "test", "validation") if one not in flags.values())
+    return next(iter(told), next(left, ""))
 
 
 def _leads_to_files(
