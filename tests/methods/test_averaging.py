@@ -12,6 +12,7 @@ from method_bench import TinyNetwork, batch, build, context, gradients_of, tiny_
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+import cure
 from cure.config import AveragingConfig
 from cure.methods import METHODS, Context, Method, Metrics
 from cure.methods.at import AT
@@ -115,6 +116,29 @@ def test_averages_by_hand(kind, every, start, expected):
         assert found[number] == pytest.approx([value, 10 * value, 20 * value, 30 * value])
     assert int(method.inference_model().bn1.num_batches_tracked) == 7  # counters are copied
     assert method.inference_model() is not method.model
+
+
+class Complex(nn.Module):
+    """A network whose first parameter is complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.full((64, 3), 1 + 1j))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return (image.flatten(1).to(self.spectrum.dtype) @ self.spectrum).abs()
+
+
+def test_complex_weights_are_averaged():
+    model = Complex()
+    method = cure.methods.Averaging(cure.methods.AT(model), kind="equal")
+    for value in (1 + 1j, 2 + 3j, 6 + 2j):
+        method(torch.rand(2, 1, 8, 8), torch.tensor([0, 1]))
+        with torch.no_grad():
+            model.spectrum.fill_(value)
+        method.update()
+    average = method.inference_model().spectrum
+    assert torch.allclose(average, torch.full_like(average, 3 + 2j))
 
 
 def test_the_average_learns_nothing_and_shares_nothing():

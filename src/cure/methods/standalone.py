@@ -183,6 +183,7 @@ def check_batch(
         ModelError: when a network fails or returns no logits.
     """
     weight = next(model.parameters())
+    kind = weight.dtype.to_real()
     for name, given in (("images", images), ("labels", labels)):
         if not isinstance(given, Tensor) or not len(given) or given.device != weight.device:
             came = f"{len(given)} on {given.device}" if isinstance(given, Tensor) else type(given)
@@ -191,10 +192,10 @@ def check_batch(
                 f"is, got {came}"
             )
     check_range(images)
-    if images.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+    if images.dtype != kind and not torch.is_autocast_enabled(weight.device.type):
         raise ConfigError(
-            f"expected images of the type of the weights, {weight.dtype}, got {images.dtype}; "
-            f"convert them with .to({weight.dtype})"
+            f"expected images of the type of the weights, {kind}, got {images.dtype}; "
+            f"convert them with .to({kind})"
         )
     with evaluating(model):
         count = checked_logits(model, images[:2]).shape[1]

@@ -82,7 +82,7 @@ class Averaging(MethodWrapper):
         share = 1 / (self.count + 1) if self.settings.kind == "equal" else 1 - self._decay()
         theirs = dict(source.named_buffers()) | dict(source.named_parameters())
         ours = dict(self.average.named_buffers()) | dict(self.average.named_parameters())
-        moving = [name for name, tensor in ours.items() if tensor.is_floating_point()]
+        moving = [n for n, t in ours.items() if t.is_floating_point() or t.is_complex()]
         averages: list[Tensor] = [ours[name] for name in moving]
         torch._foreach_lerp_(averages, [theirs[name] for name in moving], share)
         for name in ours.keys() - set(moving):
