@@ -101,6 +101,14 @@ PAIRS = {
 }
 
 
+def test_columns_of_one_hot_labels_are_classes_without_images_too() -> None:
+    labels = np.eye(5)[NUMBERS]
+    assert as_images((PIXELS, labels)).classes == ("0", "1", "2", "3", "4")
+    items = [(pixels, label) for pixels, label in zip(PIXELS, labels, strict=True)]
+    images = as_images(items)
+    assert (images.classes, images.label.tolist()) == (tuple("01234"), NUMBERS.tolist())
+
+
 @pytest.mark.parametrize("form", PAIRS)
 def test_every_object_gives_the_same_images(form) -> None:
     images = as_images(PAIRS[form]())

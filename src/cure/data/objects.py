@@ -94,7 +94,8 @@ def as_images(
         table = ImageTable(label, given.classes, partial(array_cells, squeezed, given.split))
         return _decoded(table, given.split, given.name, treatment, config, limit)
     table, classes = _table(given, split, config or DataConfig(source="memory"))
-    if classes is not None and table.classes is None:
+    numbers = tuple(map(str, range(len(table.classes or ()))))
+    if classes is not None and table.classes in (None, numbers):
         table = replace(table, classes=classes)
     return _decoded(table, split, "memory", treatment, config, limit)
 
@@ -501,7 +502,7 @@ def _labels(given: Any, count: int) -> tuple[NDArray[np.int64], tuple[str, ...] 
     """Labels as numbers, and the class names where labels are names."""
     if isinstance(given, Sequence) and any(isinstance(one, Tensor) for one in given):
         given = [_array(one) for one in given]
-    labels = _array(given)
+    labels, classes = _array(given), None
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim == 2 and labels.shape[1] > 1 and labels.dtype.kind in "fiub":
@@ -510,6 +511,8 @@ def _labels(given: Any, count: int) -> tuple[NDArray[np.int64], tuple[str, ...] 
                 f"expected one label an image, got rows of {labels.shape[1]} numbers that are not "
                 "one-hot; pass one class number or name an image"
             )
+        # The columns count the classes, also where the last ones have no image.
+        classes = tuple(map(str, range(labels.shape[1])))
         labels = labels.argmax(axis=1)
     if labels.ndim != 1 or len(labels) != count:
         raise DataError(
@@ -531,4 +534,4 @@ def _labels(given: Any, count: int) -> tuple[NDArray[np.int64], tuple[str, ...] 
             f"expected labels that are whole numbers or names, got {labels.dtype}; pass one class "
             "number or name an image"
         )
-    return whole, None
+    return whole, classes
