@@ -16,6 +16,7 @@ from pictures import encoded, picture
 
 from cure.config import AugmentConfig, DataConfig
 from cure.data import Batch, ImageSet, account, batches, cache, epoch, load, load_training
+from cure.data import decode as decode
 from cure.data.cache import CachePlace
 from cure.data.loader import to_unit
 from cure.errors import DataError
@@ -234,6 +235,22 @@ def test_other_content_or_another_treatment_is_another_file(
     assert len(files_of(place)) == 3
     want = read(folder, "memory", place)
     assert torch.equal(changed[0].rows(slice(None)), want[0].image)
+
+
+def test_images_of_a_format_that_is_read_now_are_decoded_again(
+    write_parquet: Any, place: CachePlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `pip install pillow-heif`, which the first reading advises."""
+    known = decode.formats()
+    cells = [encoded(picture(i), "PNG" if i else "BMP") for i in range(12)]
+    write_parquet("test", cells[1:3], [0, 1])
+    folder = write_parquet("train", cells, [i % 2 for i in range(12)])
+    with monkeypatch.context() as patch:
+        for module in (cache, decode):
+            fewer = tuple(name for name in known if name != "BMP")
+            patch.setattr(module, "formats", lambda fewer=fewer: fewer, raising=False)
+        assert sum(map(len, read(folder, "disk", place, damaged="skip"))) == 11
+    assert sum(map(len, read(folder, "disk", place, damaged="skip"))) == 12
 
 
 @pytest.mark.parametrize("damage", ["description", "half a description", "short", "temporary"])

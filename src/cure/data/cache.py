@@ -29,6 +29,7 @@ from cure.data.decode import (
     decode,
     decode_one,
     decode_to,
+    formats,
 )
 from cure.data.images import Findings
 from cure.data.lazy import LazyImages
@@ -143,7 +144,9 @@ def _in_file(wanted: _Wanted, place: CachePlace) -> Decoded:
 def _key(wanted: _Wanted) -> tuple[str, list[str]]:
     """A name for the decoded images, from the encoded ones and their treatment; names of cells."""
     total = hashlib.blake2b(digest_size=16)
-    total.update(repr((_FORMAT, PIL.__version__, asdict(wanted.treatment))).encode())
+    # Where more formats are read, images that failed may be read now.
+    known = (_FORMAT, PIL.__version__, formats(), asdict(wanted.treatment))
+    total.update(repr(known).encode())
     names = []
     for cell in wanted.cells():
         content = _content(cell) or b""
