@@ -744,6 +744,24 @@ def test_damaged_lines_of_metadata_are_named(tmp_path) -> None:
     fails(r"line 2 of .*metadata\.jsonl' is no JSON object", tmp_path)
 
 
+def test_rows_after_another_value_are_not_lost(tmp_path) -> None:
+    lines = [json.dumps({"file_name": n, "label": k}) for n, k in labelled(tmp_path, place=".")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([*lines[:4], "[1]", *lines[4:]]))
+    fails(r"line 5 of .*metadata\.jsonl' is no JSON object; write one", tmp_path)
+
+
+def test_a_column_of_labels_that_is_missing_is_not_replaced_by_another(tmp_path) -> None:
+    rows = [(name, kind, "ab"[i % 2]) for i, (name, kind) in enumerate(labelled(tmp_path))]
+    (tmp_path / "labels.csv").write_text(text_of(rows, "file_name,label,breed"))
+    assert load(config(tmp_path, label_column="breed"), "train").classes == ("a", "b")
+    fails(
+        r"labels\.csv is not read: none of its columns \('file_name', 'label', 'breed'\) is "
+        r"'bread' \(data\.label_column\)",
+        tmp_path,
+        label_column="bread",
+    )
+
+
 def test_a_home_folder_is_expanded(image_folder, monkeypatch) -> None:
     folder = image_folder(two_classes(count=5))
     monkeypatch.setenv("HOME", str(folder.parent))

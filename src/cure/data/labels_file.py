@@ -349,6 +349,11 @@ def _columns(
         return f"none of its columns ({listing(columns[:5])}) holds names of files in this folder"
     split = _split_column(rows, [column for column in columns if column != file], config)
     rest = [column for column in columns if column not in (file, split)]
+    if config.label_column is not None and config.label_column not in rest:
+        return (
+            f"none of its columns ({listing(columns[:5])}) is '{config.label_column}' "
+            "(data.label_column)"
+        )
     label = _column(rest, config.label_column, LABEL_COLUMNS)
     # Files in several folders have classes already, which a guess must not replace.
     if (
@@ -444,19 +449,25 @@ def _column(columns: Sequence[str], given: str | None, usual: Sequence[str]) -> 
 
 
 def _json_rows(path: Path, text: str) -> Iterator[Cells]:
+    rows = 0
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
+        why = ""
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(
-                f"line {number} of '{path}' is no JSON object ({error}); write one object a line, "
-                'such as {"file_name": "a.jpg", "label": "cat"}'
-            ) from None
-        if not isinstance(row, dict):
+            row, why = None, f" ({error})"
+        if isinstance(row, dict):
+            rows += 1
+            yield row
+        elif not why and not rows:
             return
-        yield row
+        else:
+            raise DataError(
+                f"line {number} of '{path}' is no JSON object{why}; write one object a "
+                'line, such as {"file_name": "a.jpg", "label": "cat"}'
+            )
 
 
 def _csv_rows(text: str, tree: _Tree, delimiter: str | None) -> Iterator[Cells]:
