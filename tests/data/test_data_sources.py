@@ -670,7 +670,11 @@ def wide_grey() -> bytes:
     return encoded(Image.fromarray(np.full((6, 6), 40_000, np.uint16)))
 
 
-@pytest.mark.parametrize("content", [wide_rgb_png, wide_grey])
+def wide_ppm() -> bytes:
+    return b"P6\n6 6\n65535\n" + bytes(6 * 6 * 3 * 2)
+
+
+@pytest.mark.parametrize("content", [wide_rgb_png, wide_grey, wide_ppm])
 def test_images_of_16_bits_are_refused(image_folder, content) -> None:
     files = {"train/a/0.png": picture(0), "train/b/9.png": content(), "test/a/0.png": picture(0)}
     fails(

@@ -198,8 +198,7 @@ def open_image(file: Any, more: Sequence[str] = ()) -> Any:
         raise ValueError(f"it is damaged, or none of {named} and what else is read") from None
     # Entered, Pillow closes a file it opened by name; the pixels are loaded by then.
     with opened as image:
-        # Pillow would cut 16-bit RGB to 8 bits without a word; the raw mode tells in time.
-        if image.mode[:1] in _WIDE_MODES or ";16" in str(getattr(image, "tile", "")):
+        if image.mode[:1] in _WIDE_MODES or _is_cut(image):
             raise ValueError(_TOO_WIDE)
         # An MPO file holds one picture and its preview.
         if image.format != "MPO" and getattr(image, "is_animated", False):
@@ -208,6 +207,16 @@ def open_image(file: Any, more: Sequence[str] = ()) -> Any:
         if image.getexif().get(_ORIENTATION, 1) != 1:
             return ImageOps.exif_transpose(image)
         return image
+
+
+def _is_cut(image: Any) -> bool:
+    """Whether Pillow would cut 16-bit RGB to 8 bits without a word.
+
+    The raw mode tells in time; of PPM the largest value beside it.
+    """
+    tile = getattr(image, "tile", [])
+    levels = [one[3][1] for one in tile if image.format == "PPM" and isinstance(one[3], tuple)]
+    return ";16" in str(tile) or max(levels, default=0) > 255
 
 
 def file_kind(path: Path) -> Literal["image", "heic", "other"]:
