@@ -13,6 +13,7 @@ from sklearn.model_selection import cross_val_score
 from torch import nn
 
 import cure
+from cure.errors import DataError
 from cure.integrations.sklearn import RobustClassifier
 from helpers import bright_or_dark
 
@@ -64,3 +65,21 @@ def test_cross_validation_makes_a_run_for_each_fold(
     scores = cross_val_score(clone(classifier), images.image.numpy(), images.label.numpy(), cv=2)
     assert min(scores) > 0.6
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_images_of_another_kind_than_in_fit_are_refused(classifier: RobustClassifier) -> None:
+    images = bright_or_dark(60, classes=3)
+    classifier.set_params(overrides=["threat.epsilon=0.05", "training.epochs=1"])
+    classifier.fit(images.image, images.label)
+    for shape, came in (((2, 8, 8, 3), "8x8 RGB"), ((2, 16, 8), "8x16 grey")):
+        with pytest.raises(DataError, match=f"expected images as in fit, 8x8 grey, got {came}"):
+            classifier.predict(np.zeros(shape, np.uint8))
+
+
+def test_grey_images_are_colour_for_a_classifier_of_colour(classifier: RobustClassifier) -> None:
+    images = bright_or_dark(60, classes=3)
+    colour = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    classifier.set_params(overrides=["threat.epsilon=0.05", "training.epochs=1"], model=colour)
+    classifier.fit(images.image.expand(-1, 3, -1, -1), images.label)
+    grey, wide = images.image[:5], images.image[:5].expand(-1, 3, -1, -1)
+    np.testing.assert_array_equal(classifier.predict_proba(grey), classifier.predict_proba(wide))

@@ -14,6 +14,8 @@ from torch import nn
 
 from cure.data import as_images, to_unit
 from cure.data.images import replace_labels
+from cure.errors import DataError
+from cure.runs.folder import RunFolder
 from cure.training.run import Overrides, train
 
 
@@ -72,6 +74,14 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         unlabelled = np.zeros(len(np.asarray(X)), int)
         images = as_images((X, unlabelled), "test", self.run_.config.data)
+        kind = RunFolder.open(self.run_.path).kind
+        images = images.with_channels(kind.channels)
+        ours, theirs = (
+            f"{one.size[1]}x{one.size[0]} {'RGB' if one.channels == 3 else 'grey'}"
+            for one in (kind, images.kind)
+        )
+        if ours != theirs:
+            raise DataError(f"expected images as in fit, {ours}, got {theirs}; convert them")
         model = self.run_.model()
         with torch.no_grad():
             parts = [model(to_unit(part)).softmax(dim=1) for part in images.parts()]
