@@ -109,6 +109,18 @@ def test_columns_of_one_hot_labels_are_classes_without_images_too() -> None:
     assert (images.classes, images.label.tolist()) == (tuple("01234"), NUMBERS.tolist())
 
 
+def test_labels_that_number_something_else_are_refused_at_once() -> None:
+    """A name for each number up to such a label would fill the memory."""
+    labels = NUMBERS + 3_000_000
+    for given in (
+        lambda: as_images((PIXELS, labels)),
+        lambda: ImageSet.of(IMAGE, torch.tensor(labels)),
+    ):
+        with pytest.raises(DataError, match="number the classes from 0, got 3,000,002 among 12"):
+            given()
+    assert len(as_images((PIXELS, NUMBERS + 900)).classes) == 903
+
+
 @pytest.mark.parametrize("form", PAIRS)
 def test_every_object_gives_the_same_images(form) -> None:
     images = as_images(PAIRS[form]())

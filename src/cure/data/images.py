@@ -14,6 +14,7 @@ from cure.data.lazy import Index, LazyImages
 from cure.errors import DataError
 
 _PART = 256
+_MOST_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,7 @@ class ImageSet:
             image = (image * 255).round().to(torch.uint8)
         label = label if label.is_floating_point() else label.to(torch.int64)
         if classes is None:
-            count = 1 + int(label.max()) if label.numel() else 1
-            classes = tuple(map(str, range(count)))
+            classes = class_numbers(int(label.max()) if label.numel() else 0, len(label))
         return cls(image, label, tuple(classes), name, split).checked()
 
     def checked(self) -> ImageSet:
@@ -274,6 +274,24 @@ class ImageSet:
         """The same set on ``device``; a lazy one brings its batches there."""
         image = self.image.to(device) if self.lazy is None else self.image
         return replace(self, image=image, label=self.label.to(device))
+
+
+def class_numbers(highest: int, images: int) -> tuple[str, ...]:
+    """Names of classes that have none: their numbers.
+
+    Args:
+        highest: label.
+        images: how many have labels.
+
+    Raises:
+        DataError: the label is so high that it numbers something else.
+    """
+    if highest >= max(_MOST_CLASSES, images):
+        raise DataError(
+            f"expected labels that number the classes from 0, got {highest:,} among {images:,} "
+            "images; number them anew, or pass names as text"
+        )
+    return tuple(map(str, range(1 + highest)))
 
 
 def replace_labels(images: ImageSet, label: Tensor, classes: tuple[str, ...]) -> ImageSet:

@@ -28,7 +28,7 @@ from torch.utils.data import (
 from cure.config import DataConfig
 from cure.data import labels_file
 from cure.data.decode import EncodedImage, Treatment, decode, failures_text, file_cell
-from cure.data.images import ImageSet
+from cure.data.images import ImageSet, class_numbers
 from cure.data.readers import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
@@ -125,7 +125,7 @@ def _decoded(
     if decoded.failures and (config is None or config.damaged == "refuse"):
         raise DataError(failures_text(decoded.failures))
     label = torch.from_numpy(table.label[np.array(rows)[decoded.kept]])
-    classes = table.classes or tuple(map(str, range(1 + int(table.label.max()))))
+    classes = table.classes or class_numbers(int(table.label.max()), len(table.label))
     findings = replace(decoded.findings, notes=table.notes)
     images = ImageSet(decoded.image, label, tuple(classes), name, split, findings)
     return images.checked()
