@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +46,9 @@ class SensitivityOptions:
         vary: ``KEY=LOW:HIGH``, ``KEY=LOW:HIGH:log`` or ``KEY=A,B,C``; by default what the method
             declares.
         grid: so many values of each range, every combination of them.
-        trials: in the place of a grid, so many trials in all, chosen by Optuna (default 30); 0
-            trains nothing and shows what is there.
+        trials: in the place of a grid, so many trials in all, chosen by Optuna (default 30); where
+            every setting lists its values and there are no more combinations, each is tried once.
+            0 trains nothing and shows what is there.
         storage: URL of a database or a journal file, for workers that share no folder; by default
             a journal in ``output``.
         jobs: trials at once on this machine.
@@ -61,7 +63,8 @@ class SensitivityOptions:
     ] = field(default_factory=list)
     grid: Annotated[int | None, "So many values of each range, in all combinations."] = None
     trials: Annotated[
-        int | None, "Or so many trials, chosen by Optuna (default 30; 0 only shows)."
+        int | None,
+        "Or so many trials, chosen by Optuna (default 30, or all listed values; 0 only shows).",
     ] = None
     storage: Annotated[
         str | None, "sqlite:///FILE, postgresql://..., or a journal file, to share trials."
@@ -103,6 +106,8 @@ def compute(arguments: Sequence[str], options: SensitivityOptions, progress: Pro
             raise ConfigError(f"{one.key} is both set and varied; leave one out")
     wanted = 30 if trials is None else trials
     output = Path(options.output)
+    if grid is None and math.prod(len(one.choices) or math.inf for one in varied) <= wanted:
+        grid = 1  # Drawing from a few listed values would repeat some and leave others out.
     sweep = Sweep(
         *(str(recipe), tuple(settings), varied, grid, wanted),
         *(options.seed, options.storage, output),
@@ -194,7 +199,7 @@ def view(result: Result) -> View:
     ]
     counts = {
         state: sum(trial["state"] == state for trial in result["trials"])
-        for state in ("failed", "running", "waiting")
+        for state in ("failed", "repeated", "running", "waiting")
     }
     rest = "".join(f", {count} {state}" for state, count in counts.items() if count)
     if not finished:
@@ -231,7 +236,7 @@ def _row(trial: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
         str(trial["number"]),
         *(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values),
         *(MISSING if trial[aim] is None else accuracy(trial[aim]) for aim in AIMS),
-        trial["state"] if trial["reason"] is None else f"failed: {trial['reason']}",
+        trial["state"] if trial["reason"] is None else f"{trial['state']}: {trial['reason']}",
     ]
 
 

@@ -384,7 +384,8 @@ def work(sweep: Sweep, progress: Progress = no_progress) -> str:
         trial, claim = taken
         with claim:
             _carry_out(sweep, study, trial)
-        done = sum(known["state"] in ("finished", "failed") for known in trials(sweep))
+        ended = ("finished", "failed", "repeated")
+        done = sum(known["state"] in ended for known in trials(sweep))
         progress("trials", min(done, wanted), wanted)
     return "done"
 
@@ -482,6 +483,7 @@ def _carry_out(sweep: Sweep, study: Study, trial: Trial) -> None:
     run = run_of(trial)
     for number, other in _latest(study).items():
         if number < run and _settings(sweep, other) == settings:
+            trial.set_user_attr("repeats", number)
             return fail(f"the same settings as trial {number}")
     path, natural = sweep.folder(run), _natural_path(sweep)
     start = {} if natural is None else {"start": str(natural)}
@@ -512,7 +514,8 @@ def _carry_out(sweep: Sweep, study: Study, trial: Trial) -> None:
 def trials(sweep: Sweep) -> list[dict[str, Any]]:
     """All trials by number: settings, state, accuracies on the validation images in percent.
 
-    A state is "waiting", "running" (or interrupted), "finished", or "failed" with a reason.
+    A state is "waiting", "running" (or interrupted), "finished", "repeated" where Optuna drew the
+    settings of an earlier trial again, or "failed"; the last two with a reason.
     """
     from optuna.trial import TrialState
 
@@ -524,12 +527,13 @@ def trials(sweep: Sweep) -> list[dict[str, Any]]:
         reason = trial.user_attrs.get("reason")
         if reason is None and settings is None and trial.state == TrialState.FAIL:
             reason = "interrupted before its settings were known"
+        state = names.get(trial.state, trial.state.name.lower())
         facts = trial.user_attrs.get("facts", {})
         found.append(
             {
                 "number": number,
                 "settings": settings or {},
-                "state": names.get(trial.state, trial.state.name.lower()),
+                "state": "repeated" if "repeats" in trial.user_attrs else state,
                 "reason": reason,
                 "natural": natural,
                 "robust": robust,
