@@ -138,6 +138,18 @@ def test_a_gap_between_training_and_validation_is_named_with_its_cause() -> None
     assert "training.batch_norm=frozen" in sentence
 
 
+def test_what_few_validation_images_cannot_show_is_not_claimed() -> None:
+    # 0 of 7: up to 35.4 % by Wilson's interval.
+    few = accuracies(90, 0, n=7)
+    for training, said in ((35, False), (36, True)):
+        warnings = judge(few, accuracies(80, 0, n=7), [record(training, 0)], CONFIG, 10.0).warnings
+        assert any("in validation: " in line for line in warnings) == said
+    # Two of 16 images by chance; 6 of 16 one way: p = 2 / 2**6 = 0.03.
+    for robust, said in ((37.5, False), (12.5, True)):
+        result = judge(few, accuracies(80, robust, n=16), [record(50, 50)], CONFIG, 10.0)
+        assert any("the validation attack is weak" in line for line in result.warnings) == said
+
+
 def test_a_weak_validation_attack_is_said() -> None:
     (sentence,) = judge(
         accuracies(90, 0), accuracies(80, 40), [record(50, 52)], CONFIG, 10.0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from cure.config import RunConfig
 from cure.runs.records import Accuracies, EpochMetrics, MeasuredAccuracies, Outcome
 from cure.training.collapse import Guessing
+from cure.utils.stats import wilson
 
 FINAL_STEPS = 20
 """Steps of the PGD that measures the start and, at the end, the best weights."""
@@ -16,7 +17,8 @@ LEAST = 5.0
 """Robust accuracy in percent below which a training is said to have gained nothing."""
 
 GAP = 20.0
-"""Points between training and validation, above which a robust accuracy is overfitted."""
+"""Points between training and validation, above which a robust accuracy is overfitted, where
+chance does not explain them."""
 
 FEW_STEPS = 500
 """Steps below which mixed images are said to be too much for a run.
@@ -26,6 +28,9 @@ With CutMix in every batch the recipe photos fell to guessing in 126 steps, and 
 
 WEAK = 5.0
 """Points between the validation attack and the final one, above which the former is weak."""
+
+FLIPPED = 6
+"""Images that only one of two attacks fools, from which chance does not explain it (sign test)."""
 
 
 def guessing_limit(images: int, baseline: float) -> float:
@@ -79,8 +84,9 @@ def judge(
             f"{_likely_cause(start, end, above, training, config)}"
         )
     if training is not None and last is not None and last.validation is not None:
-        gap = 100 * training - last.validation.robust
-        if gap > GAP:
+        robust = last.validation.robust
+        above_chance = wilson(round(robust * end.n / 100), end.n)[1]
+        if 100 * training > max(robust + GAP, above_chance):
             cause = (
                 "running statistics of BatchNorm that lag behind the weights (try "
                 "training.batch_norm=frozen), or overfitting"
@@ -89,11 +95,11 @@ def judge(
             )
             warnings.append(
                 f"robust accuracy is {100 * training:.1f} % in training and "
-                f"{last.validation.robust:.1f} % in validation: {cause} (more images, "
+                f"{robust:.1f} % in validation: {cause} (more images, "
                 "training.averaging, data.augment.cutmix=1, or fewer epochs narrow the gap)"
             )
     best = _at_best(records)
-    if best is not None and best - end.robust > WEAK:
+    if best is not None and best - end.robust > max(WEAK, 100 * FLIPPED / end.n - 1e-6):
         warnings.append(
             f"the validation attack is weak: {best:.1f} % under PGD-"
             f"{config.training.validation_steps}, {end.robust:.1f} % under PGD-{end.steps}; raise "
