@@ -100,6 +100,28 @@ def test_a_wrapped_network_has_the_same_parts():
     assert blocks(wrapped) == blocks(model)
 
 
+class Tied(nn.Module):
+    """The weight of the first layer is that of the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = (nn.Linear(4, 4) for _ in range(3))
+        self.head.weight = self.first.weight
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(self.first(image.flatten(1))))
+
+
+@pytest.mark.parametrize("name", ["head", "classifier"])
+def test_shared_weights_of_a_chosen_layer_learn(name: str):
+    network = Tied()
+    names = chosen(network, [name])
+    assert names == ["first.weight", "head.bias"]
+    learn_only(network, names, statistics=True)
+    assert network.head.weight.requires_grad
+    assert not network.middle.weight.requires_grad
+
+
 def test_parts_are_chosen_by_block_or_by_module():
     model = network("resnet10")
     assert chosen(model, ["classifier"]) == ["linear.weight", "linear.bias"]

@@ -145,6 +145,8 @@ def chosen(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in names:
         if name in parts:
             found |= set(parts[name])
+            if name == CLASSIFIER and (last := _classifier(model)) is not None:
+                found |= set(_below(last, modules[last]))  # shared weights belong to a block, too
             continue
         if name not in modules or not name:
             raise ConfigError(
@@ -155,7 +157,10 @@ def chosen(model: nn.Module, names: Iterable[str]) -> list[str]:
         if not inside:
             raise ConfigError(f"layers.update: the module {name} has no weights")
         found |= set(inside)
-    return [name for name, _ in network.named_parameters() if name in found]
+    # Weights that layers share have several names.
+    every = dict(network.named_parameters(remove_duplicate=False))
+    wanted = {id(every[name]) for name in found}
+    return [name for name, weight in network.named_parameters() if id(weight) in wanted]
 
 
 def learn_only(model: nn.Module, names: Sequence[str], *, statistics: bool) -> None:
