@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,15 @@ def test_folders_match_classes_by_name(tmp_path: Path) -> None:
     picture(3, (4, 4), "L").save(tmp_path / "set" / "z" / "1.png")
     with pytest.raises(DataError, match=r"classes of the run in 'set', got the unknown 'z'"):
         load_extra(config(tmp_path / "set"), numbered(9, classes=3))
+
+
+def test_class_names_from_macos_are_those_of_other_systems(tmp_path: Path) -> None:
+    """The letter é as one character and as two."""
+    for name in ("bee", "cafe\u0301"):
+        (tmp_path / name).mkdir()
+        picture(3, (4, 4), "L").save(tmp_path / name / "0.png")
+    training = replace(numbered(9), classes=("caf\u00e9", "bee"))
+    assert load_extra(config(tmp_path), training).label.tolist() == [1, 0]
 
 
 def test_a_folder_of_loose_images_has_no_labels(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cure.data.cache import CachePlace, decode_rows
 from cure.data.decode import failures_text
 from cure.data.images import ImageSet, Skipped
 from cure.data.leaks import UNUSUAL, Describe, nearest, resembling, threshold
-from cure.data.readers import UNLABELLED, ImageTable
+from cure.data.readers import UNLABELLED, ImageTable, composed
 from cure.data.sources import load, open_source, training_split
 from cure.errors import DataError, counted
 from cure.utils.stats import at_least
@@ -210,13 +210,14 @@ def _labels(table: ImageTable, classes: tuple[str, ...], name: str) -> NDArray[n
     label = table.label
     expected = f"expected extra images of the {len(classes)} classes of the run in '{name}'"
     if table.classes is not None:
-        strange = [one for one in table.classes if one not in classes]
+        places = {composed(one): place for place, one in enumerate(classes)}
+        strange = [one for one in table.classes if composed(one) not in places]
         if strange:
             raise DataError(
                 f"{expected}, got the unknown {', '.join(map(repr, strange[:_SHOWN]))}; rename or "
                 "take out these classes"
             )
-        return np.array([classes.index(one) for one in table.classes], dtype=np.int64)[label]
+        return np.array([places[composed(one)] for one in table.classes], dtype=np.int64)[label]
     outside = (label < UNLABELLED) | (label >= len(classes))
     if outside.any():
         row = int(np.argmax(outside))
