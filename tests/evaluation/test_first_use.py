@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +189,77 @@ def test_a_method_refuses_a_batch_that_it_would_misread(
     method = cure.methods.TRADES(_Of(make), threat=Threat("Linf", 0.03), steps=3)
     with pytest.raises(kind, match=says):
         method(torch.rand(4, 3, 4, 4), torch.tensor(label))
+
+
+def shapes(root: Path, split: str = "") -> None:
+    """Twenty grey pictures of each of two classes."""
+    draws = np.random.default_rng(0)
+    for number in range(40):
+        place = root / split / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = draws.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{number:02}.png")
+
+
+SHAPES = {
+    "data.source": "shapes",
+    "data.validation": 8,
+    "method": "at",
+    "start": "scratch",
+    "threat.epsilon": 0.1,
+    "attack.steps": 1,
+    "training.epochs": 1,
+    "training.batch_size": 8,
+    "training.collapse_patience": 100,
+}
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "of another class"])
+def test_images_that_were_trained_on_are_not_silently_tested(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One picture more shuffles what is carved, so that tests meet what was trained on."""
+    monkeypatch.chdir(tmp_path)
+    shapes(tmp_path / "shapes")
+    run = cure.train("digits", SHAPES, run="run", quiet=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CureNote)
+        warnings.filterwarnings("ignore", message="no test split")
+        assert cure.evaluate(run, attacks=[])["data"]["own"] is True
+    before = cure.evaluate(run, attacks=[])
+    first = tmp_path / "shapes" / "a" / "00.png"
+    if change == "removed":
+        first.unlink()
+    else:
+        where = {"added": "a/new.png", "of another class": "b/00.png"}[change]
+        (first.rename if change != "added" else partial(shutil.copy, first))(
+            tmp_path / "shapes" / where
+        )
+    with pytest.warns(CureNote, match="added, removed or given another class since run was tra"):
+        after = cure.evaluate(run, attacks=[])
+    assert after["data"]["own"] is False
+    assert any("some of these test images were trained on" in note for note in after["notes"])
+    assert after["data"]["sha256"] != before["data"]["sha256"]
+    with pytest.raises(DataError, match="restore them, or train a new run"):
+        cure.resume(run, {"training.epochs": 2}, quiet=True)
+    # New images stand for themselves.
+    shapes(tmp_path / "new")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CureNote)
+        warnings.filterwarnings("ignore", message="no test split")
+        cure.evaluate(run, data="new", attacks=[])
+
+
+def test_test_images_of_their_own_stay_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        shapes(tmp_path / "shapes", split)
+    run = cure.train("digits", SHAPES, run="run", quiet=True)
+    shutil.copy(tmp_path / "shapes/train/a/00.png", tmp_path / "shapes/train/a/new.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CureNote)
+        assert cure.evaluate(run, attacks=[])["data"]["own"] is True
+    with pytest.warns(CureNote, match="some of these validation images were trained on"):
+        cure.evaluate(run, attacks=[], split="validation")

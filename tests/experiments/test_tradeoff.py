@@ -6,13 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import cure
 from cure.data import carve
-from cure.errors import ConfigError, CureError
+from cure.errors import ConfigError, CureError, CureNote
 from cure.experiments.tradeoff import _images, barriers, choose, combinations
 from cure.runs.folder import RunFolder
 from cure.runs.records import TradeoffPoint
@@ -280,3 +281,22 @@ def test_a_run_brings_the_network_that_it_was_given(runs: Path, tmp_path: Path) 
     file = runs / "images.npz"
     run = cure.train("digits", settings, model=network, data=file, run=tmp_path / "run", quiet=True)
     assert len(cure.tradeoff(run, points=3).points) == 3
+
+
+def test_images_that_changed_since_training_choose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    draws = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (60, 8, 8), generator=draws, dtype=torch.uint8).numpy()
+    label = np.arange(60) % 3
+    np.savez("images.npz", image=image, label=label)
+    settings = {"data.source": "images.npz", "training.epochs": 1, "training.batch_size": 8}
+    more = {"data.validation": 9, "start": "natural", "natural.epochs": 1}
+    cure.train("digits", settings | more, run="run", quiet=True)
+    cure.tradeoff("run", natural_at_least=0, points=2, strong=[], output="chosen")
+    np.savez("images.npz", image=image[1:], label=label[1:])
+    with pytest.raises(CureError, match="removed or given another class since run was trained"):
+        cure.tradeoff("run", points=2)
+    with pytest.warns(CureNote, match="since chosen was trained"):
+        cure.evaluate("chosen", attacks=[])

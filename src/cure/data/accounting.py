@@ -48,6 +48,7 @@ class DataAccount:
         notes: sentences on classes and splits.
         untested: why the test split cannot be used.
         extra: what is told of extra images.
+        labels: digest of the training split's labels, see :class:`cure.data.images.Findings`.
     """
 
     name: str
@@ -66,6 +67,7 @@ class DataAccount:
     notes: tuple[str, ...] = ()
     untested: str | None = field(default=None)
     extra: ExtraAccount | None = None
+    labels: str | None = None
 
     @property
     def unequal(self) -> bool:
@@ -184,6 +186,7 @@ def account(
         missing={split: names for split, names in missing.items() if names},
         notes=tuple(dict.fromkeys(note for one in own.values() for note in one.notes)),
         untested=test if isinstance(test, str) else None,
+        labels=training.findings.labels,
     )
 
 

@@ -63,6 +63,8 @@ class Findings:
         notes: sentences, such as the order of classes.
         held_out: number of images of the validation split that was carved from the source's
             training split, damaged ones included; None where none was carved.
+        labels: digest of all labels of the training split, which decide what is carved from it;
+            None of images that come from another split.
     """
 
     sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
@@ -70,6 +72,7 @@ class Findings:
     skipped: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     held_out: int | None = None
+    labels: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ all rows; a test split is carved where there is none; only the rows that are lef
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import warnings
@@ -107,12 +108,16 @@ class _Opened:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Rows of a table that make up a split, with labels in the numbering of the training split."""
+    """Rows of a table that make up a split, with labels in the numbering of the training split.
+
+    ``digest`` is that of the labels of a training split, see :class:`cure.data.images.Findings`.
+    """
 
     table: ImageTable
     label: NDArray[np.int64]
     rows: NDArray[np.int64]
     classes: tuple[str, ...]
+    digest: str | None = None
 
     def part(self, positions: NDArray[np.int64] | slice) -> _Chosen:
         return replace(self, rows=self.rows[positions])
@@ -450,7 +455,11 @@ def _training(opened: _Opened, config: DataConfig) -> _Chosen:
     classes = _classes(table, opened.name, opened.train)
     rows = _rows(table.label, "train", opened.test is None, config, opened.name)[: config.limit]
     _check_classes(table.label, rows, classes, config, opened.name)
-    return _Chosen(table, table.label, rows, classes)
+    return _Chosen(table, table.label, rows, classes, _digest(table))
+
+
+def _digest(table: ImageTable) -> str:
+    return hashlib.blake2b(table.label.tobytes(), digest_size=16).hexdigest()
 
 
 def _test(opened: _Opened, config: DataConfig) -> _Chosen:
@@ -463,7 +472,8 @@ def _test(opened: _Opened, config: DataConfig) -> _Chosen:
     classes = _classes(table, opened.name, opened.train)
     rows = _rows(table.label, "test", True, config, opened.name)
     # What was left out is told of the training split, which these rows are a part of.
-    return _Chosen(replace(table, skipped=(), notes=()), table.label, rows, classes)
+    told = replace(table, skipped=(), notes=())
+    return _Chosen(told, table.label, rows, classes, _digest(table))
 
 
 def _named(opened: _Opened, split: str, key: str) -> _Chosen:
@@ -507,7 +517,7 @@ def _decoded(
         more = f" and {len(failures) - 1} more" if len(failures) > 1 else ""
         skipped += (Skipped(len(failures), "damaged images", first + more),)
     notes = chosen.table.notes + (opened.notes(config) if split == "train" else ())
-    findings = replace(decoded.findings, skipped=skipped, notes=notes)
+    findings = replace(decoded.findings, skipped=skipped, notes=notes, labels=chosen.digest)
     label = torch.from_numpy(chosen.label[chosen.rows[decoded.kept]])
     images = ImageSet(
         decoded.image, label, chosen.classes, opened.name, split, findings, decoded.lazy

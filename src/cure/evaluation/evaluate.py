@@ -458,6 +458,7 @@ def _described(this: _Prepared) -> Result:
             gradients=not target.is_onnx,
         )
     )
+    own = target.measures_own and target.images_changed(images) is None
     return {
         "diagnosis": diagnosis,
         "threat": {
@@ -465,8 +466,7 @@ def _described(this: _Prepared) -> Result:
             "epsilon": float(threat.epsilon),
             "epsilon_text": str(threat.epsilon),
         },
-        "data": describe_images(images)
-        | {"limit": target.options.limit, "own": target.measures_own},
+        "data": describe_images(images) | {"limit": target.options.limit, "own": own},
         "model": describe(this.model) | target.facts,
         "seed": target.options.seed,
         "batch_size": target.batch_size,

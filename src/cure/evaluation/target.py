@@ -208,6 +208,10 @@ class Target:
         # Images in memory have to be given again.
         return (own or source.startswith(MEMORY)) and not self.options.data_options
 
+    def images_changed(self, images: ImageSet) -> str | None:
+        """As :meth:`RunFolder.images_changed`, of the images that the run names."""
+        return self.folder.images_changed(images) if self.folder and self.measures_own else None
+
     @property
     def batch_size(self) -> int:
         """Images at once: what was asked for, else the run's, else 256."""
@@ -238,6 +242,11 @@ class Target:
             place = CachePlace.beside(None if self.folder is None else self.folder.path)
             images = load_split(config, how.split, how.limit, place)
             said = [f"{images.name}: {skipped}" for skipped in images.findings.skipped]
+            if moved := self.images_changed(images):
+                said.append(
+                    f"{moved}: some of these {how.split} images were trained on, and accuracies "
+                    "are too high; restore the images, or give new ones (--data)"
+                )
             if not self.measures_own:  # the training has told it
                 said += [f"{images.name}: {note}" for note in images.findings.notes]
             for sentence in said:

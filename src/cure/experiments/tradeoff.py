@@ -28,7 +28,7 @@ from cure.config import RunConfig, checked
 from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
 from cure.data.objects import as_images
-from cure.errors import CheckpointError, ConfigError, counted
+from cure.errors import CheckpointError, ConfigError, DataError, counted
 from cure.evaluation.metrics import majority
 from cure.evaluation.runner import chosen_attacks, measure
 from cure.experiments.pareto import undominated
@@ -326,7 +326,10 @@ def _loaded(network: nn.Module, path: Path) -> dict[str, Tensor]:
 def _images(folder: RunFolder, data: object, split: Any) -> ImageSet:
     config = folder.config
     if data is None:
-        return load_split(config.data, split, place=CachePlace.beside(folder.path))
+        images = load_split(config.data, split, place=CachePlace.beside(folder.path))
+        if moved := folder.images_changed(images):
+            raise DataError(f"{moved}; restore them, or train the run anew")
+        return images
     images = as_images(data, "train", config.data).limited(config.data.limit)
     training, validation = carve(images, config.data.validation, config.data.split_seed)
     return training if split == "train" else validation
@@ -499,4 +502,5 @@ def _write(
         gained = has_gained(start, end, baseline)
         folder.set_outcome(Outcome(start=start, end=end, gained=gained))
 
-    RunFolder.create(place, config.model_copy(update={"name": name}), first.kind, fill=fill)
+    named = config.model_copy(update={"name": name})
+    RunFolder.create(place, named, first.kind, first.account, fill)

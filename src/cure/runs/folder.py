@@ -69,7 +69,7 @@ from cure.utils.environment import environment
 from cure.utils.io import first_line, write_text
 
 if TYPE_CHECKING:
-    from cure.data.images import ImageKind
+    from cure.data.images import ImageKind, ImageSet
 
 
 def epoch_name(epoch: int) -> str:
@@ -243,6 +243,29 @@ class RunFolder:
         """
         known = Images.read(self.path / "data.json").validation
         return int(self.config.data.validation) if known is None else known
+
+    @property
+    def account(self) -> dict[str, Any] | None:
+        """What was found in the images when the run was made, where it was kept."""
+        return Images.read(self.path / "data.json").account
+
+    def images_changed(self, images: ImageSet) -> str | None:
+        """The beginning of a sentence on images that are not carved as they were in training.
+
+        Args:
+            images: of a split, read from the run's own source.
+
+        Returns:
+            None where they are, and where that is not known.
+        """
+        known, now = (self.account or {}).get("labels"), images.findings.labels
+        if known is None or now is None or known == now:
+            return None
+        return (
+            f"images of '{images.name}' were added, removed or given another class since "
+            f"{self.path} was trained, so other ones are now carved for training, validation and "
+            "test"
+        )
 
     def shares(self) -> str | None:
         """Shares of the weights that ``cure tradeoff`` mixed, the start's first; None of others."""

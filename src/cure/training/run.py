@@ -15,6 +15,7 @@ from cure.data import ImageSet
 from cure.data.accounting import account_of_run
 from cure.data.cache import CachePlace, no_words
 from cure.data.objects import as_images, is_object
+from cure.errors import DataError
 from cure.models.checks import check_network
 from cure.recipe import check, dump, override, override_all, parse_override, read_recipe
 from cure.runs.folder import RunFolder
@@ -178,6 +179,8 @@ def resume(
     images = as_images(data, "train", config.data) if is_object(data) else None
     place = CachePlace.beside(folder.path, no_words) if quiet else None
     prepared = prepare(config, images, model, folder, place)
+    if moved := folder.images_changed(prepared.training):
+        raise DataError(f"{moved}; restore them, or train a new run")
     folder.writes = prepared.engine.rank == 0
 
     def keep() -> None:
