@@ -756,7 +756,8 @@ if __name__ == "__main__":
     insert(HERE / "README.md", "bench/screened.json", screened())
     insert(HERE / "README.md", "bench/leaks.json", copies())
     insert(HERE / "README.md", "robust_overfitting/digits.json", overfitted("digits"))
-    insert(HERE / "README.md", "why_cure/digits.json", parts_of_cure("digits"))
+    for name in ("digits", "cifar10-mini"):
+        insert(HERE / "README.md", f"why_cure/{name}.json", parts_of_cure(name))
     insert(HERE / "README.md", "extra_data/digits.json", extra_images("digits"))
     insert(HERE / "README.md", "evaluation", evaluations())
     for name in studies():

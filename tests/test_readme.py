@@ -362,6 +362,7 @@ RESULTS = ROOT / "results"
         ("results/README.md", "bench/screened.json"),
         ("results/README.md", "extra_data/digits.json"),
         ("results/README.md", "why_cure/digits.json"),
+        ("results/README.md", "why_cure/cifar10-mini.json"),
         ("results/README.md", "robust_overfitting/digits.json"),
         ("results/README.md", "evaluation"),
     ],
@@ -373,6 +374,8 @@ def test_the_figures_are_those_of_the_result_files(document: str, mark: str) -> 
     assert shown is not None
     if mark == "bench/screened.json":
         expected = figures["screened"]()
+    elif mark == "why_cure/cifar10-mini.json":
+        expected = figures["parts_of_cure"]("cifar10-mini")
     elif mark.endswith("/digits.json"):
         made = {
             "robust_overfitting": "overfitted",
