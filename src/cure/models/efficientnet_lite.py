@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,17 +29,7 @@ class LatePadded(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d, before: int, after: int) -> None:
-        stride = conv.stride[0]
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size[0],
-            stride,
-            before + stride,
-            groups=conv.groups,
-            bias=False,
-            device="meta",  # Without draws: the weight is another's.
-        )
+        super().__init__(**_arguments(conv), padding=before + conv.stride[0])
         self.weight = conv.weight
         self.zeros = before + after
 
@@ -50,6 +42,19 @@ class LatePadded(nn.Conv2d):
         )
         # Not a slice, whose gradient has another memory layout, in which convolutions are slow.
         return F.pad(outputs, (-1, columns + 1 - made[1], -1, rows + 1 - made[0]))
+
+
+def _arguments(conv: nn.Conv2d) -> dict[str, Any]:
+    """Arguments of a convolution like this one, to share its weight: nothing is drawn for it."""
+    return {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": conv.kernel_size[0],
+        "stride": conv.stride[0],
+        "groups": conv.groups,
+        "bias": False,
+        "device": "meta",
+    }
 
 
 def pad_inside(network: nn.Module) -> None:
@@ -66,16 +71,7 @@ def pad_inside(network: nn.Module) -> None:
             if before != after:
                 setattr(parent, name, LatePadded(conv, before, after))
                 continue
-            plain = nn.Conv2d(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size[0],
-                conv.stride[0],
-                before,
-                groups=conv.groups,
-                bias=False,
-                device="meta",
-            )
+            plain = nn.Conv2d(**_arguments(conv), padding=before)
             plain.weight = conv.weight
             setattr(parent, name, plain)
 
