@@ -193,11 +193,8 @@ def load_extra(config: DataConfig, training: ImageSet, place: CachePlace | None 
         replace(decoded.findings, skipped=skipped),
         decoded.lazy,
     ).with_channels(training.channels)
-    if (found.channels, found.size) != (training.channels, training.size):
-        ours, theirs = (
-            f"{one.size[1]}x{one.size[0]} {'RGB' if one.channels == 3 else 'grey'}"
-            for one in (training, found)
-        )
+    ours, theirs = training.kind.shape, found.kind.shape
+    if ours != theirs:
         raise DataError(
             f"expected extra images like the training images, {ours}, got {theirs} in '{name}'; "
             "convert them, or all images with data.resize and data.color"

@@ -31,6 +31,16 @@ class ImageKind:
     channels: int
     size: tuple[int, int]
 
+    @property
+    def shape(self) -> str:
+        """Width, height and colour, in words.
+
+        >>> ImageKind(("cat", "dog"), 3, (96, 128)).shape
+        '128x96 RGB'
+        """
+        height, width = self.size
+        return f"{width}x{height} {'RGB' if self.channels == 3 else 'grey'}"
+
 
 @dataclass(frozen=True)
 class Skipped:

@@ -76,10 +76,7 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         images = as_images((X, unlabelled), "test", self.run_.config.data)
         kind = RunFolder.open(self.run_.path).kind
         images = images.with_channels(kind.channels)
-        ours, theirs = (
-            f"{one.size[1]}x{one.size[0]} {'RGB' if one.channels == 3 else 'grey'}"
-            for one in (kind, images.kind)
-        )
+        ours, theirs = kind.shape, images.kind.shape
         if ours != theirs:
             raise DataError(f"expected images as in fit, {ours}, got {theirs}; convert them")
         model = self.run_.model()
