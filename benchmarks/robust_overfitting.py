@@ -1,9 +1,13 @@
 """Robust overfitting: few images, many epochs; best minus last robust accuracy of each method.
 
     python benchmarks/robust_overfitting.py [--recipe cifar10-mini] [--seeds 0,1,2] [KEY=VALUE ...]
+    python benchmarks/robust_overfitting.py --photos FOLDER --images 300 --validation 200 \\
+        --limit 300 --epochs 100 --natural-epochs 20
 
 Trains AT, TRADES, AT with averaged weights, and CURE with and without revision and mask on 2,000
-images until training robust accuracy is high; the best checkpoint is chosen on validation images
+images until training robust accuracy is high; with ``--photos`` from a pretrained network on the
+first photographs of each class, with the recipe ``photos`` but for what hides the effect (CutMix,
+and averaged weights in all rows); the best checkpoint is chosen on validation images
 and both checkpoints are measured on test images.  What is done is skipped.  The output has a row a
 run with its curves, and the mean of best minus last over seeds; ``.svg`` and ``.png`` beside it
 show the robust accuracy of every method over the epochs.
@@ -16,6 +20,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import photos
+from cure.config import DataConfig
+from cure.data import load
+from cure.errors import DataError
 from cure.experiments.compare.sources import no_place
 from cure.experiments.plan import Measurement, Plan, PlanRow, entries
 from cure.experiments.plan_work import results_of
@@ -25,6 +33,7 @@ from cure.utils.environment import environment
 from cure.utils.io import write_bytes, write_text
 from cure.utils.plotting import Chart, Panel, Series
 from cure.utils.stats import student_t
+from few_photos import START, write_photos
 from planned import arguments, carry_out, keep
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -38,13 +47,36 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+PHOTOS: dict[str, Any] = {
+    "model.name": "efficientnet_lite0",
+    "data.resize": 64,
+    "data.augment.cutmix": 0,
+    "training.averaging": None,
+    "training.min_steps": 1,
+}
+"""Settings of all rows with ``--photos``."""
+
+ON_PHOTOS = {
+    "at": photos.METHODS["at"],
+    "trades": photos.METHODS["trades"],
+    "at-averaged": photos.METHODS["at"] | METHODS["at-averaged"],
+}
+"""Settings of rows that differ with ``--photos``, as in ``benchmarks/photos.py``."""
+
+
 def plan_of(options: argparse.Namespace) -> Plan:
     """All methods and seeds."""
     chosen = options.methods.split(",") if options.methods else METHODS
-    natural = {"method": "natural", "start": "scratch", "training.epochs": options.natural_epochs}
-    rows = {"natural": PlanRow(settings=natural)}
-    rows |= {name: PlanRow(settings=METHODS[name]) for name in chosen}
-    settings = {
+    natural = {"method": "natural", "start": "scratch"}
+    common: dict[str, Any] = {}
+    if options.photos:
+        natural = START
+        common = PHOTOS | {"data.source": str(photographs(options))}
+    rows = {"natural": PlanRow(settings=natural | {"training.epochs": options.natural_epochs})}
+    for name in chosen:
+        settings = ON_PHOTOS.get(name) if options.photos else None
+        rows[name] = PlanRow(settings=settings or METHODS[name])
+    settings = common | {
         "start": "run:natural",
         "data.limit": options.images + options.validation,
         "data.validation": options.validation,
@@ -54,7 +86,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     }
     return Plan(
         name="robust-overfitting",
-        recipe=options.recipe,
+        recipe="photos" if options.photos else options.recipe,
         runs=str(options.folder / "trained"),
         settings=settings | dict(map(parse_override, options.settings)),
         seeds=tuple(map(int, options.seeds.split(","))),
@@ -63,6 +95,21 @@ def plan_of(options: argparse.Namespace) -> Plan:
         ),
         rows=rows,
     )
+
+
+def photographs(options: argparse.Namespace) -> Path:
+    """The folder of the photographs that are trained on, validate and test; written once."""
+    classes = len(load(DataConfig(source=options.photos, color="rgb"), "test", limit=1).classes)
+    per_class, rest = divmod(options.images + options.validation, classes)
+    if rest:
+        raise DataError(
+            f"--images and --validation: expected a multiple of the {classes} classes in all, got "
+            f"{options.images + options.validation}"
+        )
+    folder: Path = options.folder / f"photos{per_class}"
+    if not folder.exists():
+        write_photos(options.photos, per_class, folder)
+    return folder
 
 
 def row_of(name: str, seed: int, record: RunRecord) -> dict[str, Any]:
@@ -145,6 +192,7 @@ def main() -> None:
     """Train and evaluate what is missing."""
     parser = arguments(__doc__, "robust_overfitting", epochs=150)
     parser.add_argument("--methods", help=f"only these of {', '.join(METHODS)}")
+    parser.add_argument("--photos", help="photographs, as data.source, in place of --recipe")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--validation", type=int, default=1000)
     parser.add_argument("--validate-every", type=int, default=5)

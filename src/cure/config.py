@@ -8,6 +8,7 @@ a method: the ``method`` section is checked by the class that the method's own f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from fractions import Fraction
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -149,6 +150,28 @@ def checked(name: str, value: Any, kind: Any) -> Any:
         what = "a whole number" if whole else "a number"
         raise ConfigError(f"{name}: expected {what}, got {value!r}")
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def checked_words(name: str, given: Any) -> list[str]:
+    """Words that came in one text, with commas between them, or as several texts.
+
+    Args:
+        name: of the argument, for the message.
+        given: what came.
+
+    Raises:
+        ConfigError: in one sentence, for anything else.
+
+    >>> checked_words("attacks", "pgd20, cw"), checked_words("attacks", ("pgd20",))
+    (['pgd20', 'cw'], ['pgd20'])
+    """
+    if isinstance(given, str):
+        return [word.strip() for word in given.split(",")]
+    words = list(given) if isinstance(given, Iterable) else [given]
+    for word in words:
+        if not isinstance(word, str):
+            raise ConfigError(f"{name}: expected one name or several, got {word!r}")
+    return words
 
 
 class Section(BaseModel):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import cure
 from cure.attacks import Threat
 from cure.cli.options import numbers
+from cure.config import DataConfig
+from cure.data import load_split
 from cure.errors import ConfigError, CureNote, DataError, ModelError
 from cure.evaluation.replay import masking_note
 from cure.models import Normalised
@@ -248,6 +250,50 @@ def test_images_that_were_trained_on_are_not_silently_tested(
         warnings.simplefilter("error", CureNote)
         warnings.filterwarnings("ignore", message="no test split")
         cure.evaluate(run, data="new", attacks=[])
+
+
+def test_a_start_that_knows_the_test_images_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shapes(tmp_path / "shapes")
+    cure.train("digits", SHAPES, run="first", quiet=True)
+
+    def train(name: str, **changes: Any) -> None:
+        cure.train("digits", SHAPES | {"start": "first"} | changes, run=name, quiet=True)
+
+    # The carved test images of the first run and of this one, by their pixels.
+    found = {}
+    for seed in (0, 1):
+        config = load_recipe("digits", [f"{key}={SHAPES[key]}" for key in list(SHAPES)[:2]]).data
+        config = config.model_copy(update={"split_seed": seed})
+        found[seed] = {part: rows_of(config, part) for part in ("train", "validation", "test")}
+    known = len(found[1]["test"] & (found[0]["train"] | found[0]["validation"]))
+    assert known > 0
+    words = (
+        rf"first was trained or validated on {known} of the test images .*set data\.split_seed=0"
+    )
+    for start in ("first", "first/checkpoints/best.safetensors", str(tmp_path / "first")):
+        with pytest.raises(DataError, match=words):
+            train("second", **{"data.split_seed": 1, "start": start})
+    with pytest.raises(DataError, match=words):  # the same folder by another name
+        train("second", **{"data.split_seed": 1, "data.source": str(tmp_path / "shapes")})
+    assert not Path("second").exists()
+    with pytest.warns(CureNote, match=r"first was trained on 8 of the images that validate"):
+        train("more", **{"data.validation": 16})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CureNote)
+        warnings.filterwarnings("ignore", message="no test split")
+        train("same")
+        shapes(tmp_path / "other")
+        train("elsewhere", **{"data.split_seed": 1, "data.source": "other"})
+    shutil.copy(tmp_path / "shapes/a/00.png", tmp_path / "shapes/a/new.png")
+    with pytest.raises(DataError, match=r"^start: images of 'shapes' were added.*may be among"):
+        train("third")
+
+
+def rows_of(config: DataConfig, part: Any) -> set[bytes]:
+    return {image.numpy().tobytes() for image in load_split(config, part).image}
 
 
 def test_test_images_of_their_own_stay_what_they_are(

@@ -217,6 +217,15 @@ def test_runs_of_other_networks_and_class_orders_are_refused(runs: Path, tmp_pat
             cure.tradeoff([runs / "at", tmp_path / name])
 
 
+def test_a_run_counts_once_and_is_a_trained_one(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(CureError, match="at is named twice"):
+        cure.tradeoff([runs / "at", cure.Run(runs / "other" / ".." / "at")])
+    place = tmp_path / "chosen"
+    cure.tradeoff(runs / "at", natural_at_least=0, points=2, strong=(), output=place)
+    with pytest.raises(CureError, match=r"chosen was made by cure tradeoff.*made of \(at\)"):
+        cure.tradeoff(place, natural_at_least=0)
+
+
 def test_images_for_the_statistics_that_are_gone(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "at", tmp_path / "moved")
     path = tmp_path / "moved" / "config.yaml"

@@ -20,7 +20,7 @@ from cure.evaluation.target import Target, TargetLike
 from cure.models import describe
 from cure.registry import RENAMED_STUDIES
 from cure.registry import STUDIES as STUDIES
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, paths_of
 from cure.runs.results import StudyRecord
 from cure.runs.run import Run
 from cure.utils.engine import Engine
@@ -226,8 +226,8 @@ def open_runs(targets: Sequence[str | Path | Run]) -> list[tuple[str, RunFolder]
     if not targets:
         raise ConfigError("expected one or more runs")
     found: dict[str, RunFolder] = {}
-    for target in targets:
-        folder = RunFolder.open(target.path if isinstance(target, Run) else target)
+    for path in paths_of(targets):
+        folder = RunFolder.open(path)
         found[unique(folder.path.name, found)] = folder
     return list(found.items())
 

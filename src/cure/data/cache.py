@@ -35,7 +35,7 @@ from cure.data.images import Findings
 from cure.data.lazy import LazyImages
 from cure.data.readers import ImageTable, encoded_cell
 from cure.errors import CheckpointError, DataError
-from cure.utils.io import read_json, write_atomically, write_json
+from cure.utils.io import read_json, user_path, write_atomically, write_json
 
 FOLDER = "decoded-images"
 """Name of the folder beside a run."""
@@ -69,7 +69,7 @@ class CachePlace:
     @classmethod
     def beside(cls, run: str | Path | None, say: Callable[[str], None] = _print) -> CachePlace:
         """In the folder that holds a run; ``runs`` where it has no name yet."""
-        parent = Path("runs") if run is None else Path(run).expanduser().absolute().parent
+        parent = Path("runs") if run is None else user_path(run).absolute().parent
         return cls(parent / FOLDER, say)
 
 

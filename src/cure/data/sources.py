@@ -68,6 +68,13 @@ CARVE = "carve"
 """Value of ``data.validation_split`` for a validation split carved from the training split."""
 
 
+DECIDE_SPLITS = (
+    *("train_split", "test_split", "test_fraction", "validation", "validation_split"),
+    *("split_seed", "limit"),
+)
+"""Settings that decide which images of a source are trained on, validate and test."""
+
+
 @dataclass(frozen=True)
 class _Opened:
     """A source: its splits, and which of them is used for what.
@@ -230,6 +237,54 @@ def load_training(config: DataConfig, place: CachePlace = _PLACE) -> tuple[Image
         images.subset(torch.from_numpy(np.flatnonzero(~is_held))),
         images.subset(torch.from_numpy(np.flatnonzero(is_held)), "validation"),
     )
+
+
+def same_source(one: str, other: str) -> bool:
+    """Whether two values of ``data.source`` mean the same images."""
+    first, second = (Path(source).expanduser().resolve() for source in (one, other))
+    return one == other or first == second
+
+
+def carves_test(config: DataConfig) -> bool:
+    """Whether the test split is carved from the training split."""
+    return _Opened.of(config).test is None
+
+
+def seen_before(config: DataConfig, earlier: DataConfig) -> tuple[int, int]:
+    """How many images of a run an earlier run had for something else.
+
+    Images are told apart by their place in the source, so it has to be as it was then.
+
+    Args:
+        config: the data section of the run.
+        earlier: that of a run from the same source.
+
+    Returns:
+        Number of test images that the earlier run was trained on or validated with, and number of
+        validation images that it was trained on.
+    """
+    if all(getattr(config, name) == getattr(earlier, name) for name in DECIDE_SPLITS):
+        return 0, 0
+    before, now = _places(earlier), _places(config)
+    known = before["train"] | before["validation"]
+    return len(now["test"] & known), len(now["validation"] & before["train"])
+
+
+def _places(config: DataConfig) -> dict[str, set[tuple[str | None, int]]]:
+    """The name of the source's split and the row of every image, by what it is used for."""
+    opened = _Opened.of(config)
+    training, test = _training(opened, config), _test(opened, config)
+    rest, held = training.rows, training.rows[:0]
+    if opened.validation is None:
+        left, kept = _held_out(training, config)
+        rest, held = rest[left], rest[kept]
+    else:
+        held = _named(opened, opened.validation, "validation_split").rows
+    return {
+        "train": {(opened.train, row) for row in rest.tolist()},
+        "validation": {(opened.validation or opened.train, row) for row in held.tolist()},
+        "test": {(opened.test or opened.train, row) for row in test.rows.tolist()},
+    }
 
 
 def _check_classes(

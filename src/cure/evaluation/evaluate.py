@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cure.attacks import Threat
 from cure.attacks.registry import attack_name, check_attacks, evaluation_attack
-from cure.config import EvaluationConfig, Ratio, checked
+from cure.config import EvaluationConfig, Ratio, checked, checked_words
 from cure.data import ImageSet, batches
 from cure.errors import CheckpointError, ConfigError, CureNote, notes_kept
 from cure.evaluation.auto import AUTO, choose_attacks
@@ -249,8 +249,7 @@ class _Asked:
         if attacks is None:
             usual = target.config.evaluation if target.config else EvaluationConfig()
             attacks = usual.attacks
-        if isinstance(attacks, str):
-            attacks = [name.strip() for name in attacks.split(",")]
+        attacks = checked_words("attacks", attacks)
         wanted = [limit.attack for limit in self.limits if limit.attack not in ("natural", WORST)]
         given = () if self.transfer is None else ("transfer",)
         check_attacks(name for name in attacks if name not in (AUTO, *given))

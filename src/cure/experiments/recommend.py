@@ -11,7 +11,7 @@ from cure.errors import CheckpointError, ConfigError, counted
 from cure.experiments.compare.sources import no_place
 from cure.experiments.front.curves import Curve
 from cure.experiments.pareto import natural_at, robust_range
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, path_of
 from cure.runs.results import EvaluationRecord, FrontCurve, FrontPoint, FrontRecord
 from cure.runs.run import Run
 from cure.utils.io import user_path
@@ -68,7 +68,7 @@ def recommend(run: Run | str | Path, fronts: Iterable[str | Path] | None = None)
     >>> cure.recommend("known/trained/at-0-seed0", ["known/front.json"]).ahead
     0.0
     """
-    folder = RunFolder.open(run.path if isinstance(run, Run) else run)
+    folder = RunFolder.open(path_of(run))
     config = folder.config
     known = _alike(config, fronts)
     if not known:

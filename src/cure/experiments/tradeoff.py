@@ -24,10 +24,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cure.attacks import Threat
 from cure.attacks.registry import check_attacks
-from cure.config import RunConfig, checked
+from cure.config import RunConfig, checked, checked_words
 from cure.data import ImageSet, batches, carve, load_split
 from cure.data.cache import CachePlace
 from cure.data.objects import as_images
+from cure.data.sources import DECIDE_SPLITS
 from cure.errors import CheckpointError, ConfigError, DataError, counted
 from cure.evaluation.metrics import majority
 from cure.evaluation.runner import chosen_attacks, measure
@@ -36,7 +37,7 @@ from cure.methods.wrappers.averaging import recompute_statistics
 from cure.models import core, load_weights, save_weights
 from cure.models.build import network_of
 from cure.models.wrapper import tensors_of
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, paths_of
 from cure.runs.records import (
     MeasuredAccuracies,
     Outcome,
@@ -83,7 +84,7 @@ def tradeoff(
     natural_at_least: float | None = None,
     robust_at_least: float | None = None,
     points: int = 9,
-    strong: Sequence[str] | None = None,
+    strong: str | Sequence[str] | None = None,
     output: str | Path | None = None,
     model: nn.Module | None = None,
     data: object = None,
@@ -125,13 +126,13 @@ def tradeoff(
     3
     """
     _check_requirements(natural_at_least, robust_at_least, points)
-    given = [runs] if isinstance(runs, str | Path | Run) else list(runs)
-    if not given:
+    folders = [RunFolder.open(path) for path in paths_of(runs)]
+    if not folders:
         raise ConfigError("expected one or more runs")
     if model is None:
+        given = [runs] if isinstance(runs, str | Path | Run) else runs
         brought = (run.network for run in given if isinstance(run, Run))
         model = next((network for network in brought if network is not None), None)
-    folders = [RunFolder.open(run.path if isinstance(run, Run) else run) for run in given]
     config = folders[0].config
     _check_runs(folders)
     wanted = natural_at_least is not None or robust_at_least is not None
@@ -139,7 +140,7 @@ def tradeoff(
     kind = folders[0].kind
     if strong is None:
         strong = STRONG if len(kind.classes) >= 4 else STRONG[:1]
-    strong = [name for name in strong if name != "natural"]
+    strong = [name for name in checked_words("strong", strong) if name != "natural"]
     check_attacks(strong)
     if wanted:
         check_free(place)
@@ -282,6 +283,13 @@ def _check_requirements(natural: float | None, robust: float | None, points: int
 
 def _check_runs(folders: Sequence[RunFolder]) -> None:
     """Refuse runs whose accuracies or weights cannot be set beside each other."""
+    for folder in folders:
+        if folder.shares() is not None:
+            _, *ends = TradeoffRecord.read(folder.path / "tradeoff.json").ends
+            raise ConfigError(
+                f"{folder.path} was made by cure tradeoff; lines go between trained runs: name "
+                f"those that it was made of ({', '.join(ends)}) once more"
+            )
     first = folders[0]
     for other in folders[1:]:
         ours, theirs = first.config, other.config
@@ -292,7 +300,7 @@ def _check_runs(folders: Sequence[RunFolder]) -> None:
             ("image size", first.kind.size, other.kind.size),
             *(
                 (f"data.{name}", getattr(ours.data, name), getattr(theirs.data, name))
-                for name in ("source", "validation", "split_seed", "validation_split", "limit")
+                for name in ("source", *DECIDE_SPLITS)
             ),
         ):
             if one != two:

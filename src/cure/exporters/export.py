@@ -30,7 +30,7 @@ from cure.models.onnx_network import OnnxNetwork
 from cure.models.wrapper import constants_inside, core, tensors_of
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
-from cure.utils.io import write_atomically
+from cure.utils.io import user_path, write_atomically
 from cure.utils.modes import in_evaluation
 from cure.utils.stats import wilson
 
@@ -103,7 +103,7 @@ def export(
         raise ConfigError(f"push goes with the format hub, got {to}")
     if push is not None:
         check_repository(push)
-    place = _place(Path(folder).expanduser(), to, int8)
+    place = _place(user_path(folder), to, int8)
     source = _Source.of(run, options)
     with tempfile.TemporaryDirectory(dir=_made(place.parent), prefix=".export-") as scratch:
         made = _WRITERS[to](source, Path(scratch), int8, opset)

@@ -17,7 +17,7 @@ from cure.models.contract import Contract
 from cure.models.onnx_network import OnnxNetwork
 from cure.models.program_network import ProgramNetwork
 from cure.models.registry import MODELS
-from cure.utils.io import first_line, read_json
+from cure.utils.io import first_line, read_json, user_path
 from cure.utils.modes import in_evaluation
 
 CONFIG, WEIGHTS, SECTION = "config.json", "model.safetensors", "cure"
@@ -64,7 +64,7 @@ def contract_of_weights(path: str | Path) -> Contract | None:
     Args:
         path: anything that may hold weights, also what does not exist.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     if not (place / CONFIG).is_file() and place.suffix not in (".safetensors", ".pt2"):
         return None
     try:
@@ -110,7 +110,7 @@ def from_pretrained(name: str | Path, *, network: nn.Module | None = None) -> nn
     >>> network(torch.rand(2, 1, 8, 8)).shape
     torch.Size([2, 10])
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.exists():
         path = _downloaded(str(name))
     contract = contract_of(path)

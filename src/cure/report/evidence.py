@@ -34,6 +34,7 @@ from cure.report.components import (
 )
 from cure.report.loader import Entry, PageInputs, load_inputs
 from cure.report.page import GENERATOR, is_ours, page_sections, render
+from cure.runs.folder import path_of
 from cure.runs.results import UnseenThreat
 from cure.runs.run import Run
 from cure.utils.engine import Engine
@@ -114,7 +115,7 @@ def write_evidence(
     >>> write_evidence(run, calibration_images=20).page.name
     'evidence.html'
     """
-    folder = user_path(run.path if isinstance(run, Run) else run)
+    folder = path_of(run)
     if folder.is_file() or calibration_images < 0:
         what = f"got the file {folder}" if folder.is_file() else f"got {calibration_images} images"
         raise ConfigError(f"expected the folder of a run and 0 or more images, {what}")

@@ -20,7 +20,7 @@ from cure.config import NATURAL, ROBUST, starts_naturally
 from cure.errors import CheckpointError, ConfigError, CureError, counted
 from cure.experiments.compare.sources import Source, checked_config, current, no_place
 from cure.recipe import read_yaml
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, paths_of
 from cure.runs.records import (
     Environment,
     EpochMetrics,
@@ -44,7 +44,6 @@ from cure.runs.results import (
     read_result,
 )
 from cure.runs.run import Run
-from cure.utils.io import user_path
 
 T = TypeVar("T")
 LineKind = TypeVar("LineKind", bound=Line)
@@ -168,7 +167,7 @@ class PageInputs:
         return unique(name, {entry.name for entry in self.entries})
 
 
-def load_inputs(targets: Iterable[str | Path | Run]) -> PageInputs:
+def load_inputs(targets: str | Path | Run | Iterable[str | Path | Run]) -> PageInputs:
     """Read runs and result files.
 
     Args:
@@ -180,12 +179,8 @@ def load_inputs(targets: Iterable[str | Path | Run]) -> PageInputs:
     """
     inputs = PageInputs()
     loose: list[tuple[str, ResultRecord]] = []
-    seen: set[Path] = set()
-    for target in targets:
-        path = user_path(target.path if isinstance(target, Run) else target)
-        if path.resolve() in seen:
-            raise ConfigError(f"{path} is named twice; name it once")
-        seen.add(path.resolve())
+    paths = paths_of(targets)
+    for path in paths:
         if not path.is_file():
             _read_run(path, inputs)
             inputs.first = inputs.first or path
@@ -197,7 +192,7 @@ def load_inputs(targets: Iterable[str | Path | Run]) -> PageInputs:
             inputs.studies.append(_study(record, path, path.name))
         else:
             loose.append((str(path), record))
-    if not seen:
+    if not paths:
         raise ConfigError("expected one or more runs, got none; name the folder of a run")
     for _, result in loose:
         _attach(result, inputs)

@@ -96,8 +96,6 @@ def write_report(
     >>> write_report(["shown.json"], output="page.html").name
     'page.html'
     """
-    if isinstance(targets, str | Path | Run):
-        targets = [targets]
     output = check_free(output)
     inputs = load_inputs(targets)
     path = _place(inputs, output)

@@ -32,13 +32,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 from safetensors import SafetensorError, safe_open
 
 from cure.config import MEMORY, NATURAL, OBJECT, RunConfig
-from cure.errors import CheckpointError, CureError
+from cure.errors import CheckpointError, ConfigError, CureError
 from cure.recipe import check_kept, dump, read_yaml
 from cure.runs.records import (
     Environment,
@@ -66,10 +66,11 @@ from cure.runs.results import (
     read_numbered,
 )
 from cure.utils.environment import environment
-from cure.utils.io import first_line, write_text
+from cure.utils.io import first_line, user_path, write_text
 
 if TYPE_CHECKING:
     from cure.data.images import ImageKind, ImageSet
+    from cure.runs.run import Run
 
 
 def epoch_name(epoch: int) -> str:
@@ -92,6 +93,33 @@ def best_weights(path: Path) -> Path:
     if not path.is_dir() or (not (path / "config.yaml").is_file() and holds_weights(path)):
         return path
     return RunFolder.open(path).weights("best")
+
+
+def path_of(run: Run | str | Path) -> Path:
+    """The folder of a run; a file as it is.
+
+    Raises:
+        ConfigError: for what is no path.
+    """
+    # By its attribute: the class Run needs PyTorch, and tables are made without.
+    place: str | Path = getattr(run, "path", cast("str | Path", run))
+    return user_path(place)
+
+
+def paths_of(runs: Run | str | Path | Iterable[Run | str | Path]) -> list[Path]:
+    """The folders of one run or several, each named once; files as they are.
+
+    Raises:
+        ConfigError: when one is named twice, or for what is no path.
+    """
+    if isinstance(runs, str | Path) or not isinstance(runs, Iterable):
+        return [path_of(runs)]
+    found: dict[Path, Path] = {}
+    for path in map(path_of, runs):
+        if path.resolve() in found:
+            raise ConfigError(f"{path} is named twice; a run counts once: name it once")
+        found[path.resolve()] = path
+    return list(found.values())
 
 
 class RunFolder:
@@ -132,7 +160,7 @@ class RunFolder:
         Raises:
             CheckpointError: when the path exists, or cannot be written; nothing is left then.
         """
-        candidates = [Path(path).expanduser()] if path is not None else cls._numbered(config.name)
+        candidates = [user_path(path)] if path is not None else cls._numbered(config.name)
         target = next((place for place in candidates if not place.exists()), None)
         if target is None:
             raise CheckpointError(
@@ -172,9 +200,9 @@ class RunFolder:
         """The run at ``path``.
 
         Raises:
-            CheckpointError: when there is none.
+            CureError: when there is none.
         """
-        folder = cls(Path(path).expanduser())
+        folder = cls(user_path(path))
         if not (folder.path / "config.yaml").is_file():
             what = "holds no run (no config.yaml)" if folder.path.exists() else "does not exist"
             raise CheckpointError(f"{path} {what}; name the folder that `cure train` printed")

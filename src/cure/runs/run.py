@@ -12,6 +12,7 @@ from cure.config import RunConfig
 from cure.models import load_weights
 from cure.models.build import network_of
 from cure.runs.folder import RunFolder
+from cure.utils.io import user_path
 from cure.utils.modes import in_evaluation
 
 
@@ -31,8 +32,11 @@ class Run:
     ('at', 1)
     """
 
-    path: Path
+    path: Path  # Text is taken too.
     network: nn.Module | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", user_path(self.path))
 
     @property
     def config(self) -> RunConfig:

@@ -18,7 +18,7 @@ from cure.data.objects import as_images, is_object
 from cure.errors import DataError
 from cure.models.checks import check_network
 from cure.recipe import check, dump, override, override_all, parse_override, read_recipe
-from cure.runs.folder import RunFolder
+from cure.runs.folder import RunFolder, path_of
 from cure.runs.run import Run
 from cure.training.budget import settle
 from cure.training.extend import changed
@@ -133,7 +133,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, Run | Path):
-        return str(value.path if isinstance(value, Run) else value)
+        return str(path_of(value))
     return value.item() if isinstance(value, np.generic) else value
 
 

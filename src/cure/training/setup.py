@@ -36,7 +36,7 @@ from cure.recipe import changed, check, read_recipe
 from cure.runs.folder import RunFolder, best_weights
 from cure.training.extra import Extra, choose_extra, is_chosen
 from cure.training.schedule import learning_rate, progress_at
-from cure.training.start import Origin, keeps_head, order_start, standardised_as_start
+from cure.training.start import Origin, check_unseen, keeps_head, order_start, standardised_as_start
 from cure.training.tracking import check_trackers
 from cure.utils.engine import Engine
 from cure.utils.modes import evaluating, in_evaluation
@@ -143,6 +143,8 @@ def _prepared(
     with evaluating(initial):
         check_outputs(initial, sample, len(training.classes))
     fresh = folder is None or not folder.state.exists()
+    if fresh and images is None:
+        check_unseen(config, training)
     network = starting_network(initial, config, training.kind, fresh)
     auto = config.data.augment.cutmix == "auto"
     prepared = Prepared(

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from cure.config import RunConfig
-from cure.data import ImageKind
-from cure.errors import CureNote, ModelError, some
+from cure.data import ImageKind, ImageSet
+from cure.data.sources import DECIDE_SPLITS, carves_test, same_source, seen_before
+from cure.errors import CureNote, DataError, ModelError, some
 from cure.models.artefact import contract_of_weights
 from cure.models.classes import own_classes, places_of
 from cure.models.head import order_head
@@ -44,19 +45,66 @@ class Origin:
     @classmethod
     def of(cls, path: str | Path) -> Origin | None:
         """Of a run folder, a checkpoint in it, or what ``cure export`` wrote; None of others."""
-        place = Path(path).expanduser()
-        run = place.parents[1] if place.is_file() and place.parent.name == "checkpoints" else place
-        if (run / "config.yaml").is_file():
-            folder = RunFolder.open(run)
+        if (folder := run_of(path)) is not None:
             model = folder.config.model
             return cls(folder.kind.classes, model.mean, model.std)
-        contract = contract_of_weights(place)
+        contract = contract_of_weights(Path(path).expanduser())
         if contract is None:
             return None
         constants = contract.normalisation
         if constants is None:
             return cls(tuple(contract.classes), None, None)
         return cls(tuple(contract.classes), tuple(constants.mean), tuple(constants.std))
+
+
+def run_of(path: str | Path) -> RunFolder | None:
+    """The run that a path is, or is a checkpoint of; None of others."""
+    place = Path(path).expanduser()
+    run = place.parents[1] if place.is_file() and place.parent.name == "checkpoints" else place
+    return RunFolder.open(run) if (run / "config.yaml").is_file() else None
+
+
+def check_unseen(config: RunConfig, training: ImageSet) -> None:
+    """Refuse a start that was trained on test images of this run, where both have one source.
+
+    Args:
+        config: the run; ``start`` may be a run or a checkpoint of one.
+        training: its training images.
+
+    Raises:
+        DataError: the start was trained on them, or may have been.
+    """
+    folder = None if config.start_path is None else run_of(config.start_path)
+    if folder is None or not same_source(config.data.source, folder.config.data.source):
+        return
+    other = (
+        "name a test split of its own (data.test_split), or start from weights that were not "
+        "trained on these images"
+    )
+    if moved := folder.images_changed(training):
+        if carves_test(config.data):
+            raise DataError(
+                f"start: {moved}: test images of this run may be among those that it was trained "
+                f"on; restore them, {other}"
+            )
+        return
+    earlier = folder.config.data
+    tested, validated = seen_before(config.data, earlier)
+    theirs = " ".join(
+        f"data.{name}={'null' if value is None else value}"
+        for name in DECIDE_SPLITS
+        if (value := getattr(earlier, name)) != getattr(config.data, name)
+    )
+    if tested:
+        raise DataError(
+            f"start: {folder.path} was trained or validated on {tested:,} of the test images of "
+            f"this run; set {theirs} as there, {other}"
+        )
+    if validated:
+        _note(
+            f"start: {folder.path} was trained on {validated:,} of the images that validate this "
+            f"run, so its accuracy on them is too high; set {theirs} as there"
+        )
 
 
 def standardised_as_start(config: RunConfig, model: nn.Module | None = None) -> RunConfig:

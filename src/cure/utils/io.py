@@ -120,7 +120,13 @@ def user_path(path: str | Path) -> Path: ...
 @overload
 def user_path(path: None) -> None: ...
 def user_path(path: str | Path | None) -> Path | None:
-    """A path that a user gave; ``~`` is the home directory."""
+    """A path that a user gave; ``~`` is the home directory.
+
+    Raises:
+        ConfigError: for what is no path.
+    """
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"expected a path, got {path!r}")
     return None if path is None else Path(path).expanduser()
 
 

@@ -18,9 +18,10 @@ from cure.experiments.compare.sources import (
     no_place,
 )
 from cure.registry import METHODS, PLUGINS
+from cure.runs.folder import paths_of
 from cure.runs.packed import costs_of, merged, read_packed
 from cure.runs.results import Accuracy, EvaluationRecord, RunRecord, oldest_first
-from cure.utils.io import read_json, user_path
+from cure.utils.io import read_json
 from cure.utils.stats import is_unequal
 
 if TYPE_CHECKING:
@@ -68,12 +69,7 @@ def read_rows(runs: Iterable[str | Path | Run], split: str | None = None) -> lis
     sources: list[Source] = []
     rows: list[TableRow] = []
     loose: list[tuple[str, EvaluationRecord]] = []
-    seen: set[Path] = set()
-    for run in runs:
-        path = user_path(run if isinstance(run, str | Path) else run.path)
-        if path.resolve() in seen:
-            raise ConfigError(f"{path} is named twice; a run counts once: name it once")
-        seen.add(path.resolve())
+    for path in paths_of(runs):
         if not path.is_file():
             sources.append(Source.of_folder(path))
             continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cure.attacks.registry import check_attacks
-from cure.config import NATURAL
+from cure.config import NATURAL, checked_words
 from cure.errors import ConfigError, TrainingStopped, counted
 from cure.experiments.executors import LocalExecutor
 from cure.experiments.front.curves import Curve, Values, curves_of, plan_of
@@ -30,8 +30,8 @@ def front(
     *,
     values: Values | None = None,
     own: Mapping[str, Mapping[str, Any]] | None = None,
-    seeds: Sequence[int] = (0,),
-    attacks: Sequence[str] = ("pgd20",),
+    seeds: int | Sequence[int] = (0,),
+    attacks: str | Sequence[str] = ("pgd20",),
     split: Any = "test",
     limit: int | None = None,
     reference: Point = (0.0, 0.0),
@@ -88,14 +88,15 @@ def front(
     check_reference(reference)
     if outside := [level for level in at or () if not 0 <= level <= 100]:
         raise ConfigError(f"at: expected accuracies from 0 to 100 percent, got {outside[0]:g}")
+    attacks = checked_words("attacks", attacks)
     check_attacks(attacks)
     if not attacks or attacks[0] == NATURAL:
         raise ConfigError("attacks: expected one attack or more besides natural, such as pgd20")
     if not isinstance(settings, Mapping):
         settings = dict(map(parse_override, settings))
-    names = [methods] if isinstance(methods, str) else list(methods)
-    curves = curves_of(names, values or {})
-    plan = plan_of(curves, recipe, settings, own or {}, seeds, attacks, split, limit, folder)
+    curves = curves_of(checked_words("methods", methods), values or {})
+    of = (seeds,) if isinstance(seeds, int) else seeds
+    plan = plan_of(curves, recipe, settings, own or {}, of, attacks, split, limit, folder)
     place = Path(plan.runs).parent
     file = place / "front.json" if output is None else user_path(output)
     _check_output(file)
