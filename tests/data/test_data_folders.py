@@ -505,8 +505,11 @@ def test_other_facts_do_not_replace_class_folders(image_folder, file: str) -> No
     header, separator = ("file,camera", ",") if file.endswith("csv") else (None, " ")
     (folder / file).write_text(text_of(rows, header, separator))
     assert load(config(folder), "train").classes == ("ant", "bee")
-    named = load(config(folder, label_column="camera"), "train")
-    assert named.classes == (("a", "b", "c") if file.endswith("csv") else ("ant", "bee"))
+    if file.endswith("csv"):
+        named = load(config(folder, label_column="camera"), "train")
+        assert named.classes == ("a", "b", "c")
+    else:
+        fails("label_column=camera: expected a table", folder, label_column="camera")
 
 
 @pytest.mark.parametrize("form", ["/home/jo/set/{}", "C:\\set\\{}", "/mnt/{}"])
@@ -760,6 +763,21 @@ def test_a_column_of_labels_that_is_missing_is_not_replaced_by_another(tmp_path)
         tmp_path,
         label_column="bread",
     )
+
+
+def test_a_column_that_no_table_has_is_not_replaced_by_class_folders(image_folder) -> None:
+    folder = image_folder(two_classes(count=5))
+    sentence = r"^data\.label_column=bread: expected a table with this column .*; {}; correct it"
+    fails(sentence.format("no table of labels is there"), folder, label_column="bread")
+    rows = [(name, "ab"[i % 2]) for i, name in enumerate(two_classes(count=5))]
+    (folder / "labels.csv").write_text(text_of(rows, "file_name,breed"))
+    assert load(config(folder, label_column="breed"), "train").classes == ("a", "b")
+    fails(sentence.format(r"labels\.csv is not read.*"), folder, label_column="bread")
+
+
+def test_a_column_that_no_table_has_is_refused_beside_splits(image_folder) -> None:
+    folder = image_folder(two_classes("train/") | two_classes("test/", 2, 50))
+    fails("image_column=path: expected a table with this column", folder, image_column="path")
 
 
 def test_a_home_folder_is_expanded(image_folder, monkeypatch) -> None:

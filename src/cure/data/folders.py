@@ -103,7 +103,23 @@ def read_images(folder: Path, config: DataConfig) -> Splits:
                 f"expected images of at least two classes in '{top}', got only the folder "
                 f"'{alone.name}'; {unread or 'add another class'}{by_name}"
             )
+    _check_column(top, config)
     return {config.train_split: partial(_class_table, top, beside, True)}
+
+
+def _check_column(folder: Path, config: DataConfig) -> None:
+    """Refuse class folders where a column of labels is named.
+
+    Raises:
+        DataError: one is.
+    """
+    for name in ("label_column", "image_column"):
+        if (column := getattr(config, name)) is not None:
+            unread = unread_tables(folder, config) or "no table of labels is there"
+            raise DataError(
+                f"data.{name}={column}: expected a table with this column in '{folder}'; {unread}; "
+                "correct it, or leave it out to take the class folders"
+            )
 
 
 def _found_instead(top: Path, config: DataConfig) -> str:
@@ -187,6 +203,7 @@ def _split_folders(top: Path, splits: Sequence[Path], config: DataConfig) -> Spl
         if labelled is not None:
             found_splits[path.name] = _only_split(labelled, path)
             continue
+        _check_column(path, config)
         left_out = outside_classes(path)
         if path == (train or splits)[0]:
             left_out.update(beside)
