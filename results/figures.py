@@ -510,7 +510,8 @@ def photos() -> str:
     """The recipe photos: `benchmarks/photos.py`, means over seeds."""
     result = read(HERE / "photos" / "table.json")
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in result["rows"]:
+    networks = list(dict.fromkeys(row["network"] for row in result["rows"]))
+    for row in sorted(result["rows"], key=lambda row: networks.index(row["network"])):
         groups.setdefault((row["network"], row["method"]), []).append(row)
     lines = [
         "| network | method | seeds | epochs | natural | pgd20 | autoattack | processor minutes |",
