@@ -15,8 +15,9 @@ from cure.data.cache import CachePlace, decode_rows
 from cure.data.decode import failures_text
 from cure.data.images import ImageSet, Skipped
 from cure.data.leaks import UNUSUAL, Describe, nearest, resembling, threshold
+from cure.data.opening import open_source
 from cure.data.readers import UNLABELLED, ImageTable, composed
-from cure.data.sources import load, open_source, training_split
+from cure.data.sources import load, training_split
 from cure.errors import DataError, counted
 from cure.utils.stats import at_least
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from cure.config import RunConfig
 from cure.data import ImageKind, ImageSet
-from cure.data.sources import DECIDE_SPLITS, carves_test, same_source, seen_before
+from cure.data.opening import same_source
+from cure.data.sources import DECIDE_SPLITS, carves_test, seen_before
 from cure.errors import CureNote, DataError, ModelError, some
 from cure.models.artefact import contract_of_weights
 from cure.models.classes import own_classes, places_of
