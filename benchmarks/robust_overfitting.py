@@ -132,6 +132,7 @@ def row_of(name: str, seed: int, record: RunRecord) -> dict[str, Any]:
         "method": name,
         "seed": seed,
         "best_epoch": record.best_epoch,
+        "natural": by_checkpoint["best"].natural.accuracy,
         "best": best.accuracy,
         "best_interval": best.interval,
         "last": last.accuracy,
