@@ -304,9 +304,12 @@ def copies() -> str:
 def overfitted(name: str) -> str:
     """Best minus last robust accuracy of each method: `benchmarks/robust_overfitting.py`."""
     result = read(HERE / "robust_overfitting" / f"{name}.json")
+    # Kept since a later version of the script.
+    natural = "natural" in result["rows"][0]
     lines = [
-        "| method | seeds | training images, last | best epochs | best | last | best - last |",
-        "|---|---:|---:|---|---:|---:|---:|",
+        "| method | seeds | training images, last | best epochs | best | last | best - last |"
+        + " natural, best |" * natural,
+        "|---|---:|---:|---|---:|---:|---:|" + "---:|" * natural,
     ]
     for method, mean in result["means"].items():
         rows = [row for row in result["rows"] if row["method"] == method]
@@ -316,6 +319,7 @@ def overfitted(name: str) -> str:
         lines.append(
             f"| {method} | {len(rows)} | {train:.1f} | {epochs} | {best:.1f} | {last:.1f} "
             f"| {mean['best_minus_last']:+.1f}{between(mean['interval'])} |"
+            + (f" {fmean(row['natural'] for row in rows):.1f} |" if natural else "")
         )
     n = result["rows"][0]["n"]
     lines += [

@@ -167,7 +167,7 @@ def test_other_images_give_changes_but_no_place(run: Path) -> None:
         "split": "test",
         "n": 100,
     }
-    assert "outside" in recommend(run, [planted(run, points, data=larger)]).place
+    assert "robust than the whole" in recommend(run, [planted(run, points, data=larger)]).place
     larger["size"] = [1, 16, 16]
     assert "compare changes only" in recommend(run, [planted(run, points, data=larger)]).place
     assert found.change.startswith("nearest measured to beta 3.0: trades with beta 1.0")
@@ -175,9 +175,11 @@ def test_other_images_give_changes_but_no_place(run: Path) -> None:
 
 
 def test_a_run_outside_of_the_front_and_of_a_method_that_is_not_on_it(run: Path) -> None:
-    found = recommend(run, [planted(run, [("at", 0.0, 50.0, 30.0), ("at", 0.5, 55.0, 25.0)])])
-    assert "outside of the known front" in found.place
-    assert "from pgd2 25.0 to 30.0 %" in found.place
+    high = recommend(run, [planted(run, [("at", 0.0, 50.0, 1.0), ("at", 0.5, 55.0, 0.5)])])
+    assert ": more robust than the whole known front" in high.place
+    found = recommend(run, [planted(run, [("at", 0.0, 50.0, 99.0), ("at", 0.5, 55.0, 98.0)])])
+    assert ": less robust than the whole known front" in found.place
+    assert "from pgd2 98.0 to 99.0 %" in found.place
     assert found.change.startswith("the front has no run of trades")
 
 

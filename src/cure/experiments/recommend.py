@@ -175,9 +175,10 @@ def _place(
         )
     if ahead is None:
         low, high = robust_range([(p.natural.mean, p.robust.mean) for p in record.points])
+        side = "more" if robust > high else "less"
         return (
-            f"{here}: outside of the known front ({known}), which goes from {record.attack} "
-            f"{low:.1f} to {high:.1f} %"
+            f"{here}: {side} robust than the whole known front ({known}), which goes from "
+            f"{record.attack} {low:.1f} to {high:.1f} %"
         )
     where = "above" if ahead >= 0 else "below"
     return f"{here}: {abs(ahead):.1f} points of natural accuracy {where} the known front ({known})"
