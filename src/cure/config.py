@@ -441,7 +441,7 @@ class AttackConfig(Section):
     """Steps of gradient ascent."""
     step_size: Ratio = Ratio("2/255")
     """Length of a step in the threat's norm, for images in [0, 1]; also of the attack on validation
-    images, where it is a fifth of ``threat.epsilon`` at least (else that takes a quarter)."""
+    images, where it is a fifth to a half of ``threat.epsilon`` (else that takes a quarter)."""
     start: Literal["gaussian", "uniform", "none"] = "gaussian"
     """``gaussian``: image + 0.001 N(0, 1) (TRADES, CURE); ``uniform`` in the ball (Madry);
     ``none``: the image itself."""

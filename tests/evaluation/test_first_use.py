@@ -18,12 +18,12 @@ import cure
 from cure.attacks import Threat
 from cure.cli.options import numbers
 from cure.config import DataConfig
-from cure.data import load_split
+from cure.data import ImageSet, load_split
 from cure.errors import ConfigError, CureNote, DataError, ModelError
 from cure.evaluation.replay import masking_note
 from cure.models import Normalised
 from cure.recipe import load_recipe
-from cure.training.validation import validation_attack
+from cure.training.validation import validate, validation_attack
 from linear_models import ENGINE, linear_case
 
 PHOTOS = ["data.source=photos", "model.name=resnet18", "start=model"]
@@ -37,6 +37,29 @@ PHOTOS = ["data.source=photos", "model.name=resnet18", "start=model"]
 def test_steps_of_the_validation_attack_cross_the_ball(epsilon: str, step: float) -> None:
     config = load_recipe("photos", [*PHOTOS, f"threat.epsilon={epsilon}"])
     assert validation_attack(config, ENGINE).step_size == pytest.approx(step)
+
+
+class BetweenTheEdges(nn.Module):
+    """Wrong only where its pixel is near 0.6; the loss rises towards that from both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: Tensor) -> Tensor:
+        away = (image[:, 0, 0, 0] - 0.6).abs() - 0.06
+        return torch.stack([self.scale * away, 0 * away], dim=1)
+
+
+@pytest.mark.parametrize("step", [0.4, 0.05])
+def test_long_steps_of_a_single_step_training_do_not_measure_it(step: float) -> None:
+    """From 0.5 with a radius of 0.2, steps of 0.4 see the pixel at 0.3 and 0.7 alone."""
+    words = ["threat.epsilon=0.2", "attack.steps=1", f"attack.step_size={step}"]
+    config = load_recipe("digits", words)
+    grey = torch.full((20, 1, 8, 8), 0.5)
+    images = ImageSet.of(grey, torch.zeros(20, dtype=torch.long), ("away", "near"))
+    found = validate(BetweenTheEdges(), images, config, ENGINE)
+    assert found == {"natural": 100.0, "robust": 0.0}
 
 
 def test_recipes_keep_the_steps_of_their_validation() -> None:

@@ -17,8 +17,9 @@ from cure.utils.modes import evaluating
 def validation_attack(config: RunConfig, engine: Engine, steps: int | None = None) -> PGD:
     """The attack that measures robust accuracy while training.
 
-    Its step is that of the training attack, unless that is below a fifth of the radius, from which
-    ten steps hardly cross the ball: then a quarter, as in the evaluation's PGD.
+    Its step is that of the training attack where that is a fifth to a half of the radius; else a
+    quarter, as in the evaluation's PGD.  Ten shorter steps hardly cross the ball, and longer ones,
+    of training with a single step, jump from edge to edge and miss what lies between.
 
     Args:
         config: the run.
@@ -26,10 +27,11 @@ def validation_attack(config: RunConfig, engine: Engine, steps: int | None = Non
         steps: steps of PGD; by default ``training.validation_steps``.
     """
     epsilon, step = config.threat.epsilon, config.attack.step_size
+    fits = epsilon / 5 * (1 - 1e-9) <= step <= epsilon / 2 * (1 + 1e-9)
     return PGD(
         Threat.of(config.threat),
         steps=config.training.validation_steps if steps is None else steps,
-        step_size=step if step >= epsilon / 5 * (1 - 1e-9) else Ratio(epsilon / 4),
+        step_size=step if fits else Ratio(epsilon / 4),
         start="uniform",
         precision=engine.attack_precision,
         fold=True,
@@ -46,8 +48,8 @@ def validate(
 ) -> dict[str, float]:
     """Natural and robust accuracy in percent.
 
-    Robust: PGD on cross-entropy, uniform start, the training attack's step size, the same random
-    numbers at every call so that epochs compare.  The ranks share the batches and sum their
+    Robust: PGD on cross-entropy, uniform start, the steps of :func:`validation_attack`, the same
+    random numbers at every call so that epochs compare.  The ranks share the batches and sum their
     counts, so that the figures are those of one process.
 
     Args:
