@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 import cure
 from cure.data import Batch
@@ -35,13 +38,60 @@ SETTINGS = {
 def test_as_many_epochs_as_fit_are_trained_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A step of 1 s, a validation of 2 s: 5 steps and a validation take 7 s, and 4 validations
-    # (8 s) are kept for start and end: 0.95 * 60 - 8 = 49 s hold 7 epochs.
+    # A step of 1 s, a validation of 2 s: 5 steps and a validation take 7 s.  Start and end are
+    # measured under PGD-20, 21 passes to and fro in the place of 3 with PGD-2, 14 s each:
+    # 0.95 * 60 - 28 = 29 s hold 4 epochs.
     monkeypatch.setattr(budget, "_times", lambda config, prepared: (1.0, 2.0))
     run = cure.train("digits", SETTINGS | {"training.minutes": 1}, run=tmp_path / "run", quiet=True)
-    assert run.config.training.epochs == 7
+    assert run.config.training.epochs == 4
     assert run.config.data.validation == 60
-    assert [record["epoch"] for record in run.metrics] == list(range(1, 8))
+    assert [record["epoch"] for record in run.metrics] == list(range(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [
+        # An image attacked by PGD-2, and what is learnt from it.
+        ([], 3),
+        # N-FGSM and its loss; each 5th step the single step, PGD-10 and the two judged: 13 more.
+        (["attack.name=n-fgsm", "attack.check_every=5"], 2 + 13 / 5),
+        # 64 of 240 images at once: 3.75 batches in an epoch of 5 steps.
+        (["training.batch_norm=train"], 3 + 3.75 / 5),
+        (["training.averaging={batch_norm: recomputed}"], 3 + 3.75 / 5),
+    ],
+)
+def test_what_is_done_seldom_counts(
+    words: list[str], passes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = 0
+
+    class Counted(nn.Module):
+        """A network that counts its passes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 10)
+            )
+
+        def forward(self, image: Tensor) -> Tensor:
+            nonlocal done
+            done += 1
+            logits: Tensor = self.layers(image)
+            return logits
+
+    def counted(call: Any, argument: Any, device: torch.device) -> float:
+        before = done
+        call(argument)
+        return done - before
+
+    monkeypatch.setattr(budget, "_seconds", counted)
+    settings = [f"{key}={value}" for key, value in SETTINGS.items()]
+    settings += ["model={name: object:Counted}", "evaluation.batch_size=64", "training.epochs=3"]
+    config = load_recipe("digits", [*settings, *words])
+    prepared = prepare(config, None, Counted())
+    step, _ = budget._times(config, prepared)
+    assert step == pytest.approx(passes)
 
 
 def test_a_budget_below_one_epoch_is_refused_before_a_folder_is_made(

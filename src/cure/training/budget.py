@@ -13,11 +13,13 @@ import torch
 from cure.config import RunConfig
 from cure.data import Batch, steps_per_epoch
 from cure.errors import ConfigError
+from cure.methods.wrappers.averaging import recompute_statistics
 from cure.registry import METHODS
+from cure.training.catastrophic import detector_of
 from cure.training.optimizer import build_optimizer
-from cure.training.outcome import FEW_STEPS
+from cure.training.outcome import FEW_STEPS, FINAL_STEPS
 from cure.training.resources import fit_memory
-from cure.training.setup import Prepared, build_method
+from cure.training.setup import Prepared, build_method, natural_images
 from cure.training.step import arranged, optimizer_step, training_batches
 from cure.training.validation import validate
 
@@ -147,8 +149,10 @@ def fit_epochs(config: RunConfig, prepared: Prepared) -> RunConfig:
     step, validation = _times(config, prepared)
     each = step * steps_per_epoch(prepared.training, config.training.batch_size)
     each += validation / config.training.validate_every
-    # The start and the best weights are validated under PGD-20, which takes twice as long.
-    left = MARGIN * 60 * minutes - 4 * validation
+    # The start and the best weights are validated under more steps.
+    used = config.training.validation_steps
+    longer = max(2.0, (max(FINAL_STEPS, used) + 1) / (used + 1))
+    left = MARGIN * 60 * minutes - 2 * longer * validation
     (left, each) = (prepared.engine.largest(-left)[0] * -1, prepared.engine.largest(each)[0])
     epochs = int(left // each)
     if epochs < 1:
@@ -162,7 +166,7 @@ def fit_epochs(config: RunConfig, prepared: Prepared) -> RunConfig:
 
 
 def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
-    """Seconds of a training step and of a validation."""
+    """Seconds of a training step, with its share of what is done seldom, and of a validation."""
     engine = prepared.engine
     network = engine.place(copy.deepcopy(prepared.network))
     teachers = {role: engine.place(teacher) for role, teacher in prepared.teachers.items()}
@@ -194,10 +198,28 @@ def _times(config: RunConfig, prepared: Prepared) -> tuple[float, float]:
             once = (once + (period - 1) * other) / period
         timed.append(once)
     seconds = sum(timed) / len(timed)
+    detector = detector_of(config, method)
+    if detector is not None and detector.every <= last + 1:
+        checked, parts = detector, config.training.parts
+        checks = (last + 1) // detector.every
+        shown = replace(batches[0], step=checks * detector.every - 1)
+        check = _seconds(lambda batch: checked.overfits(batch, parts), shown, engine.device)
+        seconds += check / detector.every
+    if passes := _statistics_passes(config):
+        image = next(natural_images(prepared, config.evaluation.batch_size))
+        once = _seconds(lambda one: recompute_statistics(network, [one]), image, engine.device)
+        seconds += passes * once * len(prepared.training) / len(image) / each
     count = min(len(prepared.validation), config.evaluation.batch_size)
     some = prepared.validation.subset(slice(0, count)).to(engine.device)
     part = _seconds(lambda _: validate(network, some, config, engine), None, engine.device)
     return seconds, part * len(prepared.validation) / count
+
+
+def _statistics_passes(config: RunConfig) -> int:
+    """How often the training images are passed in an epoch for BatchNorm's statistics."""
+    averaging = config.training.averaging
+    own = averaging is not None and averaging.batch_norm == "recomputed"
+    return int(config.training.batch_norm == "train") + int(own)
 
 
 def _seconds(call: Callable[..., object], argument: object, device: torch.device) -> float:
