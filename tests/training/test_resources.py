@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from torch import nn
 
 import cure
+from cure.config import TrainingConfig
 from cure.data import ImageSet
 from cure.errors import CheckpointError, ConfigError, CureError, OutOfMemory
+from cure.recipe import dump
 from cure.runs.folder import RunFolder
 from cure.training import resources
+from cure.training.extend import changed
 from cure.training.trainer import Trainer
 from cure.utils import io, memory
 
@@ -331,6 +335,27 @@ def test_a_finished_run_is_extended_with_its_schedule_from_the_end(
     minutes = (sum(times) + 3 * sum(times) / len(times)) / 60
     resume(path, brightness, {"training.minutes": minutes})
     assert len(folder.metrics()) == 6 + 2
+
+
+def test_minutes_in_all_count_epochs_that_were_added_to_a_budget(
+    tmp_path: Path, brightness: ImageSet
+) -> None:
+    """Six epochs of 10 s, the last four of them beyond the budget that the run began with."""
+    path = train(tmp_path / "run", brightness).path
+    resume(path, brightness, ["training.epochs=6"])
+    folder = RunFolder.open(path)
+    text = dump(folder.config.model_copy(update={"training": with_minutes(folder, 0.3)}))
+    (path / "config.yaml").write_text(text)
+    lines = [json.loads(line) for line in (path / "timing.jsonl").read_text().splitlines()]
+    ten = [json.dumps(line | {"seconds": 8.0, "validation_seconds": 2.0}) for line in lines]
+    (path / "timing.jsonl").write_text("".join(f"{line}\n" for line in ten))
+    # 60 of 120 s are left, of which 57 are planned: five epochs.
+    longer, _ = changed(RunFolder.open(path), [("training.minutes", 2)])
+    assert longer.training.epochs == 6 + 5
+
+
+def with_minutes(folder: RunFolder, minutes: float) -> TrainingConfig:
+    return folder.config.training.model_copy(update={"minutes": minutes})
 
 
 def test_a_run_that_is_not_finished_is_not_extended(

@@ -75,7 +75,8 @@ def _longer(folder: RunFolder, before: RunConfig, after: RunConfig) -> RunConfig
     epochs = new.epochs
     if new.minutes != old.minutes and new.minutes is not None:
         seconds = [line.total_seconds for line in folder.timing()]
-        spent = sum(seconds) if old.minutes is None else 60 * old.minutes
+        # Epochs may have been added to a budget, which counts as used.
+        spent = max(sum(seconds), 60 * (old.minutes or 0.0))
         each = sum(seconds) / max(1, len(seconds))
         added = int(MARGIN * (60 * new.minutes - spent) // each) if each else 0
         if added < 1:
