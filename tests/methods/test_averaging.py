@@ -360,6 +360,25 @@ def test_a_resumed_run_ends_with_the_same_bits(name, kind, every, done):
     assert_same_tensors(average, resumed.inference_model().state_dict())
 
 
+@pytest.mark.parametrize(
+    ("every", "start", "told"),
+    # Of 4 epochs of 3 steps: 3.6 epochs are rounded to 4, 11.4 steps to 11 and 11.6 to 12.
+    [("epoch", 0.9, True), ("epoch", 0.8, False), ("step", 0.95, False), ("step", 0.97, True)],
+)
+def test_an_average_that_never_begins_is_told(every, start, told):
+    method = averaged(config=AveragingConfig(every=every, start=start))
+    train(method, 0, 12)
+    assert (method.count == 0) is told
+    assert [sentence for sentence in method.warnings() if "averaging.start" in sentence] == (
+        [
+            f"training.averaging.start: {start} of the run is after its last {every}, so no "
+            "weights are averaged; set a smaller one, or more training.epochs"
+        ]
+        if told
+        else []
+    )
+
+
 @every_method
 def test_averaging_changes_nothing_of_the_method(name):
     """Its gradients, its state; and the average is that of the network it evaluates."""

@@ -625,6 +625,23 @@ def test_warning_when_the_revision_model_remembers_longer_than_the_run():
     assert len(build("cure", within=context(epochs=490)).warnings()) == 1  # against 4,900
 
 
+def test_the_revision_model_has_the_steps_after_the_warm_up():
+    """Of 600 epochs of 10 steps 240 are a warm-up: 5,000 steps against 3,600."""
+    [sentence] = build("cure", within=context(epochs=600), warmup=0.4).warnings()
+    assert "remembers 5,000 steps but the run has only 3,600" in sentence
+
+
+@pytest.mark.parametrize(("warmup", "epochs"), [(0.6, 1), (0.9, 4), (0.95, 10)])
+def test_a_warm_up_that_leaves_no_epoch_is_told(warmup, epochs):
+    """Rounded to epochs it takes all of them: no step is CURE's, and the run naturally trained."""
+    method = build("cure", within=context(epochs=epochs), warmup=warmup)
+    last = batch(step=10 * epochs - 1)
+    assert torch.equal(method.make_adversarial(last).image, last.image)
+    [sentence] = method.warnings()
+    assert f"method.warmup: {warmup} of the run" in sentence
+    assert "no epoch" in sentence
+
+
 @pytest.mark.parametrize(
     ("settings", "epochs"),
     [

@@ -372,6 +372,15 @@ def test_passes_of_a_step(name, expected):
 # -- when it begins, resuming, around and inside -------------------------------------------------
 
 
+@pytest.mark.parametrize(("start", "told"), [(0.75, False), (0.9, True)])
+def test_a_perturbation_that_never_begins_is_told(start, told):
+    """Of 4 epochs of 10 steps: 3.6 epochs are rounded to 4."""
+    method = AWP(build("at"), WeightPerturbationConfig(start=start))
+    assert ("perturbed_loss" in method.step(batch(39)).metrics) is not told
+    assert len(method.warnings()) == told
+    assert all("training.weight_perturbation.start: 0.9" in said for said in method.warnings())
+
+
 def test_before_it_begins_the_step_is_the_method_s_own():
     """Half of four epochs of ten steps: from step 20."""
     plain = build("at", tiny_network(3), context(steps=10))

@@ -286,17 +286,25 @@ class CURE(Method):
         return names
 
     def warnings(self) -> list[str]:
-        """The revision model's memory must fit the run."""
+        """A warm-up must leave an epoch, and the revision model's memory must fit what follows."""
         config, total = self.config.revision, self.context.total_steps
+        left = total - self.warmup_steps
+        if not left:
+            return [
+                f"method.warmup: {self.config.warmup:g} of the run leaves no epoch of "
+                f"{self.context.epochs} for CURE, so that it is trained naturally throughout; set "
+                "a smaller one, or more training.epochs"
+            ]
         # A horizon of 1 asks for the whole run; rounding must not make that a warning.
         if not self.config.gamma or config.ramp:
             return []
         short: list[str] = config.warnings(total)
-        if short or config.memory(total) <= total * (1 + 1e-6):
+        if short or config.memory(total) <= left * (1 + 1e-6):
             return short
+        after = " after its natural warm-up" if self.warmup_steps else ""
         return [
             f"the revision model remembers {config.memory(total):,.0f} steps but the run has only "
-            f"{total:,}: it will stay near its start and hold the network there; set "
+            f"{left:,}{after}: it will stay near its start and hold the network there; set "
             "method.revision.horizon (the paper's share is 0.064) instead of the decay"
         ]
 

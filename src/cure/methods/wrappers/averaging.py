@@ -54,19 +54,39 @@ class Averaging(MethodWrapper):
         self.stale = True
         """Whether BatchNorm's statistics are older than the averaged weights."""
 
+    @property
+    def _length(self) -> int:
+        """How often weights could be taken in the whole run."""
+        by_step = self.settings.every == "step"
+        return self.context.total_steps if by_step else self.context.epochs
+
+    @property
+    def _first(self) -> int:
+        """Number of the step or epoch after which weights are taken first."""
+        return round(self.settings.start * self._length)
+
+    def warnings(self) -> list[str]:
+        """The method's own, and that no weights will be taken."""
+        told = self.inner.warnings()
+        if self._first >= self._length:
+            told.append(
+                f"training.averaging.start: {self.settings.start:g} of the run is after its last "
+                f"{self.settings.every}, so no weights are averaged; set a smaller one, or more "
+                "training.epochs"
+            )
+        return told
+
     def after_step(self, step: int) -> Metrics:
         """The method's own averages, then this one."""
         metrics = self.inner.after_step(step)
-        first = round(self.settings.start * self.context.total_steps)
-        if self.settings.every == "step" and step >= first:
+        if self.settings.every == "step" and step >= self._first:
             self._take()
         return metrics
 
     def after_epoch(self, epoch: int) -> None:
         """The average over epochs, and BatchNorm statistics that fit the averaged weights."""
         self.inner.after_epoch(epoch)
-        first = round(self.settings.start * self.context.epochs)
-        if self.settings.every == "epoch" and epoch >= first:
+        if self.settings.every == "epoch" and epoch >= self._first:
             self._take()
         # In one's own loop without epochs this is called after every step.
         own = self.context.has_epochs is False

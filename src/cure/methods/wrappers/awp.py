@@ -116,9 +116,24 @@ class AWP(MethodWrapper):
             worst = self.inner.finish(mean.result(), batch)
         return replace(worst, metrics=plain.metrics | {"perturbed_loss": worst.metrics["loss"]})
 
+    @property
+    def _first(self) -> int:
+        """Number of the first epoch with a perturbation."""
+        return round(self.settings.start * self.context.epochs)
+
     def _begun(self, step: int) -> bool:
-        first = round(self.settings.start * self.context.epochs)
-        return step >= first * self.context.steps_per_epoch
+        return step >= self._first * self.context.steps_per_epoch
+
+    def warnings(self) -> list[str]:
+        """The method's own, and that no weights will be perturbed."""
+        told = self.inner.warnings()
+        if self._first >= self.context.epochs:
+            told.append(
+                f"training.weight_perturbation.start: {self.settings.start:g} of the run is after "
+                "the beginning of its last epoch, so no weights are perturbed; set a smaller one, "
+                "or more training.epochs"
+            )
+        return told
 
     @contextmanager
     def _perturbed(self, gradients: Grads) -> Iterator[None]:
