@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import cure
 from cure.attacks import PGD, Threat
@@ -93,6 +94,40 @@ def test_it_is_found_where_the_single_step_leaves_more_than_guessing(
     monkeypatch.setattr(CatastrophicOverfitting, "_accuracy", lambda *_: next(accuracies))
     method: Any = SimpleNamespace(context=context)
     assert CatastrophicOverfitting(method, every=1).overfits(batch) is found
+
+
+class Masked(nn.Module):
+    """Names class 1 under changes of one pixel of exactly 0.1, and under no smaller one.
+
+    The logits of the classes 0 and 1 differ by the distance of the pixel from 0.45; class 2 has
+    the lowest.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: Tensor) -> Tensor:
+        lead = self.scale * ((image[:, 0, 0, 0] - 0.45).abs() - 0.04)
+        return torch.stack([-lead, lead, lead - 9], dim=1)
+
+
+def test_mixed_images_are_judged_by_the_class_that_most_of_them_is() -> None:
+    """Images of class 0 that consist of class 1 by 70 %: they are right where 1 is named.
+
+    From 0.5 the single step of 0.1 goes down to 0.4, where 1 leads; PGD stays around 0.45, where
+    it does not.  An attack on class 0 would go up, to 0.6, where 0 is wrong for both attacks.
+    """
+    attack = PGD(Threat("Linf", 0.1), steps=1, step_size=0.1, start="none")
+    context = Context(Engine(torch.device("cpu")), attack, 0, 10, 1, classes=3)
+    soft = torch.tensor([0.3, 0.7, 0.0]).repeat(100, 1)
+    label, image = torch.zeros(100, dtype=torch.long), torch.full((100, 1, 8, 8), 0.5)
+    batch = Batch(image, label, torch.arange(100), 0, soft)
+    method: Any = SimpleNamespace(context=context, model=Masked())
+    detector = CatastrophicOverfitting(method, every=1)
+    for parts in (1, 4):
+        assert detector.overfits(batch, parts)
+        assert (detector.single_step, detector.pgd) == (100.0, 0.0)
 
 
 def test_natural_training_attacks_nothing_and_is_not_checked(

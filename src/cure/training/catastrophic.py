@@ -75,12 +75,17 @@ class CatastrophicOverfitting:
         return learnt and self.pgd < min(self.single_step / 2, self.single_step - 3 * error)
 
     def _accuracy(self, attack: PGD, batch: Batch) -> float:
+        """Share, in percent, of attacked images that are given their class.
+
+        That of a mixed image is the one with the largest share in it.
+        """
         context, model = self.method.context, self.method.model
         batch = replace(batch, image=context.engine.arrange(batch.image))
-        draws = context.generator_for("catastrophic", batch)
-        image = attack(model, batch.image, batch.label, CROSS_ENTROPY, draws)
+        draws, target = context.generator_for("catastrophic", batch), batch.attack_target
+        label = target if target.dim() == 1 else target.argmax(dim=1)
+        image = attack(model, batch.image, target, CROSS_ENTROPY, draws)
         with evaluating(model), torch.no_grad():
-            right = (predicted(model(image)) == batch.label).float().mean()
+            right = (predicted(model(image)) == label).float().mean()
         return 100 * float(context.engine.average([right])[0])
 
 
