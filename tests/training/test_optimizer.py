@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cure.config import ModelConfig, OptimizerConfig
 from cure.models import build_model
@@ -74,3 +74,35 @@ def test_a_head_that_is_a_convolution_has_its_own_rate() -> None:
     model = adapt(model, 3, 3, (16, 16))
     factors = rate_factors(OptimizerConfig(head_rate=10), model)
     assert {name for name, factor in factors.items() if factor == 10} == {"1.weight", "1.bias"}
+
+
+class Tied(nn.Module):
+    """The first layer's weights make the logits, too."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(3 * 256, 3, bias=False)
+        self.stages = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3 * 256))
+        self.head = nn.Linear(3 * 256, 3, bias=bias)
+        self.head.weight = self.first.weight
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.stages(self.first(image.flatten(1))))
+        return logits
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_weight_that_the_classifier_shares_learns_at_its_rate(bias: bool) -> None:
+    model = adapt(Tied(bias), 3, 3, (16, 16))
+    config = OptimizerConfig(head_rate=3.0, layer_decay=0.5)
+    optimizer = build_optimizer(config, model, dict(model.named_parameters()))
+    rates = {
+        id(parameter): group["rate_factor"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    (tied,) = (m for m in model.modules() if isinstance(m, Tied))
+    assert rates[id(tied.head.weight)] == 3.0
+    assert not bias or rates[id(tied.head.bias)] == 3.0
+    assert rates[id(tied.stages[1].weight)] == 0.5
+    assert rates[id(tied.stages[0].weight)] == 0.25

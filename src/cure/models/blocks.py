@@ -145,8 +145,8 @@ def chosen(model: nn.Module, names: Iterable[str]) -> list[str]:
     for name in names:
         if name in parts:
             found |= set(parts[name])
-            if name == CLASSIFIER and (last := _classifier(model)) is not None:
-                found |= set(_below(last, modules[last]))  # shared weights belong to a block, too
+            if name == CLASSIFIER:
+                found |= set(classifier_weights(model))  # shared weights belong to a block, too
             continue
         if name not in modules or not name:
             raise ConfigError(
@@ -157,9 +157,23 @@ def chosen(model: nn.Module, names: Iterable[str]) -> list[str]:
         if not inside:
             raise ConfigError(f"layers.update: the module {name} has no weights")
         found |= set(inside)
-    # Weights that layers share have several names.
+    return _once(network, found)
+
+
+def classifier_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters of the layer that makes the logits; also of those that it shares.
+
+    Args:
+        model: any network; names are those inside its wrappers.
+    """
+    network, last = core(model), _classifier(model)
+    return [] if last is None else _once(network, _below(last, network.get_submodule(last)))
+
+
+def _once(network: nn.Module, names: Iterable[str]) -> list[str]:
+    """The first name of each of these parameters: those that layers share have several."""
     every = dict(network.named_parameters(remove_duplicate=False))
-    wanted = {id(every[name]) for name in found}
+    wanted = {id(every[name]) for name in names}
     return [name for name, weight in network.named_parameters() if id(weight) in wanted]
 
 

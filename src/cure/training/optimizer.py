@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cure.config import OptimizerConfig
-from cure.models.blocks import CLASSIFIER, blocks
+from cure.models.blocks import CLASSIFIER, blocks, classifier_weights
 from cure.models.wrapper import core
 
 
@@ -47,17 +47,20 @@ def build_optimizer(
 def rate_factors(config: OptimizerConfig, model: nn.Module) -> dict[str, float]:
     """Factor on the learning rate by parameter name, where it is not 1.
 
-    The classifier has ``head_rate``; each part before it has ``layer_decay`` times the factor of
-    the part that follows, the last block having ``layer_decay``.
+    The classifier has ``head_rate``, also for weights that it shares with other layers; each part
+    before it has ``layer_decay`` times the factor of the part that follows, the last block having
+    ``layer_decay``.
     """
     if config.head_rate == 1 and config.layer_decay == 1:
         return {}
     parts = blocks(model)
     prefix = _prefix(model)
     before = [part for part in parts if part != CLASSIFIER]
-    factors = dict.fromkeys(parts.get(CLASSIFIER, []), config.head_rate)
+    factors: dict[str, float] = {}
     for distance, part in enumerate(reversed(before), 1):
         factors |= dict.fromkeys(parts[part], config.layer_decay**distance)
+    heads = [*parts.get(CLASSIFIER, []), *classifier_weights(model)]
+    factors |= dict.fromkeys(heads, config.head_rate)
     return {prefix + name: factor for name, factor in factors.items()}
 
 
