@@ -278,6 +278,19 @@ def test_a_checkpoint_is_not_attacked_twice(
     again.unlink()
     result = overfitting(run, limit=None, device="cpu", output=again)
     assert (len(calls), result["runs"]) == (1, studied["runs"])
+    again.unlink()
+    result = overfitting(run, limit=None, device="cpu", output=again)
+    assert (len(calls), result["runs"]) == (1, studied["runs"]), "kept behind the line that was cut"
+    # Verdicts on fewer images, or on natural images alone, are no verdicts; nor is another file.
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lines[0]["robust"] = lines[0]["robust"][1:]
+    del lines[1]["robust"]
+    damaged = "".join(f"{json.dumps(line)}\n" for line in lines).encode() + b"\xff\n"
+    Path(copied).write_bytes(damaged)
+    again.unlink()
+    result = overfitting(run, limit=None, device="cpu", output=again)
+    assert (len(calls), result["runs"]) == (3, studied["runs"])
+    del calls[1:]
     # Other images are other verdicts.
     overfitting(run, limit=50, device="cpu", output=tmp_path / "few.json")
     assert len(calls) == 1 + 3 * len(studied["runs"][0]["measured"])
@@ -295,7 +308,8 @@ def test_the_command_says_what_a_run_did_not_keep(
     run: Path, tmp_path: Path, command: Command
 ) -> None:
     bare = trained(tmp_path / "bare$1$")
-    ended = command("analyse", "overfitting", run, bare, run, "--limit", 40, "--device", "cpu")
+    more = shutil.copytree(run, tmp_path / "more" / "run")
+    ended = command("analyse", "overfitting", run, bare, more, "--limit", 40, "--device", "cpu")
     assert ended.status == 0, ended
     assert "bare$1$ kept no weights but the best and the last" in ended.out
     assert "training.keep_every=N" in ended.out

@@ -308,3 +308,13 @@ def test_a_start_of_other_classes_is_taken_with_the_head_of_the_run(tmp_path: Pa
     second = trained(tmp_path / "second", three, method="at", **more)
     result = prediction_flips(second, data=three, device="cpu", output=tmp_path / "kept.json")
     assert result["comparisons"][0]["n"] == len(three)
+
+
+def test_runs_of_images_in_memory_have_splits_of_their_own(tmp_path: Path) -> None:
+    images, more = bright_or_dark(), {"method": "natural", "start": "scratch"}
+    runs = [
+        trained(tmp_path / f"run{seed}", images, **more | {"data.split_seed": seed})
+        for seed in (0, 1)
+    ]
+    result = prediction_flips(runs, natural=runs[0], data=images, device="cpu")
+    assert [this["n"] for this in result["comparisons"]] == [len(images)] * 2

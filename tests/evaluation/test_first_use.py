@@ -15,6 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import cure
+from cure.analysis.overfitting import SPLITS, overfitting
+from cure.analysis.prediction_flips import prediction_flips
 from cure.attacks import Threat
 from cure.cli.options import numbers
 from cure.config import DataConfig
@@ -260,7 +262,7 @@ def test_images_that_were_trained_on_are_not_silently_tested(
         (first.rename if change != "added" else partial(shutil.copy, first))(
             tmp_path / "shapes" / where
         )
-    with pytest.warns(CureNote, match="added, removed or given another class since run was tra"):
+    with pytest.warns(CureNote, match=r"added, removed or given another class since run was tra"):
         after = cure.evaluate(run, attacks=[])
     assert after["data"]["own"] is False
     assert any("some of these test images were trained on" in note for note in after["notes"])
@@ -313,6 +315,52 @@ def test_a_start_that_knows_the_test_images_is_refused(
     shutil.copy(tmp_path / "shapes/a/00.png", tmp_path / "shapes/a/new.png")
     with pytest.raises(DataError, match=r"^start: images of 'shapes' were added.*may be among"):
         train("third")
+
+
+def test_studies_tell_which_networks_know_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Networks that were trained on other splits of the same source, and on other images of it."""
+    monkeypatch.chdir(tmp_path)
+    shapes(tmp_path / "shapes")
+    for seed in (0, 1):
+        cure.train("digits", SHAPES | {"data.split_seed": seed}, run=f"seed{seed}", quiet=True)
+    found = {
+        seed: {part: rows_of(cure.Run(f"seed{seed}").config.data, part) for part in SPLITS}
+        for seed in (0, 1)
+    }
+    known = len(found[0]["test"] & (found[1]["train"] | found[1]["validation"]))
+    held = len(found[0]["validation"] & found[1]["train"])
+    assert known > 0 < held
+
+    def notes(*runs: str, **options: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            prediction_flips(list(runs), natural=runs[0], device="cpu", **options)
+        return [str(note.message) for note in told if "seed1 was" in str(note.message)]
+
+    assert notes("seed0") == []
+    (note,) = notes("seed0", "seed1")
+    assert note == (
+        f"seed1 was trained or validated on {known} of the test images of seed0, so its accuracies "
+        "on them are too high; compare runs of one split (data.split_seed=0), or give new images "
+        "(--data)"
+    )
+    (note,) = notes("seed0", "seed1", split="validation")
+    assert note.startswith(f"seed1 was trained on {held} of the validation images of seed0")
+    shapes(tmp_path / "new")
+    assert notes("seed0", "seed1", data="new") == []
+    overfitting("seed0", limit=5, device="cpu")
+    shutil.copy(tmp_path / "shapes/a/00.png", tmp_path / "shapes/a/new.png")
+    with pytest.raises(
+        DataError, match=r"added, removed .* since seed0 was trained.*; restore them"
+    ):
+        overfitting("seed0", limit=5, device="cpu")
+    cure.train("digits", SHAPES, run="later", quiet=True)
+    with pytest.warns(
+        CureNote, match=r"since seed0 was trained.*it may know some of the test images of later"
+    ):
+        prediction_flips("later", "seed0", natural="later", device="cpu")
 
 
 def rows_of(config: DataConfig, part: Any) -> set[bytes]:

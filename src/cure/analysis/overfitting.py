@@ -29,7 +29,7 @@ from cure.config import RunConfig
 from cure.data import ImageSet, batches, load_split
 from cure.data.cache import CachePlace
 from cure.data.sources import check_not_memory
-from cure.errors import CheckpointError, ConfigError
+from cure.errors import CheckpointError, ConfigError, DataError
 from cure.evaluation.options import check_counts
 from cure.evaluation.runner import Progress, Result
 from cure.models import digest, load_weights
@@ -158,6 +158,8 @@ class _Opened:
         place = CachePlace.beside(self.folder.path)
         for name in SPLITS:
             images = load_split(self.config.data, name, place=place)  # type: ignore[arg-type]
+            if moved := self.folder.images_changed(images):
+                raise DataError(f"{moved}; restore them, or train the run anew")
             if name == "train":
                 draws = generator("cpu", seed, "overfitting")
                 order = torch.randperm(len(images), generator=draws)
@@ -196,7 +198,7 @@ class _Opened:
             known[epoch] = {}
             for split, images in splits.items():
                 key = _key(weights, images, settings, batch_size, engine)
-                found = journal.known(key)
+                found = journal.known(key, len(images))
                 if found is None:
                     found = verdicts(model, images, attack, engine, batch_size)
                     journal.add(key, found)
@@ -296,9 +298,14 @@ class _Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._known: dict[str, Verdicts] = {}
+        self._start = ""
+        """What the next line begins with: the end of one that was cut short."""
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        if text and not text.endswith("\n"):
+            self._start = "\n"
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
                 key = record.pop("key")
@@ -309,8 +316,11 @@ class _Journal:
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # It was cut short, or is nothing of ours: measured again.
 
-    def known(self, key: str) -> Verdicts | None:
-        return self._known.get(key)
+    def known(self, key: str, images: int) -> Verdicts | None:
+        """The verdicts on so many images; None where they are not kept, or not whole."""
+        found = self._known.get(key, {})
+        whole = all(len(found.get(kind, ())) == images for kind in ("natural", "robust"))
+        return found if whole else None
 
     def add(self, key: str, found: Verdicts) -> None:
         self._known[key] = found
@@ -320,7 +330,8 @@ class _Journal:
         try:
             self.path.parent.mkdir(exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(f"{self._start}{json.dumps(line)}\n")
+            self._start = ""
         except OSError as error:
             raise CheckpointError(
                 f"{self.path} cannot be written ({error.strerror}); make its folder writable or "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import nn
 
 from cure.analysis.render import View
 from cure.attacks import Threat
+from cure.config import MEMORY
 from cure.data import ImageSet
-from cure.errors import ConfigError
+from cure.data.sources import DECIDE_SPLITS, same_source, seen_before
+from cure.errors import ConfigError, CureNote
 from cure.evaluation.options import TargetOptions, check_options
 from cure.evaluation.runner import Progress, Result, no_progress
 from cure.evaluation.target import Target, TargetLike
@@ -183,6 +186,8 @@ class StudyInputs:
         inputs = cls({}, {}, images, threat, engine, first.batch_size, options.seed, first.folder)
         for target in resolved:
             inputs._add(target, network if target is first else target.build(images))
+            if target is not first and (known := _knows(target, first, images)):
+                warnings.warn(known, CureNote, stacklevel=2)
         return inputs
 
     def add(self, target: TargetLike) -> str:
@@ -215,6 +220,43 @@ class StudyInputs:
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
+
+
+def _knows(target: Target, first: Target, images: ImageSet) -> str | None:
+    """A sentence on a run that was trained on some of the images, which are those of another run.
+
+    Args:
+        target: the run; other networks say nothing of their images.
+        first: what names the images.
+        images: these.
+    """
+    folder, owner = target.folder, first.folder
+    if folder is None or owner is None or not first.measures_own:
+        return None
+    ours, theirs, split = owner.config.data, folder.config.data, images.split
+    if split == "train" or not same_source(ours.source, theirs.source):
+        return None
+    if ours.source.startswith(MEMORY):
+        return None  # One word for whatever images were given.
+    of = f"of the {split} images of {owner.path}"
+    if moved := folder.images_changed(images):
+        return f"{moved}: it may know some {of}, and its accuracies on them are too high"
+    if owner.images_changed(images):
+        return None  # Told when they were read.
+    tested, validated = seen_before(ours, theirs)
+    count = tested if split == "test" else validated
+    if not count:
+        return None
+    same = " ".join(
+        f"data.{name}={'null' if value is None else value}"
+        for name in DECIDE_SPLITS
+        if (value := getattr(ours, name)) != getattr(theirs, name)
+    )
+    what = "trained or validated" if split == "test" else "trained"
+    return (
+        f"{folder.path} was {what} on {count:,} {of}, so its accuracies on them are too high; "
+        f"compare runs of one split ({same}), or give new images (--data)"
+    )
 
 
 def open_runs(targets: Sequence[str | Path | Run]) -> list[tuple[str, RunFolder]]:
