@@ -218,6 +218,18 @@ def test_the_command_finds_the_natural_start(run: Path, command: Command) -> Non
     assert this["weights"]["distance"] > 0
 
 
+def test_starts_of_one_name_are_told_apart_by_their_runs(run: Path, tmp_path: Path) -> None:
+    other, natural = tmp_path / "other", tmp_path / "more" / "natural"
+    shutil.copytree(run, other)
+    shutil.copytree(run, natural)
+    result = prediction_flips([run, other], limit=20, device="cpu")
+    pairs = [(this["natural"], this["robust"]) for this in result["comparisons"]]
+    assert pairs == [("run/natural", "run"), ("other/natural", "other")]
+    result = prediction_flips(natural, limit=20, device="cpu")
+    (this,) = result["comparisons"]
+    assert (this["natural"], this["robust"]) == ("natural/natural", "natural")
+
+
 def test_a_run_that_started_from_another_run(run: Path, tmp_path: Path) -> None:
     settings = [f"start={run / 'natural'}", "data.limit=300", "data.validation=60", "method=at"]
     settings += ["training.epochs=1", "attack.steps=1"]
@@ -296,6 +308,8 @@ def test_weights_in_a_file_are_a_start_too(tmp_path: Path, monkeypatch: pytest.M
     assert start_of(trained(tmp_path / "taught", **hat, start=str(first.path))) == first.path
     robust = trained(tmp_path / "robust", method="at", start="robust:at")
     assert start_of(robust) == robust.path / "head"
+    (this,) = prediction_flips(second, data=bright_or_dark(), device="cpu")["comparisons"]
+    assert (this["natural"], this["robust"]) == ("second/start", "second")
     network = start_of(second)
     assert isinstance(network, torch.nn.Module)
     expected = first.model().state_dict()

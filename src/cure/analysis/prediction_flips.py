@@ -159,13 +159,14 @@ def compute(
     inputs = StudyInputs.load(targets, options)
     names = list(inputs.networks)
     # Networks can be equal without being the same: each start is loaded once.
-    added: list[tuple[TargetLike, str]] = []
+    loaded: list[tuple[TargetLike, str]] = []
     pairs = []
     for name, start in zip(names, starts, strict=True):
-        known = next((other for target, other in added if _same(target, start)), None)
+        known = next((other for target, other in loaded if _same(target, start)), None)
         if known is None:
-            known = inputs.add(start)
-            added.append((start, known))
+            given = None if natural is not None else _name_of(start, name, starts, names)
+            known = inputs.add(start, given)
+            loaded.append((start, known))
         pairs.append((known, name))
     named = {name: _predict(inputs, name, progress) for name in inputs.networks}
     label = inputs.images.label
@@ -194,6 +195,23 @@ def _same(one: TargetLike, other: TargetLike) -> bool:
     if isinstance(one, nn.Module) or isinstance(other, nn.Module):
         return one is other
     return one == other
+
+
+def _name_of(
+    start: TargetLike, run: str, starts: Sequence[TargetLike], names: Sequence[str]
+) -> str | None:
+    """What tells a start from others of its name, by the folder that it is in; else None.
+
+    Args:
+        start: as :func:`start_of` gives it.
+        run: name of the network that began with it.
+        starts: of all networks.
+        names: of all networks.
+    """
+    if not isinstance(start, Path):
+        return f"{run}/start"
+    others = [s for s in starts if isinstance(s, Path) and s != start and s.name == start.name]
+    return f"{start.parent.name}/{start.name}" if others or start.name in names else None
 
 
 def start_of(target: TargetLike) -> Path | nn.Module:

@@ -190,13 +190,18 @@ class StudyInputs:
                 warnings.warn(known, CureNote, stacklevel=2)
         return inputs
 
-    def add(self, target: TargetLike) -> str:
-        """Load one more network, a run's with its best weights; returns its name."""
-        added = Target.of(target)
-        return self._add(added, added.build(self.images))
+    def add(self, target: TargetLike, name: str | None = None) -> str:
+        """Load one more network, a run's with its best weights; returns its name.
 
-    def _add(self, target: Target, network: nn.Module) -> str:
-        name = unique(target.name, self.networks)
+        Args:
+            target: as for :func:`cure.evaluate`.
+            name: in the place of its own.
+        """
+        added = Target.of(target)
+        return self._add(added, added.build(self.images), name)
+
+    def _add(self, target: Target, network: nn.Module, name: str | None = None) -> str:
+        name = unique(name or target.name, self.networks)
         self.networks[name] = in_evaluation(self.engine.place(network))
         self.facts[name] = describe(network) | target.facts
         return name
