@@ -278,8 +278,19 @@ def test_a_file_that_computes_something_else_is_not_kept(
 
     monkeypatch.setattr(module, "captured", lambda model, kind: captured(Wrong(model).eval(), kind))
     with pytest.raises(ModelError, match=r"differ from those of the run by 0\.0"):
-        cure.export(run, "torch-export", tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []
+        cure.export(run, "torch-export", tmp_path / "new" / "deep")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_takes_no_file_is_one_sentence(run: cure.Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    # Nothing can be made in /proc, whoever asks.
+    for place in ("/proc/model.onnx", "/proc/new/model.onnx", tmp_path / "file" / "model.onnx"):
+        with pytest.raises(CheckpointError, match=rf"{place} cannot be written"):
+            cure.export(run, "onnx", place)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        cure.export(run, "hub", tmp_path / "file" / "hub")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_nothing_is_overwritten_and_options_must_fit(

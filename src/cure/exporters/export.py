@@ -30,7 +30,7 @@ from cure.models.onnx_network import OnnxNetwork
 from cure.models.wrapper import constants_inside, core, tensors_of
 from cure.runs.folder import RunFolder
 from cure.runs.run import Run
-from cure.utils.io import user_path, write_atomically
+from cure.utils.io import first_line, user_path, write_atomically
 from cure.utils.modes import in_evaluation
 from cure.utils.stats import wilson
 
@@ -105,12 +105,20 @@ def export(
         check_repository(push)
     place = _place(user_path(folder), to, int8)
     source = _Source.of(run, options)
-    with tempfile.TemporaryDirectory(dir=_made(place.parent), prefix=".export-") as scratch:
-        made = _WRITERS[to](source, Path(scratch), int8, opset)
-        if made.is_dir():
-            made.rename(place)
-        else:
-            write_atomically(place, lambda temporary: shutil.move(made, temporary))
+    # Where the file will be moved from: a folder that is there already, on the same disk.
+    there = next(parent for parent in place.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".export-") as scratch:
+            made = _WRITERS[to](source, Path(scratch), int8, opset)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if made.is_dir():
+                made.rename(place)
+            else:
+                write_atomically(place, lambda temporary: shutil.move(made, temporary))
+    except OSError as error:
+        raise CheckpointError(
+            f"{place} cannot be written ({first_line(error)}); name another folder"
+        ) from None
     if push is not None:
         push_folder(place, push)
     return place
@@ -126,14 +134,6 @@ def _place(folder: Path, to: str, int8: bool) -> Path:
     if place.exists():
         raise ConfigError(f"{place} exists and is kept; name another folder")
     return place
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error.strerror}") from None
-    return folder
 
 
 @dataclass(frozen=True)
