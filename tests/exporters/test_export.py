@@ -75,14 +75,14 @@ def test_onnx_carries_its_contract(run: cure.Run, folder: Path) -> None:
 
 
 def test_accuracies_are_those_on_the_run_s_own_images(run: cure.Run, tmp_path: Path) -> None:
-    before = module._accuracies(RunFolder.open(run.path), "best")
+    before = module._evaluation(RunFolder.open(run.path), "best")
     noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8), np.uint8)
     np.savez(tmp_path / "noise.npz", image=noise, label=np.arange(40) % 10)
     other = cure.evaluate(
         run.path, data=tmp_path / "noise.npz", data_options={"test_fraction": 0.5}, attacks="fgsm"
     )
     assert other["data"]["own"] is False
-    assert module._accuracies(RunFolder.open(run.path), "best") == before
+    assert module._evaluation(RunFolder.open(run.path), "best") == before
 
 
 def test_int8_is_quantised_smaller_and_says_how_often_it_agrees(folder: Path) -> None:
@@ -165,6 +165,45 @@ def test_the_card_of_mixed_weights_says_so(run: cure.Run, tmp_path: Path) -> Non
     )
     plain = cure.export(run, "hub", tmp_path / "plain")
     assert "mixed" not in (plain / "README.md").read_text()
+
+
+def test_the_card_of_a_natural_network_does_not_call_it_robust(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    settings = {"method": "natural", "start": "model", "training.epochs": 1}
+    settings |= {"training.batch_size": 8, "data.validation": 8}
+    data = bright_or_dark(40)
+    run = cure.train("digits", settings, run=tmp_path / "run", model=network, data=data, quiet=True)
+    card = (cure.export(run, "hub", tmp_path / "hub", data=data) / "README.md").read_text()
+    assert "on unchanged images, not to withstand adversarial changes" in card
+    assert "adversarial-robustness" not in card
+
+
+def test_what_the_run_knows_against_its_accuracies_goes_with_them(
+    run: cure.Run, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    outcome = json.loads((copy / "outcome.json").read_text())
+    outcome["gained"], outcome["start"]["robust"], outcome["end"]["robust"] = False, 3.0, 2.0
+    (copy / "outcome.json").write_text(json.dumps(outcome))
+    for file in (copy / "evaluations").iterdir():
+        file.unlink()
+    cure.evaluate(copy, attacks="fgsm", limit=100)
+    (file,) = (copy / "evaluations").glob("*.json")
+    record = json.loads(file.read_text())
+    check = {"name": "planted", "status": "fail", "meaning": "its gradient is masked."}
+    record["diagnosis"] = {"verdict": "fail", "checks": [check | {"measured": {}}]}
+    record["attacks"]["fgsm"]["not_attacked"] = {"cw": 7}
+    file.write_text(json.dumps(record))
+    made = cure.export(copy, "hub", tmp_path / "hub")
+    said = cure.from_pretrained(made).contract.warnings
+    assert len(said) == 3
+    assert "gained no robust accuracy: 3.0 % before, 2.0 % after" in said[0]
+    assert said[1] == "check planted of the diagnosis failed: its gradient is masked"
+    assert said[2].startswith("fgsm: an estimate from above")
+    text = (made / "README.md").read_text()
+    assert all(f"\nWarning: {sentence}.\n" in text for sentence in said)
+    assert "Warning:" not in (cure.export(run, "hub", tmp_path / "plain") / "README.md").read_text()
 
 
 def test_a_network_of_transformers_loads_there(tmp_path: Path) -> None:

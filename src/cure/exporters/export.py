@@ -29,6 +29,7 @@ from cure.models.contract import Contract, Measured, Normalisation, Preprocessin
 from cure.models.onnx_network import OnnxNetwork
 from cure.models.wrapper import constants_inside, core, tensors_of
 from cure.runs.folder import RunFolder
+from cure.runs.results import EvaluationRecord, Finding, Findings
 from cure.runs.run import Run
 from cure.utils.io import first_line, user_path, write_atomically
 from cure.utils.modes import in_evaluation
@@ -233,7 +234,8 @@ def _contract(
     constants = None
     if inside is not None:
         constants = Normalisation(mean=list(inside[0]), std=list(inside[1]))
-    about = describe(model)
+    about, checkpoint = describe(model), target.options.checkpoint
+    record = _evaluation(folder, checkpoint)
     return Contract(
         classes=list(kind.classes),
         preprocessing=Preprocessing(
@@ -245,7 +247,8 @@ def _contract(
         ),
         normalisation=constants,
         threat={"norm": config.threat.norm, "epsilon": str(config.threat.epsilon)},
-        accuracies=_accuracies(folder, target.options.checkpoint),
+        accuracies=_at_the_end(folder, checkpoint) if record is None else _accuracies(record),
+        warnings=_warnings(folder, checkpoint, record),
         data={
             "name": images.name,
             "split": images.split,
@@ -261,7 +264,7 @@ def _contract(
         run={
             "name": config.name,
             "method": config.method.name,
-            "checkpoint": target.options.checkpoint,
+            "checkpoint": checkpoint,
             "epoch": target.facts["epoch"],
             "seed": config.seed,
             "shares": folder.shares(),
@@ -272,30 +275,61 @@ def _contract(
     )
 
 
-def _accuracies(folder: RunFolder, checkpoint: str) -> list[Measured]:
-    """Those of the largest, then newest evaluation of the checkpoint on the run's own images, test
-    images first; else of validation."""
+def _evaluation(folder: RunFolder, checkpoint: str) -> EvaluationRecord | None:
+    """The largest, then newest evaluation of the checkpoint on the run's own images, test images
+    first."""
     known = [
         record
         for record in folder.evaluations()
         if record.model.checkpoint == checkpoint and record.data.own is not False
     ]
     known.sort(key=lambda record: (record.data.split == "test", record.natural.n, record.time))
-    if known:
-        record = known[-1]
-        parts = {"natural": record.natural, **record.attacks}
-        return [
-            Measured(
-                attack=name,
-                accuracy=part.accuracy,
-                interval=part.interval,
-                n=part.n,
-                split=record.data.split,
-                norm=None if name == "natural" else record.threat.norm,
-                epsilon=None if name == "natural" else record.threat.epsilon_text,
-            )
-            for name, part in parts.items()
-        ]
+    return known[-1] if known else None
+
+
+def _accuracies(record: EvaluationRecord) -> list[Measured]:
+    return [
+        Measured(
+            attack=name,
+            accuracy=part.accuracy,
+            interval=part.interval,
+            n=part.n,
+            split=record.data.split,
+            norm=None if name == "natural" else record.threat.norm,
+            epsilon=None if name == "natural" else record.threat.epsilon_text,
+        )
+        for name, part in {"natural": record.natural, **record.attacks}.items()
+    ]
+
+
+def _warnings(folder: RunFolder, checkpoint: str, record: EvaluationRecord | None) -> list[str]:
+    """What the run knows against its accuracies: no gain, failed checks, estimates."""
+    said = []
+    outcome = folder.outcome() if checkpoint == "best" else None
+    if outcome is not None and outcome.end is not None and outcome.gained is False:
+        start, end = outcome.start, outcome.end
+        said.append(
+            f"training gained no robust accuracy: {start.robust:.1f} % before, {end.robust:.1f} % "
+            f"after, under PGD-{end.steps} on {end.n:,} validation images"
+        )
+    found = {} if record is None or record.diagnosis is None else _checks(record.diagnosis)
+    for diagnosis in folder.diagnoses():
+        if diagnosis.model.checkpoint == checkpoint and diagnosis.data.own is not False:
+            found |= _checks(diagnosis)
+    failed = [check for check in found.values() if check.status == "fail"]
+    said += [f"check {check.name} of the diagnosis failed: {check.meaning}" for check in failed]
+    for name, part in ({} if record is None else record.attacks).items():
+        if (estimate := part.estimate()) is not None:
+            said.append(f"{name}: {estimate}")
+    return [sentence.rstrip(".") for sentence in said]
+
+
+def _checks(findings: Findings) -> dict[str, Finding]:
+    return {check.name: check for check in findings.checks}
+
+
+def _at_the_end(folder: RunFolder, checkpoint: str) -> list[Measured]:
+    """Those on validation images with which the training ended."""
     outcome = folder.outcome()
     if outcome is None or outcome.end is None or checkpoint != "best":
         return []

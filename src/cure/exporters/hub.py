@@ -11,6 +11,7 @@ from torch import nn
 
 from cure.attacks.registry import attack_label
 from cure.errors import ConfigError, ModelError
+from cure.methods import METHODS
 from cure.models import save_weights
 from cure.models.artefact import CONFIG, SECTION, WEIGHTS
 from cure.models.contract import Contract
@@ -158,10 +159,12 @@ def card(contract: Contract) -> str:
             for part in contract.accuracies
         ],
     }
+    method = str(contract.run.get("method"))
+    robust = method not in METHODS or METHODS[method].selection == "robust"
     head: dict[str, Any] = {
         "library_name": "cure",
         "pipeline_tag": "image-classification",
-        "tags": ["adversarial-robustness", "image-classification"],
+        "tags": [*(["adversarial-robustness"] if robust else []), "image-classification"],
     }
     if contract.accuracies:
         head["model-index"] = [{"name": name, "results": [results]}]
@@ -179,8 +182,9 @@ def card(contract: Contract) -> str:
         "---",
         f"# {name}",
         "",
-        f"An image classifier trained with the method `{contract.run.get('method')}` to withstand "
-        f"adversarial changes within {threat}."
+        f"An image classifier trained with the method `{method}` "
+        + ("" if robust else "on unchanged images, not ")
+        + f"to withstand adversarial changes within {threat}."
         + (
             ""
             if (shares := contract.run.get("shares")) is None
@@ -190,6 +194,7 @@ def card(contract: Contract) -> str:
         "",
         *(table if rows else ["Not evaluated: run `cure evaluate`, then export again."]),
         "",
+        *(f"Warning: {warning}.\n" for warning in contract.warnings),
         f"Images: {size}, {contract.preprocessing.fit} (bicubic, antialiased), 8-bit values "
         f"divided by 255. Classes: {', '.join(contract.classes)}.",
         "",

@@ -71,6 +71,8 @@ class Contract(_Part):
     """``norm`` and ``epsilon`` (text such as 8/255) of the training."""
     accuracies: list[Measured] = []
     """Of the float network before export; empty when nothing was measured."""
+    warnings: list[str] = []
+    """What makes these accuracies less than they seem, a sentence each."""
     data: dict[str, Any] = {}
     """Images on which the file was checked: ``name``, ``split``, ``n``, ``sha256``."""
     network: dict[str, Any] = {}
