@@ -187,6 +187,24 @@ def test_our_own_model_is_not_wrapped_twice(network) -> None:
         MaiteNetwork(ImageClassifier(network, ["a", "b", "c"]))
 
 
+def test_what_breaks_the_protocol_is_one_sentence(network, images) -> None:
+    """Names for other logits had named answers wrongly; the others ended in raw errors."""
+    image = images.image[0].numpy()
+    with pytest.raises(ModelError, match="returns 3 logits for 2 classes"):
+        ImageClassifier(network, ["a", "b"])([image])
+
+    class Several(nn.Module):
+        def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+            return network(image), image
+
+    with pytest.raises(ModelError, match=r"expected logits of shape \[1, 3\], got tuple"):
+        ImageClassifier(Several(), images.classes)([image])
+    augmentation = AttackAugmentation(network, cure.attacks.PGD(THREAT, steps=1))
+    for targets in ([2], [torch.tensor(2)]):
+        with pytest.raises(DataError, match=r"expected targets \[K\], one number a class"):
+            augmentation(([image], targets, [{}]))
+
+
 def test_random_starts_differ_between_batches(network, images) -> None:
     attack = cure.attacks.PGD(THREAT, steps=1, step_size=0.0)
     augmentation = AttackAugmentation(network, attack)

@@ -67,6 +67,15 @@ def test_cross_validation_makes_a_run_for_each_fold(
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_labels_that_make_no_classes_are_refused(classifier: RobustClassifier) -> None:
+    images = np.zeros((60, 8, 8), np.uint8)
+    with pytest.raises(DataError, match="labels of at least two classes, got only 'cat'"):
+        classifier.fit(images, ["cat"] * 60)
+    with pytest.raises(DataError, match="numbers or names, not both"):
+        classifier.fit(images, np.array([None, "cat"] * 30, dtype=object))
+    assert not Path("runs").exists()
+
+
 def test_images_of_another_kind_than_in_fit_are_refused(classifier: RobustClassifier) -> None:
     images = bright_or_dark(60, classes=3)
     classifier.set_params(overrides=["threat.epsilon=0.05", "training.epochs=1"])

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from cure.attacks import PGD
 from cure.data import as_images, to_unit
-from cure.errors import ConfigError, DataError
+from cure.errors import ConfigError, DataError, ModelError
+from cure.models.checks import checked_logits
 from cure.utils.modes import in_evaluation
 from cure.utils.random import generator
 
@@ -41,12 +42,19 @@ class ImageClassifier:
 
     def __init__(self, network: nn.Module, classes: Sequence[str], name: str = "cure") -> None:
         self.network = in_evaluation(network)
-        self.metadata = {"id": name, "index2label": dict(enumerate(classes))}
+        self.metadata: dict[str, Any] = {"id": name, "index2label": dict(enumerate(classes))}
 
-    @torch.no_grad()
     def __call__(self, batch: Sequence[Any], /) -> Sequence[Tensor]:
         """Logits [K] of each image [C, H, W], uint8 or floats in [0, 1]."""
-        return list(self.network(_pixels(batch).to(_device(self.network))).cpu())
+        classes = len(self.metadata["index2label"])
+        image = _pixels(batch).to(_device(self.network))
+        logits = checked_logits(self.network, image, str(classes))
+        if logits.shape[1] != classes:
+            raise ModelError(
+                f"ImageClassifier: the network returns {logits.shape[1]} logits for {classes} "
+                "classes; name the class of each logit, in their order"
+            )
+        return list(logits.cpu())
 
 
 class ImageDataset:
@@ -99,7 +107,13 @@ class AttackAugmentation:
         """The batch with adversarial images; the classes are those of the largest targets."""
         images, targets, metadata = batch
         device = _device(self.network)
-        label = _stack(targets).argmax(dim=1).to(device)
+        target = _stack(targets)
+        if target.dim() != 2:
+            raise DataError(
+                f"expected targets [K], one number a class, got {list(target.shape[1:])}; write "
+                "class numbers as one-hot targets"
+            )
+        label = target.argmax(dim=1).to(device)
         pixels = _pixels(images).to(device)
         adversarial = self.attack(self.network, pixels, label, generator=self._draws)
         return list(adversarial.cpu()), targets, metadata

@@ -14,7 +14,7 @@ from torch import nn
 
 from cure.data import as_images, to_unit
 from cure.data.images import replace_labels
-from cure.errors import DataError
+from cure.errors import DataError, some
 from cure.runs.folder import RunFolder
 from cure.training.run import Overrides, train
 
@@ -56,7 +56,18 @@ class RobustClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             X: images, uint8 or floats in [0, 1]: [N, H, W], [N, H, W, C] or [N, C, H, W].
             y: labels [N], numbers or names.
         """
-        self.classes_, label = np.unique(np.asarray(y), return_inverse=True)
+        try:
+            self.classes_, label = np.unique(np.asarray(y), return_inverse=True)
+        except TypeError:  # they have no order
+            raise DataError(
+                "expected labels that are numbers or names, not both and none left out, got "
+                f"{some(sorted({type(one).__name__ for one in np.asarray(y).flat}))}; correct them"
+            ) from None
+        if len(self.classes_) < 2:
+            raise DataError(
+                f"expected labels of at least two classes, got only {some(map(str, self.classes_))}"
+                "; add images of another class"
+            )
         images = as_images((X, label))
         images = replace_labels(images, images.label, tuple(map(str, self.classes_)))
         self.run_ = train(
