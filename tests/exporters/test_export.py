@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import cure
 from cure.cli.demo import deploy
 from cure.data.images import ImageKind
-from cure.errors import CheckpointError, CureError, ModelError
+from cure.errors import CheckpointError, CureError, CureNote, ModelError
 from cure.exporters import export as module
 from cure.exporters.onnx import captured, onnx_model
 from cure.models.checkpoint import save_weights
@@ -300,6 +300,13 @@ def test_a_network_with_autocast_or_in_data_parallel(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"computes in bfloat16, as with torch\.autocast; remove"):
         cure.export(run, "onnx", tmp_path / "a", data=data)
     assert cure.export(run, "safetensors", tmp_path / "a", data=data).exists()
+    with pytest.warns(CureNote, match="do not run this file as PyTorch does: .*autocast is not"):
+        made = cure.export(run, "torch-export", tmp_path / "a", data=data)
+    with pytest.raises(ModelError, match="autocast is not run from a file"):
+        cure.from_pretrained(made)
+    with torch.no_grad():
+        logits = torch.export.load(made).module()(images(3))
+        torch.testing.assert_close(logits, run.model()(images(3)), atol=1e-4, rtol=1e-4)
     run = trained(nn.DataParallel(nn.Sequential(*layers)), "parallel")
     assert cure.export(run, "onnx", tmp_path / "b", data=data).exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from cure.config import OBJECT, checked
 from cure.data import ImageSet, to_unit
-from cure.errors import CheckpointError, ConfigError, CureError, ModelError, unknown
+from cure.errors import CheckpointError, ConfigError, CureError, CureNote, ModelError, unknown
 from cure.evaluation.calibration import fit_temperature
 from cure.evaluation.options import TargetKeywords
 from cure.evaluation.target import Target
@@ -27,6 +28,7 @@ from cure.models import describe, digest, save_weights
 from cure.models.artefact import WEIGHTS, from_pretrained
 from cure.models.contract import Contract, Measured, Normalisation, Preprocessing
 from cure.models.onnx_network import OnnxNetwork
+from cure.models.program_network import ProgramNetwork
 from cure.models.wrapper import constants_inside, core, tensors_of
 from cure.runs.folder import RunFolder
 from cure.runs.results import EvaluationRecord, Finding, Findings
@@ -418,6 +420,17 @@ def _write_program(source: _Source, scratch: Path, int8: bool, opset: int) -> Pa
     contract = source.checked(program.module())
     torch.export.save(program, made, extra_files=contract.metadata())
     source.checked(torch.export.load(made).module())
+    try:
+        read = ProgramNetwork(made)
+    except CureError as error:
+        reason = str(error).removeprefix(f"{made}: ")
+        warnings.warn(
+            f"evaluations and cure.from_pretrained do not run this file as PyTorch does: {reason}",
+            CureNote,
+            stacklevel=2,
+        )
+    else:
+        source.checked(read)
     return made
 
 

@@ -35,8 +35,11 @@ _ON_SIZES = {
         *("eq", "ne", "ge", "gt", "le", "lt", "getitem"),
     )
 }
-_WORDS = ("none", "tanh", "trunc", "floor", "constant", "reflect", "replicate", "circular", "mean")
-"""Texts that operators may be given; a file's name is none of them."""
+_WORDS = (
+    *("none", "tanh", "trunc", "floor", "constant", "reflect", "replicate", "circular", "mean"),
+    *("same", "valid", "ortho", "forward", "backward"),
+)
+"""Texts that operators may be given, beside the equation of ``einsum``; a file's name is none."""
 _TYPES = {
     1: torch.uint8,
     2: torch.int8,
@@ -259,7 +262,7 @@ class _Step:
             return [self._argument({"as_tensor": v} if "name" in v else v, path) for v in value]
         if kind in ("as_int", "as_float", "as_bool", "as_ints", "as_floats", "as_bools"):
             return value
-        if kind == "as_string" and value in _WORDS:
+        if kind == "as_string" and (value in _WORDS or self.call is torch.ops.aten.einsum.default):
             return value
         if kind == "as_none":
             return None
