@@ -13,7 +13,7 @@ from cure.attacks.registry import attack_label
 from cure.errors import ConfigError, ModelError
 from cure.methods import METHODS
 from cure.models import save_weights
-from cure.models.artefact import CONFIG, SECTION, WEIGHTS
+from cure.models.artefact import CONFIG, SECTION, TIMM_WEIGHTS, WEIGHTS
 from cure.models.contract import Contract
 from cure.models.wrapper import Selected, core
 from cure.utils.io import first_line, write_json, write_text
@@ -77,7 +77,7 @@ def _config(model: nn.Module, contract: Contract) -> dict[str, Any]:
         options = {
             key: value
             for key, value in contract.network["options"].items()
-            if key not in ("pretrained", "num_classes", "in_chans")
+            if key not in (*TIMM_WEIGHTS, "num_classes", "in_chans")
         }
         return {
             "architecture": name.removeprefix("timm:"),

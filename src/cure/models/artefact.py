@@ -23,6 +23,9 @@ from cure.utils.modes import in_evaluation
 CONFIG, WEIGHTS, SECTION = "config.json", "model.safetensors", "cure"
 """Files of a hub folder, and the key of the contract in the first."""
 
+TIMM_WEIGHTS = ("pretrained", "checkpoint_path")
+"""Options of timm that name the weights of a start, which an exported network has replaced."""
+
 WHOLE: dict[str, type[OnnxNetwork] | type[ProgramNetwork]] = {
     ".onnx": OnnxNetwork,
     ".pt2": ProgramNetwork,
@@ -149,7 +152,7 @@ def _built(path: Path, contract: Contract, network: nn.Module | None) -> nn.Modu
             # Its architecture is in config.json; a pickled file is never taken.
             name, options = f"hf:{path}", {"use_safetensors": True}
         elif name.startswith("timm:"):
-            options.pop("pretrained", None)
+            options = {key: value for key, value in options.items() if key not in TIMM_WEIGHTS}
         elif name not in MODELS:
             raise ModelError(
                 f"{path} holds weights of '{name}', which is code of its own and is not imported "
