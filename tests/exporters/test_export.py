@@ -427,6 +427,17 @@ def test_damage_is_said(run: cure.Run, tmp_path: Path) -> None:
         cure.from_pretrained(tmp_path / "nothing" / "at" / "all")
 
 
+def test_what_is_no_export_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(nn.Linear(2, 2).state_dict(), "weights.pth")
+    with pytest.raises(CheckpointError, match="was not written by cure export"):
+        cure.from_pretrained("weights.pth")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # the name of a file is not sent
+    for name in ("deploy/model.onnx", "deploy/model.pt2", "deploy/model.safetensors"):
+        with pytest.raises(CheckpointError, match=f"{name} does not exist"):
+            cure.from_pretrained(name)
+
+
 def test_the_weights_digest_is_that_of_the_run(run: cure.Run, folder: Path) -> None:
     name = run.path / "checkpoints" / "best.safetensors"
     with safetensors.safe_open(str(name), framework="pt") as file:

@@ -56,6 +56,8 @@ def contract_of(path: str | Path) -> Contract | None:
         with safe_open(str(path), framework="pt") as opened:
             return Contract.of_metadata(opened.metadata() or {}, path)
     except (SafetensorError, OSError) as error:
+        if path.suffix != ".safetensors" and path.is_file():
+            return None  # a file of another form
         raise CheckpointError(
             f"{path} is no whole safetensors file ({first_line(error)}); copy it again"
         ) from None
@@ -174,7 +176,7 @@ def _built(path: Path, contract: Contract, network: nn.Module | None) -> nn.Modu
 
 def _downloaded(name: str) -> Path:
     """The folder of a network on the hub, or where an earlier call put it."""
-    if not _HUB_NAME.fullmatch(name):
+    if not _HUB_NAME.fullmatch(name) or Path(name).suffix in (*WHOLE, ".safetensors"):
         raise CheckpointError(f"{name} does not exist; name a folder, a file, or owner/name")
     try:
         from huggingface_hub import snapshot_download
