@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import cure
 from cure.attacks import PGD
 from cure.data import load_split
-from cure.errors import ConfigError, ModelError
+from cure.errors import ConfigError, CureNote, ModelError
 from cure.exporters.onnx import captured, onnx_model
 from cure.models.contract import MARK
 from cure.runs.folder import RunFolder
@@ -51,6 +51,20 @@ def test_a_file_is_not_warned_of_for_having_no_gradients(folder: Path) -> None:
     names = {check["name"] for check in result["diagnosis"]["checks"]}
     assert "normalisation" in names
     assert not names & {"gradients", "gradient_direction"}
+
+
+def test_a_checkpoint_of_a_run_is_standardised_and_ordered_as_the_run(run: cure.Run) -> None:
+    """Its constants are in the settings of the run beside it, not in the file."""
+    ours = cure.evaluate(run, attacks="fgsm", limit=60)
+    file = run.path / "checkpoints" / "best.safetensors"
+    asked: Any = {"weights": file, "data": "digits", "attacks": "fgsm", "epsilon": 0.1, "limit": 60}
+    with pytest.warns(CureNote, match=r"mean 0\.3 and std 0\.35, which are taken over"):
+        named = cure.evaluate("small_cnn", **asked)
+    for found in (named, cure.evaluate("small_cnn", **asked, mean=[0.3], std=[0.35])):
+        assert found["natural"]["correct"] == ours["natural"]["correct"]
+        assert found["attacks"]["fgsm"]["correct"] == ours["attacks"]["fgsm"]["correct"]
+    with pytest.warns(CureNote, match=r"mean 0\.3 and std 0\.35, this evaluation with others"):
+        cure.evaluate("small_cnn", **asked, mean=[0.0], std=[1.0])
 
 
 def test_corruptions_take_a_file(run: cure.Run, folder: Path) -> None:

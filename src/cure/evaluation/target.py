@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Unpack
@@ -30,20 +30,20 @@ from cure.models.artefact import (
     WEIGHTS,
     WHOLE,
     contract_of,
-    contract_of_weights,
     from_pretrained,
     is_artefact,
 )
 from cure.models.build import adapted_copy, network_of
 from cure.models.checks import check_network
 from cure.models.classes import in_order, own_classes
-from cure.models.contract import Contract, Normalisation
+from cure.models.contract import Contract
 from cure.models.onnx_network import OnnxNetwork
 from cure.models.trial import traits_of, with_traits
 from cure.models.wrapper import constants_inside
 from cure.recipe import explain
 from cure.runs.folder import RunFolder, epoch_of
 from cure.runs.run import Run
+from cure.training.start import Origin
 from cure.utils.modes import in_evaluation
 
 TargetLike = str | Path | Run | nn.Module
@@ -162,7 +162,7 @@ class Target:
                 "and std go with the name of a model"
             )
 
-        section = _model_config(path.name, how, None)
+        section = _model_config(path.name, how)
 
         def build(images: ImageSet) -> nn.Module:
             if contract is not None and images.kind != contract.kind:
@@ -368,11 +368,9 @@ def _file_digest(path: Path) -> str:
 
 def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSet], nn.Module]:
     """Builds a named network, or copies a module, and loads the weights."""
-    contract = None if how.weights is None else contract_of_weights(how.weights)
-    known = None if contract is None else contract.normalisation
-    if isinstance(given, nn.Module) and constants_inside(given) is not None:
-        known = None
-    section = _model_config(given if isinstance(given, str) else "given", how, known)
+    origin = None if how.weights is None else Origin.of(how.weights)
+    inside = constants_inside(given) if isinstance(given, nn.Module) else None
+    section = _model_config(given if isinstance(given, str) else "given", how, origin, inside)
     if isinstance(given, str) and given in MODELS and how.weights is None:
         raise ConfigError(f"{given} without weights is random: name its weights file (--weights)")
 
@@ -393,29 +391,46 @@ def _builder_of(given: nn.Module | str, how: TargetOptions) -> Callable[[ImageSe
             )
         if how.weights is not None:
             load_weights(model, how.weights, key=how.weights_key, setting="weights_key")
-        if contract is not None and own_classes(model) is None:
-            return in_order(model, images.classes, contract.classes)
+        if origin is not None and own_classes(model) is None:
+            return in_order(model, images.classes, origin.classes)
         return model
 
     return build
 
 
-def _model_config(name: str, how: TargetOptions, known: Normalisation | None) -> ModelConfig:
-    """The model section of a recipe that the options describe, with the constants that are known of
-    the weights where none are given."""
+def _model_config(
+    name: str,
+    how: TargetOptions,
+    origin: Origin | None = None,
+    inside: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> ModelConfig:
+    """The model section of a recipe that the options describe.
+
+    Args:
+        name: of the model.
+        how: the options.
+        origin: of its weights, whose constants are taken where none are given.
+        inside: constants that a network has inside.
+    """
     mean, std = how.mean, how.std
-    if mean is None and std is None and known is not None:
-        mean, std = known.mean, known.std
-        said = " and ".join(
+    if origin is not None and origin.mean is not None and origin.std is not None:
+        file = Path(str(how.weights)).name
+        theirs = " and ".join(
             f"{name} {','.join(f'{number:.6g}' for number in numbers)}"
-            for name, numbers in (("mean", mean), ("std", std))
+            for name, numbers in (("mean", origin.mean), ("std", origin.std))
         )
-        warnings.warn(
-            f"{Path(str(how.weights)).name} standardises images with {said}, which are taken over; "
-            "where the network does so itself, set mean to zeros and std to ones",
-            CureNote,
-            stacklevel=2,
-        )
+        used = (mean, std) if mean is not None and std is not None else inside
+        note = ""
+        if used is not None and not origin.standardises_with(*used):
+            note = f"{file} standardises images with {theirs}, this evaluation with others"
+        elif used is None and mean is None and std is None:
+            mean, std = origin.mean, origin.std
+            note = (
+                f"{file} standardises images with {theirs}, which are taken over; where the "
+                "network does so itself, set mean to zeros and std to ones"
+            )
+        if note:
+            warnings.warn(note, CureNote, stacklevel=2)
     try:
         return ModelConfig(
             name=name,
