@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_what_was_certified_and_tried_in_other_norms_is_said(tmp_path: Path) -> 
     assert {row[2] for row in rows if "formal methods" in row[1]} == {"no evidence"}
 
 
+def test_attacks_on_other_weights_or_images_do_not_count(tmp_path: Path) -> None:
+    """What the last checkpoint or other images withstood says nothing of the verdict's network."""
+    strong = {"autoattack": 20, "square": 30}
+    results = [
+        evaluation("other", attacks=strong, checkpoint="last", curve=[(0.1, 50)]),
+        evaluation("other", attacks=strong, data="another"),
+        evaluation("other", attacks={"pgd20": 60}),
+    ]
+    run = plant(tmp_path / "other", results=results)
+    made = write_evidence(run, calibration_images=0)
+    limits = section(made.page, "limits").text
+    for word in ("AutoAttack was not run", "No black-box attack", "Other radii were not measured"):
+        assert word in limits
+    assert "black box" not in section(made.page, "threat").text
+    rows = cells(section(made.page, "clauses").all("table")[0])
+    assert {row[2] for row in rows if "2.2.2 black-box" in row[1]} == {"no evidence"}
+    # All that was run stays listed.
+    assert "AutoAttack" in section(made.page, "attacks").text
+
+
 def test_an_estimate_of_autoattack_is_no_autoattack(tmp_path: Path) -> None:
     made = write_evidence(
         plant(tmp_path / "run", results=[evaluation("run", attacks={"screened-ordered": 40})]),
@@ -209,6 +230,19 @@ def test_an_altered_a_lost_and_an_oddly_named_file_are_found(tmp_path: Path) -> 
     done = checked(run)
     assert done.returncode == 1
     assert "status.json" in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(SUMS is None, reason="sha256sum is not installed")
+def test_a_file_whose_name_is_no_text_is_listed(tmp_path: Path) -> None:
+    run = plant(tmp_path / "named")
+    name = b"note-\xe9.txt"
+    try:
+        Path(os.fsdecode(bytes(run) + b"/" + name)).write_text("x")
+    except OSError:
+        pytest.skip("this system takes no such name")
+    made = write_evidence(run, calibration_images=0)
+    assert name in made.hashes.read_bytes()
+    assert checked(run).returncode == 0
 
 
 @pytest.mark.skipif(KEYS is None, reason="ssh-keygen is not installed")

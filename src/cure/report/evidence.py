@@ -18,6 +18,8 @@ from cure.attacks.registry import attack_label, is_reference
 from cure.errors import ConfigError, CureError
 from cure.evaluation.calibration import Reliability, calibration_under_attack
 from cure.evaluation.target import Target, describe_images
+from cure.experiments.compare.rows import TableRow
+from cure.experiments.compare.sources import no_place
 from cure.report.accuracies import change, checks_of, measure, verdict
 from cure.report.components import (
     DASH,
@@ -38,7 +40,7 @@ from cure.runs.folder import path_of
 from cure.runs.results import UnseenThreat
 from cure.runs.run import Run
 from cure.utils.engine import Engine
-from cure.utils.io import first_line, user_path, write_bytes, write_text
+from cure.utils.io import first_line, user_path, write_bytes
 from cure.utils.modes import in_evaluation
 from cure.utils.plotting import Chart, Panel, Series
 
@@ -126,7 +128,8 @@ def write_evidence(
     html = _page(inputs, measured, sign is not None, title)
     pdf, notes = _printed(html)
     own = {PAGE: html.encode("utf-8")} | ({PDF: pdf} if pdf is not None else {})
-    sums = _sums(folder, own)
+    # Names of files may be no text.
+    sums = _sums(folder, own).encode("utf-8", "surrogateescape")
     signature = None if sign is None else _signed(sums, user_path(sign))
     if signature is None:
         notes.append(f"{HASHES} is unsigned: name a private SSH key with --sign to sign it")
@@ -135,7 +138,7 @@ def write_evidence(
             (folder / name).unlink(missing_ok=True)
         for name, content in own.items():
             write_bytes(folder / name, content)
-        write_text(folder / HASHES, sums)
+        write_bytes(folder / HASHES, sums)
         if signature is not None:
             write_bytes(folder / SIGNATURE, signature)
     except OSError as error:
@@ -183,13 +186,13 @@ def _sum_line(digest: str, name: str) -> str:
     return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
 
 
-def _signed(sums: str, key: Path) -> bytes:
+def _signed(sums: bytes, key: Path) -> bytes:
     program = shutil.which("ssh-keygen")
     if program is None:
         raise ConfigError("ssh-keygen is not installed, which signs; install OpenSSH")
     done = subprocess.run(
         [program, "-Y", "sign", "-n", NAMESPACE, "-f", str(key)],
-        input=sums.encode("utf-8", "surrogateescape"),
+        input=sums,
         capture_output=True,
         check=False,
     )
@@ -307,6 +310,7 @@ def _page(
     measured = measure(inputs.entries)
     kept = {section.name: section for section in page_sections(inputs, measured)}
     where, row = entry.typed, measured.row.get(entry.name)
+    tested = _tested(entry, row)
     checks, diagnosed = checks_of(entry, row)
     diagnosis: list[Block] = [
         Grid(
@@ -331,7 +335,7 @@ def _page(
             "threat",
             "Threat",
             "What an attacker was allowed to do. Nothing on this page holds for other attackers.",
-            [Words([threat, *_knowledge(entry)])]
+            [Words([threat, *_knowledge(tested)])]
             if threat
             else [Missing("Not measured: no evaluation is kept.", [f"cure evaluate {where}"])],
         ),
@@ -363,7 +367,7 @@ def _page(
             "limits",
             "Limits",
             "What was not tested, read from what the records lack, and what no test here covers.",
-            [Words(_limits(entry, calibration, checks, diagnosed))],
+            [Words(_limits(tested, calibration, checks, diagnosed))],
         ),
         Section(
             "reproduce",
@@ -382,7 +386,7 @@ def _page(
             "Clauses that this is evidence towards",
             "Where a reviewer may use a section. Evidence towards a clause is not compliance with "
             "it: that is judged of a whole system and its use, by people.",
-            _clauses(entry, calibration, bool(checks)),
+            _clauses(tested, calibration, bool(checks)),
         ),
     ]
     # No green on a page that others may take for a certificate.
@@ -396,6 +400,24 @@ def _page(
         verdicts=[replace(said, numbers=numbers)],
         kind=f"{GENERATOR} --evidence",
         meaning=_MEANING,
+    )
+
+
+def _tested(entry: Entry, row: TableRow | None) -> Entry:
+    """The network of the verdict: without results of other weights or other images."""
+    if row is None:
+        return entry
+    own = (row["data"], row["split"])
+    return replace(
+        entry,
+        evaluations=[
+            result
+            for result in entry.source.of(row["checkpoint"])
+            if (no_place(result.data.name), result.data.split) == own
+        ],
+        corruptions=[
+            result for result in entry.corruptions if result.model.checkpoint == row["checkpoint"]
+        ],
     )
 
 
