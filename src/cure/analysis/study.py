@@ -15,7 +15,8 @@ from cure.analysis.render import View
 from cure.attacks import Threat
 from cure.config import MEMORY
 from cure.data import ImageSet
-from cure.data.sources import DECIDE_SPLITS, same_source, seen_before
+from cure.data.opening import same_source
+from cure.data.sources import differing_splits, seen_before
 from cure.errors import ConfigError, CureNote
 from cure.evaluation.options import TargetOptions, check_options
 from cure.evaluation.runner import Progress, Result, no_progress
@@ -252,11 +253,7 @@ def _knows(target: Target, first: Target, images: ImageSet) -> str | None:
     count = tested if split == "test" else validated
     if not count:
         return None
-    same = " ".join(
-        f"data.{name}={'null' if value is None else value}"
-        for name in DECIDE_SPLITS
-        if (value := getattr(ours, name)) != getattr(theirs, name)
-    )
+    same = differing_splits(ours, theirs)
     what = "trained or validated" if split == "test" else "trained"
     return (
         f"{folder.path} was {what} on {count:,} {of}, so its accuracies on them are too high; "

@@ -234,6 +234,15 @@ def seen_before(config: DataConfig, earlier: DataConfig) -> tuple[int, int]:
     return len(now["test"] & known), len(now["validation"] & before["train"])
 
 
+def differing_splits(wanted: DataConfig, other: DataConfig) -> str:
+    """The settings that decide the splits of ``wanted`` where ``other`` has others, as words."""
+    return " ".join(
+        f"data.{name}={'null' if value is None else value}"
+        for name in DECIDE_SPLITS
+        if (value := getattr(wanted, name)) != getattr(other, name)
+    )
+
+
 def _places(config: DataConfig) -> dict[str, set[tuple[str | None, int]]]:
     """The name of the source's split and the row of every image, by what it is used for."""
     opened = _Opened.of(config)

@@ -14,7 +14,7 @@ from torch import nn
 from cure.config import RunConfig
 from cure.data import ImageKind, ImageSet
 from cure.data.opening import same_source
-from cure.data.sources import DECIDE_SPLITS, carves_test, seen_before
+from cure.data.sources import carves_test, differing_splits, seen_before
 from cure.errors import CureNote, DataError, ModelError, some
 from cure.models.artefact import contract_of_weights
 from cure.models.classes import own_classes, places_of
@@ -91,11 +91,7 @@ def check_unseen(config: RunConfig, training: ImageSet) -> None:
         return
     earlier = folder.config.data
     tested, validated = seen_before(config.data, earlier)
-    theirs = " ".join(
-        f"data.{name}={'null' if value is None else value}"
-        for name in DECIDE_SPLITS
-        if (value := getattr(earlier, name)) != getattr(config.data, name)
-    )
+    theirs = differing_splits(earlier, config.data)
     if tested:
         raise DataError(
             f"start: {folder.path} was trained or validated on {tested:,} of the test images of "
