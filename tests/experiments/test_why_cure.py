@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from cure.data import load
+from cure.errors import DataError
 from cure.evaluation.metrics import pack
 from cure.experiments.plan import entries
 from cure.runs.results import RunRecord
@@ -92,10 +96,40 @@ def test_differences_by_hand() -> None:
     assert natural["images"][1] - natural["images"][0] < 8
 
 
+LENGTH = {"epochs": 150, "validate_every": 5}
+
+
+def test_overfitting_on_photographs_uses_the_first_of_each_class(tmp_path: Path) -> None:
+    for number in range(2 * 124):
+        place = tmp_path / "photos" / "train" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        shade = number // 2  # the place of the photo in its class
+        Image.new("RGB", (40, 40), (shade, shade, shade)).save(place / f"{shade:03}.png")
+    shutil.copytree(tmp_path / "photos" / "train", tmp_path / "photos" / "test")
+    module = script("robust_overfitting")
+    given = {"photos": str(tmp_path / "photos"), "folder": tmp_path, "methods": None} | LENGTH
+    made = {
+        entry.label: entry.config
+        for entry in entries(module.plan_of(options(images=6, validation=4, **given)))
+    }
+    assert made.keys() == {"natural", *module.METHODS}
+    written = made["cure"].data
+    for split, shades in (("train", range(5)), ("test", range(120, 124))):
+        found = load(written.model_copy(update={"limit": None, "resize": None}), split)
+        assert sorted(found.image[:, 0, 0, 0].tolist()) == sorted([*shades, *shades])
+    radii = {name: config.attack.epsilon_factor for name, config in made.items()}
+    assert radii["at"] == radii["trades"] == radii["at-averaged"] == 1 < radii["cure"]
+    averaged = {name for name, config in made.items() if config.training.averaging is not None}
+    assert averaged == {"at-averaged"}
+    assert made["trades"].method.beta == 3
+    with pytest.raises(DataError, match="a multiple of the 2 classes in all, got 9"):
+        module.plan_of(options(images=5, validation=4, **given))
+
+
 def test_every_method_of_the_overfitting_benchmark_is_a_run() -> None:
     module = script("robust_overfitting")
     plan = module.plan_of(
-        options(methods=None, images=2000, validation=1000, epochs=150, validate_every=5)
+        options(methods=None, photos=None, images=2000, validation=1000, **LENGTH)
     )
     made = entries(plan)
     assert {entry.label for entry in made} == {"natural", *module.METHODS}
