@@ -13,17 +13,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 import cure
 from cure.data import ImageSet, extra, load, load_split
 from cure.data.extra import ExtraAccount, Leaks, load_extra
 from cure.data.leaks import Resembling
-from cure.errors import CureError
+from cure.errors import CureError, ModelError
 from cure.recipe import load_recipe
 from cure.runs.folder import RunFolder
 from cure.runs.state import load_state
 from cure.training import trainer
+from cure.training.extra import predict
 from cure.training.setup import prepare
+from cure.utils.engine import Engine
 from helpers import Command, refused
 
 QUICK: dict[str, Any] = {
@@ -313,3 +316,19 @@ def test_an_unlabelled_image_needs_a_teacher(brightness: ImageSet) -> None:
     np.savez("extra.npz", image=image)
     with pytest.raises(CureError, match=r"got none for 96; name a trained run"):
         cure.train("digits", {**QUICK, "data.extra": "extra.npz"}, data=brightness, quiet=True)
+
+
+class Fails(nn.Module):
+    """Names the second class; dark images give what is not a number."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits = torch.tensor([0.0, 1.0]).repeat(len(image), 1)
+        return logits.masked_fill(image.mean(dim=(1, 2, 3))[:, None] < 0.5, torch.nan)
+
+
+def test_a_labeller_without_an_answer_names_no_class(brightness: ImageSet) -> None:
+    images, engine = brightness.subset(slice(0, 20)), Engine(torch.device("cpu"))
+    dark = int((images.image.float().mean(dim=(1, 2, 3)) < 127.5).sum())
+    assert 0 < dark < 20
+    with pytest.raises(ModelError, match=rf"^data.extra_labels: .* got none for {dark} of 20;"):
+        predict(Fails(), images, 8, engine)

@@ -30,6 +30,7 @@ from cure.data.leaks import Describe
 from cure.data.loader import extra_images
 from cure.data.readers import UNLABELLED
 from cure.errors import CheckpointError, ConfigError, DataError, ModelError
+from cure.models.checks import predicted
 from cure.models.features import Features
 from cure.runs.folder import RunFolder
 from cure.runs.state import load_state, save_state
@@ -168,8 +169,8 @@ def _choose(
     chosen = raw.subset(kept)
     unlabelled = chosen.subset((chosen.label == UNLABELLED).nonzero().squeeze(1))
     if labeller is not None and len(unlabelled):
-        predicted = predict(labeller, unlabelled, config.evaluation.batch_size, engine)
-        chosen = with_labels(chosen, predicted)
+        named = predict(labeller, unlabelled, config.evaluation.batch_size, engine)
+        chosen = with_labels(chosen, named)
     counts = torch.bincount(chosen.label, minlength=len(raw.classes)).tolist()
     account = ExtraAccount(
         name=raw.name,
@@ -242,10 +243,20 @@ def predict(network: nn.Module, images: ImageSet, batch_size: int, engine: Engin
         images: anywhere.
         batch_size: images at once.
         engine: where it is computed.
+
+    Raises:
+        ModelError: when it names none, as its logits are no numbers.
     """
     with evaluating(engine.place(network)) as placed:
-        found = [
-            placed(engine.arrange(batch.image.to(engine.device))).argmax(1).cpu()
-            for batch in batches(images, batch_size)
-        ]
-    return torch.cat(found)
+        found = torch.cat(
+            [
+                predicted(placed(engine.arrange(batch.image.to(engine.device)))).cpu()
+                for batch in batches(images, batch_size)
+            ]
+        )
+    if failed := int((found < 0).sum()):
+        raise ModelError(
+            f"data.extra_labels: expected a class for each extra image, got none for {failed:,} of "
+            f"{len(found):,}; name a network whose logits are numbers"
+        )
+    return found
