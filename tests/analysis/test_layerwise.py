@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import cure
+from cure.analysis import layerwise as study_module
 from cure.analysis.layerwise import layerwise, view
 from cure.errors import ConfigError
 from cure.experiments.executors import Job
@@ -230,6 +231,8 @@ def test_how_it_is_told():
     [
         ({"sets": ["5"]}, "blocks of this network as digits"),
         ({"sets": ["11"]}, "got '11'"),
+        ({"sets": []}, "sets: expected one or more"),
+        ({"variants": []}, "variants: expected one or more"),
         ({"variants": ["fresh"]}, "reinitialised or kept"),
         ({"stem": "fresh"}, "stem: expected one of frozen, updated; got 'fresh'"),
         ({"limit": "10"}, "limit: expected a whole number"),
@@ -264,6 +267,24 @@ def test_the_command(command: Command, study):
     assert "Robust accuracy (pgd2" in ended.out
     network = cure.Run(folder / "training" / "U-1-reinitialised-seed0").model("last")
     assert "B4" in blocks(network)
+
+
+def test_the_start_is_shown_with_the_weights_that_the_others_began_with(study, monkeypatch):
+    """Its best ones; planted: others at its end, of 1 % natural accuracy."""
+    folder, result = study
+    measured = study_module._evaluations
+
+    def forgetful(label: str, record: Any, plan: Any) -> Any:
+        best, last = measured(label, record, plan)
+        if label == "natural":
+            worse = last.natural.model_copy(update={"accuracy": 1.0})
+            last = last.model_copy(update={"natural": worse})
+        return best, last
+
+    monkeypatch.setattr(study_module, "_evaluations", forgetful)
+    asked = {"output": folder, "sets": ["1", "34", "all"], "variants": ["reinitialised"]}
+    again = layerwise("digits", TINY, attack="pgd2", limit=40, executor=Here(), **asked)
+    assert again["rows"] == result["rows"]
 
 
 def test_each_call_shows_the_attack_and_images_that_it_asks_for(study):

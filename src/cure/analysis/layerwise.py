@@ -90,8 +90,9 @@ def compute(arguments: Sequence[str], options: LayerwiseOptions, progress: Progr
 
     Returns:
         ``rows``: for every run its set, variant, natural and robust accuracy on test images with
-        interval, robust accuracy on the last epoch's training batches and on validation images
-        (their difference is how far it overfits), and share of weights that learnt.
+        interval, at its end (of the start with its best weights, as the others begin), robust
+        accuracy on the last epoch's training batches and on validation images (their difference is
+        how far it overfits), and share of weights that learnt.
 
     Raises:
         CureError: for every mistake a user can correct, and when runs fail; the others are kept.
@@ -100,6 +101,9 @@ def compute(arguments: Sequence[str], options: LayerwiseOptions, progress: Progr
     config = load_recipe(recipe, settings)
     parts = _parts(config)
     wanted = _sets(options.sets, parts)
+    for name, given in (("sets", wanted), ("variants", options.variants)):
+        if not given:
+            raise ConfigError(f"{name}: expected one or more, got none; leave it out for the usual")
     for variant in options.variants:
         if variant not in VARIANTS:
             raise ConfigError(f"variants: expected reinitialised or kept, got '{variant}'")
@@ -188,6 +192,8 @@ def _result(
     rows = []
     for label, record in records.items():
         best, last = measured[label]
+        # The others begin with its best weights.
+        shown = best if label == "natural" else last
         final = record.metrics[-1]
         assert final.validation is not None, "the last epoch is always validated"
         name, _, variant = label.removeprefix("U-").partition("-")
@@ -196,8 +202,8 @@ def _result(
                 "label": label,
                 "set": None if label == "natural" else name,
                 "variant": variant or None,
-                "natural": _cell(last.natural),
-                "robust": _cell(last.attacks[attack]),
+                "natural": _cell(shown.natural),
+                "robust": _cell(shown.attacks[attack]),
                 "best_robust": _cell(best.attacks[attack]),
                 "best_epoch": record.best_epoch,
                 # On batches as they are trained on: augmented, by the training attack.
