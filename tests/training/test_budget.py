@@ -232,7 +232,22 @@ def test_settings_that_hide_something_are_told() -> None:
     (line,) = told("attack.steps=2", "attack.step_size=0.01")
     assert "a weak attack: attack.step_size=" in line
     (line,) = told("start=natural", "training.minutes=3")
-    assert "besides the budget" in line
+    assert line == "the natural start is trained besides the budget of training.minutes"
+    (line,) = told("start=robust:PATH", "training.minutes=3")
+    assert line == "the new head is trained besides the budget of training.minutes"
+    assert told("start=robust:PATH", "head.share=0", "training.minutes=3") == []
+    (line,) = told("start=scratch", "method=hat", "training.minutes=3")
+    assert line == "the natural teacher is trained besides the budget of training.minutes"
+    words = ("start=natural", "method={name: ard, teacher: {recipe: digits}}")
+    (line,) = told(*words, "training.minutes=3")
+    assert line == (
+        "the natural start and the teacher are trained besides the budget of training.minutes"
+    )
+    assert told("method=st-at") == told("attack.objective=cross_entropy") == []
+    (line,) = told("method=st-at", "attack.objective=cross_entropy")
+    assert line.startswith("attack.objective=cross_entropy does nothing with st-at")
+    (line,) = told("attack.steps=1", "attack.step_size=0.15", "attack.check_every=5")
+    assert line.startswith("attack.check_every does nothing with attack.name=pgd")
 
 
 def test_the_natural_start_decides_about_cutmix_by_its_own_length(tmp_path: Path) -> None:

@@ -116,6 +116,9 @@ class Method(nn.Module, Generic[Attacked]):
     needs_pgd: ClassVar[bool] = False
     """Whether it changes the steps of PGD, so that a single-step attack does not fit."""
 
+    takes_objective: ClassVar[bool] = True
+    """Whether ``attack.objective`` may replace what its attack climbs."""
+
     splits: ClassVar[bool] = True
     """Whether a batch may come in parts (``training.accumulation_steps``)."""
     graphs: ClassVar[int] = 2

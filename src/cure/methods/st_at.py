@@ -180,6 +180,7 @@ class STAT(Method[StAtBatch]):
 
     Config = StAtConfig
     needs_pgd = True
+    takes_objective = False
     tradeoff = (Tradeoff("beta", (1.0, 3.0, 6.0, 10.0), "robust"),)
     graphs = 3
 

@@ -10,7 +10,7 @@ from itertools import cycle
 
 import torch
 
-from cure.config import RunConfig
+from cure.config import NATURAL, ROBUST, RunConfig
 from cure.data import Batch, steps_per_epoch
 from cure.errors import ConfigError
 from cure.methods.wrappers.averaging import recompute_statistics
@@ -67,9 +67,36 @@ def _beside(config: RunConfig) -> list[str]:
             f"{config.attack.steps} attack steps of {config.attack.step_size} go {reach:.3g} of "
             f"the radius {radius:.4g}, so training sees a weak attack: {across} crosses it"
         )
-    if config.training.minutes is not None and config.starts_naturally:
-        told.append("the natural start is trained besides the budget of training.minutes")
+    if not METHODS[config.method.name].takes_objective and config.attack.objective != "method":
+        told.append(
+            f"attack.objective={config.attack.objective} does nothing with {config.method.name}, "
+            "whose attack has an objective of its own: leave it out"
+        )
+    if config.attack.check_every and config.attack.name == "pgd" and config.attack.steps == 1:
+        told.append(
+            "attack.check_every does nothing with attack.name=pgd, although one step of it can "
+            "overfit catastrophically: set attack.name=n-fgsm, or attack.steps=2"
+        )
+    if config.training.minutes is not None and (besides := _besides(config)):
+        told.append(f"{besides} trained besides the budget of training.minutes")
     return told
+
+
+def _besides(config: RunConfig) -> str:
+    """What is trained before the first step of a run, with its verb."""
+    teachers = config.method.teachers().values()
+    found = []
+    if config.starts_naturally:
+        found.append("the natural start")
+    elif any(teacher.path == NATURAL for teacher in teachers):
+        found.append("the natural teacher")
+    if config.start.startswith(ROBUST) and config.head.share:
+        found.append("the new head")
+    trained = sum(teacher.recipe is not None for teacher in teachers)
+    if trained:
+        found.append("the teacher" if trained == 1 else "the teachers")
+    verb = "is" if len(found) == 1 and trained < 2 else "are"
+    return f"{' and '.join(found)} {verb}" if found else ""
 
 
 def reach_steps(config: RunConfig, steps: int) -> tuple[RunConfig, list[str]]:
