@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import cure
+from cure.analysis import gradients as study_module
 from cure.analysis.gradients import by_chance, frequencies, gradients, overlap
 from cure.analysis.study import STUDIES
 from cure.errors import CheckpointError, ConfigError
@@ -304,6 +305,16 @@ def test_a_warm_up_has_no_mask_until_it_ends(tmp_path: Path) -> None:
     assert "run$1$" in view.finding
     assert not any("threshold moves first" in head for head in view.tables[1].header)
     assert ">run$1$" in (tmp_path / "found-sizes.svg").read_text()
+
+
+def test_weights_all_move_in_the_steps_of_a_phase_that_have_no_mask() -> None:
+    """Two tensors of 4 and 2 weights: a step of the warm-up, and one that holds 3 of the first."""
+    sizes: dict[str, Any] = {"before": [1.0, 1.0], "after": [1.0, 1.0], "above": {}}
+    held = {"mask": [3, None], "conserved": {"layer": [3, None], "global": [1, None]}}
+    phase = study_module._phase([{"step": 0} | sizes, {"step": 2} | sizes | held], [4, 2])
+    # Of twice four weights three are held.
+    assert phase["moved"] == [62.5, 100.0]
+    assert (phase["layer"], phase["global"]) == ([25.0, None], [75.0, None])
 
 
 def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, command: Command) -> None:

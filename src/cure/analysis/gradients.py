@@ -253,7 +253,8 @@ def _phase(lines: Sequence[Result], sizes: Sequence[int]) -> Result:
     }
     masked = [line for line in lines if "mask" in line]
     if masked:
-        moved = free([line["mask"] for line in masked])
+        # Before a warm-up ends nothing is held.
+        moved = free([line.get("mask", [0] * len(sizes)) for line in lines])
         body["moved"] = [100.0 if share is None else share for share in moved]
         for scope in ("layer", "global"):
             body[scope] = free([line["conserved"][scope] for line in masked])
