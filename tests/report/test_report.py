@@ -271,6 +271,16 @@ def test_the_verdict_is_of_the_attack_that_left_fewest(tmp_path: Path) -> None:
     assert "--attacks autoattack" in said
 
 
+def test_the_verdict_is_of_the_run_s_own_images(tmp_path: Path) -> None:
+    other = evaluation("run", 380, {"pgd20": 360}, count=400, data="easier")
+    other["data"]["own"] = False
+    results = [evaluation("run", attacks={"pgd20": 60}), other]
+    run = plant(tmp_path / "run", results=results)
+    said = section(read(write_report(run)), "verdict").text
+    assert "75.0 %" in said
+    assert "95.0 %" not in said
+
+
 def test_what_was_trained(tree: Element) -> None:
     card = tree.one("details", id="trained-1")
     for words in ("cure", "digits, 2 classes", "3 of ", "3 minutes in all, 60 seconds an epoch"):

@@ -176,16 +176,17 @@ def _rank(sources: Sequence[Source], rows: Sequence[TableRow]) -> Callable[[Imag
     """Preference of one kind of images over another.
 
     Those that all were evaluated on, then test images, then the threat that the runs were trained
-    for, then the most images, then the latest.
+    for, then images that the runs themselves name, then the most images, then the latest.
     """
-    evaluated: list[dict[Images, tuple[int, str]]] = []
+    evaluated: list[dict[Images, tuple[bool, int, str]]] = []
     for source in sources:
-        best: dict[Images, tuple[int, str]] = {}
+        best: dict[Images, tuple[bool, int, str]] = {}
         for result in source.of(source.checkpoint):
-            latest, images = (result.natural.n, result.time), images_of(result)
+            own, images = result.data.own is not False, images_of(result)
+            latest = (own, result.natural.n, result.time)
             best[images] = max(best.get(images, latest), latest)
         evaluated.append(best)
-    evaluated += [{tuple(row[name] for name in IMAGES): (row["n"], "")} for row in rows]
+    evaluated += [{tuple(row[name] for name in IMAGES): (True, row["n"], "")} for row in rows]
     trained = [_threat(source.config) for source in sources if source.config is not None]
 
     def rank(images: Images) -> Any:
