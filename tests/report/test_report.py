@@ -281,6 +281,24 @@ def test_the_verdict_is_of_the_run_s_own_images(tmp_path: Path) -> None:
     assert "95.0 %" not in said
 
 
+def test_curves_of_two_checkpoints_are_two_figures(tmp_path: Path) -> None:
+    """The newest had taken the place of the others, whatever it was of."""
+    results = [
+        evaluation("run", curve=[(0.2, 20)]),
+        evaluation("run", curve=[(0.2, 40)], data="elsewhere"),
+        evaluation("run", curve=[(0.2, 60)], checkpoint="last"),
+    ]
+    shown = section(read(write_report(plant(tmp_path / "run", results=results))), "epsilon")
+    assert len(shown.all("figure")) == 3
+    for words in (
+        "10.0 % correct at the largest change",
+        "(digits, test images of the best checkpoint, n = 200)",
+        "(elsewhere, test images of the best checkpoint, n = 200)",
+        "(digits, test images of the last checkpoint, n = 200)",
+    ):
+        assert words in shown.text
+
+
 def test_what_was_trained(tree: Element) -> None:
     card = tree.one("details", id="trained-1")
     for words in ("cure", "digits, 2 classes", "3 of ", "3 minutes in all, 60 seconds an epoch"):

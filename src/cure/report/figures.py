@@ -11,13 +11,14 @@ from cure.analysis.render import accuracy_series
 from cure.attacks.registry import attack_label
 from cure.errors import counted
 from cure.experiments.compare.rows import TableRow
+from cure.experiments.compare.sources import no_place
 from cure.experiments.tradeoff import chart as tradeoff_chart
 from cure.methods import METHODS
 from cure.report.accuracies import measured_attacks
 from cure.report.components import Cell, Figure, Grid, accuracy_cell, percent, share_cell, written
 from cure.report.loader import Entry
 from cure.runs.records import EpochMetrics, TradeoffPoint, TradeoffRecord
-from cure.runs.results import EvaluationRecord, Share
+from cure.runs.results import EvaluationRecord, ResultRecord, Share
 from cure.utils.plotting import Chart, Panel, Series
 
 PAPER = Path(__file__).with_name("paper.json")
@@ -309,16 +310,16 @@ def _natural(entry: Entry) -> bool:
 
 
 def over_epsilon(entries: Sequence[Entry], place: Place) -> tuple[list[Figure], list[str]]:
-    """Accuracy over the size of the change, a figure for each attack, norm and split."""
+    """Accuracy over the size of the change: a figure an attack, norm, checkpoint and images."""
     found: dict[tuple[str, str, str], dict[str, EvaluationRecord]] = {}
     for entry in entries:
         for result in entry.evaluations:
             if result.curve is not None:
-                key = (result.curve.attack, result.threat.norm, result.data.split)
+                key = (result.curve.attack, result.threat.norm, _images(result))
                 # Results come oldest first, and the newest one stands.
                 found.setdefault(key, {})[entry.name] = result
     figures, said = [], []
-    for serial, ((attack, norm, split), results) in enumerate(found.items()):
+    for serial, ((attack, norm, images), results) in enumerate(found.items()):
         scale, unit = (255.0, "/255") if norm == "Linf" else (1.0, "")
         curves: dict[str, Curve] = {}
         series = []
@@ -338,13 +339,13 @@ def over_epsilon(entries: Sequence[Entry], place: Place) -> tuple[list[Figure], 
                     if zero is None
                     else f"no image correct from ε = {zero:.3g}{unit} on"
                 )
-                + f" ({split} images, n = {result.natural.n:,})."
+                + f" ({images}, n = {result.natural.n:,})."
             )
         at = scale * next(reversed(results.values())).threat.epsilon
         figures.append(
             _curves(
                 f"epsilon-{serial}",
-                f"Accuracy under {attack_label(attack)}, {norm}",
+                f"Accuracy under {attack_label(attack)}, {norm},\n{images}",
                 curves,
                 series,
                 place,
@@ -354,6 +355,13 @@ def over_epsilon(entries: Sequence[Entry], place: Place) -> tuple[list[Figure], 
             )
         )
     return figures, said
+
+
+def _images(result: ResultRecord) -> str:
+    """What a result is of: ``digits, test images of the best checkpoint``."""
+    said = f"{no_place(result.data.name)}, {result.data.split} images"
+    checkpoint = result.model.checkpoint
+    return said if checkpoint is None else f"{said} of the {checkpoint} checkpoint"
 
 
 def _plain(part: Share) -> dict[str, Any]:
@@ -390,7 +398,7 @@ def corrupted(entries: Sequence[Entry], place: Place) -> tuple[list[Figure], lis
             f"{name}: "
             + (f"on average {percent(mean.accuracy)}; " if mean else "")
             + f"worst is {worst[0].replace('_', ' ')} with {percent(worst[1].accuracy)} "
-            f"({result.data.name}, n = {result.data.n or 0:,} images, severities "
+            f"({_images(result)}, n = {result.data.n or 0:,}, severities "
             f"{', '.join(map(str, result.settings.severities))})."
         )
     panel = Panel(
