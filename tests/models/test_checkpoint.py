@@ -656,6 +656,17 @@ def test_tied_weights_that_are_written_once_are_read(tmp_path: Path) -> None:
     assert same(other.state_dict(), model.state_dict())
 
 
+def test_different_weights_for_one_tensor_are_refused(tmp_path: Path) -> None:
+    """The last of them had been taken for both without a word."""
+    free, path = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)}), tmp_path
+    torch.save(free.state_dict(), path / "free.pt")
+    model = Tied()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"'first\.weight' and 'second\.weight'.* are one"):
+        load_weights(model, path / "free.pt")
+    assert same(model.state_dict(), before)
+
+
 class Counting(nn.Module):
     """Keeps something in its state that is no tensor."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cure.errors import CheckpointError, CureNote, ModelError
-from cure.models.fitting import Fit, choose, constants, fits
+from cure.models.fitting import Fit, choose, constants, fits, storage_of
 from cure.models.head import draw_head, head_name
 from cure.models.trial import copy_network
 from cure.models.weight_files import digest, read_file
@@ -116,6 +116,14 @@ def load_weights(
             f"{path} holds weights that are not finite ({_listed('in all', broken)}); training "
             "had probably diverged before it was written"
         )
+    held: dict[tuple[object, ...], str] = {}
+    for name, value in ready.items():
+        first = held.setdefault(storage_of(target[name]), name)
+        if value.numel() and not torch.equal(value, ready[first]):
+            raise CheckpointError(
+                f"{path} holds different weights for '{first}' and '{name}', which are one tensor "
+                "of the network; build the network without sharing it"
+            )
     others = [name for name in fit.extra if not constants({name: fit.extra[name]})]
     if others:
         warnings.warn(

@@ -83,11 +83,11 @@ def _fit(
     weights = {name: tensors[there] for name, there in names.items() if there in tensors}
     used = set(names.values())
     # safetensors.torch.save_model writes tied weights once.
-    held = {_storage(target[name]): value for name, value in weights.items()}
+    held = {storage_of(target[name]): value for name, value in weights.items()}
     weights |= {
-        name: held[_storage(tensor)]
+        name: held[storage_of(tensor)]
         for name, tensor in target.items()
-        if name not in weights and tensor.numel() and _storage(tensor) in held
+        if name not in weights and tensor.numel() and storage_of(tensor) in held
     }
     return Fit(
         ".".join(filter(None, [place, prefix.rstrip(".")])),
@@ -103,7 +103,7 @@ def _fit(
     )
 
 
-def _storage(tensor: Tensor) -> tuple[object, ...]:
+def storage_of(tensor: Tensor) -> tuple[object, ...]:
     """The same for names of one tensor of the network."""
     place = id(tensor) if tensor.is_meta else tensor.data_ptr()
     return place, tensor.shape, tensor.stride()
