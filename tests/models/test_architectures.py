@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,9 @@ def test_too_small_images_and_wrong_constants_are_told() -> None:
         Normalised(nn.Identity(), (0.5,), (0.0,))
     with pytest.raises(ConfigError, match=r"with one number a channel each.*got mean 0\.5"):
         Normalised(nn.Identity(), 0.5, 0.2)  # type: ignore[arg-type]
+    for mean, std in ((["grey"], [1.0]), ("0.5", "0.2"), ([math.inf], [1.0]), ([], [])):
+        with pytest.raises(ConfigError, match="with one number a channel each"):
+            Normalised(nn.Identity(), mean, std)  # type: ignore[arg-type]
     assert Normalised(nn.Identity(), torch.ones(3), np.ones(3)).std.dtype == torch.float32
 
 

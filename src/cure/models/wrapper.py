@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -40,7 +41,8 @@ class Normalised(Wrapper):
         std: one positive number a channel.
 
     Raises:
-        ConfigError: when the two differ in length, or a standard deviation is not positive.
+        ConfigError: when the two differ in length or are no numbers, or a standard deviation is
+            not positive.
     """
 
     mean: Tensor
@@ -50,8 +52,9 @@ class Normalised(Wrapper):
         super().__init__(network)
         try:
             numbers = [[float(value) for value in given] for given in (mean, std)]
-            valid = len(mean) == len(std) and all(value > 0 for value in numbers[1])
-        except TypeError:
+            finite = all(math.isfinite(value) for value in (*numbers[0], *numbers[1]))
+            valid = len(mean) == len(std) > 0 and finite and min(numbers[1]) > 0
+        except (TypeError, ValueError):
             valid = False
         if not valid:
             raise ConfigError(
