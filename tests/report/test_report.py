@@ -575,6 +575,16 @@ def test_a_page_that_would_be_too_large_says_what_it_leaves_out(
 # Files.
 
 
+def test_a_place_for_no_page_is_one_sentence(small: Path) -> None:
+    (small / "report.html").mkdir()
+    with pytest.raises(CureError, match="was not made by `cure report` and is kept"):
+        write_report(small)
+    with pytest.raises(CureError, match=r"x\.html cannot be written .*; name another"):
+        write_report(small, output=small / f"{'x' * 300}.html")
+    with pytest.raises(CureError, match=r"x\.onnx cannot be written .*; name another"):
+        cure.export(small, "onnx", small / f"{'x' * 300}.onnx")
+
+
 def test_a_page_of_a_run_is_replaced_and_no_other_file_is(small: Path, tmp_path: Path) -> None:
     before = {p: p.read_bytes() for p in small.rglob("*") if p.is_file()}
     path = write_report(small)

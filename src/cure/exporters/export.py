@@ -33,7 +33,7 @@ from cure.models.wrapper import constants_inside, core, tensors_of
 from cure.runs.folder import RunFolder
 from cure.runs.results import EvaluationRecord, Finding, Findings
 from cure.runs.run import Run
-from cure.utils.io import first_line, user_path, write_atomically
+from cure.utils.io import first_line, is_there, user_path, write_atomically
 from cure.utils.modes import in_evaluation
 from cure.utils.stats import wilson
 
@@ -134,7 +134,7 @@ def _place(folder: Path, to: str, int8: bool) -> Path:
     else:
         name = FILES[to].replace(".onnx", ".int8.onnx") if int8 else FILES[to]
         place = folder if folder.suffix == Path(name).suffix else folder / name
-    if place.exists():
+    if is_there(place):
         raise ConfigError(f"{place} exists and is kept; name another folder")
     return place
 

@@ -121,10 +121,13 @@ def _place(inputs: PageInputs, output: str | Path | None) -> Path:
 
 def is_ours(path: Path) -> bool:
     """Whether a page may be written there: it is free, or holds a page of this command."""
-    if not path.exists():
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return f'content="{GENERATOR}' in file.read(2000)
+    except FileNotFoundError:
         return True
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return f'content="{GENERATOR}' in file.read(2000)
+    except OSError:  # such as a folder
+        return False
 
 
 # The page.

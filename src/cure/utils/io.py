@@ -130,6 +130,20 @@ def user_path(path: str | Path | None) -> Path | None:
     return None if path is None else Path(path).expanduser()
 
 
+def is_there(path: Path) -> bool:
+    """Whether something exists at a path that is to be written.
+
+    Raises:
+        ConfigError: when the system does not say, as for a name that is too long.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be written ({first_line(error)}); name another place"
+        ) from None
+
+
 def check_free(output: str | Path | None) -> Path | None:
     """Refuse an output file that exists or cannot be made, before anything is computed for it.
 
@@ -145,7 +159,7 @@ def check_free(output: str | Path | None) -> Path | None:
     output = user_path(output)
     if output is None:
         return None
-    if output.exists():
+    if is_there(output):
         raise ConfigError(f"{output} exists and is kept; name another output file")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"the folder of {output} does not exist; make it, or name another file")
