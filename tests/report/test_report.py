@@ -271,6 +271,20 @@ def test_the_verdict_is_of_the_attack_that_left_fewest(tmp_path: Path) -> None:
     assert "--attacks autoattack" in said
 
 
+def test_only_a_diagnosis_makes_belief_green(tmp_path: Path) -> None:
+    """The brief checks of an evaluation, here under noise alone, do not tell masked gradients."""
+    passed = {"name": "natural_accuracy", "status": "pass", "meaning": "As expected."}
+    result = evaluation("run", attacks={"noise": 140}, checks=[passed | {"measured": {}}])
+    run = plant(tmp_path / "run", results=[result])
+    for results, green in (([], False), ([diagnosis("run")], True)):
+        for made in results:
+            write(run / "diagnoses" / "001-best-test.json", made)
+        tiles = section(read(write_report(run)), "verdict").all("div")
+        (belief,) = [t for t in tiles if "can it be believed?" in t.text and not t.all("div")]
+        assert ("pass" in belief.attributes["class"].split()) is green
+        assert "no check failed" in belief.text
+
+
 def test_the_verdict_is_of_the_run_s_own_images(tmp_path: Path) -> None:
     other = evaluation("run", 380, {"pgd20": 360}, count=400, data="easier")
     other["data"]["own"] = False

@@ -298,7 +298,7 @@ def _comparable(first: TableRow, second: TableRow) -> bool:
 
 
 def _trust(entry: Entry, row: TableRow, robust: float | None) -> Number:
-    """Whether the numbers can be believed; never green where no robust accuracy is left."""
+    """Whether the numbers can be believed; never green without a diagnosis or robust accuracy."""
     checks, diagnosed = checks_of(entry, row)
     failed, warned = (sum(check.status == kind for check in checks) for kind in ("fail", "warn"))
     made_by = "of cure diagnose" if diagnosed else "of the evaluation; cure diagnose has more"
@@ -306,7 +306,7 @@ def _trust(entry: Entry, row: TableRow, robust: float | None) -> Number:
         return Number(_BELIEVED, "unchecked", detail="no checks were run", status="warn")
     status = "fail" if failed else "warn" if warned else "pass"
     value = {"fail": "no", "warn": "with care", "pass": "no check failed"}[status]
-    if status == "pass" and (robust is None or round(robust, 1) == 0):
+    if status == "pass" and (not diagnosed or robust is None or round(robust, 1) == 0):
         status = ""
     passed = len(checks) - failed - warned
     detail = f"{passed} of {len(checks)} checks passed ({made_by})"
