@@ -328,6 +328,13 @@ def test_a_file_that_computes_something_else_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_leaves_pytorch_s_draws_as_they_were(run: cure.Run, tmp_path: Path) -> None:
+    for number, kind in enumerate(("onnx", "torch-export", "safetensors", "hub")):
+        before = torch.get_rng_state()
+        cure.export(run, kind, tmp_path / str(number))
+        assert torch.equal(torch.get_rng_state(), before), kind
+
+
 def test_a_place_that_takes_no_file_is_one_sentence(run: cure.Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     # Nothing can be made in /proc, whoever asks.

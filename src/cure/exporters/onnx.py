@@ -41,7 +41,8 @@ def captured(model: nn.Module, kind: ImageKind) -> Any:
     Raises:
         ModelError: when PyTorch cannot capture it; names the operator or the reason.
     """
-    example = torch.rand(2, kind.channels, *kind.size)
+    draws = torch.Generator().manual_seed(0)
+    example = torch.rand((2, kind.channels, *kind.size), generator=draws)
     sizes = ({0: torch.export.Dim("batch", min=1)},)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ModelError(
