@@ -584,36 +584,46 @@ def compact() -> None:
         write_json(path, small(content) if of_evaluation else content, compact=True)
 
 
-def fronts(most: int | None = None) -> str:
-    """Three sentences about the fronts on photographs: what is reached, by which, what to take.
-
-    Args:
-        most: name only so many methods in each; all when None.
-    """
+def headline() -> str:
+    """Three sentences for the README on the fronts: what is covered, the balance, what to take."""
     record = FrontRecord.read(FRONTS)
-    n, seeds = f"{record.data.n:,}", max(len(curve.seeds) for curve in record.curves.values())
-    counted = "one seed" if seeds == 1 else f"{seeds} seeds"
-    areas = area(record)
+    areas, best = areas_of(record), balanced(record)
+    first, second = list(areas)[:2]
+    mean, low, high = ahead_of(record, first, second)
+    lines = [
+        f"- **Most of both**: `{first}` covers {over_seeds(areas[first])} of the area between 0 "
+        f"and 100 % of both accuracies, `{second}` {over_seeds(areas[second])}, "
+        f"{len(areas) - 2} others less. The difference is {mean:.1f} ({low:.1f} to {high:.1f})"
+        + (", so these trainings do not rank the two." if low <= 0 else "."),
+        "- **The best balance**: "
+        + "; ".join(
+            f"{setting(record, p)}, {over_seeds(p.natural)} of the unchanged and "
+            f"{over_seeds(p.robust)} of the attacked photos right"
+            for p in best[:2]
+        )
+        + (". The intervals overlap." if overlap(*best[:2]) else "."),
+        f"- **What to take**: {taken(record, best[0])}",
+    ]
+    return "\n".join([*lines, "", conditions(record, over_photos=False)]) + "\n"
+
+
+def fronts() -> str:
+    """All about the fronts on photographs: what is reached, by which method, what to take."""
+    record = FrontRecord.read(FRONTS)
+    areas, best = areas_of(record), balanced(record)
     tried = Counter(point.curve for point in record.points)
-    complete = {label for label in areas if len(record.curves[label].seeds) == seeds}
-    ranked = sorted(areas, key=lambda label: (label not in complete, -areas[label].mean))[:most]
 
     def said(label: str) -> str:
         own = len(record.curves[label].seeds)
-        fewer = "" if own == seeds else f" and {own} seed{'s' * (own > 1)}"
+        fewer = "" if own == seeds_of(record) else f" and {own} seed{'s' * (own > 1)}"
         return f"`{label}` {span(areas[label])} with {tried[label]} values{fewer}"
 
-    covered = ", ".join(map(said, ranked))
-    if len(ranked) < len(areas):
-        others = [label for label in areas if label not in ranked]
-        fewer = "" if complete.issuperset(others) else ", of fewer seeds"
-        covered += f", and {len(others)} others less{fewer}"
     lines = [
         "- **Most of both**: percent of the area between 0 and 100 % of both accuracies that a "
-        f"method's points cover: {covered}. More values can only raise it."
+        f"method's points cover: {', '.join(map(said, areas))}. More values can only raise it."
     ]
-    if seeds > 1:
-        lines.append(paired(record, *ranked[:2]))
+    if seeds_of(record) > 1:
+        lines.append(paired(record, *list(areas)[:2]))
     for each in record.comparisons:
         reached = {label: value for label, value in each.natural.items() if value is not None}
         words = ", ".join(
@@ -623,59 +633,90 @@ def fronts(most: int | None = None) -> str:
         lines.append(
             f"- **At an equal robust accuracy** of {each.robust:g} %, natural accuracy is {words}."
         )
-    balanced: dict[str, FrontPoint] = {}
-    for point in record.points:
-        best = balanced.get(point.curve, point)
-        if record.curves[point.curve].knob is not None:
-            balanced[point.curve] = max(best, point, key=balance)
-    order = sorted(balanced.values(), key=lambda p: (p.curve not in complete, -balance(p)))
-    words = "; ".join(
-        f"{setting(record, p)} {span(p.natural)} and {span(p.robust)}" for p in order[:most]
-    )
-    lines.append(
-        f"- **The best balance of a method** (harmonic mean), natural and robust: {words}."
-    )
-    lines.append(
-        f"- **What to take**: {setting(record, order[0])}. The recipe `photos` is this method, "
-        "with `gamma` 1, for larger photos and more epochs; `cure tradeoff` moves its network "
-        "towards more natural accuracy afterwards."
-        if order[0].curve == "cure"
-        else f"- **What to take**: {setting(record, order[0])}, so `cure train photos "
-        f"method={order[0].curve}`."
-    )
-    lines[-1] += " It was chosen on the photos that its figures are of, so these are a little high."
-    alike = [f"`{p.curve}`" for p in order[1:] if overlap(order[0], p)]
+    words = "; ".join(f"{setting(record, p)} {span(p.natural)} and {span(p.robust)}" for p in best)
+    lines += [
+        f"- **The best balance of a method** (harmonic mean), natural and robust: {words}.",
+        f"- **What to take**: {taken(record, best[0])} The best balance was chosen on the photos "
+        "that its figures are of, so these are a little high.",
+    ]
+    alike = [f"`{p.curve}`" for p in best[1:] if overlap(best[0], p)]
     if alike:
         lines[-1] += (
-            f" Its intervals overlap with those of {', '.join(alike)}: {counted} on {n} photos "
-            "cannot tell them apart."
+            f" Its intervals overlap with those of {', '.join(alike)}: "
+            f"{counted_seeds(record)} on {record.data.n:,} photos cannot tell them apart."
         )
+    return "\n".join([*lines, "", conditions(record)]) + "\n"
+
+
+def seeds_of(record: FrontRecord) -> int:
+    """The largest number of seeds of a method."""
+    return max(len(curve.seeds) for curve in record.curves.values())
+
+
+def counted_seeds(record: FrontRecord) -> str:
+    return "one seed" if seeds_of(record) == 1 else f"{seeds_of(record)} seeds"
+
+
+def is_complete(record: FrontRecord, label: str) -> bool:
+    """Whether a method has as many seeds as any."""
+    return len(record.curves[label].seeds) == seeds_of(record)
+
+
+def areas_of(record: FrontRecord) -> dict[str, FrontEstimate]:
+    """Percent of the area that the points of each method cover, the largest first."""
+    found = {
+        label: curve.hypervolume
+        for label, curve in record.curves.items()
+        if curve.hypervolume is not None and curve.knob is not None
+    }
+    order = sorted(found, key=lambda label: (not is_complete(record, label), -found[label].mean))
+    return {label: found[label] for label in order}
+
+
+def balanced(record: FrontRecord) -> list[FrontPoint]:
+    """The point of each method with the best harmonic mean, the best first."""
+    found: dict[str, FrontPoint] = {}
+    for point in record.points:
+        if record.curves[point.curve].knob is not None:
+            found[point.curve] = max(found.get(point.curve, point), point, key=balance)
+    return sorted(found.values(), key=lambda p: (not is_complete(record, p.curve), -balance(p)))
+
+
+def taken(record: FrontRecord, best: FrontPoint) -> str:
+    """Which recipe the best balance leads to."""
+    if best.curve != "cure":
+        return f"{setting(record, best)}, so `cure train photos method={best.curve}`."
+    return (
+        f"{setting(record, best)}. The recipe `photos` is this method, with `gamma` 1, for larger "
+        "photos and more epochs; `cure tradeoff` moves its network towards more natural accuracy "
+        "afterwards."
+    )
+
+
+def conditions(record: FrontRecord, *, over_photos: bool = True) -> str:
+    """Number of seeds and photos, threat, intervals and settings of the fronts."""
     runs = read_packed(FRONTS.parent / "fronts" / "records.jsonl").values()
     made = {run.environment.processor for run in runs if run.environment is not None}
-    processors = ", ".join(sorted(filter(None, made)))
-    lines += [
-        "",
-        f"{counted.capitalize()}, {n} test photos, `{record.attack}` within "
-        f"{record.threat.norm} {record.threat.epsilon_text}; in brackets 95 % bootstrap intervals "
-        "over photos"
-        + (
-            ", which say nothing about the spread between trainings"
-            if seeds == 1
-            else ", then Student intervals over the seeds"
-        )
-        + f". Settings: recipe `{record.recipe}`, "
+    kinds = []
+    if over_photos:
+        kinds.append("bootstrap intervals over photos")
+    if seeds_of(record) > 1:
+        kinds.append("Student intervals over the seeds")
+    return (
+        f"{counted_seeds(record).capitalize()}, {record.data.n:,} test photos, `{record.attack}` "
+        f"within {record.threat.norm} {record.threat.epsilon_text}; in brackets 95 % "
+        f"{', then '.join(kinds)}. Settings: recipe `{record.recipe}`, "
         + ", ".join(f"`{key}={value}`" for key, value in record.settings.items() if key in SAID)
-        + f"; {processors}, cure {record.environment.cure}.",
-    ]
-    return "\n".join(lines) + "\n"
+        + f"; {', '.join(sorted(filter(None, made)))}, cure {record.environment.cure}."
+    )
 
 
 SAID = ("data.resize", "training.epochs", "data.augment.cutmix")
 """Settings of a front that the README names."""
 
 
-def paired(record: FrontRecord, first: str, second: str) -> str:
-    """How far one method's area is ahead of another's, seed by seed."""
+def ahead_of(record: FrontRecord, first: str, second: str) -> tuple[float, float, float]:
+    """How far one method's area is ahead of another's, seed by seed: mean and Student interval."""
     ahead = []
     for seed in sorted({*record.curves[first].seeds} & {*record.curves[second].seeds}):
         one, other = (
@@ -690,21 +731,17 @@ def paired(record: FrontRecord, first: str, second: str) -> str:
             for curve in (record.curves[first], record.curves[second])
         )
         ahead.append(one - other)
-    low, high = student_t(ahead)
+    return (fmean(ahead), *student_t(ahead))
+
+
+def paired(record: FrontRecord, first: str, second: str) -> str:
+    """Whether one method's area is ahead of another's."""
+    mean, low, high = ahead_of(record, first, second)
     return (
-        f"- **Between trainings**: `{first}` is {fmean(ahead):.1f} ({low:.1f} to {high:.1f}) ahead "
-        f"of `{second}` (Student interval over {len(ahead)} seeds, paired), so "
+        f"- **Between trainings**: `{first}` is {mean:.1f} ({low:.1f} to {high:.1f}) ahead "
+        f"of `{second}` (Student interval over {seeds_of(record)} seeds, paired), so "
         + ("these trainings do not rank the two." if low <= 0 else "it is the better of the two.")
     )
-
-
-def area(record: FrontRecord) -> dict[str, FrontEstimate]:
-    """Percent of the area that the points of each method cover."""
-    return {
-        label: curve.hypervolume
-        for label, curve in record.curves.items()
-        if curve.hypervolume is not None and curve.knob is not None
-    }
 
 
 def balance(point: FrontPoint) -> float:
@@ -736,6 +773,12 @@ def span(value: FrontEstimate) -> str:
     return f"{value.mean:.1f} ({'; '.join(f'{low:.1f} to {high:.1f}' for low, high in kinds)})"
 
 
+def over_seeds(value: FrontEstimate) -> str:
+    """A mean with its interval over seeds; over images where there is one seed."""
+    low, high = value.images if value.seeds is None else value.seeds
+    return f"{value.mean:.1f} % ({low:.1f} to {high:.1f})"
+
+
 def insert(document: Path, mark: str, text: str) -> None:
     """Put the text between the document's mark and the next end."""
     whole = document.read_text(encoding="utf-8")
@@ -751,7 +794,7 @@ if __name__ == "__main__":
     (MINI / "table.md").write_text(mini, encoding="utf-8")
     insert(HERE / "README.md", "cifar10-mini-cure/table.md", mini)
     insert(COMPARED, "results/cifar10-mini/records.jsonl", comparison(*IN_README))
-    insert(HERE.parent / "README.md", "results/photos/fronts.json", fronts(most=2))
+    insert(HERE.parent / "README.md", "results/photos/fronts.json", headline())
     insert(HERE / "README.md", "photos/fronts.json", fronts())
     insert(HERE.parent / "README.md", "results/photos/table.json", photos())
     insert(HERE / "README.md", "photos/table.json", photos())
