@@ -56,5 +56,12 @@ def test_settings_in_the_place_of_a_recipe_are_refused() -> None:
         cure.train({"method": "at"})  # type: ignore[arg-type]
 
 
+def test_images_of_one_class_are_not_trained_on() -> None:
+    one = (torch.rand(20, 1, 8, 8), torch.ones(20, dtype=torch.long))
+    settings = ["start=scratch", "data.validation=4", "training.batch_size=4"]
+    with pytest.raises(CureError, match="at least two classes to train on, got only '1'"):
+        cure.train("digits", settings, data=one, run="runs/one", quiet=True)
+
+
 def test_text_is_a_path_of_a_run() -> None:
     assert cure.Run("runs/one") == cure.Run(Path("runs/one"))  # type: ignore[arg-type]

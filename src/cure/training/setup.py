@@ -21,7 +21,7 @@ from cure.config import NATURAL, RunConfig, TeacherConfig
 from cure.data import ImageKind, ImageSet, batches, carve, load_training, steps_per_epoch
 from cure.data.cache import CachePlace, no_words
 from cure.data.sources import check_not_memory
-from cure.errors import CheckpointError, ConfigError, CureError, ModelError, some
+from cure.errors import CheckpointError, ConfigError, CureError, DataError, ModelError, some
 from cure.methods import METHODS, Context, Method
 from cure.methods.wrappers.averaging import Averaging
 from cure.methods.wrappers.awp import AWP
@@ -129,6 +129,11 @@ def _prepared(
         training, validation = load_training(config.data, place)
     else:
         images = images.limited(config.data.limit)
+        if len(images) and bool((images.label == images.label[0]).all()):
+            raise DataError(
+                "expected images of at least two classes to train on, got only "
+                f"'{images.classes[int(images.label[0])]}'; use more images"
+            )
         training, validation = carve(images, config.data.validation, config.data.split_seed)
     steps_per_epoch(training, config.training.batch_size)
     initial = network_of(config, training.kind, model)
