@@ -280,6 +280,12 @@ def test_what_cannot_be_exported_is_one_sentence(network: nn.Module, words: list
     assert "\n" not in str(caught.value)
 
 
+def test_a_failure_of_an_old_pytorch_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    with pytest.raises(ModelError, match=r"PyTorch 2\.11 or later to write ONNX, got 2\.6\.0"):
+        onnx_model(captured(Bessel(), KIND), CONTRACT)
+
+
 class Autocasts(nn.Sequential):
     def forward(self, image: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

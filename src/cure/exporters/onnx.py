@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from cure.data.images import ImageKind
 from cure.errors import ModelError
@@ -28,6 +29,8 @@ _OPERATORS = (
     r"__torch__\.torch\.classes\.([\w.]+)",
 )
 _LINE = re.compile(r'File "([^"]+)", line (\d+), in forward')
+TESTED = "2.11"
+"""The oldest PyTorch with which exports to ONNX are tested."""
 _ADVICE = "change the network's forward, or export with --to safetensors"
 
 
@@ -93,6 +96,11 @@ def onnx_model(program: Any, contract: Contract, opset: int = OPSET) -> Any:
                 verbose=False,
             )
         except Exception as error:
+            if TorchVersion(torch.__version__) < TESTED:
+                raise ModelError(
+                    f"expected PyTorch {TESTED} or later to write ONNX, got {torch.__version__}, "
+                    "which failed; install a later one, or export with --to safetensors"
+                ) from error
             raise ModelError(f"ONNX cannot hold this network: {_reason(error)}") from error
     assert made is not None
     proto = made.model_proto
