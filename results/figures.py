@@ -803,7 +803,8 @@ if __name__ == "__main__":
     insert(HERE / "README.md", "bench/cpu.json", bench())
     insert(HERE / "README.md", "bench/screened.json", screened())
     insert(HERE / "README.md", "bench/leaks.json", copies())
-    insert(HERE / "README.md", "robust_overfitting/digits.json", overfitted("digits"))
+    for name in ("digits", "photos"):
+        insert(HERE / "README.md", f"robust_overfitting/{name}.json", overfitted(name))
     for name in ("digits", "cifar10-mini"):
         insert(HERE / "README.md", f"why_cure/{name}.json", parts_of_cure(name))
     insert(HERE / "README.md", "extra_data/digits.json", extra_images("digits"))
