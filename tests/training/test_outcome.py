@@ -101,6 +101,13 @@ def test_few_images_are_named_where_nothing_else_is_to_be_changed() -> None:
     assert "set training.batch_norm=frozen, or give more images" in said("train")
 
 
+def test_training_images_at_chance_are_not_called_learnt() -> None:
+    start, end = accuracies(100, 0, n=10), accuracies(80, 0, n=10)
+    result = judge(start, end, [record(35.9, 0)], CONFIG, 40.0)
+    assert "generalise" not in result.warnings[0]
+    assert "train longer" in result.warnings[0] or "attack.warmup" in result.warnings[0]
+
+
 @pytest.mark.parametrize(
     ("start", "end", "training", "cause"),
     [

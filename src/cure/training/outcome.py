@@ -157,7 +157,7 @@ def _likely_cause(
             "random weights take a longer training (training.epochs), or a natural one first "
             "(start=natural)"
         )
-    if training is not None and 100 * training >= 2 * max(LEAST, end.robust):
+    if training is not None and above < 100 * training >= 2 * max(LEAST, end.robust):
         frozen = config.training.batch_norm == "frozen"
         return (
             f"training images reach {100 * training:.1f} %, so the network learns but does not "
