@@ -39,8 +39,13 @@ CARVE = "carve"
 
 
 DECIDE_SPLITS = (
-    *("train_split", "test_split", "test_fraction", "validation", "validation_split"),
-    *("split_seed", "limit"),
+    "train_split",
+    "test_split",
+    "test_fraction",
+    "validation",
+    "validation_split",
+    "split_seed",
+    "limit",
 )
 """Settings that decide which images of a source are trained on, validate and test."""
 
@@ -247,11 +252,11 @@ def _places(config: DataConfig) -> dict[str, set[tuple[str | None, int]]]:
     """The name of the source's split and the row of every image, by what it is used for."""
     opened = _Opened.of(config)
     training, test = _training(opened, config), _test(opened, config)
-    rest, held = training.rows, training.rows[:0]
     if opened.validation is None:
         left, kept = _held_out(training, config)
-        rest, held = rest[left], rest[kept]
+        rest, held = training.rows[left], training.rows[kept]
     else:
+        rest = training.rows
         held = _named(opened, opened.validation, "validation_split").rows
     return {
         "train": {(opened.train, row) for row in rest.tolist()},

@@ -126,11 +126,11 @@ def tradeoff(
     3
     """
     _check_requirements(natural_at_least, robust_at_least, points)
-    folders = [RunFolder.open(path) for path in paths_of(runs)]
+    given = list(runs) if isinstance(runs, Iterable) and not isinstance(runs, str) else [runs]
+    folders = [RunFolder.open(path) for path in paths_of(given)]
     if not folders:
         raise ConfigError("expected one or more runs")
     if model is None:
-        given = [runs] if isinstance(runs, str | Path | Run) else runs
         brought = (run.network for run in given if isinstance(run, Run))
         model = next((network for network in brought if network is not None), None)
     config = folders[0].config
